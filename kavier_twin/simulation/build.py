@@ -1,0 +1,119 @@
+"""Making, growing and re-configuring the arrays of a fleet."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from kavier_twin.simulation import state as layout
+from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
+from kavier_twin.simulation.state import FleetState, Records
+
+ROUTERS = {
+    "round_robin": layout.ROUND_ROBIN,
+    "least_loaded": layout.LEAST_LOADED,
+    "session_affinity": layout.SESSION_AFFINITY,
+    "prefix_aware": layout.PREFIX_AWARE,
+}
+
+
+def new_state(settings: FleetSettings, *, stepping: bool = False) -> FleetState:
+    """An idle fleet at time 0 with cold caches. `stepping` selects the reference that never jumps."""
+    replicas, engine = settings.replicas, settings.engine
+    slots, arena, outcomes = 64, 1 << 14, 256
+    state = FleetState(
+        fleet=np.zeros(1, layout.FLEET),
+        replicas=np.zeros(replicas, layout.REPLICA),
+        engines=np.zeros(replicas, layout.ENGINE),
+        requests=np.zeros((replicas, slots), layout.REQUEST),
+        slots=np.tile(np.arange(slots, dtype=np.int32)[::-1], (replicas, 1)),
+        running=np.zeros((replicas, slots), np.int32),
+        waiting=np.zeros((replicas, slots), np.int32),
+        batches=np.zeros((replicas, 2), layout.BATCH),
+        entries=np.zeros((replicas, 2, slots), layout.ENTRY),
+        blocks=np.zeros((replicas, engine.num_gpu_blocks), layout.BLOCK),
+        buckets=np.zeros((replicas, _bucket_count(engine.num_gpu_blocks)), np.int32),
+        arena=np.zeros((replicas, arena), np.uint64),
+        arena_free=np.full((replicas, layout.ARENA_CLASSES), -1, np.int64),
+        scratch=np.zeros((replicas, 2 * slots + engine.block_size), np.int32),
+        itl_counts=np.zeros((replicas, layout.ITL_BINS), np.int64),
+        outcomes=np.zeros(outcomes, layout.OUTCOME),
+    )
+    state.fleet["router"] = ROUTERS[settings.router]
+    state.fleet["max_imbalance"] = settings.router_max_imbalance
+    state.replicas["free_slots"] = slots
+    state.replicas["free_blocks"] = engine.num_gpu_blocks - 1
+    state.replicas["quiet_until"] = -np.inf
+    state.replicas["accepting"] = 1
+    state.replicas["alive"] = 1
+    for number in range(replicas):
+        write_engine(state.engines[number : number + 1], engine, settings.step_time, stepping=stepping)
+        link_free_list(state.blocks[number], engine.num_gpu_blocks)
+    return state
+
+
+def _bucket_count(blocks: int) -> int:
+    """Hash buckets for so many blocks: the power of two at or above, for at most one block a bucket on average."""
+    return 1 << max(4, math.ceil(math.log2(blocks)))
+
+
+def link_free_list(blocks: Records, count: int) -> None:
+    """All blocks free, unhashed, in order 1 .. count - 1 (block 0 is the sentinel)."""
+    order = np.arange(count, dtype=np.int32)
+    blocks["next"][:count] = (order + 1) % count
+    blocks["prev"][:count] = (order - 1) % count
+
+
+def write_engine(row: Records, engine: EngineSettings, step_time: StepTime, *, stepping: bool) -> None:
+    """Write settings into one row of `FleetState.engines`."""
+    row["block_size"] = engine.block_size
+    row["num_blocks"] = engine.num_gpu_blocks
+    row["max_num_seqs"] = engine.max_num_seqs
+    row["max_num_batched_tokens"] = engine.max_num_batched_tokens
+    row["max_model_len"] = engine.max_model_len
+    row["long_prefill_token_threshold"] = engine.long_prefill_token_threshold
+    row["watermark_blocks"] = int(engine.watermark * engine.num_gpu_blocks)
+    row["prefix_caching"] = engine.prefix_caching
+    row["async_scheduling"] = engine.async_scheduling
+    row["chunked_prefill"] = engine.enable_chunked_prefill
+    row["reserve_full_isl"] = engine.scheduler_reserve_full_isl
+    row["priority_policy"] = engine.scheduling_policy == "priority"
+    row["stepping"] = stepping
+    for name in StepTime.model_fields:
+        row[name] = getattr(step_time, name)
+
+
+def _wider(array: np.ndarray, size: int) -> np.ndarray:
+    """The same array with its last axis grown to `size`, zero-filled."""
+    grown = np.zeros((*array.shape[:-1], size), array.dtype)
+    grown[..., : array.shape[-1]] = array
+    return grown
+
+
+def with_more_slots(state: FleetState) -> FleetState:
+    """Twice the request slots on every replica."""
+    old = state.requests.shape[1]
+    new = 2 * old
+    slots = _wider(state.slots, new)
+    for number, free in enumerate(state.replicas["free_slots"]):
+        slots[number, free : free + old] = np.arange(new - 1, old - 1, -1)
+    state.replicas["free_slots"] += old
+    return state._replace(
+        requests=_wider(state.requests, new),
+        slots=slots,
+        running=_wider(state.running, new),
+        waiting=_wider(state.waiting, new),
+        entries=_wider(state.entries, new),
+        scratch=_wider(state.scratch, state.scratch.shape[1] + 2 * old),
+    )
+
+
+def with_more_arena(state: FleetState) -> FleetState:
+    """Twice the arena cells on every replica."""
+    return state._replace(arena=_wider(state.arena, 2 * state.arena.shape[1]))
+
+
+def with_more_outcomes(state: FleetState) -> FleetState:
+    """Twice the room for requests that ended."""
+    return state._replace(outcomes=_wider(state.outcomes, 2 * state.outcomes.size))

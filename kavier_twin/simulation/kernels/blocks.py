@@ -1,0 +1,133 @@
+"""The block pool: free list, hash table and reference counts of one replica's KV cache.
+
+Follows vLLM 0.32 `v1/core/block_pool.py` and `v1/core/kv_cache_utils.py` (FreeKVCacheBlockQueue): allocation from the
+head, eviction only when a cached block is handed out again, freed blocks with a hash to the tail and without one to
+the head, no de-duplication, the first registered copy answers a lookup.
+"""
+
+import numpy as np
+
+from kavier_twin.simulation.kernels.compile import kernel
+from kavier_twin.simulation.state import PRIVATE, UNHASHED
+
+_UNHASHED = np.uint64(UNHASHED)
+_PRIVATE = np.uint64(PRIVATE)
+_SUB_BITS = np.uint64(10)  # low bits of a key: which block under one hash of the trace
+_SUB_MASK = np.uint64(1023)
+_TOP_BIT = np.uint64(1 << 63)  # keeps keys apart from UNHASHED and PRIVATE
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+_S30, _S27, _S31 = np.uint64(30), np.uint64(27), np.uint64(31)
+
+
+@kernel
+def mix(value):
+    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014): 64 bits in, 64 well-mixed bits out."""
+    value = value + _GOLDEN
+    value = (value ^ (value >> _S30)) * _MIX_1
+    value = (value ^ (value >> _S27)) * _MIX_2
+    return value ^ (value >> _S31)
+
+
+@kernel
+def chain_key(parent, content):
+    """Key of a hash block with this content behind that parent (0 for the first): vLLM chains hashes the same way."""
+    return (mix(parent ^ mix(content)) & ~_SUB_MASK) | _TOP_BIT
+
+
+@kernel
+def private_key(uid, block):
+    """Key of block number `block` of request `uid` where no hash of the trace identifies its content."""
+    return mix(mix(np.uint64(uid)) + np.uint64(block)) | _TOP_BIT
+
+
+@kernel
+def _bucket(buckets, key):
+    # Blocks under one coarse hash lie in neighbouring buckets: a prefix walk stays in a few cache lines.
+    return np.int64((mix(key >> _SUB_BITS) + (key & _SUB_MASK)) & np.uint64(buckets.size - 1))
+
+
+@kernel
+def find(blocks, buckets, key):
+    """The first registered block with this key, 0 if there is none."""
+    found = 0
+    block = buckets[_bucket(buckets, key)]
+    while block != 0:
+        if blocks[block].key == key:
+            found = block
+        block = blocks[block].chain
+    return found
+
+
+@kernel
+def insert(blocks, buckets, block, key):
+    """Make `block` findable under `key`."""
+    bucket = _bucket(buckets, key)
+    blocks[block].key = key
+    blocks[block].chain = buckets[bucket]
+    buckets[bucket] = block
+
+
+@kernel
+def _remove(blocks, buckets, block):
+    bucket = _bucket(buckets, blocks[block].key)
+    at = buckets[bucket]
+    if at == block:
+        buckets[bucket] = blocks[block].chain
+        return
+    while blocks[at].chain != block:
+        at = blocks[at].chain
+    blocks[at].chain = blocks[block].chain
+
+
+@kernel
+def forget(replica, blocks, buckets, block):
+    """Drop a block's cached content, if any. Counts the eviction."""
+    key = blocks[block].key
+    if key != _UNHASHED:
+        if key != _PRIVATE:
+            _remove(blocks, buckets, block)
+        blocks[block].key = _UNHASHED
+        replica.evictions += 1
+
+
+@kernel
+def allocate(replica, blocks, buckets):
+    """Take the block at the head of the free list; what it cached is evicted now. The caller checked there is one."""
+    block = blocks[0].next
+    after = blocks[block].next
+    blocks[0].next = after
+    blocks[after].prev = 0
+    forget(replica, blocks, buckets, block)
+    blocks[block].refs = 1
+    replica.free_blocks -= 1
+    return block
+
+
+@kernel
+def touch(replica, blocks, block):
+    """A prefix hit: one more reference; an evictable block leaves the free list."""
+    if blocks[block].refs == 0:
+        before, after = blocks[block].prev, blocks[block].next
+        blocks[before].next = after
+        blocks[after].prev = before
+        replica.free_blocks -= 1
+    blocks[block].refs += 1
+
+
+@kernel
+def release(replica, blocks, block):
+    """Drop one reference; the last one returns the block: cached content to the tail, none to the head."""
+    blocks[block].refs -= 1
+    if blocks[block].refs > 0:
+        return
+    replica.free_blocks += 1
+    if blocks[block].key == _UNHASHED:
+        before, after = 0, blocks[0].next
+    else:
+        before, after = blocks[0].prev, 0
+    blocks[block].prev = before
+    blocks[block].next = after
+    blocks[before].next = block
+    blocks[after].prev = block

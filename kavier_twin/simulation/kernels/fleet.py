@@ -1,0 +1,52 @@
+"""Feeding a fleet: arrivals in time order, each to the replica the router picks."""
+
+import numpy as np
+
+from kavier_twin.simulation.kernels.compile import kernel
+from kavier_twin.simulation.kernels.replica import advance
+from kavier_twin.simulation.kernels.requests import OK, push
+from kavier_twin.simulation.kernels.router import route
+
+NO_REPLICA = 4
+
+
+@kernel
+def arrive(state, workload, start, stop, places):
+    """Deliver rows [start, stop) of a workload sorted by arrival.
+
+    `places[row]` gets (replica, slot) of each, slot -1 if it was rejected at once. Returns (rows delivered + start,
+    status, replica): a status other than OK names what must grow (on that replica) before going on.
+    """
+    for row in range(start, stop):
+        time = workload.arrival[row]
+        number = route(state, workload, row, time)
+        if number < 0:
+            return row, NO_REPLICA, -1
+        advance(state, number, time)
+        status, slot = push(state, number, workload, row)
+        if status != OK:
+            # The turn was taken: a second try must come out the same.
+            state.fleet[0].turn = number
+            return row, status, number
+        places[row, 0] = number
+        places[row, 1] = slot
+    return stop, OK, -1
+
+
+@kernel
+def advance_all(state, until):
+    """Run every replica up to `until` (infinity: until all their requests ended)."""
+    for number in range(state.replicas.size):
+        advance(state, number, until)
+
+
+@kernel
+def live_requests(state):
+    """(running, waiting, used blocks) of the whole fleet."""
+    running, waiting, used = 0, 0, 0
+    for number in range(state.replicas.size):
+        replica = state.replicas[number]
+        running += replica.running
+        waiting += replica.waiting
+        used += state.engines[number].num_blocks - 1 - replica.free_blocks
+    return running, waiting, np.int64(used)

@@ -1,0 +1,305 @@
+"""A request's life outside the scheduler: its slot, its arena cells, its blocks' keys, its end.
+
+One arena piece per request holds its hash chain and, behind it, its block table. Pieces are powers of two with a free
+list per size, so that a daemon's arena stays as large as its busiest moment.
+"""
+
+import numpy as np
+
+from kavier_twin.simulation.kernels import queue
+from kavier_twin.simulation.kernels.blocks import (
+    allocate,
+    chain_key,
+    find,
+    insert,
+    private_key,
+    release,
+)
+from kavier_twin.simulation.kernels.compile import kernel
+from kavier_twin.simulation.state import (
+    FREE,
+    PREEMPTED,
+    PRIVATE,
+    REJECTED_LENGTH,
+    RUNNING,
+    UNHASHED,
+    WAITING,
+)
+
+OK = 0
+GROW_SLOTS = 1
+GROW_ARENA = 2
+GROW_OUTCOMES = 3
+
+_PRIVATE = np.uint64(PRIVATE)
+_UNHASHED = np.uint64(UNHASHED)
+_ZERO = np.uint64(0)
+
+
+@kernel
+def cell_class(cells):
+    """The size class (log2) of an arena piece that holds this many cells."""
+    size = 0
+    while (1 << size) < cells:
+        size += 1
+    return size
+
+
+@kernel
+def take_cells(replica, arena, arena_free, size):
+    """Offset of a piece of 2**size arena cells, -1 if the arena is full."""
+    offset = arena_free[size]
+    if offset >= 0:
+        arena_free[size] = np.int64(arena[offset])
+        return offset
+    if replica.arena_top + (1 << size) > arena.size:
+        return np.int64(-1)
+    offset = replica.arena_top
+    replica.arena_top += 1 << size
+    return offset
+
+
+@kernel
+def give_cells(arena, arena_free, offset, size):
+    """Return a piece. The list of free pieces runs through their first cells."""
+    arena[offset] = np.uint64(arena_free[size])
+    arena_free[size] = offset
+
+
+@kernel
+def account(replica, engine, time):
+    """Run the integrals up to `time`. Called before anything they integrate changes."""
+    elapsed = time - replica.accounted
+    if elapsed > 0.0:
+        if replica.in_flight > 0:
+            replica.busy_seconds += elapsed
+        replica.running_seconds += elapsed * replica.running
+        replica.waiting_seconds += elapsed * replica.waiting
+        replica.used_block_seconds += elapsed * (engine.num_blocks - 1 - replica.free_blocks)
+        replica.accounted = time
+
+
+@kernel
+def block_key(request, arena, block, block_size):
+    """Key of the request's block number `block`: from its hash chain, or private where the chain ends."""
+    end = (block + 1) * block_size
+    if end <= request.covered:
+        at = (end - 1) // request.hash_tokens
+        within = ((end - 1) % request.hash_tokens) // block_size
+        return arena[request.cells + at] + np.uint64(within)
+    if request.published:
+        return private_key(request.uid, block)
+    return _PRIVATE
+
+
+@kernel
+def register(request, blocks, buckets, arena, block_size, tokens):
+    """Enter the full blocks of the first `tokens` tokens into the prefix cache (vLLM `cache_full_blocks`)."""
+    table = request.cells + request.chain_length
+    full = tokens // block_size
+    for number in range(request.registered, full):
+        block = np.int64(arena[table + number])
+        key = block_key(request, arena, number, block_size)
+        if key == _PRIVATE:
+            blocks[block].key = key
+        else:
+            insert(blocks, buckets, block, key)
+    if full > request.registered:
+        request.registered = full
+
+
+@kernel
+def publish(request, blocks, buckets, arena, block_size):
+    """Make the private blocks findable: the request lost its blocks and will look for them again."""
+    table = request.cells + request.chain_length
+    request.published = 1
+    for number in range(request.registered):
+        block = np.int64(arena[table + number])
+        if blocks[block].key == _PRIVATE:
+            insert(blocks, buckets, block, private_key(request.uid, number))
+
+
+@kernel
+def lookup(request, blocks, buckets, arena, block_size):
+    """The longest cached prefix, capped at num_tokens - 1 (vLLM `get_computed_blocks`).
+
+    Writes the blocks found into the block table. Returns (blocks found, how many of them are evictable, key of the
+    first missing block or 0 if none is worth waiting for).
+    """
+    table = request.cells + request.chain_length
+    most = (request.tokens - 1) // block_size
+    evictable = 0
+    for number in range(most):
+        key = block_key(request, arena, number, block_size)
+        if key == _PRIVATE:
+            return number, evictable, _ZERO
+        block = find(blocks, buckets, key)
+        if block == 0:
+            return number, evictable, key
+        if blocks[block].refs == 0:
+            evictable += 1
+        arena[table + number] = np.uint64(block)
+    return most, evictable, _ZERO
+
+
+@kernel
+def add_blocks(replica, request, blocks, buckets, arena, count):
+    """Allocate `count` blocks to the end of the block table."""
+    table = request.cells + request.chain_length
+    for number in range(request.blocks, request.blocks + count):
+        arena[table + number] = np.uint64(allocate(replica, blocks, buckets))
+    request.blocks += count
+
+
+@kernel
+def free_blocks(replica, request, blocks, arena):
+    """Return all blocks, the tail of the sequence first."""
+    table = request.cells + request.chain_length
+    for number in range(request.blocks - 1, -1, -1):
+        release(replica, blocks, np.int64(arena[table + number]))
+    request.blocks = 0
+    request.registered = 0
+
+
+@kernel
+def report(fleet, outcomes, request, number, status, time):
+    """Add the row of a request that ended."""
+    row = outcomes[fleet.outcomes]
+    fleet.outcomes += 1
+    fleet.live -= 1
+    row.index = request.index
+    row.session = request.session
+    row.replica = number
+    row.status = status
+    row.prompt = request.prompt
+    row.output = request.tokens - request.prompt
+    row.cached = request.cached
+    row.preemptions = request.preemptions
+    row.arrival = request.arrival
+    row.scheduled = request.scheduled
+    row.first_token = request.first_token
+    row.finish = time
+
+
+@kernel
+def close(state, number, slot, status, time):
+    """End a request: report it, free its blocks, its cells and its slot. Its queue places are the caller's."""
+    replica, requests = state.replicas[number], state.requests[number]
+    request = requests[slot]
+    report(state.fleet[0], state.outcomes, request, number, status, time)
+    if status == 0:
+        replica.finished += 1
+    else:
+        replica.rejected += 1
+    free_blocks(replica, request, state.blocks[number], state.arena[number])
+    give_cells(state.arena[number], state.arena_free[number], request.cells, request.cell_class)
+    request.state = FREE
+    state.slots[number][replica.free_slots] = slot
+    replica.free_slots += 1
+
+
+@kernel
+def push(state, number, workload, row):
+    """A request reaches a replica. Returns (status, slot); any status but OK means: grow, and push again."""
+    fleet = state.fleet[0]
+    replica, engine = state.replicas[number], state.engines[number]
+    if replica.free_slots == 0:
+        return GROW_SLOTS, -1
+    if fleet.outcomes + fleet.live + 1 > state.outcomes.size:
+        return GROW_OUTCOMES, -1
+    requests, arena = state.requests[number], state.arena[number]
+    prompt = workload.prompt[row]
+    output = max(1, min(workload.output[row], engine.max_model_len - prompt))
+    chain_start, chain_end = workload.chain_starts[row], workload.chain_starts[row + 1]
+    chain_length = chain_end - chain_start
+    size = cell_class(max(1, chain_length + (prompt + output + engine.block_size - 1) // engine.block_size))
+    cells = take_cells(replica, arena, state.arena_free[number], size)
+    if cells < 0:
+        return GROW_ARENA, -1
+    time = workload.arrival[row]
+    account(replica, engine, time)
+    replica.free_slots -= 1
+    slot = state.slots[number][replica.free_slots]
+    request = requests[slot]
+    request.prompt = prompt
+    request.output = output
+    request.tokens = prompt
+    request.computed = 0
+    request.placeholders = 0
+    request.in_flight = 0
+    request.stale = 0
+    request.blocks = 0
+    request.registered = 0
+    request.state = WAITING
+    request.published = 0
+    request.held = workload.held[row]
+    request.priority = workload.priority[row]
+    request.sequence = replica.next_sequence
+    request.index = workload.index[row]
+    request.uid = replica.next_uid
+    request.session = workload.session[row]
+    request.cells = cells
+    request.cell_class = size
+    request.chain_length = chain_length
+    request.hash_tokens = workload.hash_tokens[row]
+    request.covered = min(workload.covered[row], prompt + output)
+    request.cached = 0
+    request.preemptions = 0
+    request.arrival = time
+    request.scheduled = np.nan
+    request.first_token = np.nan
+    request.stalled_since = np.nan
+    parent = _ZERO
+    for link in range(chain_length):
+        parent = chain_key(parent, workload.chain[chain_start + link])
+        arena[cells + link] = parent
+    replica.next_sequence += 1
+    replica.next_uid += 1
+    replica.received += 1
+    replica.quiet_until = -np.inf
+    fleet.live += 1
+    if replica.parked or (replica.in_flight == 0 and replica.running + replica.waiting == 0):
+        replica.now = max(replica.now, time)
+        replica.parked = 0
+    if prompt >= engine.max_model_len:
+        close(state, number, slot, REJECTED_LENGTH, time)
+        return OK, -1
+    queue.enqueue(replica, requests, state.waiting[number], engine.priority_policy, slot)
+    return OK, slot
+
+
+@kernel
+def leave_running(state, number, slot):
+    """Take a slot out of the running list, keeping the order."""
+    replica, running = state.replicas[number], state.running[number]
+    for place in range(replica.running):
+        if running[place] == slot:
+            for after in range(place, replica.running - 1):
+                running[after] = running[after + 1]
+            replica.running -= 1
+            return
+
+
+@kernel
+def leave_batches(state, number, slot):
+    """Strike a slot from the batches in flight (its entry stays, without a request)."""
+    for place in range(2):
+        entries = state.entries[number, place]
+        for at in range(state.batches[number, place].count):
+            if entries[at].slot == slot:
+                entries[at].slot = -1
+
+
+@kernel
+def withdraw(state, number, slot):
+    """Take a live request out of every list of the scheduler (an abort, or an end that comes from outside)."""
+    replica, requests = state.replicas[number], state.requests[number]
+    request = requests[slot]
+    if request.state == RUNNING:
+        leave_running(state, number, slot)
+    elif request.state == WAITING or request.state == PREEMPTED:
+        queue.remove(replica, requests, state.waiting[number], state.engines[number].priority_policy, slot)
+    leave_batches(state, number, slot)
+    replica.decoding = 0
+    replica.parked = 0
+    replica.quiet_until = -np.inf

@@ -1,0 +1,129 @@
+"""Which replica a request goes to. Policies see what a router could see: requests in flight and cache content now."""
+
+import numpy as np
+
+from kavier_twin.simulation.kernels.blocks import chain_key, find, mix
+from kavier_twin.simulation.kernels.compile import kernel
+from kavier_twin.simulation.kernels.replica import advance
+from kavier_twin.simulation.state import LEAST_LOADED, PREFIX_AWARE, SESSION_AFFINITY
+
+
+@kernel
+def _quiet_until(state, number):
+    """A time before which no live request of the replica can end by itself, assuming the shortest possible steps."""
+    replica, engine = state.replicas[number], state.engines[number]
+    requests, running = state.requests[number], state.running[number]
+    if replica.running + replica.waiting == 0:
+        return np.inf
+    if replica.in_flight == 0:
+        return replica.now
+    rest = 1 << 30 if replica.waiting == 0 else 1
+    for place in range(replica.running):
+        request = requests[running[place]]
+        rest = min(rest, request.prompt + request.output - request.tokens)
+    shortest = engine.fixed + engine.per_decode_sequence + engine.per_context_token
+    end = state.batches[number, replica.oldest].end
+    return end + max(0, rest - 2 - engine.async_scheduling) * min(shortest, engine.fixed + engine.per_prefill_token)
+
+
+@kernel
+def load(state, number, time):
+    """Live requests of a replica at `time`."""
+    replica = state.replicas[number]
+    if replica.quiet_until <= time:
+        advance(state, number, time)
+        replica.quiet_until = _quiet_until(state, number)
+    return replica.running + replica.waiting
+
+
+@kernel
+def _least_loaded(state, time):
+    best, least = -1, 1 << 30
+    for number in range(state.replicas.size):
+        if state.replicas[number].accepting:
+            requests = load(state, number, time)
+            if requests < least:
+                best, least = number, requests
+    return best
+
+
+@kernel
+def _by_turn(state):
+    fleet = state.fleet[0]
+    for _ in range(state.replicas.size):
+        number = fleet.turn % state.replicas.size
+        fleet.turn = number + 1
+        if state.replicas[number].accepting:
+            return number
+    return -1
+
+
+@kernel
+def _by_session(state, session):
+    """Rendezvous hashing: when a replica goes, only its own sessions move."""
+    best, highest = -1, np.uint64(0)
+    for number in range(state.replicas.size):
+        if state.replicas[number].accepting:
+            weight = mix(np.uint64(session) ^ mix(np.uint64(number)))
+            if best < 0 or weight > highest:
+                best, highest = number, weight
+    return best
+
+
+@kernel
+def _cached_blocks(state, number, workload, row):
+    """Leading blocks of the prompt that a replica has in its cache."""
+    engine = state.engines[number]
+    if not engine.prefix_caching:
+        return 0
+    blocks, buckets = state.blocks[number], state.buckets[number]
+    start, end = workload.chain_starts[row], workload.chain_starts[row + 1]
+    tokens = min(workload.covered[row], workload.prompt[row])
+    size, hash_tokens = engine.block_size, workload.hash_tokens[row]
+    parent, linked = np.uint64(0), 0
+    for number_of_block in range(tokens // size):
+        last = (number_of_block + 1) * size - 1
+        while start + linked < end and linked <= last // hash_tokens:
+            parent = chain_key(parent, workload.chain[start + linked])
+            linked += 1
+        if find(blocks, buckets, parent + np.uint64((last % hash_tokens) // size)) == 0:
+            return number_of_block
+    return tokens // size
+
+
+@kernel
+def _by_prefix(state, workload, row, time):
+    """The longest cached prefix among replicas not much busier than the least loaded; ties to the least loaded."""
+    least = 1 << 30
+    for number in range(state.replicas.size):
+        if state.replicas[number].accepting:
+            advance(state, number, time)
+            replica = state.replicas[number]
+            least = min(least, replica.running + replica.waiting)
+    best, longest, lightest = -1, -1, 1 << 30
+    for number in range(state.replicas.size):
+        replica = state.replicas[number]
+        requests = replica.running + replica.waiting
+        if not replica.accepting or requests > least + state.fleet[0].max_imbalance:
+            continue
+        match = _cached_blocks(state, number, workload, row)
+        if match > longest or (match == longest and requests < lightest):
+            best, longest, lightest = number, match, requests
+    return best
+
+
+@kernel
+def route(state, workload, row, time):
+    """The replica for this request, -1 if none accepts requests."""
+    if workload.replica[row] >= 0:
+        return np.int64(workload.replica[row])
+    if state.replicas.size == 1 and state.replicas[0].accepting:
+        return 0
+    policy = state.fleet[0].router
+    if policy == LEAST_LOADED:
+        return _least_loaded(state, time)
+    if policy == SESSION_AFFINITY:
+        return _by_session(state, workload.session[row])
+    if policy == PREFIX_AWARE:
+        return _by_prefix(state, workload, row, time)
+    return _by_turn(state)

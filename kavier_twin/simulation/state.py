@@ -1,0 +1,201 @@
+"""The whole state of a fleet: a handful of numpy arrays in one tuple.
+
+Nothing of the data plane lives outside these arrays, so a fork is a memory copy and a checkpoint is their bytes.
+Each array has the replica as its leading axis. Sizes: R replicas, S request slots, N blocks, H hash buckets, A arena
+cells. Record layouts below are the vocabulary of the kernels; every field says its unit where it has one.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+# --- request states -----------------------------------------------------------------------------------------------
+FREE: Final = 0
+WAITING: Final = 1
+RUNNING: Final = 2
+PREEMPTED: Final = 3
+
+# --- how a request ended (Outcome.status) -------------------------------------------------------------------------
+FINISHED: Final = 0
+REJECTED_LENGTH: Final = 1  # prompt does not fit max_model_len: vLLM answers HTTP 400
+REJECTED_KV_CAPACITY: Final = 2  # needs more blocks than the engine has: could never run
+LOST: Final = 3  # its replica failed and no other could take it
+
+# --- block keys ---------------------------------------------------------------------------------------------------
+UNHASHED: Final = 0  # not in the prefix cache
+PRIVATE: Final = 1  # cached, but only its own request could ever look it up: kept out of the hash table
+
+# --- routing policies ---------------------------------------------------------------------------------------------
+ROUND_ROBIN: Final = 0
+LEAST_LOADED: Final = 1
+SESSION_AFFINITY: Final = 2
+PREFIX_AWARE: Final = 3
+
+ITL_BINS: Final = 1024
+ITL_SMALLEST_SECONDS: Final = 1e-5
+ITL_BIN_RATIO: Final = 1.02  # bins 2 % wide: from 10 us to 6,000 s
+ARENA_CLASSES: Final = 32
+
+
+def _record(*fields: tuple[str, Any]) -> np.dtype[np.void]:
+    return np.dtype(list(fields), align=True)
+
+
+BLOCK = _record(
+    ("key", np.uint64),  # content identity, UNHASHED or PRIVATE
+    ("prev", np.int32),  # free list, block 0 (vLLM's null block) being its sentinel
+    ("next", np.int32),
+    ("refs", np.int32),  # live requests that hold it; 0 = in the free list
+    ("chain", np.int32),  # next block in its hash bucket, 0 = end; newest first
+)
+
+REQUEST = _record(
+    ("prompt", np.int32),  # tokens
+    ("output", np.int32),  # tokens it will generate; only its own completion ever reads this
+    ("tokens", np.int32),  # prompt + tokens delivered so far: vLLM's num_tokens
+    ("computed", np.int32),  # tokens whose KV is scheduled: vLLM's num_computed_tokens
+    ("placeholders", np.int32),  # asynchronous scheduling: tokens in flight
+    ("in_flight", np.int32),  # tokens scheduled in batches not yet completed
+    ("stale", np.int32),  # in-flight tokens from before a preemption
+    ("blocks", np.int32),  # blocks held
+    ("registered", np.int32),  # leading blocks that entered the prefix cache
+    ("state", np.int8),
+    ("published", np.int8),  # its private blocks are in the hash table (it was preempted once)
+    ("held", np.int8),  # its end comes from outside (a mirror's finish record): never finishes by itself
+    ("priority", np.int64),
+    ("sequence", np.int64),  # place in the fcfs queue: arrivals count up, preempted ones down from 0
+    ("index", np.int64),  # the caller's number for it
+    ("uid", np.int64),  # unique on this replica, names its private blocks
+    ("session", np.int64),
+    ("cells", np.int64),  # where its hash chain starts in the arena; its block table follows the chain
+    ("cell_class", np.int32),  # log2 of the arena cells it owns
+    ("chain_length", np.int32),
+    ("hash_tokens", np.int32),  # tokens under one hash of the chain
+    ("covered", np.int32),  # leading tokens whose content the chain identifies
+    ("cached", np.int32),  # prefix hits at first admission, tokens
+    ("preemptions", np.int32),
+    ("arrival", np.float64),  # seconds
+    ("scheduled", np.float64),
+    ("first_token", np.float64),
+    ("stalled_since", np.float64),  # time of its last token while it is not getting any; NaN = flowing
+)
+
+REPLICA = _record(
+    ("now", np.float64),  # time of the last scheduling decision or completion, seconds
+    ("accounted", np.float64),  # time up to which the integrals below run
+    ("last_completion", np.float64),
+    ("quiet_until", np.float64),  # its number of live requests cannot change by itself before
+    ("running", np.int32),
+    ("waiting", np.int32),
+    ("free_blocks", np.int32),
+    ("free_slots", np.int32),
+    ("in_flight", np.int32),  # batches in flight: at most 1, 2 under asynchronous scheduling
+    ("oldest", np.int32),  # which of the two batch places completes next
+    ("parked", np.int8),  # live, but nothing can be scheduled before something happens from outside
+    ("accepting", np.int8),  # the router may choose it
+    ("alive", np.int8),
+    ("decoding", np.int8),  # the newest batch in flight is every running request decoding one token
+    ("arena_top", np.int64),
+    ("next_uid", np.int64),
+    ("next_sequence", np.int64),
+    ("front_sequence", np.int64),
+    ("steps", np.int64),  # counters from here on
+    ("received", np.int64),
+    ("finished", np.int64),
+    ("rejected", np.int64),
+    ("query_tokens", np.int64),  # vllm:prefix_cache_queries
+    ("hit_tokens", np.int64),  # vllm:prefix_cache_hits
+    ("prompt_tokens", np.int64),  # vllm:prompt_tokens, credited at the first token
+    ("computed_tokens", np.int64),  # tokens that went through the model
+    ("output_tokens", np.int64),
+    ("preemptions", np.int64),
+    ("evictions", np.int64),  # blocks that lost their cached content
+    ("busy_seconds", np.float64),
+    ("running_seconds", np.float64),  # integral of running requests
+    ("waiting_seconds", np.float64),
+    ("used_block_seconds", np.float64),
+)
+
+ENGINE = _record(
+    ("block_size", np.int64),
+    ("num_blocks", np.int64),  # with the null block
+    ("max_num_seqs", np.int64),
+    ("max_num_batched_tokens", np.int64),
+    ("max_model_len", np.int64),
+    ("long_prefill_token_threshold", np.int64),
+    ("watermark_blocks", np.int64),
+    ("prefix_caching", np.int8),
+    ("async_scheduling", np.int8),
+    ("chunked_prefill", np.int8),
+    ("reserve_full_isl", np.int8),
+    ("priority_policy", np.int8),
+    ("stepping", np.int8),  # the reference: never jump
+    ("fixed", np.float64),  # step time, see step_time.py
+    ("per_prefill_token", np.float64),
+    ("per_decode_sequence", np.float64),
+    ("per_context_token", np.float64),
+    ("per_prefill_attention", np.float64),
+)
+
+BATCH = _record(("end", np.float64), ("count", np.int64))
+ENTRY = _record(("slot", np.int32), ("tokens", np.int32), ("emits", np.int8))
+
+OUTCOME = _record(
+    ("index", np.int64),
+    ("session", np.int64),
+    ("replica", np.int32),
+    ("status", np.int32),
+    ("prompt", np.int32),
+    ("output", np.int32),
+    ("cached", np.int32),
+    ("preemptions", np.int32),
+    ("arrival", np.float64),
+    ("scheduled", np.float64),
+    ("first_token", np.float64),
+    ("finish", np.float64),
+)
+
+FLEET = _record(
+    ("outcomes", np.int64),  # rows of FleetState.outcomes in use
+    ("live", np.int64),
+    ("router", np.int64),
+    ("max_imbalance", np.int64),  # prefix-aware: requests above the least loaded that a match may cost
+    ("turn", np.int64),  # round robin
+)
+
+Records = npt.NDArray[np.void]
+Ints = npt.NDArray[np.int32]
+
+
+class FleetState(NamedTuple):
+    """All arrays of a fleet (see module docstring for the axes)."""
+
+    fleet: Records  # [1] FLEET
+    replicas: Records  # [R] REPLICA
+    engines: Records  # [R] ENGINE
+    requests: Records  # [R, S] REQUEST
+    slots: Ints  # [R, S] stack of free request slots
+    running: Ints  # [R, S] slots in vLLM's running order
+    waiting: Ints  # [R, S] binary heap of slots in scheduling order
+    batches: Records  # [R, 2] BATCH
+    entries: Records  # [R, 2, S] ENTRY
+    blocks: Records  # [R, N] BLOCK
+    buckets: Ints  # [R, H] first block of a hash bucket
+    arena: npt.NDArray[np.uint64]  # [R, A] hash chains and block tables
+    arena_free: npt.NDArray[np.int64]  # [R, ARENA_CLASSES] first free piece of each size, -1 = none
+    scratch: Ints  # [R, 2 S + block size] working space of the jump
+    itl_counts: npt.NDArray[np.int64]  # [R, ITL_BINS] histogram of inter-token latencies
+    outcomes: Records  # [O] requests that ended and were not collected yet
+
+
+def copy_state(state: FleetState) -> FleetState:
+    """A deep copy: what a fork is."""
+    return FleetState(*(array.copy() for array in state))
+
+
+def state_bytes(state: FleetState) -> int:
+    """Memory held by the arrays, bytes."""
+    return sum(array.nbytes for array in state)

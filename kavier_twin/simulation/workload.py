@@ -1,0 +1,133 @@
+"""Requests as plain arrays, in order of arrival: what the kernels read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+
+class RequestLike(Protocol):
+    """What a request must tell to be simulated (telemetry's RequestRecord does)."""
+
+    @property
+    def time_seconds(self) -> float: ...
+    @property
+    def prompt_tokens(self) -> int: ...
+    @property
+    def output_tokens(self) -> int: ...
+    @property
+    def priority(self) -> int: ...
+    @property
+    def session(self) -> str | None: ...
+    @property
+    def block_hashes(self) -> Sequence[int]: ...
+    @property
+    def block_tokens(self) -> int | None: ...
+    @property
+    def hashes_cover_output(self) -> bool: ...
+
+
+class Workload(NamedTuple):
+    """n requests sorted by arrival; `chain[chain_starts[i]:chain_starts[i + 1]]` are the block hashes of request i."""
+
+    index: npt.NDArray[np.int64]  # [n] the caller's number
+    arrival: npt.NDArray[np.float64]  # [n] seconds
+    prompt: npt.NDArray[np.int64]  # [n] tokens
+    output: npt.NDArray[np.int64]  # [n] tokens
+    priority: npt.NDArray[np.int64]  # [n] lower first
+    session: npt.NDArray[np.int64]  # [n]
+    held: npt.NDArray[np.int8]  # [n] 1: ends only when told to
+    replica: npt.NDArray[np.int64]  # [n] -1: the router decides
+    chain_starts: npt.NDArray[np.int64]  # [n + 1]
+    chain: npt.NDArray[np.uint64]
+    hash_tokens: npt.NDArray[np.int64]  # [n] tokens under one hash, 0 without hashes
+    covered: npt.NDArray[np.int64]  # [n] leading tokens that the hashes identify
+
+
+def make_workload(
+    arrival: npt.ArrayLike,
+    prompt: npt.ArrayLike,
+    output: npt.ArrayLike,
+    *,
+    chain: npt.ArrayLike = (),
+    chain_starts: npt.ArrayLike | None = None,
+    hash_tokens: npt.ArrayLike = 0,
+    covered: npt.ArrayLike = 0,
+    priority: npt.ArrayLike = 0,
+    session: npt.ArrayLike | None = None,
+    held: npt.ArrayLike = 0,
+    replica: npt.ArrayLike = -1,
+    index: npt.ArrayLike | None = None,
+) -> Workload:
+    """Build a workload; scalars are broadcast. Arrivals must be sorted.
+
+    Raises ValueError for arrivals that run backwards or arrays of unequal length.
+    """
+    times = np.ascontiguousarray(arrival, dtype=np.float64)
+    n = times.size
+    if n and not (np.isfinite(times).all() and (np.diff(times) >= 0).all()):
+        raise ValueError("arrivals must be finite and sorted")
+
+    def column(values: npt.ArrayLike, dtype: type) -> npt.NDArray[np.int64]:
+        return np.ascontiguousarray(np.broadcast_to(np.asarray(values, dtype=dtype), (n,)))
+
+    starts = np.zeros(n + 1, np.int64) if chain_starts is None else np.ascontiguousarray(chain_starts, np.int64)
+    if starts.size != n + 1:
+        raise ValueError(f"chain_starts has {starts.size} entries for {n} requests")
+    numbers = np.arange(n)
+    return Workload(
+        index=column(numbers if index is None else index, np.int64),
+        arrival=times,
+        prompt=column(prompt, np.int64),
+        output=column(output, np.int64),
+        priority=column(priority, np.int64),
+        session=column(numbers if session is None else session, np.int64),
+        held=column(held, np.int8),  # type: ignore[arg-type]
+        replica=column(replica, np.int64),
+        chain_starts=starts,
+        chain=np.ascontiguousarray(chain, dtype=np.uint64),
+        hash_tokens=column(hash_tokens, np.int64),
+        covered=column(covered, np.int64),
+    )
+
+
+def workload_of(
+    requests: Iterable[RequestLike],
+    *,
+    held: bool = False,
+    first_index: int = 0,
+) -> Workload:
+    """Turn request records, sorted by arrival, into arrays. A missing session is a session of its own."""
+    rows = list(requests)
+    starts = np.zeros(len(rows) + 1, np.int64)
+    np.cumsum([len(row.block_hashes) for row in rows], out=starts[1:])
+    chain = np.fromiter((key for row in rows for key in row.block_hashes), np.uint64, count=int(starts[-1]))
+    sessions: dict[str, int] = {}
+    return make_workload(
+        [row.time_seconds for row in rows],
+        [row.prompt_tokens for row in rows],
+        [row.output_tokens for row in rows],
+        chain=chain,
+        chain_starts=starts,
+        hash_tokens=[row.block_tokens or 0 for row in rows],
+        covered=[covered_tokens(row) for row in rows],
+        priority=[row.priority for row in rows],
+        session=[
+            -1 - number if row.session is None else sessions.setdefault(row.session, len(sessions))
+            for number, row in enumerate(rows, first_index)
+        ],
+        held=int(held),
+        index=np.arange(first_index, first_index + len(rows)),
+    )
+
+
+def covered_tokens(request: RequestLike) -> int:
+    """Leading tokens of a request whose content its hashes identify."""
+    if not request.block_hashes or not request.block_tokens:
+        return 0
+    hashed = len(request.block_hashes) * request.block_tokens
+    known = request.prompt_tokens + (request.output_tokens if request.hashes_cover_output else 0)
+    return min(hashed, known)

@@ -1,0 +1,19 @@
+"""Records that cross the boundary. Imports nothing of ours."""
+
+from kavier_twin.telemetry.records import (
+    SCHEMA_VERSION,
+    EngineSample,
+    RequestFinished,
+    RequestRecord,
+    RequestSeen,
+    TelemetryRecord,
+)
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "EngineSample",
+    "RequestFinished",
+    "RequestRecord",
+    "RequestSeen",
+    "TelemetryRecord",
+]
