@@ -7,8 +7,10 @@ import math
 import numpy as np
 
 from kavier_twin.simulation import state as layout
+from kavier_twin.simulation.kernels import reshape
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
 from kavier_twin.simulation.state import FleetState, Records
+from kavier_twin.simulation.workload import Workload
 
 ROUTERS = {
     "round_robin": layout.ROUND_ROBIN,
@@ -106,6 +108,63 @@ def with_more_slots(state: FleetState) -> FleetState:
         waiting=_wider(state.waiting, new),
         entries=_wider(state.entries, new),
         scratch=_wider(state.scratch, state.scratch.shape[1] + 2 * old),
+    )
+
+
+def with_scratch(state: FleetState, block_size: int) -> FleetState:
+    """Working space for another block size."""
+    replicas, slots = state.requests.shape
+    return state._replace(scratch=np.zeros((replicas, 2 * slots + block_size), np.int32))
+
+
+def with_replica(state: FleetState, fresh: FleetState) -> FleetState:
+    """The fleet with one more replica, that of `fresh` (same settings, nothing in it yet)."""
+    while fresh.requests.shape[1] < state.requests.shape[1]:
+        fresh = with_more_slots(fresh)
+    while fresh.arena.shape[1] < state.arena.shape[1]:
+        fresh = with_more_arena(fresh)
+    columns = {}
+    for name, array in state._asdict().items():
+        added = getattr(fresh, name)
+        if name in ("fleet", "outcomes"):
+            columns[name] = array
+        else:
+            columns[name] = np.concatenate([array, added])
+    return FleetState(**columns)
+
+
+def with_pool(state: FleetState, num_blocks: int) -> FleetState:
+    """Every (settled) replica's cache in a pool of another size."""
+    replicas = state.replicas.size
+    blocks = np.zeros((replicas, num_blocks), layout.BLOCK)
+    buckets = np.zeros((replicas, _bucket_count(num_blocks)), np.int32)
+    for number in range(replicas):
+        reshape.resize_pool(state, number, blocks[number], buckets[number], num_blocks)
+    return state._replace(blocks=blocks, buckets=buckets)
+
+
+def rows_of_live(state: FleetState, number: int, delivered_seconds: float) -> Workload:
+    """The requests a replica holds, as a workload that starts them again at `delivered_seconds`."""
+    requests = state.requests[number]
+    rows = requests[requests["state"] != layout.FREE]
+    rows = rows[np.lexsort((rows["index"], rows["arrival"]))]
+    starts = np.zeros(rows.size + 1, np.int64)
+    np.cumsum(rows["chain_length"], out=starts[1:])
+    chains = [state.arena[number, row["cells"] : row["cells"] + row["chain_length"]] for row in rows]
+    return Workload(
+        index=rows["index"].copy(),
+        arrival=rows["arrival"].copy(),
+        delivered=np.full(rows.size, delivered_seconds),
+        prompt=rows["prompt"].astype(np.int64),
+        output=rows["output"].astype(np.int64),
+        priority=rows["priority"].copy(),
+        session=rows["session"].copy(),
+        held=rows["held"].copy(),
+        replica=np.full(rows.size, -1, np.int64),
+        chain_starts=starts,
+        chain=np.concatenate(chains) if chains else np.zeros(0, np.uint64),
+        hash_tokens=rows["hash_tokens"].astype(np.int64),
+        covered=rows["covered"].astype(np.int64),
     )
 
 

@@ -41,7 +41,11 @@ ARENA_CLASSES: Final = 32
 
 
 def _record(*fields: tuple[str, Any]) -> np.dtype[np.void]:
-    return np.dtype(list(fields), align=True)
+    """A record whose bytes are all fields: numpy leaves padding undefined, and the same run must give the same bytes."""
+    record = np.dtype(list(fields), align=True)
+    if record.itemsize != sum(record[name].itemsize for name, _ in fields):
+        raise TypeError(f"record with padding: {fields}")
+    return record
 
 
 BLOCK = _record(
@@ -62,9 +66,9 @@ REQUEST = _record(
     ("stale", np.int32),  # in-flight tokens from before a preemption
     ("blocks", np.int32),  # blocks held
     ("registered", np.int32),  # leading blocks that entered the prefix cache
-    ("state", np.int8),
-    ("published", np.int8),  # its private blocks are in the hash table (it was preempted once)
-    ("held", np.int8),  # its end comes from outside (a mirror's finish record): never finishes by itself
+    ("state", np.int32),
+    ("published", np.int32),  # its private blocks are in the hash table (it was preempted once)
+    ("held", np.int32),  # its end comes from outside (a mirror's finish record): never finishes by itself
     ("priority", np.int64),
     ("sequence", np.int64),  # place in the fcfs queue: arrivals count up, preempted ones down from 0
     ("index", np.int64),  # the caller's number for it
@@ -94,10 +98,11 @@ REPLICA = _record(
     ("free_slots", np.int32),
     ("in_flight", np.int32),  # batches in flight: at most 1, 2 under asynchronous scheduling
     ("oldest", np.int32),  # which of the two batch places completes next
-    ("parked", np.int8),  # live, but nothing can be scheduled before something happens from outside
-    ("accepting", np.int8),  # the router may choose it
-    ("alive", np.int8),
-    ("decoding", np.int8),  # the newest batch in flight is every running request decoding one token
+    ("parked", np.int32),  # live, but nothing can be scheduled before something happens from outside
+    ("accepting", np.int32),  # the router may choose it
+    ("alive", np.int32),
+    ("leaving", np.int32),  # gone once empty
+    ("decoding", np.int64),  # the newest batch in flight is every running request decoding one token
     ("arena_top", np.int64),
     ("next_uid", np.int64),
     ("next_sequence", np.int64),
@@ -127,12 +132,12 @@ ENGINE = _record(
     ("max_model_len", np.int64),
     ("long_prefill_token_threshold", np.int64),
     ("watermark_blocks", np.int64),
-    ("prefix_caching", np.int8),
-    ("async_scheduling", np.int8),
-    ("chunked_prefill", np.int8),
-    ("reserve_full_isl", np.int8),
-    ("priority_policy", np.int8),
-    ("stepping", np.int8),  # the reference: never jump
+    ("prefix_caching", np.int32),
+    ("async_scheduling", np.int32),
+    ("chunked_prefill", np.int32),
+    ("reserve_full_isl", np.int32),
+    ("priority_policy", np.int32),
+    ("stepping", np.int32),  # the reference: never jump
     ("fixed", np.float64),  # step time, see step_time.py
     ("per_prefill_token", np.float64),
     ("per_decode_sequence", np.float64),
@@ -141,7 +146,7 @@ ENGINE = _record(
 )
 
 BATCH = _record(("end", np.float64), ("count", np.int64))
-ENTRY = _record(("slot", np.int32), ("tokens", np.int32), ("emits", np.int8))
+ENTRY = _record(("slot", np.int32), ("tokens", np.int32), ("emits", np.int32))
 
 OUTCOME = _record(
     ("index", np.int64),

@@ -8,6 +8,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from kavier_twin.simulation.kernels.blocks import chain_keys
+
 
 class RequestLike(Protocol):
     """What a request must tell to be simulated (telemetry's RequestRecord does)."""
@@ -31,10 +33,11 @@ class RequestLike(Protocol):
 
 
 class Workload(NamedTuple):
-    """n requests sorted by arrival; `chain[chain_starts[i]:chain_starts[i + 1]]` are the block hashes of request i."""
+    """n requests sorted by arrival; `chain[chain_starts[i]:chain_starts[i + 1]]` are the chained keys of request i."""
 
     index: npt.NDArray[np.int64]  # [n] the caller's number
     arrival: npt.NDArray[np.float64]  # [n] seconds
+    delivered: npt.NDArray[np.float64]  # [n] seconds; later than the arrival for one that must start again
     prompt: npt.NDArray[np.int64]  # [n] tokens
     output: npt.NDArray[np.int64]  # [n] tokens
     priority: npt.NDArray[np.int64]  # [n] lower first
@@ -62,7 +65,7 @@ def make_workload(
     replica: npt.ArrayLike = -1,
     index: npt.ArrayLike | None = None,
 ) -> Workload:
-    """Build a workload; scalars are broadcast. Arrivals must be sorted.
+    """Build a workload; scalars are broadcast. Arrivals must be sorted, `chain` holds content hashes (any 64 bits).
 
     Raises ValueError for arrivals that run backwards or arrays of unequal length.
     """
@@ -77,10 +80,13 @@ def make_workload(
     starts = np.zeros(n + 1, np.int64) if chain_starts is None else np.ascontiguousarray(chain_starts, np.int64)
     if starts.size != n + 1:
         raise ValueError(f"chain_starts has {starts.size} entries for {n} requests")
+    keys = np.array(chain, dtype=np.uint64)
+    chain_keys(keys, starts)
     numbers = np.arange(n)
     return Workload(
         index=column(numbers if index is None else index, np.int64),
         arrival=times,
+        delivered=times,
         prompt=column(prompt, np.int64),
         output=column(output, np.int64),
         priority=column(priority, np.int64),
@@ -88,7 +94,7 @@ def make_workload(
         held=column(held, np.int8),  # type: ignore[arg-type]
         replica=column(replica, np.int64),
         chain_starts=starts,
-        chain=np.ascontiguousarray(chain, dtype=np.uint64),
+        chain=keys,
         hash_tokens=column(hash_tokens, np.int64),
         covered=column(covered, np.int64),
     )
@@ -122,6 +128,32 @@ def workload_of(
         held=int(held),
         index=np.arange(first_index, first_index + len(rows)),
     )
+
+
+def take_rows(workload: Workload, rows: npt.NDArray[np.int64]) -> Workload:
+    """The workload of these rows, in this order."""
+    starts = workload.chain_starts
+    lengths = starts[rows + 1] - starts[rows]
+    chain_starts = np.zeros(rows.size + 1, np.int64)
+    np.cumsum(lengths, out=chain_starts[1:])
+    picks = np.repeat(starts[rows] - chain_starts[:-1], lengths) + np.arange(int(chain_starts[-1]))
+    columns = {
+        name: column[rows] for name, column in workload._asdict().items() if name not in ("chain", "chain_starts")
+    }
+    return Workload(chain=workload.chain[picks], chain_starts=chain_starts, **columns)
+
+
+def concatenate(first: Workload, second: Workload) -> Workload:
+    """One workload after the other. Raises ValueError if the second does not start where the first ends or later."""
+    if first.delivered.size and second.delivered.size and second.delivered[0] < first.delivered[-1]:
+        raise ValueError("the second workload begins before the first ends")
+    columns = {
+        name: np.concatenate([column, getattr(second, name)])
+        for name, column in first._asdict().items()
+        if name != "chain_starts"
+    }
+    starts = np.concatenate([first.chain_starts, second.chain_starts[1:] + first.chain_starts[-1]])
+    return Workload(chain_starts=starts, **columns)
 
 
 def covered_tokens(request: RequestLike) -> int:

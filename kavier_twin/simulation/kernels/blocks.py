@@ -37,6 +37,16 @@ def chain_key(parent, content):
 
 
 @kernel
+def chain_keys(hashes, starts):
+    """Turn the content hashes of many requests, `hashes[starts[i]:starts[i + 1]]`, into chained keys in place."""
+    for request in range(starts.size - 1):
+        parent = np.uint64(0)
+        for link in range(starts[request], starts[request + 1]):
+            parent = chain_key(parent, hashes[link])
+            hashes[link] = parent
+
+
+@kernel
 def private_key(uid, block):
     """Key of block number `block` of request `uid` where no hash of the trace identifies its content."""
     return mix(mix(np.uint64(uid)) + np.uint64(block)) | _TOP_BIT
@@ -70,7 +80,8 @@ def insert(blocks, buckets, block, key):
 
 
 @kernel
-def _remove(blocks, buckets, block):
+def remove(blocks, buckets, block):
+    """Take a findable block out of the hash table. Its key stays."""
     bucket = _bucket(buckets, blocks[block].key)
     at = buckets[bucket]
     if at == block:
@@ -87,7 +98,7 @@ def forget(replica, blocks, buckets, block):
     key = blocks[block].key
     if key != _UNHASHED:
         if key != _PRIVATE:
-            _remove(blocks, buckets, block)
+            remove(blocks, buckets, block)
         blocks[block].key = _UNHASHED
         replica.evictions += 1
 

@@ -12,13 +12,13 @@ NO_REPLICA = 4
 
 @kernel
 def arrive(state, workload, start, stop, places):
-    """Deliver rows [start, stop) of a workload sorted by arrival.
+    """Deliver rows [start, stop) of a workload sorted by delivery.
 
     `places[row]` gets (replica, slot) of each, slot -1 if it was rejected at once. Returns (rows delivered + start,
     status, replica): a status other than OK names what must grow (on that replica) before going on.
     """
     for row in range(start, stop):
-        time = workload.arrival[row]
+        time = workload.delivered[row]
         number = route(state, workload, row, time)
         if number < 0:
             return row, NO_REPLICA, -1

@@ -137,9 +137,7 @@ def _limit_by_queue(state, number, steps, flowing):
     if replica.waiting == 0 or replica.running >= engine.max_num_seqs or budget == 0:
         return steps
     head = requests[state.waiting[number][0]]
-    verdict, _, _, _, missing = judge(
-        replica, engine, head, state.blocks[number], state.buckets[number], arena, budget
-    )
+    verdict, _, _, _, missing = judge(replica, engine, head, state.blocks[number], state.buckets[number], arena, budget)
     if verdict == ADMISSIBLE:
         return 0
     if missing != np.uint64(0):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from kavier_twin.simulation.kernels.blocks import touch
+from kavier_twin.simulation.kernels.blocks import insert, remove, touch
 from kavier_twin.simulation.kernels.compile import kernel
 from kavier_twin.simulation.kernels.jump import jump
 from kavier_twin.simulation.kernels.requests import (
@@ -10,9 +10,10 @@ from kavier_twin.simulation.kernels.requests import (
     OK,
     account,
     add_blocks,
+    block_key,
     cell_class,
-    chain_key,
     close,
+    dissolve,
     give_cells,
     lookup,
     register,
@@ -20,7 +21,9 @@ from kavier_twin.simulation.kernels.requests import (
     withdraw,
 )
 from kavier_twin.simulation.kernels.scheduler import complete, schedule
-from kavier_twin.simulation.state import FINISHED, LOST, RUNNING
+from kavier_twin.simulation.state import FINISHED, PRIVATE, RUNNING
+
+_PRIVATE = np.uint64(PRIVATE)
 
 
 @kernel
@@ -49,63 +52,65 @@ def advance(state, number, until):
 
 
 @kernel
-def set_output(state, number, slot, output):
-    """Change how many tokens a live request will generate. Returns OK or GROW_ARENA (then nothing changed)."""
-    replica, engine = state.replicas[number], state.engines[number]
-    arena, request = state.arena[number], state.requests[number][slot]
-    output = max(1, min(output, engine.max_model_len - request.prompt))
-    cells = request.chain_length + (request.prompt + output + engine.block_size - 1) // engine.block_size
-    return _resize(state, number, request, request.chain_length, cells, output, replica, arena)
-
-
-@kernel
-def _resize(state, number, request, chain_length, cells, output, replica, arena):
-    old_length, held = request.chain_length, request.blocks
+def _refit(state, number, slot, chain_length, output):
+    """Give a live request room for a longer hash chain or output. Returns OK or GROW_ARENA (then nothing changed)."""
+    engine, arena = state.engines[number], state.arena[number]
+    request = state.requests[number][slot]
+    cells = chain_length + (request.prompt + output + engine.block_size - 1) // engine.block_size
     size = max(request.cell_class, cell_class(cells))
-    if size != request.cell_class or chain_length != old_length:
-        target = take_cells(replica, arena, state.arena_free[number], size)
+    if size != request.cell_class or chain_length != request.chain_length:
+        target = take_cells(state.replicas[number], arena, state.arena_free[number], size)
         if target < 0:
             return GROW_ARENA
         source = request.cells
-        for link in range(min(old_length, chain_length)):
+        for link in range(request.chain_length):
             arena[target + link] = arena[source + link]
-        for block in range(held):
-            arena[target + chain_length + block] = arena[source + old_length + block]
+        for block in range(request.blocks):
+            arena[target + chain_length + block] = arena[source + request.chain_length + block]
         give_cells(arena, state.arena_free[number], source, request.cell_class)
         request.cells = target
         request.cell_class = size
         request.chain_length = chain_length
-    request.output = output
-    replica.parked = 0
-    replica.quiet_until = -np.inf
     return OK
+
+
+@kernel
+def set_output(state, number, slot, output):
+    """Change how many tokens a live request will generate. Returns OK or GROW_ARENA (then nothing changed)."""
+    replica, request = state.replicas[number], state.requests[number][slot]
+    output = max(1, min(output, state.engines[number].max_model_len - request.prompt))
+    status = _refit(state, number, slot, request.chain_length, output)
+    if status == OK:
+        request.output = output
+        replica.parked = 0
+        replica.quiet_until = -np.inf
+    return status
 
 
 @kernel
 def learn_chain(state, number, slot, chain, covered):
     """The content of prompt and output became known: identify the blocks that were private until now.
 
-    `chain` is the whole chain of hashes as the trace gives them. Returns OK or GROW_ARENA (then nothing changed).
+    `chain` is the whole chain of keys (`chain_keys`), of prompt and output. Returns OK or GROW_ARENA (then nothing
+    changed).
     """
-    replica, engine = state.replicas[number], state.engines[number]
-    blocks, buckets, arena = state.blocks[number], state.buckets[number], state.arena[number]
+    engine, arena = state.engines[number], state.arena[number]
+    blocks, buckets = state.blocks[number], state.buckets[number]
     request = state.requests[number][slot]
-    if request.hash_tokens <= 0 or chain.size <= request.chain_length:
+    if request.hash_tokens <= 0 or chain.size < request.chain_length:
         return OK
-    cells = chain.size + (request.prompt + request.output + engine.block_size - 1) // engine.block_size
-    status = _resize(state, number, request, chain.size, cells, request.output, replica, arena)
+    status = _refit(state, number, slot, chain.size, request.output)
     if status != OK:
         return status
-    parent = np.uint64(0)
-    for link in range(chain.size):
-        parent = chain_key(parent, chain[link])
-        arena[request.cells + link] = parent
+    arena[request.cells : request.cells + chain.size] = chain
     first = request.covered // engine.block_size
     request.covered = covered
-    registered = request.registered
-    if registered > first and not request.published:
-        request.registered = first
-        register(request, blocks, buckets, arena, engine.block_size, registered * engine.block_size)
+    table = request.cells + request.chain_length
+    for at in range(first, min(request.registered, covered // engine.block_size)):
+        block = np.int64(arena[table + at])
+        if blocks[block].key != _PRIVATE:
+            remove(blocks, buckets, block)
+        insert(blocks, buckets, block, block_key(request, arena, at, engine.block_size))
     return OK
 
 
@@ -156,7 +161,16 @@ def finish_now(state, number, slot, time):
 
 @kernel
 def abandon(state, number, slot, time):
-    """End a live request without completing it: its replica is gone."""
+    """Drop a live request without a trace: it will start again elsewhere, or be reported lost by the caller."""
     account(state.replicas[number], state.engines[number], time)
     withdraw(state, number, slot)
-    close(state, number, slot, LOST, time)
+    dissolve(state, number, slot)
+    state.replicas[number].received -= 1
+
+
+@kernel
+def settle(state, number):
+    """Complete the batches in flight without scheduling more."""
+    while state.replicas[number].in_flight > 0:
+        complete(state, number)
+    state.replicas[number].decoding = 0

@@ -9,7 +9,6 @@ import numpy as np
 from kavier_twin.simulation.kernels import queue
 from kavier_twin.simulation.kernels.blocks import (
     allocate,
-    chain_key,
     find,
     insert,
     private_key,
@@ -17,6 +16,7 @@ from kavier_twin.simulation.kernels.blocks import (
 )
 from kavier_twin.simulation.kernels.compile import kernel
 from kavier_twin.simulation.state import (
+    FINISHED,
     FREE,
     PREEMPTED,
     PRIVATE,
@@ -166,7 +166,6 @@ def report(fleet, outcomes, request, number, status, time):
     """Add the row of a request that ended."""
     row = outcomes[fleet.outcomes]
     fleet.outcomes += 1
-    fleet.live -= 1
     row.index = request.index
     row.session = request.session
     row.replica = number
@@ -183,14 +182,21 @@ def report(fleet, outcomes, request, number, status, time):
 
 @kernel
 def close(state, number, slot, status, time):
-    """End a request: report it, free its blocks, its cells and its slot. Its queue places are the caller's."""
-    replica, requests = state.replicas[number], state.requests[number]
-    request = requests[slot]
-    report(state.fleet[0], state.outcomes, request, number, status, time)
-    if status == 0:
+    """End a request: report it and free what it holds. Its queue places are the caller's."""
+    replica = state.replicas[number]
+    report(state.fleet[0], state.outcomes, state.requests[number][slot], number, status, time)
+    if status == FINISHED:
         replica.finished += 1
     else:
         replica.rejected += 1
+    dissolve(state, number, slot)
+
+
+@kernel
+def dissolve(state, number, slot):
+    """Free a request's blocks, its cells and its slot."""
+    replica, request = state.replicas[number], state.requests[number][slot]
+    state.fleet[0].live -= 1
     free_blocks(replica, request, state.blocks[number], state.arena[number])
     give_cells(state.arena[number], state.arena_free[number], request.cells, request.cell_class)
     request.state = FREE
@@ -216,7 +222,7 @@ def push(state, number, workload, row):
     cells = take_cells(replica, arena, state.arena_free[number], size)
     if cells < 0:
         return GROW_ARENA, -1
-    time = workload.arrival[row]
+    time = workload.delivered[row]
     account(replica, engine, time)
     replica.free_slots -= 1
     slot = state.slots[number][replica.free_slots]
@@ -245,14 +251,12 @@ def push(state, number, workload, row):
     request.covered = min(workload.covered[row], prompt + output)
     request.cached = 0
     request.preemptions = 0
-    request.arrival = time
+    request.arrival = workload.arrival[row]
     request.scheduled = np.nan
     request.first_token = np.nan
     request.stalled_since = np.nan
-    parent = _ZERO
     for link in range(chain_length):
-        parent = chain_key(parent, workload.chain[chain_start + link])
-        arena[cells + link] = parent
+        arena[cells + link] = workload.chain[chain_start + link]
     replica.next_sequence += 1
     replica.next_uid += 1
     replica.received += 1

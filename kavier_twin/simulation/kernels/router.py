@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from kavier_twin.simulation.kernels.blocks import chain_key, find, mix
+from kavier_twin.simulation.kernels.blocks import find, mix
 from kavier_twin.simulation.kernels.compile import kernel
 from kavier_twin.simulation.kernels.replica import advance
 from kavier_twin.simulation.state import LEAST_LOADED, PREFIX_AWARE, SESSION_AFFINITY
@@ -77,18 +77,14 @@ def _cached_blocks(state, number, workload, row):
     if not engine.prefix_caching:
         return 0
     blocks, buckets = state.blocks[number], state.buckets[number]
-    start, end = workload.chain_starts[row], workload.chain_starts[row + 1]
-    tokens = min(workload.covered[row], workload.prompt[row])
-    size, hash_tokens = engine.block_size, workload.hash_tokens[row]
-    parent, linked = np.uint64(0), 0
-    for number_of_block in range(tokens // size):
-        last = (number_of_block + 1) * size - 1
-        while start + linked < end and linked <= last // hash_tokens:
-            parent = chain_key(parent, workload.chain[start + linked])
-            linked += 1
-        if find(blocks, buckets, parent + np.uint64((last % hash_tokens) // size)) == 0:
-            return number_of_block
-    return tokens // size
+    start, size, hash_tokens = workload.chain_starts[row], engine.block_size, workload.hash_tokens[row]
+    most = min(workload.covered[row], workload.prompt[row]) // size
+    for block in range(most):
+        last = (block + 1) * size - 1
+        key = workload.chain[start + last // hash_tokens] + np.uint64((last % hash_tokens) // size)
+        if find(blocks, buckets, key) == 0:
+            return block
+    return most
 
 
 @kernel

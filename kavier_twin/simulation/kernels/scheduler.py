@@ -342,9 +342,7 @@ def complete(state, number):
             if not stale:
                 request.placeholders -= 1
             if request.state == RUNNING and engine.prefix_caching:
-                register(
-                    request, blocks, buckets, arena, engine.block_size, request.computed - request.placeholders
-                )
+                register(request, blocks, buckets, arena, engine.block_size, request.computed - request.placeholders)
         if stale and request.state == PREEMPTED:
             request.stalled_since = time
         if request.tokens >= request.prompt + request.output:

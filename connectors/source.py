@@ -1,0 +1,34 @@
+"""What the twin reads its telemetry from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
+
+from kavier_twin.telemetry import TelemetryRecord
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A stream of telemetry records that is asked for what has come in. One thread at a time may ask."""
+
+    @property
+    def name(self) -> str:
+        """What to call the source in logs and metrics."""
+
+    @property
+    def last_record_seconds(self) -> float | None:
+        """Event time of the newest record handed out, or None before the first."""
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether no record will ever come again."""
+
+    def poll(self, max_records: int) -> list[TelemetryRecord]:
+        """At most `max_records` records that are there now. Never waits; an outage is an empty list."""
+
+    def rejected(self) -> Mapping[str, int]:
+        """How many pieces of input made no record, by reason."""
+
+    def close(self) -> None:
+        """Let go of files and connections. May be called twice; afterwards `poll` gives nothing."""

@@ -1,0 +1,383 @@
+"""The control plane: a fleet's clock and everything that happens rarely, as SimPy processes.
+
+The data plane (kernels over `FleetState`) is pulled forward by the control plane: before a control event acts, the
+arrivals up to its time are delivered and every replica is advanced to it. Processes keep no state of their own; what
+is still to come is plain data (`_arrivals`, `_actions`), so a fork is a copy of arrays and of that data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import simpy
+
+from kavier_twin.simulation import build
+from kavier_twin.simulation import state as layout
+from kavier_twin.simulation.kernels import fleet as kernels
+from kavier_twin.simulation.kernels import replica as replica_kernels
+from kavier_twin.simulation.kernels import requests as request_kernels
+from kavier_twin.simulation.kernels import reshape
+from kavier_twin.simulation.policies import Override, apply_overrides
+from kavier_twin.simulation.settings import FleetSettings
+from kavier_twin.simulation.state import FleetState, Records
+from kavier_twin.simulation.workload import Workload, concatenate, take_rows
+
+Kind = Literal["join", "drain", "leave", "fail", "policy", "sample"]
+
+
+class Action(NamedTuple):
+    """Something the control plane does at a time: plain data, so that it survives a fork."""
+
+    time_seconds: float
+    kind: Kind
+    replica: int = -1
+    overrides: tuple[tuple[str, Override], ...] = ()
+    every_seconds: float = 0.0  # "sample": repeat
+
+
+@dataclass
+class Samples:
+    """The fleet over time, one entry a sampling tick."""
+
+    time_seconds: list[float] = field(default_factory=list)
+    running: list[int] = field(default_factory=list)
+    waiting: list[int] = field(default_factory=list)
+    kv_usage_ratio: list[float] = field(default_factory=list)
+
+    def copy(self) -> Samples:
+        return Samples(list(self.time_seconds), list(self.running), list(self.waiting), list(self.kv_usage_ratio))
+
+
+class Live(NamedTuple):
+    """A request that is in a replica now."""
+
+    index: int
+    replica: int
+    slot: int
+
+
+class Fleet:
+    """A simulated pool of replicas behind a router.
+
+    Deterministic: the same settings and workload give the same bytes. Not thread-safe; a fork is independent.
+    """
+
+    def __init__(
+        self,
+        settings: FleetSettings,
+        *,
+        stepping: bool = False,
+        start_seconds: float = 0.0,
+        state: FleetState | None = None,
+    ) -> None:
+        self.settings = settings
+        self.samples = Samples()
+        self.requeued = 0
+        self._stepping = stepping
+        self.state = build.new_state(settings, stepping=stepping) if state is None else state
+        self._arrivals: Workload | None = None
+        self._next_row = 0
+        self._actions: list[Action] = []
+        self._collected: list[Records] = []
+        self.now_seconds = start_seconds
+        if state is None:
+            self.state.replicas["now"] = start_seconds
+            self.state.replicas["accounted"] = start_seconds
+            self.state.replicas["last_completion"] = start_seconds
+
+    # --- what is to come ------------------------------------------------------------------------------------------
+
+    def feed(self, workload: Workload) -> None:
+        """Add requests, sorted by arrival and none earlier than those fed before or than now.
+
+        Raises ValueError for an arrival in the past.
+        """
+        if workload.index.size == 0:
+            return
+        if workload.delivered[0] < self.now_seconds:
+            raise ValueError(f"arrival at {workload.delivered[0]} s lies before the fleet's clock {self.now_seconds} s")
+        rest = self._pending()
+        self._arrivals = workload if rest is None else concatenate(rest, workload)
+        self._next_row = 0
+
+    def join(self, time_seconds: float) -> None:
+        """A new replica with a cold cache joins."""
+        self._at(Action(time_seconds, "join"))
+
+    def drain(self, replica: int, time_seconds: float) -> None:
+        """The replica gets no new requests and ends those it has."""
+        self._at(Action(time_seconds, "drain", replica))
+
+    def leave(self, replica: int, time_seconds: float) -> None:
+        """The replica is drained and gone once empty."""
+        self._at(Action(time_seconds, "leave", replica))
+
+    def fail(self, replica: int, time_seconds: float) -> None:
+        """The replica is gone at once; its requests start again elsewhere, keeping their arrival times."""
+        self._at(Action(time_seconds, "fail", replica))
+
+    def switch_policy(self, overrides: Mapping[str, Override], time_seconds: float) -> None:
+        """From then on the fleet runs with these overrides (see `policies`)."""
+        apply_overrides(self.settings, overrides)  # refuse a bad one now, not when its time comes
+        self._at(Action(time_seconds, "policy", overrides=tuple(overrides.items())))
+
+    def sample_every(self, seconds: float) -> None:
+        """Record `samples` now and every so often while there is something to do."""
+        self._at(Action(self.now_seconds, "sample", every_seconds=seconds))
+
+    def _at(self, action: Action) -> None:
+        if action.time_seconds < self.now_seconds:
+            raise ValueError(f"{action.kind} at {action.time_seconds} s lies before the clock {self.now_seconds} s")
+        self._actions.append(action)
+
+    # --- running --------------------------------------------------------------------------------------------------
+
+    def run(self, until_seconds: float = math.inf) -> None:
+        """Advance to `until_seconds`; without it, until every request fed has ended and every action was done."""
+        environment = simpy.Environment(initial_time=self.now_seconds)
+        due = [action for action in self._actions if action.time_seconds <= until_seconds]
+        self._actions = [action for action in self._actions if action.time_seconds > until_seconds]
+        for action in due:
+            environment.process(self._perform(environment, action, until_seconds))
+        environment.run(until=None)
+        self._catch_up(until_seconds)
+
+    def _perform(
+        self, environment: simpy.Environment, action: Action, until_seconds: float
+    ) -> Generator[simpy.Event, Any, None]:
+        time = action.time_seconds  # not environment.now: a fork starts its clock elsewhere and would round otherwise
+        while True:
+            yield environment.timeout(max(0.0, time - environment.now))
+            self._catch_up(time)
+            if action.kind != "sample":
+                self._act(action)
+                return
+            self._sample()
+            time += action.every_seconds
+            if time > until_seconds:
+                self._actions.append(action._replace(time_seconds=time))
+                return
+            if until_seconds == math.inf and self.idle:
+                return
+
+    def _catch_up(self, time_seconds: float) -> None:
+        """Deliver the arrivals before this time and bring every replica up to it."""
+        if self._arrivals is not None:
+            stop = int(np.searchsorted(self._arrivals.delivered, time_seconds, side="left"))
+            if stop > self._next_row:
+                self.deliver(self._arrivals, self._next_row, stop)
+                self._next_row = stop
+            if self._next_row == self._arrivals.index.size:
+                self._arrivals, self._next_row = None, 0
+        kernels.advance_all(self.state, time_seconds)
+        self.now_seconds = time_seconds if time_seconds < math.inf else float(self.state.replicas["now"].max())
+
+    def deliver(self, workload: Workload, start: int, stop: int) -> npt.NDArray[np.int32]:
+        """Route and push rows [start, stop) now, growing the arrays where needed. Returns [rows, 2] (replica, slot)."""
+        places = np.full((workload.index.size, 2), -1, np.int32)
+        row = start
+        while row < stop:
+            row, status, _ = kernels.arrive(self.state, workload, row, stop, places)
+            if status == kernels.NO_REPLICA:
+                self._lose(workload, row)
+                row += 1
+            elif status != request_kernels.OK:
+                self._grow(status)
+        return places[start:stop]
+
+    def _grow(self, status: int) -> None:
+        if status == request_kernels.GROW_SLOTS:
+            self.state = build.with_more_slots(self.state)
+        elif status == request_kernels.GROW_ARENA:
+            self.state = build.with_more_arena(self.state)
+        else:
+            self._set_aside()
+            if 2 * int(self.state.fleet["live"][0]) + 1 > self.state.outcomes.size:
+                self.state = build.with_more_outcomes(self.state)
+
+    # --- what an outside world tells about live requests --------------------------------------------------------------
+
+    def finish(self, live: Live, output_tokens: int, chain: npt.NDArray[np.uint64] | None, covered: int) -> None:
+        """End a held request now with this many output tokens; `chain` (keys) and `covered` as in `learn_chain`."""
+        number, slot = live.replica, live.slot
+        while replica_kernels.set_output(self.state, number, slot, max(1, output_tokens)) != request_kernels.OK:
+            self._grow(request_kernels.GROW_ARENA)
+        if chain is not None:
+            while replica_kernels.learn_chain(self.state, number, slot, chain, covered) != request_kernels.OK:
+                self._grow(request_kernels.GROW_ARENA)
+        self._room_for_outcomes()
+        replica_kernels.finish_now(self.state, number, slot, self.now_seconds)
+
+    def set_output(self, live: Live, output_tokens: int) -> None:
+        """Change how many tokens a live request is expected to generate."""
+        while replica_kernels.set_output(self.state, live.replica, live.slot, output_tokens) != request_kernels.OK:
+            self._grow(request_kernels.GROW_ARENA)
+
+    def _room_for_outcomes(self) -> None:
+        fleet = self.state.fleet[0]
+        if fleet["outcomes"] + fleet["live"] + 1 > self.state.outcomes.size:
+            self._grow(request_kernels.GROW_OUTCOMES)
+
+    # --- what can be seen -----------------------------------------------------------------------------------------
+
+    @property
+    def idle(self) -> bool:
+        """No request is live and none is to come."""
+        return self._arrivals is None and int(self.state.fleet["live"][0]) == 0
+
+    def live(self) -> list[Live]:
+        """All requests in the replicas now."""
+        found = np.argwhere(self.state.requests["state"] != layout.FREE)
+        return [Live(int(self.state.requests[r, s]["index"]), int(r), int(s)) for r, s in found]
+
+    def collect(self) -> Records:
+        """Take the outcomes of requests that ended since the last call, in the order in which they ended per replica."""
+        self._set_aside()
+        taken = self._collected
+        self._collected = []
+        return np.concatenate(taken) if taken else np.zeros(0, layout.OUTCOME)
+
+    def _set_aside(self) -> None:
+        count = int(self.state.fleet["outcomes"][0])
+        if count:
+            self._collected.append(self.state.outcomes[:count].copy())
+            self.state.fleet["outcomes"] = 0
+
+    def _sample(self) -> None:
+        running, waiting, used = kernels.live_requests(self.state)
+        usable = int((self.state.engines["num_blocks"] - 1)[self.state.replicas["alive"] == 1].sum())
+        self.samples.time_seconds.append(self.now_seconds)
+        self.samples.running.append(int(running))
+        self.samples.waiting.append(int(waiting))
+        self.samples.kv_usage_ratio.append(used / usable if usable else 0.0)
+
+    # --- forks ----------------------------------------------------------------------------------------------------
+
+    def fork(self) -> Fleet:
+        """An independent copy that continues exactly as this one would."""
+        twin = Fleet(
+            self.settings, stepping=self._stepping, start_seconds=self.now_seconds, state=layout.copy_state(self.state)
+        )
+        twin.samples = self.samples.copy()
+        twin.requeued = self.requeued
+        twin._arrivals, twin._next_row = self._arrivals, self._next_row
+        twin._actions = list(self._actions)
+        twin._collected = list(self._collected)
+        return twin
+
+    # --- control events -------------------------------------------------------------------------------------------
+
+    def _pending(self) -> Workload | None:
+        if self._arrivals is None:
+            return None
+        return take_rows(self._arrivals, np.arange(self._next_row, self._arrivals.index.size))
+
+    def _act(self, action: Action) -> None:
+        replicas = self.state.replicas
+        if action.kind == "join":
+            self._join()
+        elif action.kind == "policy":
+            self.apply(dict(action.overrides))
+        elif not 0 <= action.replica < replicas.size or not replicas[action.replica]["alive"]:
+            raise ValueError(f"{action.kind}: there is no replica {action.replica}")
+        elif action.kind == "fail":
+            self._fail(action.replica)
+        else:
+            replicas["accepting"][action.replica] = 0
+            if action.kind == "leave":
+                replicas["leaving"][action.replica] = 1
+        self._retire()
+
+    def _retire(self) -> None:
+        """Replicas that were to leave and are empty are gone."""
+        replicas = self.state.replicas
+        empty = (replicas["running"] == 0) & (replicas["waiting"] == 0) & (replicas["in_flight"] == 0)
+        replicas["alive"][(replicas["leaving"] == 1) & empty] = 0
+
+    def _join(self) -> None:
+        fresh = build.new_state(self.settings.model_copy(update={"replicas": 1}), stepping=self._stepping)
+        for name in ("now", "accounted", "last_completion"):
+            fresh.replicas[name] = self.now_seconds
+        self.state = build.with_replica(self.state, fresh)
+
+    def _fail(self, number: int) -> None:
+        again = build.rows_of_live(self.state, number, self.now_seconds)
+        self.state.replicas["accepting"][number] = 0
+        for live in self.live():
+            if live.replica == number:
+                replica_kernels.abandon(self.state, number, live.slot, self.now_seconds)
+        self.state.replicas["in_flight"][number] = 0
+        self.state.replicas["alive"][number] = 0
+        self.requeued += again.index.size
+        self.deliver(again, 0, again.index.size)
+
+    def _lose(self, workload: Workload, row: int) -> None:
+        self._room_for_outcomes()
+        outcome = np.zeros(1, layout.OUTCOME)
+        outcome["index"], outcome["session"] = workload.index[row], workload.session[row]
+        outcome["replica"], outcome["status"] = -1, layout.LOST
+        outcome["prompt"], outcome["arrival"] = workload.prompt[row], workload.arrival[row]
+        for name in ("scheduled", "first_token", "finish"):
+            outcome[name] = np.nan
+        self._collected.append(outcome)
+
+    def apply(self, overrides: Mapping[str, Override]) -> None:
+        """Switch to these overrides now. What a live vLLM would do only after a restart is done in place.
+
+        A smaller cache drops its least recently used blocks; another block size clears the cache and preempts all.
+        """
+        old, new = self.settings, apply_overrides(self.settings, overrides)
+        replicas = range(self.state.replicas.size)
+        disruptive = new.engine.async_scheduling != old.engine.async_scheduling or (
+            new.engine.block_size != old.engine.block_size or new.engine.num_gpu_blocks != old.engine.num_gpu_blocks
+        )
+        if disruptive:
+            for number in replicas:
+                self._room_for_outcomes()
+                replica_kernels.settle(self.state, number)
+        if new.engine.block_size != old.engine.block_size:
+            for number in replicas:
+                while self.state.replicas["running"][number] > 0:
+                    reshape.preempt_last(self.state, number)
+                reshape.clear_cache(self.state, number)
+        if new.engine.num_gpu_blocks != old.engine.num_gpu_blocks:
+            self.state = build.with_pool(self.state, new.engine.num_gpu_blocks)
+        for number in replicas:
+            build.write_engine(
+                self.state.engines[number : number + 1], new.engine, new.step_time, stepping=self._stepping
+            )
+            self.state.replicas["parked"][number] = 0
+            self.state.replicas["quiet_until"][number] = -np.inf
+            reshape.reorder_queue(self.state, number)
+        if new.engine.block_size != old.engine.block_size:
+            self.state = build.with_scratch(self.state, new.engine.block_size)
+            for live in self.live():  # smaller blocks need longer block tables
+                self.set_output(live, int(self.state.requests["output"][live.replica, live.slot]))
+        self.state.fleet["router"] = build.ROUTERS[new.router]
+        self.state.fleet["max_imbalance"] = new.router_max_imbalance
+        self.settings = new
+        alive = [number for number in replicas if self.state.replicas["accepting"][number]]
+        for _ in range(new.replicas - len(alive) if "replicas" in overrides else 0):
+            self._join()
+        for number in alive[new.replicas :] if "replicas" in overrides else []:
+            self.state.replicas["accepting"][number] = 0
+            self.state.replicas["leaving"][number] = 1
+        self._retire()
+
+
+def simulate(
+    settings: FleetSettings, workload: Workload, *, stepping: bool = False, sample_seconds: float = 0.0
+) -> Fleet:
+    """Run a workload to its end on a cold fleet."""
+    start = float(workload.arrival[0]) if workload.arrival.size else 0.0
+    fleet = Fleet(settings, stepping=stepping, start_seconds=min(0.0, start))
+    if sample_seconds > 0.0:
+        fleet.sample_every(sample_seconds)
+    fleet.feed(workload)
+    fleet.run()
+    return fleet

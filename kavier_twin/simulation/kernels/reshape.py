@@ -1,0 +1,90 @@
+"""Changing a replica's KV cache while it holds requests and cached blocks."""
+
+import numpy as np
+
+from kavier_twin.simulation.kernels import queue
+from kavier_twin.simulation.kernels.blocks import allocate, forget, insert
+from kavier_twin.simulation.kernels.compile import kernel
+from kavier_twin.simulation.kernels.scheduler import preempt
+
+
+@kernel
+def preempt_last(state, number):
+    """Preempt the last running request (the replica is settled: nothing is in flight)."""
+    replica = state.replicas[number]
+    replica.running -= 1
+    preempt(state, number, state.running[number][replica.running])
+    replica.quiet_until = -np.inf
+    replica.parked = 0
+
+
+@kernel
+def clear_cache(state, number):
+    """Forget everything cached. Blocks in use keep their content for their own requests only."""
+    replica, blocks, buckets = state.replicas[number], state.blocks[number], state.buckets[number]
+    for block in range(1, state.engines[number].num_blocks):
+        if blocks[block].refs == 0:
+            forget(replica, blocks, buckets, block)
+
+
+@kernel
+def resize_pool(state, number, blocks, buckets, new_count):
+    """Move a settled replica's cache into `blocks` and `buckets`, zeroed arrays for `new_count` blocks.
+
+    The least recently used evictable blocks go first when it shrinks, then running requests from the last; new
+    blocks come to the head of the free list when it grows.
+    """
+    replica, engine = state.replicas[number], state.engines[number]
+    old_blocks, old_buckets = state.blocks[number], state.buckets[number]
+    old_count = engine.num_blocks
+    while old_count - 1 - replica.free_blocks > new_count - 1 and replica.running > 0:
+        preempt_last(state, number)
+    names = np.zeros(old_count, np.int32)  # new number of each old block, 0 = dropped
+    drop = max(0, old_count - new_count)
+    for _ in range(min(drop, replica.free_blocks)):
+        names[allocate(replica, old_blocks, old_buckets)] = -1
+    named = 0
+    for block in range(1, old_count):
+        if names[block] == 0:
+            named += 1
+            names[block] = named
+            blocks[named].refs = old_blocks[block].refs
+            blocks[named].key = old_blocks[block].key
+    last = 0
+    for fresh in range(named + 1, new_count):
+        blocks[last].next = fresh
+        blocks[fresh].prev = last
+        last = fresh
+        replica.free_blocks += 1
+    block = old_blocks[0].next
+    while block != 0:
+        blocks[last].next = names[block]
+        blocks[names[block]].prev = last
+        last = names[block]
+        block = old_blocks[block].next
+    blocks[last].next = 0
+    blocks[0].prev = last
+    chain = np.zeros(old_count, np.int32)
+    for bucket in range(old_buckets.size):
+        length = 0
+        block = old_buckets[bucket]
+        while block != 0:
+            chain[length] = block
+            length += 1
+            block = old_blocks[block].chain
+        for at in range(length - 1, -1, -1):  # oldest first, so that the order among equal keys stays
+            insert(blocks, buckets, names[chain[at]], old_blocks[chain[at]].key)
+    running, arena = state.running[number], state.arena[number]
+    for place in range(replica.running):
+        request = state.requests[number][running[place]]
+        table = request.cells + request.chain_length
+        for at in range(request.blocks):
+            arena[table + at] = np.uint64(names[np.int64(arena[table + at])])
+    engine.num_blocks = new_count
+
+
+@kernel
+def reorder_queue(state, number):
+    """Restore the queue's order after the scheduling policy changed."""
+    engine = state.engines[number]
+    queue.reorder(state.replicas[number], state.requests[number], state.waiting[number], engine.priority_policy)

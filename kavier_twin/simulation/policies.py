@@ -1,0 +1,140 @@
+"""Policies: sparse overrides of a fleet's live settings.
+
+A policy names only what it changes, e.g. {"num_gpu_blocks": "0.5x", "max_num_seqs": 8}. Names are those of
+`EngineSettings` and `FleetSettings` (`replicas`, `router`, ...) and `step_time.<coefficient>`. A number with the
+suffix `x` multiplies the live value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
+
+Override = bool | int | float | str
+
+_ENGINE = frozenset(EngineSettings.model_fields)
+_FLEET = frozenset(FleetSettings.model_fields) - {"engine", "step_time"}
+_STEP_TIME = frozenset(f"step_time.{name}" for name in StepTime.model_fields)
+POLICY_NAMES = tuple(sorted(_ENGINE | _FLEET | _STEP_TIME))
+
+# vLLM 0.32 flags that deploy an engine setting (facts: `vllm serve --help`; booleans have a --no- form).
+_FLAGS = {
+    "block_size": "--block-size",
+    "num_gpu_blocks": "--num-gpu-blocks-override",
+    "max_num_seqs": "--max-num-seqs",
+    "max_num_batched_tokens": "--max-num-batched-tokens",
+    "max_model_len": "--max-model-len",
+    "prefix_caching": "--enable-prefix-caching",
+    "async_scheduling": "--async-scheduling",
+    "enable_chunked_prefill": "--enable-chunked-prefill",
+    "scheduling_policy": "--scheduling-policy",
+    "long_prefill_token_threshold": "--long-prefill-token-threshold",
+    "watermark": "--watermark",
+    "scheduler_reserve_full_isl": "--scheduler-reserve-full-isl",
+    "kv_cache_dtype": "--kv-cache-dtype",
+}
+
+
+class Policy(BaseModel):
+    """A named set of overrides; an empty one is today's configuration."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    overrides: dict[str, Override] = {}
+
+
+DEFAULT_POLICIES = (
+    Policy(name="today"),
+    Policy(name="no_prefix_caching", overrides={"prefix_caching": False}),
+    Policy(name="half_kv_capacity", overrides={"num_gpu_blocks": "0.5x"}),
+    Policy(name="double_kv_capacity", overrides={"num_gpu_blocks": "2x"}),
+    Policy(name="fp8_kv_cache", overrides={"kv_cache_dtype": "fp8"}),
+    Policy(name="half_max_num_seqs", overrides={"max_num_seqs": "0.5x"}),
+)
+
+
+class PolicyError(ValueError):
+    """An override that names nothing or has a value that cannot be."""
+
+
+def apply_overrides(settings: FleetSettings, overrides: Mapping[str, Override]) -> FleetSettings:
+    """The settings with a policy's overrides.
+
+    `kv_cache_dtype=fp8` halves the bytes of a cached token: twice the blocks fit the same memory (unless
+    `num_gpu_blocks` is given too) and attention reads half the bytes. Raises PolicyError.
+    """
+    engine = settings.engine.model_dump()
+    fleet = settings.model_dump(exclude={"engine", "step_time"})
+    step_time = settings.step_time.model_dump()
+    for name, value in overrides.items():
+        if name in _ENGINE:
+            engine[name] = _resolve(name, engine[name], value)
+        elif name in _FLEET:
+            fleet[name] = _resolve(name, fleet[name], value)
+        elif name in _STEP_TIME:
+            key = name.removeprefix("step_time.")
+            step_time[key] = _resolve(name, step_time[key], value)
+        else:
+            raise PolicyError(f"unknown policy setting {name!r}; known: {', '.join(POLICY_NAMES)}")
+    halved = (settings.engine.kv_cache_dtype, engine["kv_cache_dtype"])
+    if halved in (("auto", "fp8"), ("fp8", "auto")):
+        factor = 2.0 if halved[1] == "fp8" else 0.5
+        if "num_gpu_blocks" not in overrides:
+            engine["num_gpu_blocks"] = max(2, int((engine["num_gpu_blocks"] - 1) * factor) + 1)
+        if "step_time.per_context_token" not in overrides:
+            step_time["per_context_token"] /= factor
+    try:
+        return FleetSettings(engine=EngineSettings(**engine), step_time=StepTime(**step_time), **fleet)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise PolicyError(f"policy value out of range: {problems}") from None
+
+
+def _resolve(name: str, live: Any, value: Override) -> Any:
+    """An override's value: a factor such as "0.5x" of the live value, or the value itself."""
+    if not isinstance(value, str):
+        return value
+    if value.endswith("x") and isinstance(live, int | float) and not isinstance(live, bool):
+        try:
+            scaled = live * float(value[:-1])
+        except ValueError:
+            raise PolicyError(f"{name}={value!r}: expected a number or a factor such as 0.5x") from None
+        return max(1, round(scaled)) if isinstance(live, int) else scaled
+    return value
+
+
+def parse_override(text: str) -> tuple[str, Override]:
+    """NAME=VALUE as given on a command line. Raises PolicyError."""
+    name, separator, value = text.partition("=")
+    if not separator or not name or not value:
+        raise PolicyError(f"{text!r}: expected NAME=VALUE, for example prefix_caching=false or num_gpu_blocks=0.5x")
+    if value.lower() in ("true", "false"):
+        return name, value.lower() == "true"
+    for kind in (int, float):
+        try:
+            return name, kind(value)
+        except ValueError:
+            continue
+    return name, value
+
+
+def vllm_flags(base: FleetSettings, changed: FleetSettings) -> list[str]:
+    """The `vllm serve` flags that turn `base` into `changed` (engine settings only)."""
+    flags = []
+    for name, flag in _FLAGS.items():
+        value = getattr(changed.engine, name)
+        if value == getattr(base.engine, name):
+            continue
+        # A KV dtype brings its own number of blocks: vLLM derives it from memory.
+        if name == "num_gpu_blocks" and changed.engine.kv_cache_dtype != base.engine.kv_cache_dtype:
+            continue
+        if isinstance(value, bool):
+            flags.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            flags.append(f"{flag} {value}")
+    return flags

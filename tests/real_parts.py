@@ -1,0 +1,36 @@
+"""Real parts that some tests need: programs, libraries and data from outside the package.
+
+A test that misses one skips on a developer's machine and fails in CI, where everything is meant to be there.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+
+
+def in_ci() -> bool:
+    return os.environ.get("CI", "").lower() in {"1", "true"}
+
+
+def require(name: str, found: bool, how: str) -> None:
+    """Go on if the real part `name` was found; otherwise skip, or fail in CI. `how` tells how to get it.
+
+    Works inside a test, in a fixture and at the top of a test module.
+    """
+    if found:
+        return
+    reason = f"{name} is missing: {how}"
+    if in_ci():
+        pytest.fail(reason, pytrace=False)
+    pytest.skip(reason, allow_module_level=True)
+
+
+def promtool() -> str:
+    """The path of Prometheus' `promtool`."""
+    path = shutil.which("promtool")
+    require("promtool", path is not None, "install Prometheus (Debian: apt-get install prometheus)")
+    assert path is not None
+    return path
