@@ -236,7 +236,7 @@ class Fleet:
         return [Live(int(self.state.requests[r, s]["index"]), int(r), int(s)) for r, s in found]
 
     def collect(self) -> Records:
-        """Take the outcomes of requests that ended since the last call, in the order in which they ended per replica."""
+        """Take the outcomes of requests that ended since the last call, in the order in which they ended."""
         self._set_aside()
         taken = self._collected
         self._collected = []

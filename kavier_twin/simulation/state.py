@@ -40,8 +40,13 @@ ITL_BIN_RATIO: Final = 1.02  # bins 2 % wide: from 10 us to 6,000 s
 ARENA_CLASSES: Final = 32
 
 
+# What engine steps did, in the order of StepTime's coefficients: steps, prefill tokens, decoding sequences, context
+# tokens read by decodes, prefill attention. Seconds are their product with the coefficients: calibration fits on it.
+WORK: Final = (np.float64, (5,))
+
+
 def _record(*fields: tuple[str, Any]) -> np.dtype[np.void]:
-    """A record whose bytes are all fields: numpy leaves padding undefined, and the same run must give the same bytes."""
+    """A record without padding, whose bytes numpy leaves undefined: the same run must give the same bytes."""
     record = np.dtype(list(fields), align=True)
     if record.itemsize != sum(record[name].itemsize for name, _ in fields):
         raise TypeError(f"record with padding: {fields}")
@@ -85,6 +90,8 @@ REQUEST = _record(
     ("scheduled", np.float64),
     ("first_token", np.float64),
     ("stalled_since", np.float64),  # time of its last token while it is not getting any; NaN = flowing
+    ("work_scheduled", WORK),  # the replica's `work` when it was first scheduled
+    ("work_first_token", WORK),
 )
 
 REPLICA = _record(
@@ -122,6 +129,7 @@ REPLICA = _record(
     ("running_seconds", np.float64),  # integral of running requests
     ("waiting_seconds", np.float64),
     ("used_block_seconds", np.float64),
+    ("work", WORK),  # of all batches completed
 )
 
 ENGINE = _record(
@@ -145,7 +153,7 @@ ENGINE = _record(
     ("per_prefill_attention", np.float64),
 )
 
-BATCH = _record(("end", np.float64), ("count", np.int64))
+BATCH = _record(("end", np.float64), ("count", np.int64), ("work", WORK))
 ENTRY = _record(("slot", np.int32), ("tokens", np.int32), ("emits", np.int32))
 
 OUTCOME = _record(
@@ -161,6 +169,8 @@ OUTCOME = _record(
     ("scheduled", np.float64),
     ("first_token", np.float64),
     ("finish", np.float64),
+    ("prefill_work", WORK),  # done by its replica from its first scheduling to its first token
+    ("decode_work", WORK),  # from there to its last token
 )
 
 FLEET = _record(

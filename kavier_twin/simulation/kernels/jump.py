@@ -14,7 +14,7 @@ import numpy as np
 from kavier_twin.simulation.kernels.blocks import allocate
 from kavier_twin.simulation.kernels.compile import kernel
 from kavier_twin.simulation.kernels.requests import account, block_key, register
-from kavier_twin.simulation.kernels.scheduler import ADMISSIBLE, NO_MEMORY, is_stalled, itl_bin, judge
+from kavier_twin.simulation.kernels.scheduler import ADMISSIBLE, NO_MEMORY, add_work, is_stalled, itl_bin, judge
 from kavier_twin.simulation.state import ITL_BIN_RATIO, ITL_SMALLEST_SECONDS
 
 _FAR = 1 << 40
@@ -58,6 +58,14 @@ def _add_latencies(counts, first, slope, steps, sequences):
             reach = min(steps, max(done + 1, int(np.ceil((edge - first) / slope))))
         counts[at] += (reach - done) * sequences
         done = reach
+
+
+@kernel
+def _add_work(replica, steps, sequences, context):
+    """Work of `steps` decode steps, the first of which reads `context` tokens."""
+    replica.work[0] += steps
+    replica.work[2] += float(steps) * sequences
+    replica.work[3] += float(steps) * context + sequences * (0.5 * steps * (steps - 1.0))
 
 
 @kernel
@@ -221,10 +229,14 @@ def jump(state, number, until):
     end = origin + span(first, slope, float(steps - ahead))
     account(replica, engine, end)
     if ahead:
+        add_work(replica.work, batch.work)
+        batch.work[2] = flowing
+        batch.work[3] = context + float(steps - 1) * flowing
         state.itl_counts[number, itl_bin(batch.end - replica.last_completion)] += flowing
         batch.end = origin + span(first, slope, float(steps))
     else:
         replica.busy_seconds += end - replica.now
+    _add_work(replica, steps - ahead, flowing, context)
     _add_latencies(state.itl_counts[number], first, slope, steps - ahead, flowing)
     replica.steps += steps
     replica.computed_tokens += steps * flowing

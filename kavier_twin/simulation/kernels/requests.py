@@ -162,7 +162,7 @@ def free_blocks(replica, request, blocks, arena):
 
 
 @kernel
-def report(fleet, outcomes, request, number, status, time):
+def report(fleet, outcomes, replica, request, number, status, time):
     """Add the row of a request that ended."""
     row = outcomes[fleet.outcomes]
     fleet.outcomes += 1
@@ -178,13 +178,16 @@ def report(fleet, outcomes, request, number, status, time):
     row.scheduled = request.scheduled
     row.first_token = request.first_token
     row.finish = time
+    for part in range(row.prefill_work.size):
+        row.prefill_work[part] = request.work_first_token[part] - request.work_scheduled[part]
+        row.decode_work[part] = replica.work[part] - request.work_first_token[part]
 
 
 @kernel
 def close(state, number, slot, status, time):
     """End a request: report it and free what it holds. Its queue places are the caller's."""
     replica = state.replicas[number]
-    report(state.fleet[0], state.outcomes, state.requests[number][slot], number, status, time)
+    report(state.fleet[0], state.outcomes, replica, state.requests[number][slot], number, status, time)
     if status == FINISHED:
         replica.finished += 1
     else:
@@ -255,6 +258,8 @@ def push(state, number, workload, row):
     request.scheduled = np.nan
     request.first_token = np.nan
     request.stalled_since = np.nan
+    request.work_scheduled[:] = np.nan
+    request.work_first_token[:] = np.nan
     for link in range(chain_length):
         arena[cells + link] = workload.chain[chain_start + link]
     replica.next_sequence += 1

@@ -47,6 +47,25 @@ def itl_bin(seconds):
 
 
 @kernel
+def step_seconds(engine, work):
+    """How long the work of one batch takes: `settings.StepTime`."""
+    return (
+        engine.fixed * work[0]
+        + engine.per_prefill_token * work[1]
+        + engine.per_decode_sequence * work[2]
+        + engine.per_context_token * work[3]
+        + engine.per_prefill_attention * work[4]
+    )
+
+
+@kernel
+def add_work(total, work):
+    """total += work"""
+    for part in range(total.size):
+        total[part] += work[part]
+
+
+@kernel
 def is_stalled(request):
     """Whether a held request has generated all it will and waits for its end from outside."""
     return request.held and request.tokens + request.placeholders >= request.prompt + request.output
@@ -248,6 +267,7 @@ def _admit_waiting(state, number, entries, count, budget):
         request.state = RUNNING
         if request.preemptions == 0:
             request.scheduled = replica.now
+            request.work_scheduled[:] = replica.work
             request.cached = request.computed
             replica.query_tokens += request.tokens
             replica.hit_tokens += request.computed
@@ -287,21 +307,18 @@ def schedule(state, number):
         entry.emits = request.computed == request.tokens + request.placeholders
         if entry.emits and engine.async_scheduling:
             request.placeholders += 1
-    seconds = 0.0
+    batch.work[0] = 1.0 if count > 0 else 0.0
+    batch.work[1] = prefill_tokens
+    batch.work[2] = decodes
+    batch.work[3] = context
+    batch.work[4] = attention
     if count > 0:
-        seconds = (
-            engine.fixed
-            + engine.per_prefill_token * prefill_tokens
-            + engine.per_decode_sequence * decodes
-            + engine.per_context_token * context
-            + engine.per_prefill_attention * attention
-        )
         replica.steps += 1
         replica.computed_tokens += prefill_tokens + decodes
     start = replica.now
     if replica.in_flight > 0:
         start = max(start, state.batches[number, replica.oldest].end)
-    batch.end = start + seconds
+    batch.end = start + step_seconds(engine, batch.work)
     batch.count = count
     replica.in_flight += 1
     replica.decoding = decodes == count and count + stalled == replica.running
@@ -316,6 +333,7 @@ def complete(state, number):
     batch, entries = state.batches[number, replica.oldest], state.entries[number, replica.oldest]
     time = batch.end
     account(replica, engine, time)
+    add_work(replica.work, batch.work)
     flowing, closed = 0, 0
     for at in range(batch.count):
         slot, tokens = entries[at].slot, entries[at].tokens
@@ -332,6 +350,7 @@ def complete(state, number):
         replica.output_tokens += 1
         if request.tokens == request.prompt + 1:
             request.first_token = time
+            request.work_first_token[:] = replica.work
             replica.prompt_tokens += request.prompt
         elif np.isnan(request.stalled_since):
             flowing += 1
