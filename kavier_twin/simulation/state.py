@@ -90,6 +90,7 @@ REQUEST = _record(
     ("scheduled", np.float64),
     ("first_token", np.float64),
     ("stalled_since", np.float64),  # time of its last token while it is not getting any; NaN = flowing
+    ("predicted_finish", np.float64),  # when a held request had generated everything; NaN = not yet
     ("work_scheduled", WORK),  # the replica's `work` when it was first scheduled
     ("work_first_token", WORK),
 )
@@ -98,6 +99,7 @@ REPLICA = _record(
     ("now", np.float64),  # time of the last scheduling decision or completion, seconds
     ("accounted", np.float64),  # time up to which the integrals below run
     ("last_completion", np.float64),
+    ("hold_until", np.float64),  # reality is behind: nothing is scheduled before
     ("quiet_until", np.float64),  # its number of live requests cannot change by itself before
     ("running", np.int32),
     ("waiting", np.int32),
@@ -109,7 +111,8 @@ REPLICA = _record(
     ("accepting", np.int32),  # the router may choose it
     ("alive", np.int32),
     ("leaving", np.int32),  # gone once empty
-    ("decoding", np.int64),  # the newest batch in flight is every running request decoding one token
+    ("holding", np.int32),  # held requests that generated all they will and wait for their end from outside
+    ("decoding", np.int32),  # the newest batch in flight is every running request decoding one token
     ("arena_top", np.int64),
     ("next_uid", np.int64),
     ("next_sequence", np.int64),
@@ -125,7 +128,7 @@ REPLICA = _record(
     ("output_tokens", np.int64),
     ("preemptions", np.int64),
     ("evictions", np.int64),  # blocks that lost their cached content
-    ("busy_seconds", np.float64),
+    ("busy_seconds", np.float64),  # with a live request
     ("running_seconds", np.float64),  # integral of running requests
     ("waiting_seconds", np.float64),
     ("used_block_seconds", np.float64),
@@ -151,6 +154,7 @@ ENGINE = _record(
     ("per_decode_sequence", np.float64),
     ("per_context_token", np.float64),
     ("per_prefill_attention", np.float64),
+    ("hold_seconds", np.float64),  # how long the engine waits with a held request that is ahead of its end
 )
 
 BATCH = _record(("end", np.float64), ("count", np.int64), ("work", WORK))
@@ -169,6 +173,7 @@ OUTCOME = _record(
     ("scheduled", np.float64),
     ("first_token", np.float64),
     ("finish", np.float64),
+    ("predicted_finish", np.float64),  # what it would have been had the end not come from outside
     ("prefill_work", WORK),  # done by its replica from its first scheduling to its first token
     ("decode_work", WORK),  # from there to its last token
 )

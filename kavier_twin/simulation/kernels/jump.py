@@ -14,7 +14,7 @@ import numpy as np
 from kavier_twin.simulation.kernels.blocks import allocate
 from kavier_twin.simulation.kernels.compile import kernel
 from kavier_twin.simulation.kernels.requests import account, block_key, register
-from kavier_twin.simulation.kernels.scheduler import ADMISSIBLE, NO_MEMORY, add_work, is_stalled, itl_bin, judge
+from kavier_twin.simulation.kernels.scheduler import ADMISSIBLE, NO_MEMORY, add_work, itl_bin, judge
 from kavier_twin.simulation.state import ITL_BIN_RATIO, ITL_SMALLEST_SECONDS
 
 _FAR = 1 << 40
@@ -70,15 +70,14 @@ def _add_work(replica, steps, sequences, context):
 
 @kernel
 def _sort_by_phase(requests, running, count, size, order, phases, ends):
-    """Counting sort of the flowing requests by the step at which they need their next block.
+    """Counting sort of the running requests by the step at which they need their next block.
 
     `order` gets slots by (step, running order), `phases` the step of each; `ends` is working space.
     """
     ends[:size] = 0
     for place in range(count):
         request = requests[running[place]]
-        if not is_stalled(request):
-            ends[request.blocks * size - request.computed] += 1
+        ends[request.blocks * size - request.computed] += 1
     total = 0
     for phase in range(size):
         amount = ends[phase]
@@ -87,11 +86,10 @@ def _sort_by_phase(requests, running, count, size, order, phases, ends):
     for place in range(count):
         slot = running[place]
         request = requests[slot]
-        if not is_stalled(request):
-            phase = request.blocks * size - request.computed
-            order[ends[phase]] = slot
-            phases[ends[phase]] = phase
-            ends[phase] += 1
+        phase = request.blocks * size - request.computed
+        order[ends[phase]] = slot
+        phases[ends[phase]] = phase
+        ends[phase] += 1
 
 
 @kernel
@@ -99,8 +97,6 @@ def _first_step_that_registers(requests, arena, running, count, size, deferred, 
     """The first of the coming `limit` steps that enters a block with this key into the cache, else `limit`."""
     for place in range(count):
         request = requests[running[place]]
-        if is_stalled(request):
-            continue
         step = request.blocks * size - request.computed - (0 if deferred else 1)
         number = request.blocks - 1
         if step < 0:
@@ -116,32 +112,28 @@ def _first_step_that_registers(requests, arena, running, count, size, deferred, 
 
 @kernel
 def _limit(state, number, ahead):
-    """How many steps may be jumped, before looking at memory. Returns (steps, flowing requests, sum of contexts)."""
-    replica, engine = state.replicas[number], state.engines[number]
-    requests, running = state.requests[number], state.running[number]
-    rest, flowing, context = _FAR, 0, 0
+    """How many steps may be jumped before a request completes, 0 if not all are decoding. Returns (steps, contexts)."""
+    replica, requests, running = state.replicas[number], state.requests[number], state.running[number]
+    steps, context = _FAR, 0
+    if replica.running > state.engines[number].max_num_batched_tokens:
+        return 0, 0
     for place in range(replica.running):
         request = requests[running[place]]
-        if is_stalled(request):
-            continue
         if request.tokens <= request.prompt or request.computed != request.tokens - 1 + ahead:
-            return 0, 0, 0
+            return 0, 0
         if request.placeholders != ahead or not np.isnan(request.stalled_since):
-            return 0, 0, 0
-        flowing += 1
+            return 0, 0
         context += request.computed + 1
-        rest = min(rest, request.prompt + request.output - request.tokens - 1)
-    if flowing > engine.max_num_batched_tokens:
-        return 0, 0, 0
-    return rest, flowing, context
+        steps = min(steps, request.prompt + request.output - request.tokens - 1)
+    return steps, context
 
 
 @kernel
-def _limit_by_queue(state, number, steps, flowing):
+def _limit_by_queue(state, number, steps):
     """Cut `steps` to those during which the head of the queue certainly stays out."""
     replica, engine = state.replicas[number], state.engines[number]
     requests, running, arena = state.requests[number], state.running[number], state.arena[number]
-    budget = engine.max_num_batched_tokens - flowing
+    budget = engine.max_num_batched_tokens - replica.running
     if replica.waiting == 0 or replica.running >= engine.max_num_seqs or budget == 0:
         return steps
     head = requests[state.waiting[number][0]]
@@ -156,8 +148,7 @@ def _limit_by_queue(state, number, steps, flowing):
         # Without the full-prompt gate an eviction that shortens the hit can make the first chunk fit.
         for place in range(replica.running):
             request = requests[running[place]]
-            if not is_stalled(request):
-                steps = min(steps, request.blocks * engine.block_size - request.computed)
+            steps = min(steps, request.blocks * engine.block_size - request.computed)
     return steps
 
 
@@ -172,10 +163,11 @@ def jump(state, number, until):
     arena, running, scratch = state.arena[number], state.running[number], state.scratch[number]
     ahead = 1 if engine.async_scheduling else 0
     batch = state.batches[number, replica.oldest]
-    if ahead and not replica.decoding:
+    flowing = replica.running
+    if flowing == 0 or replica.holding > 0 or (ahead and not (replica.decoding and batch.count == flowing)):
         return False
-    steps, flowing, context = _limit(state, number, ahead)
-    if steps <= 0 or flowing == 0 or (ahead and batch.count != flowing):
+    steps, context = _limit(state, number, ahead)
+    if steps <= 0:
         return False
     first = engine.fixed + engine.per_decode_sequence * flowing + engine.per_context_token * context
     slope = engine.per_context_token * flowing
@@ -184,7 +176,7 @@ def jump(state, number, until):
     if ahead and origin > until:
         return False
     steps = min(steps, steps_within(first, slope, until - origin) + ahead)
-    steps = _limit_by_queue(state, number, steps, flowing)
+    steps = _limit_by_queue(state, number, steps)
     if steps <= 0:
         return False
 
@@ -220,8 +212,6 @@ def jump(state, number, until):
 
     for place in range(replica.running):
         request = requests[running[place]]
-        if is_stalled(request):
-            continue
         request.tokens += steps
         request.computed += steps
         if caching and not ahead and request.computed == request.blocks * size:
@@ -234,8 +224,6 @@ def jump(state, number, until):
         batch.work[3] = context + float(steps - 1) * flowing
         state.itl_counts[number, itl_bin(batch.end - replica.last_completion)] += flowing
         batch.end = origin + span(first, slope, float(steps))
-    else:
-        replica.busy_seconds += end - replica.now
     _add_work(replica, steps - ahead, flowing, context)
     _add_latencies(state.itl_counts[number], first, slope, steps - ahead, flowing)
     replica.steps += steps

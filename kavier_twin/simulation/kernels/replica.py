@@ -38,6 +38,7 @@ def advance(state, number, until):
         can_schedule = (
             replica.in_flight < depth
             and not replica.parked
+            and replica.now >= replica.hold_until
             and replica.running + replica.waiting > 0
             and replica.now < until
         )
@@ -46,6 +47,8 @@ def advance(state, number, until):
                 schedule(state, number)
         elif replica.in_flight > 0 and state.batches[number, replica.oldest].end <= until:
             complete(state, number)
+        elif replica.in_flight == 0 and replica.now < replica.hold_until < until:
+            replica.now = replica.hold_until
         else:
             break
     account(replica, engine, min(until, max(replica.now, until)) if until < np.inf else replica.now)
@@ -81,6 +84,10 @@ def set_output(state, number, slot, output):
     output = max(1, min(output, state.engines[number].max_model_len - request.prompt))
     status = _refit(state, number, slot, request.chain_length, output)
     if status == OK:
+        if request.held:
+            replica.holding += (request.tokens >= request.prompt + output) - (
+                request.tokens >= request.prompt + request.output
+            )
         request.output = output
         replica.parked = 0
         replica.quiet_until = -np.inf
@@ -115,19 +122,52 @@ def learn_chain(state, number, slot, chain, covered):
 
 
 @kernel
-def finish_now(state, number, slot, time):
-    """End a live request now, as a finish record says it did: tokens not yet generated are completed first.
+def _catch_up(state, number, slot, time):
+    """Reality was faster: run the steps that the request still needs, in no time.
 
-    The caller advanced the replica to `time`. A request still waiting is admitted on the spot, so that the cache
-    holds what the real one holds.
+    All running requests advance together, as they did in reality. Stops early where the request cannot advance
+    (another one waits for its own end, or the request is not running).
+    """
+    replica, engine, request = state.replicas[number], state.engines[number], state.requests[number][slot]
+    depth = 2 if engine.async_scheduling else 1
+    patience = request.prompt + request.output - request.tokens + 2 * depth + request.prompt
+    while request.tokens < request.prompt + request.output and patience > 0:
+        patience -= 1
+        if replica.in_flight < depth and request.state == RUNNING:
+            replica.now = max(replica.now, time)
+            schedule(state, number)
+            if replica.parked:
+                break
+            state.batches[number, (replica.oldest + replica.in_flight - 1) % 2].end = time
+        if replica.in_flight == depth:
+            state.batches[number, replica.oldest].end = min(state.batches[number, replica.oldest].end, time)
+            complete(state, number)
+        elif request.state != RUNNING:
+            break
+
+
+@kernel
+def finish_now(state, number, slot, time):
+    """End a live request now, as a finish record says it did.
+
+    The caller advanced the replica to `time` and set the request's true output. If the simulation is behind, it
+    catches up, all requests together; what then is still missing is completed for this request alone (a request still
+    waiting is admitted on the spot), so that the cache holds what the real one holds.
     """
     replica, engine = state.replicas[number], state.engines[number]
     blocks, buckets, arena = state.blocks[number], state.buckets[number], state.arena[number]
     request = state.requests[number][slot]
     size = engine.block_size
     account(replica, engine, time)
+    if request.tokens < request.prompt + request.output:
+        expected = _expected_finish(replica, engine, request, time)
+        if request.state == RUNNING:
+            _catch_up(state, number, slot, time)
+    else:
+        expected = request.predicted_finish
     admitted = request.state == RUNNING
     withdraw(state, number, slot)
+    request.predicted_finish = expected
     if not admitted:
         request.blocks = 0
         request.registered = 0
@@ -157,6 +197,20 @@ def finish_now(state, number, slot, time):
     close(state, number, slot, FINISHED, time)
     if replica.in_flight == 0:
         replica.now = max(replica.now, time)
+
+
+@kernel
+def _expected_finish(replica, engine, request, time):
+    """When a request that is behind would end: its remaining tokens at the pace of a decode step of today's batch."""
+    left = request.prompt + request.output - request.tokens
+    return time + left * (engine.fixed + engine.per_decode_sequence * max(1, replica.running))
+
+
+@kernel
+def hold(state, number, until):
+    """Reality turned out to be behind this replica: let it wait until then before it schedules again."""
+    state.replicas[number].hold_until = max(state.replicas[number].hold_until, until)
+    state.replicas[number].decoding = 0
 
 
 @kernel

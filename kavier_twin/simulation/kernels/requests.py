@@ -71,7 +71,7 @@ def account(replica, engine, time):
     """Run the integrals up to `time`. Called before anything they integrate changes."""
     elapsed = time - replica.accounted
     if elapsed > 0.0:
-        if replica.in_flight > 0:
+        if replica.running + replica.waiting > 0:
             replica.busy_seconds += elapsed
         replica.running_seconds += elapsed * replica.running
         replica.waiting_seconds += elapsed * replica.waiting
@@ -178,6 +178,7 @@ def report(fleet, outcomes, replica, request, number, status, time):
     row.scheduled = request.scheduled
     row.first_token = request.first_token
     row.finish = time
+    row.predicted_finish = request.predicted_finish if request.held else time
     for part in range(row.prefill_work.size):
         row.prefill_work[part] = request.work_first_token[part] - request.work_scheduled[part]
         row.decode_work[part] = replica.work[part] - request.work_first_token[part]
@@ -258,6 +259,7 @@ def push(state, number, workload, row):
     request.scheduled = np.nan
     request.first_token = np.nan
     request.stalled_since = np.nan
+    request.predicted_finish = np.nan
     request.work_scheduled[:] = np.nan
     request.work_first_token[:] = np.nan
     for link in range(chain_length):
@@ -309,6 +311,10 @@ def withdraw(state, number, slot):
     elif request.state == WAITING or request.state == PREEMPTED:
         queue.remove(replica, requests, state.waiting[number], state.engines[number].priority_policy, slot)
     leave_batches(state, number, slot)
+    if request.held and request.tokens >= request.prompt + request.output:
+        replica.holding -= 1
+        if replica.holding == 0:
+            replica.hold_until = -np.inf
     replica.decoding = 0
     replica.parked = 0
     replica.quiet_until = -np.inf

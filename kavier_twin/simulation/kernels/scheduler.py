@@ -66,12 +66,6 @@ def add_work(total, work):
 
 
 @kernel
-def is_stalled(request):
-    """Whether a held request has generated all it will and waits for its end from outside."""
-    return request.held and request.tokens + request.placeholders >= request.prompt + request.output
-
-
-@kernel
 def _threshold(replica, engine):
     # vLLM: a long prefill that is alone has nobody to starve.
     if replica.running + replica.waiting > 1:
@@ -166,20 +160,19 @@ def _strike_entry(entries, count, slot):
 
 @kernel
 def _schedule_running(state, number, entries):
-    """The running pass. Returns (entries, budget left, stalled requests, whether somebody was preempted)."""
+    """The running pass. Returns (entries, budget left, whether somebody was preempted)."""
     replica, engine = state.replicas[number], state.engines[number]
     requests, blocks, buckets = state.requests[number], state.blocks[number], state.buckets[number]
     arena, running = state.arena[number], state.running[number]
     size, caching = engine.block_size, engine.prefix_caching
     budget = engine.max_num_batched_tokens
     threshold = _threshold(replica, engine)
-    count, stalled, preempted, place = 0, 0, False, 0
+    count, preempted, place = 0, False, 0
     while place < replica.running and budget > 0:
         slot = running[place]
         request = requests[slot]
         last = request.prompt + request.output
-        if is_stalled(request):
-            stalled += 1
+        if request.held and request.tokens >= last:
             place += 1
             continue
         # Asynchronous scheduling: the batch in flight already brings the last token.
@@ -230,7 +223,7 @@ def _schedule_running(state, number, entries):
             request = requests[running[late]]
             if request.tokens > request.prompt and np.isnan(request.stalled_since):
                 request.stalled_since = replica.last_completion
-    return count, budget, stalled, preempted
+    return count, budget, preempted
 
 
 @kernel
@@ -285,7 +278,7 @@ def schedule(state, number):
     place = (replica.oldest + replica.in_flight) % 2
     batch, entries = state.batches[number, place], state.entries[number, place]
     batch.count = 0
-    count, budget, stalled, preempted = _schedule_running(state, number, entries)
+    count, budget, preempted = _schedule_running(state, number, entries)
     if not preempted:
         count = _admit_waiting(state, number, entries, count, budget)
     if count == 0 and not preempted and replica.in_flight == 0:
@@ -321,7 +314,7 @@ def schedule(state, number):
     batch.end = start + step_seconds(engine, batch.work)
     batch.count = count
     replica.in_flight += 1
-    replica.decoding = decodes == count and count + stalled == replica.running
+    replica.decoding = decodes == count and count == replica.running
 
 
 @kernel
@@ -366,15 +359,16 @@ def complete(state, number):
             request.stalled_since = time
         if request.tokens >= request.prompt + request.output:
             if request.held:
-                if np.isnan(request.stalled_since):
-                    request.stalled_since = time
+                request.predicted_finish = time
+                replica.holding += 1
+                replica.hold_until = time + engine.hold_seconds
                 continue
             if request.state == PREEMPTED:
                 queue.remove(replica, requests, state.waiting[number], engine.priority_policy, slot)
             else:
                 closed += 1
             close(state, number, slot, FINISHED, time)
-    if flowing > 0:
+    if flowing > 0 and time > replica.last_completion:
         state.itl_counts[number, itl_bin(time - replica.last_completion)] += flowing
     if closed > 0:
         kept = 0
