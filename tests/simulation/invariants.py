@@ -1,0 +1,420 @@
+"""The invariants of docs/invariants.md, checked over the arrays of a fleet.
+
+Plain numpy and Python, on purpose: a checker that shared code with the kernels would share their mistakes. The one
+exception is content hashing (`private_key`, `find`), whose results are opaque.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from kavier_twin.simulation import state as layout
+from kavier_twin.simulation.fleet import Fleet
+from kavier_twin.simulation.kernels.blocks import find, private_key
+from kavier_twin.simulation.state import FleetState, Records
+
+GROWING = (  # fields of a replica that never become less, whatever happens to it
+    "now",
+    "accounted",
+    "last_completion",
+    "next_uid",
+    "next_sequence",
+    "steps",
+    "finished",
+    "rejected",
+    "query_tokens",
+    "hit_tokens",
+    "prompt_tokens",
+    "computed_tokens",
+    "preemptions",
+    "evictions",
+    "busy_seconds",
+    "running_seconds",
+    "waiting_seconds",
+    "used_block_seconds",
+)
+
+
+def blocks_for(tokens: int, block_size: int) -> int:
+    """Blocks that hold so many tokens."""
+    return -(-tokens // block_size)
+
+
+def check_state(state: FleetState) -> None:
+    """Every invariant that can be seen in one state."""
+    for number in range(state.replicas.size):
+        check_block_conservation(state, number)
+        check_reference_counts(state, number)
+        check_hash_table(state, number)
+        check_lists(state, number)
+        check_queue_order(state, number)
+        check_arena(state, number)
+        check_tokens(state, number)
+        check_batches(state, number)
+    live = int((state.requests["state"] != layout.FREE).sum())
+    assert int(state.fleet["live"][0]) == live, f"fleet counts {state.fleet['live'][0]} live requests of {live}"
+
+
+def live_rows(state: FleetState, number: int) -> list[tuple[int, Any]]:
+    """(slot, request) of every live request of a replica."""
+    requests = state.requests[number]
+    return [(int(slot), requests[slot]) for slot in np.flatnonzero(requests["state"] != layout.FREE)]
+
+
+def block_table(state: FleetState, number: int, request: Any) -> list[int]:
+    """The blocks that a request holds, in order."""
+    start = int(request["cells"]) + int(request["chain_length"])
+    return [int(block) for block in state.arena[number, start : start + int(request["blocks"])]]
+
+
+def check_block_conservation(state: FleetState, number: int) -> None:
+    """The free list is a doubly linked ring; it and the referenced blocks are all blocks, each once."""
+    blocks, replica = state.blocks[number], state.replicas[number]
+    count = int(state.engines[number]["num_blocks"])
+    assert count == blocks.size, f"{count} blocks configured, {blocks.size} in the pool"
+    before, after = blocks["prev"].tolist(), blocks["next"].tolist()
+    free: list[int] = []
+    at = 0
+    while True:
+        step = after[at]
+        assert before[step] == at, f"free list: {at} -> {step}, but {step} says {before[step]} comes before it"
+        at = step
+        if at == 0:
+            break
+        free.append(at)
+        assert len(free) < count, "free list does not come back to its sentinel"
+    assert len(free) == int(replica["free_blocks"]), f"{len(free)} free blocks, counted {replica['free_blocks']}"
+    used = np.flatnonzero(blocks["refs"][1:] > 0) + 1
+    assert (blocks["refs"] >= 0).all(), "negative reference count"
+    assert sorted([*free, *used.tolist()]) == list(range(1, count)), "a block is free and in use, or neither"
+    assert int(blocks["refs"][0]) == 0, "the null block is referenced"
+
+
+def check_reference_counts(state: FleetState, number: int) -> None:
+    """A block is referenced once by every live block table it stands in, and by nothing else."""
+    holders: Counter[int] = Counter()
+    for slot, request in live_rows(state, number):
+        table = block_table(state, number, request)
+        assert len(set(table)) == len(table), f"slot {slot} holds a block twice: {table}"
+        holders.update(table)
+    references = state.blocks[number]["refs"]
+    expected = np.zeros(references.size, references.dtype)
+    for block, times in holders.items():
+        assert 0 < block < references.size, f"block table names block {block} of {references.size}"
+        expected[block] = times
+    wrong = np.flatnonzero(expected != references)
+    assert wrong.size == 0, f"blocks {wrong.tolist()}: held {expected[wrong]} times, counted {references[wrong]}"
+
+
+def check_hash_table(state: FleetState, number: int) -> None:
+    """Findable blocks stand once in the bucket of their key, others in none; blocks hold what their request says."""
+    blocks, buckets = state.blocks[number], state.buckets[number]
+    keys, chains = blocks["key"].tolist(), blocks["chain"].tolist()
+    place: dict[int, int] = {}
+    for bucket, first in enumerate(buckets.tolist()):
+        at = first
+        while at != 0:
+            assert at not in place, f"block {at} stands in buckets {place[at]} and {bucket}, or the chain is a ring"
+            place[at] = bucket
+            at = chains[at]
+    special = (layout.UNHASHED, layout.PRIVATE)
+    findable = {block for block in range(1, blocks.size) if keys[block] not in special}
+    assert findable == set(place), f"in buckets but not findable, or the reverse: {findable ^ set(place)}"
+    for block in findable:
+        found = int(find(blocks, buckets, blocks["key"][block]))
+        assert found != 0, f"block {block} is in a bucket where its key is not looked for"
+        assert keys[found] == keys[block]
+    size = int(state.engines[number]["block_size"])
+    for slot, request in live_rows(state, number):
+        table = block_table(state, number, request)
+        registered = int(request["registered"])
+        for at, block in enumerate(table):
+            if at < registered:
+                wanted = expected_key(state, number, request, at, size)
+                assert keys[block] == wanted, f"slot {slot}: block {at} is cached as {keys[block]}, not as {wanted}"
+            else:
+                assert keys[block] == layout.UNHASHED, f"slot {slot}: block {at} is cached but not registered"
+                assert int(blocks["refs"][block]) == 1, f"slot {slot}: block {at} is shared but not registered"
+
+
+def expected_key(state: FleetState, number: int, request: Any, at: int, block_size: int) -> int:
+    """The key of a request's block by its hash chain, or private where the chain ends."""
+    last = (at + 1) * block_size - 1
+    if last < int(request["covered"]):
+        hash_tokens = int(request["hash_tokens"])
+        link = last // hash_tokens
+        assert link < int(request["chain_length"]), "covered tokens without a hash"
+        return int(state.arena[number, int(request["cells"]) + link]) + (last % hash_tokens) // block_size
+    return int(private_key(int(request["uid"]), at)) if request["published"] else layout.PRIVATE
+
+
+def check_lists(state: FleetState, number: int) -> None:
+    """Running list, queue and free slots are all slots, each once, and agree with the requests' states."""
+    replica, requests = state.replicas[number], state.requests[number]
+    running = state.running[number, : int(replica["running"])].tolist()
+    waiting = state.waiting[number, : int(replica["waiting"])].tolist()
+    free = state.slots[number, : int(replica["free_slots"])].tolist()
+    assert sorted([*running, *waiting, *free]) == list(range(requests.size)), "a slot is in two lists or in none"
+    states = requests["state"]
+    assert all(states[slot] == layout.RUNNING for slot in running), "the running list holds one that does not run"
+    assert all(states[slot] == layout.FREE for slot in free), "a free slot holds a live request"
+    for slot in waiting:
+        request = requests[slot]
+        waits = layout.PREEMPTED if request["preemptions"] > 0 else layout.WAITING
+        assert states[slot] == waits, f"slot {slot} queues in state {states[slot]} after {request['preemptions']}"
+        held = (int(request["blocks"]), int(request["registered"]), int(request["computed"]))
+        assert held == (0, 0, 0), f"slot {slot} queues with (blocks, registered, computed) {held}"
+        assert (waits == layout.PREEMPTED) != math.isnan(request["scheduled"]), f"slot {slot}: scheduled while waiting"
+    if not replica["alive"]:
+        assert not running, "a replica that is gone runs requests"
+        assert not waiting, "a replica that is gone has requests waiting"
+        assert not replica["accepting"], "a replica that is gone accepts requests"
+
+
+def check_queue_order(state: FleetState, number: int) -> None:
+    """The queue is a heap: no request stands below one that is scheduled after it."""
+    requests, by_priority = state.requests[number], bool(state.engines[number]["priority_policy"])
+    order = [
+        (int(row["priority"]), float(row["arrival"]), str(int(row["index"]))) if by_priority else int(row["sequence"])
+        for row in requests[state.waiting[number, : int(state.replicas[number]["waiting"])]]
+    ]
+    assert len(set(order)) == len(order), f"two requests have the same place in the queue: {order}"
+    for place in range(1, len(order)):
+        parent = (place - 1) // 2
+        assert order[parent] < order[place], f"queue place {place} {order[place]} before {parent} {order[parent]}"
+
+
+def check_arena(state: FleetState, number: int) -> None:
+    """Pieces of requests and free pieces tile the used part of the arena; what a request needs fits its piece."""
+    replica, arena = state.replicas[number], state.arena[number]
+    size = int(state.engines[number]["block_size"])
+    top = int(replica["arena_top"])
+    assert top <= arena.size
+    pieces = []
+    for slot, request in live_rows(state, number):
+        cells = 1 << int(request["cell_class"])
+        pieces.append((int(request["cells"]), cells, f"slot {slot}"))
+        used = int(request["chain_length"]) + int(request["blocks"])
+        assert used <= cells, f"slot {slot} uses {used} cells of {cells}"
+        to_come = int(request["chain_length"]) + blocks_for(int(request["prompt"]) + int(request["output"]), size)
+        assert to_come <= cells, f"slot {slot} will use {to_come} cells of {cells}"
+    for size_class, first in enumerate(state.arena_free[number].tolist()):
+        at = first
+        while at >= 0:
+            pieces.append((at, 1 << size_class, f"free, class {size_class}"))
+            assert len(pieces) <= top, "the list of free pieces does not end"
+            at = int(arena[at].astype(np.int64))
+    end = 0
+    for start, cells, owner in sorted(pieces):
+        assert start == end, f"arena: piece {owner} starts at {start}, the one before ends at {end}"
+        end = start + cells
+    assert end == top, f"arena: pieces end at {end}, the top is {top}"
+
+
+def check_tokens(state: FleetState, number: int) -> None:
+    """A request's tokens, computed tokens, tokens in flight and blocks agree with each other and with the batches."""
+    engine, replica = state.engines[number], state.replicas[number]
+    size = int(engine["block_size"])
+    in_flight: Counter[int] = Counter()
+    emitting: Counter[int] = Counter()
+    for place in batches_in_flight(state, number):
+        for entry in state.entries[number, place, : int(state.batches[number, place]["count"])]:
+            in_flight[int(entry["slot"])] += int(entry["tokens"])
+            emitting[int(entry["slot"])] += int(entry["emits"])
+    for slot, request in live_rows(state, number):
+        who = f"slot {slot} (request {request['index']})"
+        prompt, output, tokens = int(request["prompt"]), int(request["output"]), int(request["tokens"])
+        computed, blocks, registered = int(request["computed"]), int(request["blocks"]), int(request["registered"])
+        placeholders, stale = int(request["placeholders"]), int(request["stale"])
+        assert prompt <= tokens <= prompt + output, f"{who}: {tokens} tokens of {prompt} + {output}"
+        assert (tokens > prompt) != math.isnan(request["first_token"]), f"{who}: first token stamped wrongly"
+        assert int(request["in_flight"]) == in_flight[slot], f"{who}: {request['in_flight']} tokens in flight"
+        assert 0 <= stale <= in_flight[slot], f"{who}: {stale} stale of {in_flight[slot]} tokens in flight"
+        if request["state"] != layout.RUNNING:
+            assert placeholders == 0, f"{who}: placeholders while waiting"
+            continue
+        assert computed <= tokens + placeholders, f"{who}: {computed} computed of {tokens} + {placeholders}"
+        assert blocks == blocks_for(computed, size), f"{who}: {blocks} blocks for {computed} tokens"
+        assert registered * size <= min(computed, tokens), f"{who}: {registered} blocks registered, {tokens} tokens"
+        if not engine["async_scheduling"]:
+            assert placeholders == 0, f"{who}: placeholders under synchronous scheduling"
+        elif stale == 0:
+            assert placeholders == emitting[slot], f"{who}: {placeholders} placeholders, {emitting[slot]} emitting"
+        if math.isfinite(request["scheduled"]):
+            assert request["scheduled"] >= request["arrival"], f"{who}: scheduled before it arrived"
+    assert replica["hit_tokens"] <= replica["query_tokens"]
+
+
+def batches_in_flight(state: FleetState, number: int) -> list[int]:
+    """Places of the batches in flight, the oldest first."""
+    replica = state.replicas[number]
+    return [(int(replica["oldest"]) + age) % 2 for age in range(int(replica["in_flight"]))]
+
+
+def check_batches(state: FleetState, number: int) -> None:
+    """Batches in flight end in order and not before now; a request is in a batch once."""
+    replica, engine = state.replicas[number], state.engines[number]
+    assert 0 <= replica["in_flight"] <= (2 if engine["async_scheduling"] else 1)
+    time = float(replica["now"])
+    for place in batches_in_flight(state, number):
+        batch = state.batches[number, place]
+        assert batch["end"] >= time, f"batch ends at {batch['end']}, before {time}"
+        time = float(batch["end"])
+        entries = state.entries[number, place, : int(batch["count"])]
+        slots = [int(slot) for slot in entries["slot"] if slot >= 0]
+        assert len(set(slots)) == len(slots), f"a request is twice in a batch: {slots}"
+        assert all(state.requests[number, slot]["state"] != layout.FREE for slot in slots), "a batch holds a free slot"
+        assert (entries["tokens"] > 0).all(), "a batch holds a request without tokens"
+
+
+def check_limits(state: FleetState, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    """No more requests run, and no more tokens are in a batch, than the largest limits the fleet ever had."""
+    for number in range(state.replicas.size):
+        assert state.replicas[number]["running"] <= max_num_seqs
+        for place in batches_in_flight(state, number):
+            entries = state.entries[number, place, : int(state.batches[number, place]["count"])]
+            assert int(entries["tokens"].sum()) <= max_num_batched_tokens
+
+
+class Books:
+    """What was fed to a fleet and what came of it: checks what no single state can show.
+
+    Call `visit` after every `Fleet.run`, and after whatever else was done to the fleet.
+    """
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.fed: dict[int, float] = {}  # arrival by index
+        self.ended: dict[int, Any] = {}  # outcome by index
+        self.time_seconds = fleet.now_seconds
+        self._replicas = fleet.state.replicas.copy()
+        self._itl_counts = fleet.state.itl_counts.copy()
+        self._known: dict[int, Any] = {}
+
+    def feed(self, indexes: Iterable[int], arrivals: Iterable[float]) -> None:
+        self.fed |= {int(index): float(arrival) for index, arrival in zip(indexes, arrivals, strict=True)}
+
+    def outcomes(self) -> Records:
+        """Everything that ended, by index."""
+        rows = np.zeros(len(self.ended), layout.OUTCOME)
+        for at, index in enumerate(sorted(self.ended)):
+            rows[at] = self.ended[index]
+        return rows
+
+    def visit(self, fleet: Fleet, *, settled: bool = False, failed: bool = False) -> None:
+        """`settled`: a policy switch completed batches before their time. `failed`: a replica failed."""
+        state = fleet.state
+        check_state(state)
+        assert fleet.now_seconds >= self.time_seconds, f"clock ran back: {self.time_seconds} -> {fleet.now_seconds}"
+        live = {int(row["index"]): row for row in state.requests[state.requests["state"] != layout.FREE]}
+        fresh = fleet.collect()
+        self._conserve_requests(fleet, live, fresh)
+        for outcome in fresh:
+            self._check_outcome(outcome, fleet.now_seconds, settled)
+        self._check_past(live, fresh, failed)
+        self._check_counters(state)
+        self.time_seconds = fleet.now_seconds
+        self._replicas = state.replicas.copy()
+        self._known = {index: row.copy() for index, row in live.items()}
+
+    def _conserve_requests(self, fleet: Fleet, live: dict[int, Any], fresh: Records) -> None:
+        for outcome in fresh:
+            index = int(outcome["index"])
+            assert index in self.fed, f"request {index} ended but was never fed"
+            assert index not in self.ended, f"request {index} ended twice"
+            self.ended[index] = outcome.copy()
+        assert len(live) == int(fleet.state.fleet["live"][0]), "a request is live twice"
+        assert not live.keys() & self.ended.keys(), f"ended and live: {live.keys() & self.ended.keys()}"
+        to_come = {index for index, arrival in self.fed.items() if arrival >= fleet.now_seconds}
+        missing = self.fed.keys() - live.keys() - self.ended.keys()
+        assert missing <= to_come, f"vanished: {missing - to_come}"
+        assert not to_come & live.keys() - {i for i in live if self.fed[i] == fleet.now_seconds}, "live before arrival"
+
+    def _check_outcome(self, outcome: Any, now: float, settled: bool) -> None:
+        who = f"request {outcome['index']}"
+        times = [float(outcome[name]) for name in ("arrival", "scheduled", "first_token", "finish")]
+        assert times[0] == self.fed[int(outcome["index"])], f"{who}: arrival changed"
+        status = int(outcome["status"])
+        if status == layout.LOST:
+            assert all(math.isnan(time) for time in times[1:])
+            return
+        happened = [time for time in times if not math.isnan(time)]
+        assert happened == sorted(happened), f"{who}: arrival, scheduled, first token, finish {times}"
+        assert times[3] >= self.time_seconds, f"{who} ended at {times[3]}, before the last stop {self.time_seconds}"
+        if not settled:
+            assert times[3] <= now, f"{who} ended at {times[3]}, after the clock {now}"
+        if status == layout.FINISHED:
+            assert len(happened) == 4, f"{who} finished without {times}"
+            assert outcome["output"] >= 1
+        elif status == layout.REJECTED_LENGTH:
+            assert times[3] == times[0], f"{who} was refused at {times[3]}"
+            assert outcome["output"] == outcome["cached"] == 0
+        assert 0 <= outcome["cached"] < outcome["prompt"], f"{who}: {outcome['cached']} of {outcome['prompt']} cached"
+
+    def _check_past(self, live: dict[int, Any], fresh: Records, failed: bool) -> None:
+        """What was known at the last stop still holds; what is new happened after it."""
+        for row in [*live.values(), *fresh]:
+            known = self._known.get(int(row["index"]))
+            if failed or ("status" in row.dtype.names and row["status"] == layout.LOST):
+                continue
+            for name in ("scheduled", "first_token"):
+                time = float(row[name])
+                if known is not None and not math.isnan(known[name]):
+                    assert time == known[name], f"request {row['index']}: {name} became {time}, was {known[name]}"
+                elif not math.isnan(time):
+                    assert time >= self.time_seconds, (
+                        f"request {row['index']}: {name} at {time}, but by {self.time_seconds} it had not happened"
+                    )
+
+    def _check_counters(self, state: FleetState) -> None:
+        before = self._replicas
+        for number in range(before.size):
+            for name in GROWING:
+                was, now = before[number][name], state.replicas[number][name]
+                assert now >= was, f"replica {number}: {name} fell from {was} to {now}"
+
+
+def check_totals(fleet: Fleet, outcomes: Records) -> None:
+    """Counters of the engines equal what the requests tell. For fleets where no replica failed."""
+    state = fleet.state
+    for number in range(state.replicas.size):
+        replica = state.replicas[number]
+        ended = outcomes[outcomes["replica"] == number]
+        live = state.requests[number][state.requests[number]["state"] != layout.FREE]
+        finished = ended[ended["status"] == layout.FINISHED]
+
+        def total(name: str, rows: Records) -> int:
+            return int(rows[name].sum())
+
+        assert int(replica["received"]) == ended.size + live.size
+        assert int(replica["finished"]) == finished.size
+        assert int(replica["rejected"]) == ended.size - finished.size
+        generated = total("output", ended) + total("tokens", live) - total("prompt", live)
+        assert int(replica["output_tokens"]) == generated, f"{replica['output_tokens']} counted, {generated} generated"
+        begun = [rows[np.isfinite(rows["first_token"])] for rows in (ended, live)]
+        assert int(replica["prompt_tokens"]) == sum(total("prompt", rows) for rows in begun)
+        admitted = [rows[np.isfinite(rows["scheduled"])] for rows in (ended, live)]
+        assert int(replica["hit_tokens"]) == sum(total("cached", rows) for rows in admitted)
+        assert int(replica["preemptions"]) == total("preemptions", ended) + total("preemptions", live)
+
+
+def check_work(fleet: Fleet, outcomes: Records) -> None:
+    """Tokens computed and latencies observed follow from the requests. For runs that nobody ended from outside."""
+    state = fleet.state
+    for number in range(state.replicas.size):
+        replica = state.replicas[number]
+        done = outcomes[(outcomes["replica"] == number) & (outcomes["status"] == layout.FINISHED)]
+        least = int((done["prompt"] - done["cached"] + done["output"] - 1).sum())
+        ended = outcomes[outcomes["replica"] == number]
+        live = state.requests[number]["state"] != layout.FREE
+        if not live.any() and done.size + int((ended["status"] == layout.REJECTED_LENGTH).sum()) == ended.size:
+            exact = int(done["preemptions"].sum()) == 0
+            computed = int(replica["computed_tokens"])
+            assert computed == least if exact else computed >= least, f"{computed} tokens computed, {least} needed"
+            first = int(np.isfinite(done["first_token"]).sum())
+            assert int(state.itl_counts[number].sum()) == int(replica["output_tokens"]) - first
+        assert replica["busy_seconds"] <= replica["accounted"] * (1 + 1e-9) + 1e-9
