@@ -202,8 +202,11 @@ class Fleet:
 
     # --- what an outside world tells about live requests --------------------------------------------------------------
 
-    def finish(self, live: Live, output_tokens: int, chain: npt.NDArray[np.uint64] | None, covered: int) -> None:
-        """End a held request now with this many output tokens; `chain` (keys) and `covered` as in `learn_chain`."""
+    def finish(self, live: Live, output_tokens: int, chain: npt.NDArray[np.uint64] | None, covered: int) -> np.void:
+        """End a held request now with this many output tokens; returns its outcome (which `collect` returns too).
+
+        `chain` (keys) and `covered` tell the content of prompt and output, as in `learn_chain`.
+        """
         number, slot = live.replica, live.slot
         while replica_kernels.set_output(self.state, number, slot, max(1, output_tokens)) != request_kernels.OK:
             self._grow(request_kernels.GROW_ARENA)
@@ -212,6 +215,7 @@ class Fleet:
                 self._grow(request_kernels.GROW_ARENA)
         self._room_for_outcomes()
         replica_kernels.finish_now(self.state, number, slot, self.now_seconds)
+        return self.state.outcomes[int(self.state.fleet["outcomes"][0]) - 1].copy()
 
     def set_output(self, live: Live, output_tokens: int) -> None:
         """Change how many tokens a live request is expected to generate."""

@@ -1,7 +1,7 @@
-"""How much slower or faster the real engine runs than its coefficients say, from the ends of requests.
+"""How much slower or faster the real engine runs than its coefficients say, from the requests that end.
 
-Between two moments the simulation did some work (`state.WORK`), which the coefficients turn into seconds; reality
-took the time that passed with a request alive. The ratio of both, with exponential forgetting, is the pace.
+While a request decoded, its replica did some work (`state.WORK`), which the coefficients turn into seconds; reality
+took as long as the request's record says. The ratio of both, with exponential forgetting, is the pace.
 """
 
 from __future__ import annotations
@@ -15,33 +15,29 @@ from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.settings import StepTime
 
 SLOWEST, FASTEST = 5.0, 0.2  # bounds of the factor on every step time
-MEMORY_SECONDS = 2.0
-# What the coefficients themselves weigh against observation, seconds of work.
-_PRIOR_SECONDS = 0.1
+MEMORY_SECONDS = 3.0
+# What the coefficients themselves weigh against observation, seconds of decoding.
+_PRIOR_SECONDS = 1.0
 
 
 class Pace:
-    """Tracks the pace of a pool and applies it to its fleet."""
+    """Tracks the pace of a pool whose coefficients are `step_time`."""
 
-    def __init__(self, fleet: Fleet, memory_seconds: float = MEMORY_SECONDS) -> None:
+    def __init__(self, step_time: StepTime, memory_seconds: float = MEMORY_SECONDS) -> None:
         self.factor = 1.0
+        self._coefficients = coefficients(step_time)
         self._memory_seconds = memory_seconds
-        self._real = self._modelled = 1.0
-        self.reset(fleet)
+        self._real = self._modelled = 0.0
+        self._time = -math.inf
 
-    def reset(self, fleet: Fleet) -> None:
-        """Start counting from the fleet's present (its coefficients changed, or it did)."""
-        self._coefficients = coefficients(fleet.settings.step_time)
-        self._work = _work(fleet)
-        self._busy = float(fleet.state.replicas["busy_seconds"].sum())
-
-    def observe(self, fleet: Fleet) -> None:
-        """Called when the simulation was just brought in line with reality (a request ended)."""
-        work, busy = _work(fleet), float(fleet.state.replicas["busy_seconds"].sum())
-        real, modelled = busy - self._busy, float(self._coefficients @ (work - self._work))
-        self._work, self._busy = work, busy
-        keep = math.exp(-real / self._memory_seconds)
-        self._real = self._real * keep + real
+    def observe(self, time_seconds: float, decode_seconds: float, decode_work: npt.NDArray[np.float64]) -> None:
+        """A request ended at `time_seconds`: it decoded for so long, while its replica did this work."""
+        modelled = float(self._coefficients @ decode_work)
+        if not (math.isfinite(modelled) and modelled > 0.0 and decode_seconds > 0.0):
+            return
+        keep = math.exp(-max(0.0, time_seconds - self._time) / self._memory_seconds)
+        self._time = max(self._time, time_seconds)
+        self._real = self._real * keep + decode_seconds
         self._modelled = self._modelled * keep + modelled
         ratio = (self._real + _PRIOR_SECONDS) / (self._modelled + _PRIOR_SECONDS)
         self.factor = min(SLOWEST, max(FASTEST, ratio))
@@ -56,7 +52,3 @@ class Pace:
 def coefficients(step_time: StepTime) -> npt.NDArray[np.float64]:
     """The coefficients in the order of `state.WORK`."""
     return np.array([getattr(step_time, name) for name in StepTime.model_fields])
-
-
-def _work(fleet: Fleet) -> npt.NDArray[np.float64]:
-    return np.asarray(fleet.state.replicas["work"].sum(axis=0), dtype=np.float64)

@@ -25,7 +25,7 @@ def replay_pinned(settings: FleetSettings, observed: Observed, frontend_seconds:
     """Run the recording on a cold fleet; requests without an observed end run free."""
     fleet = Fleet(settings)
     fleet.state.engines["hold_seconds"] = HOLD_SECONDS
-    pace = Pace(fleet)
+    pace = Pace(settings.step_time)
     ends = observed.workload.arrival + observed.e2e_seconds
     workload = with_frontend(observed.workload, frontend_seconds)
     workload = workload._replace(held=np.isfinite(ends).astype(workload.held.dtype))
@@ -44,8 +44,9 @@ def replay_pinned(settings: FleetSettings, observed: Observed, frontend_seconds:
                 live[row] = Live(int(workload.index[row]), replica, slot)
         elif row in live:
             heapq.heappop(coming)
-            fleet.finish(live.pop(row), int(workload.output[row]), None, 0)
-            pace.observe(fleet)
+            outcome = fleet.finish(live.pop(row), int(workload.output[row]), None, 0)
+            decode_seconds = float(observed.e2e_seconds[row] - observed.ttft_seconds[row])
+            pace.observe(time, decode_seconds, outcome["decode_work"])
         pace.apply(fleet, _pace_to(fleet, pace, live, coming, time))
     fleet.run()
     return fleet

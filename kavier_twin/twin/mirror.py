@@ -1,0 +1,351 @@
+"""The mirror: one pool's fleet, simulated in step with the stream of its requests.
+
+A request seen is pushed into the simulated fleet, held: only its finish record ends it. What the simulation said until
+then (TTFT, end, queue, prefix hits) is scored against the record before the record corrects the simulation, so every
+error is that of a prediction. Output lengths are unknown until the end and no decision uses them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, deque
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from kavier_twin.simulation.fleet import Fleet, Live
+from kavier_twin.simulation.kernels import replica as replica_kernels
+from kavier_twin.simulation.kpis import Counters
+from kavier_twin.simulation.settings import FleetSettings, StepTime
+from kavier_twin.simulation.state import FREE, WAITING
+from kavier_twin.simulation.workload import Workload, covered_tokens, make_workload, workload_of
+from kavier_twin.telemetry import EngineSample, RequestFinished, RequestRecord, RequestSeen, TelemetryRecord
+from kavier_twin.twin.calibration import Calibration, CalibrationError, Observed, calibrate
+from kavier_twin.twin.fidelity import Fidelity
+from kavier_twin.twin.pace import Pace
+from kavier_twin.twin.snapshot import Snapshot
+from kavier_twin.twin.stream import OrderedStream
+
+_FIRST_GUESS_OUTPUT_TOKENS: Final = 512
+_LONGEST_HOLD_SECONDS: Final = 0.5
+
+
+@dataclass(frozen=True)
+class MirrorSettings:
+    """How a pool is mirrored. Times in seconds of event time."""
+
+    pool: str = "default"
+    lateness_seconds: float = 2.0
+    recent_seconds: float = 600.0
+    recent_requests: int = 5_000
+    calibrate_after_requests: int = 100
+    recalibrate_every_requests: int = 200
+    give_up_seconds: float = 3_600.0  # a request without a finish record for so long is dropped
+
+
+@dataclass
+class _Seen:
+    """What is remembered of a request while it is recent."""
+
+    seen: RequestSeen
+    finished: RequestFinished | None = None
+
+
+@dataclass
+class _Running:
+    live: Live
+    index: int
+
+
+class Mirror:
+    """Keeps one pool's fleet in step. Not thread-safe: the daemon serialises calls."""
+
+    def __init__(self, settings: MirrorSettings, fleet: FleetSettings, *, calibrated: bool = False) -> None:
+        self.settings = settings
+        self.fleet = Fleet(fleet, start_seconds=-math.inf)
+        self.fidelity = Fidelity()
+        self.calibration: Calibration | None = None
+        self.calibrated = calibrated
+        self.frontend_seconds = 0.0
+        self.ingested: Counter[str] = Counter()  # records by result
+        self.finished = 0
+        self.observed_ttft: deque[float] = deque(maxlen=500)
+        self.observed_e2e: deque[float] = deque(maxlen=500)
+        self.last_sample: EngineSample | None = None
+        self._stream = OrderedStream(settings.lateness_seconds)
+        self._recent: deque[_Seen] = deque(maxlen=settings.recent_requests)
+        self._by_id: dict[str, _Seen] = {}
+        self._running: dict[str, _Running] = {}
+        self._next_index = 0
+        self._longest_output = 0
+        self._finished_at_calibration = 0
+        self._pace = Pace(fleet.step_time)
+
+    # --- taking records in ----------------------------------------------------------------------------------------
+
+    def ingest(self, record: TelemetryRecord) -> None:
+        """Take one record in; what became of it is counted in `ingested`."""
+        if isinstance(record, EngineSample):
+            self.last_sample = record
+            self.ingested["accepted"] += 1
+            return
+        if isinstance(record, RequestRecord):
+            self.ingested[self._stream.offer(record.seen())] += 1
+            finished = record.finished()
+            if finished is not None:
+                self.ingested[self._stream.offer(finished)] += 1
+            return
+        self.ingested[self._stream.offer(record)] += 1
+
+    def advance(self, now_seconds: float | None = None) -> int:
+        """Process what is due. `now_seconds` (event time) lets time pass where no record comes. Returns events."""
+        if now_seconds is not None:
+            self._stream.raise_floor(now_seconds - self.settings.lateness_seconds)
+        events = self._stream.due()
+        for event in events:
+            self._step_to(event.time_seconds)
+            if isinstance(event, RequestSeen):
+                self._arrive(event)
+            else:
+                self._finish(event)
+        watermark = self._stream.watermark_seconds
+        if math.isfinite(watermark) and math.isfinite(self.time_seconds):
+            self._step_to(watermark)
+        self._drop_the_lost()
+        return len(events)
+
+    # --- what can be seen -----------------------------------------------------------------------------------------
+
+    @property
+    def time_seconds(self) -> float:
+        """Event time the mirror stands at; -inf before the first record."""
+        return self.fleet.now_seconds
+
+    @property
+    def newest_seconds(self) -> float:
+        """Event time of the newest record taken in."""
+        return self._stream.newest_seconds
+
+    @property
+    def buffered(self) -> int:
+        """Records taken in and not yet due."""
+        return self._stream.buffered
+
+    @property
+    def pace(self) -> float:
+        """How much longer the real engine's steps last than the coefficients say (1: as long)."""
+        return self._pace.factor
+
+    def counters(self) -> Counters:
+        """Cumulative counts of the mirrored fleet."""
+        return Counters.of(self.fleet.state, self.fleet.now_seconds)
+
+    def load(self) -> tuple[int, int, float]:
+        """Running and waiting requests and KV usage (0..1) of the mirrored fleet now."""
+        replicas, engines = self.fleet.state.replicas, self.fleet.state.engines
+        usable = int((engines["num_blocks"] - 1).sum())
+        used = usable - int(replicas["free_blocks"].sum())
+        return int(replicas["running"].sum()), int(replicas["waiting"].sum()), used / usable
+
+    def snapshot(self) -> Snapshot | None:
+        """A fork for the forecaster; None before the first record."""
+        if not math.isfinite(self.time_seconds):
+            return None
+        earliest = self.time_seconds - self.settings.recent_seconds
+        recent = [entry for entry in self._recent if entry.seen.time_seconds >= earliest]
+        start = recent[0].seen.time_seconds if recent else self.time_seconds
+        return Snapshot(
+            pool=self.settings.pool,
+            time_seconds=self.time_seconds,
+            fleet=self.fleet.fork(),
+            recent=_workload(recent),
+            recent_seconds=min(self.settings.recent_seconds, max(self.time_seconds - start, 1e-9)),
+            frontend_seconds=self.frontend_seconds,
+            calibrated=self.calibrated,
+        )
+
+    # --- events ---------------------------------------------------------------------------------------------------
+
+    def _step_to(self, time_seconds: float) -> None:
+        if not math.isfinite(self.fleet.now_seconds):
+            self._start(time_seconds)
+        if time_seconds > self.fleet.now_seconds:
+            self.fleet.run(time_seconds)
+            self._extend()
+
+    def _start(self, time_seconds: float) -> None:
+        self.fleet = Fleet(self.fleet.settings, start_seconds=time_seconds)
+
+    def _extend(self) -> None:
+        """Requests that reached the length assumed for them go on: reality has not ended them."""
+        if not self.fleet.state.replicas["holding"].any():
+            return
+        for live in self.fleet.live():
+            request = self.fleet.state.requests[live.replica, live.slot]
+            if request["tokens"] >= request["prompt"] + request["output"]:
+                self.fleet.set_output(live, 2 * int(request["output"]))
+        self.fleet.state.replicas["hold_until"] = -np.inf
+
+    def _arrive(self, seen: RequestSeen) -> None:
+        entry = _Seen(seen)
+        if len(self._recent) == self._recent.maxlen:
+            self._by_id.pop(self._recent[0].seen.id, None)
+        self._recent.append(entry)
+        self._by_id[seen.id] = entry
+        self._next_index += 1
+        workload = _arrival(seen, self._assumed_output(seen), self._next_index)
+        delivered = workload._replace(delivered=np.maximum(workload.arrival + self.frontend_seconds, self.time_seconds))
+        # The frontend's time passes before the scheduler sees it; events in between have their own turn.
+        replica, slot = map(int, self.fleet.deliver(delivered, 0, 1)[0])
+        if slot >= 0:
+            self._running[seen.id] = _Running(Live(self._next_index, replica, slot), self._next_index)
+
+    def _assumed_output(self, seen: RequestSeen) -> int:
+        assumed = max(_FIRST_GUESS_OUTPUT_TOKENS, 2 * self._longest_output)
+        return min(assumed, seen.max_tokens) if seen.max_tokens else assumed
+
+    def _finish(self, finished: RequestFinished) -> None:
+        entry = self._by_id.get(finished.id)
+        running = self._running.pop(finished.id, None)
+        if entry is None or running is None:
+            self.ingested["unknown_request"] += 1
+            return
+        entry.finished = finished
+        self.finished += 1
+        self._longest_output = max(self._longest_output, finished.output_tokens)
+        self._score(entry.seen, finished, running.live)
+        self._correct(entry.seen, finished, running.live)
+        self._pace.apply(self.fleet)
+        self.fleet.collect()
+        self._maybe_calibrate()
+
+    def _score(self, seen: RequestSeen, finished: RequestFinished, live: Live) -> None:
+        """Predictions as they stood before this record, beside what it says."""
+        request = self.fleet.state.requests[live.replica, live.slot]
+        if finished.ttft_seconds is not None:
+            self.observed_ttft.append(finished.ttft_seconds)
+            self.fidelity.add("ttft_seconds", float(request["first_token"] - request["arrival"]), finished.ttft_seconds)
+        if finished.e2e_seconds is not None:
+            self.observed_e2e.append(finished.e2e_seconds)
+            predicted = _predicted_finish(request, finished.output_tokens, self.time_seconds)
+            self.fidelity.add("e2e_seconds", predicted - float(request["arrival"]), finished.e2e_seconds)
+        if finished.queue_seconds is not None:
+            self.fidelity.add("queue_seconds", float(request["scheduled"] - request["arrival"]), finished.queue_seconds)
+        if finished.cached_tokens is not None and request["state"] not in (FREE, WAITING):
+            self.fidelity.add_cache(float(request["cached"]), finished.cached_tokens, seen.prompt_tokens)
+
+    def _correct(self, seen: RequestSeen, finished: RequestFinished, live: Live) -> None:
+        """Pin the end. A simulation that was ahead waits for as long as it was."""
+        request = self.fleet.state.requests[live.replica, live.slot]
+        generated = int(request["tokens"] - request["prompt"])
+        excess = 0.0
+        if generated > finished.output_tokens:
+            excess = (self.time_seconds - float(request["first_token"])) * (1 - finished.output_tokens / generated)
+        chain, covered = None, 0
+        if finished.block_hashes and seen.block_tokens:
+            whole = _whole(seen, finished)
+            chain = workload_of([whole]).chain
+            covered = covered_tokens(whole)
+        outcome = self.fleet.finish(live, finished.output_tokens, chain, covered)
+        if finished.e2e_seconds is not None and finished.ttft_seconds is not None:
+            share = min(1.0, (finished.output_tokens - 1) / max(generated - 1, 1))
+            decode_seconds = finished.e2e_seconds - finished.ttft_seconds
+            self._pace.observe(self.time_seconds, decode_seconds, share * outcome["decode_work"])
+        if excess > 0.0:
+            hold_until = self.time_seconds + min(excess, _LONGEST_HOLD_SECONDS)
+            replica_kernels.hold(self.fleet.state, live.replica, hold_until)
+
+    def _drop_the_lost(self) -> None:
+        """Requests whose finish record never came must not fill the fleet for ever."""
+        oldest = self.time_seconds - self.settings.give_up_seconds
+        for identity, running in list(self._running.items()):
+            request = self.fleet.state.requests[running.live.replica, running.live.slot]
+            if request["arrival"] > oldest:
+                break
+            self.ingested["never_finished"] += 1
+            self.fleet.finish(running.live, max(1, int(request["tokens"] - request["prompt"])), None, 0)
+            del self._running[identity]
+
+    # --- calibration ----------------------------------------------------------------------------------------------
+
+    def _maybe_calibrate(self) -> None:
+        wait = self.settings.recalibrate_every_requests if self.calibration else self.settings.calibrate_after_requests
+        if self.finished - self._finished_at_calibration < wait:
+            return
+        self._finished_at_calibration = self.finished
+        entries = [entry for entry in self._recent if entry.finished is not None]
+        try:
+            calibration = calibrate(self.fleet.settings, _observed(entries))
+        except CalibrationError:
+            return
+        self.use(calibration.step_time, calibration.frontend_seconds)
+        self.calibration = calibration
+
+    def use(self, step_time: StepTime, frontend_seconds: float) -> None:
+        """Go on with these coefficients."""
+        self.fleet.settings = self.fleet.settings.model_copy(update={"step_time": step_time})
+        self.frontend_seconds = frontend_seconds
+        self.calibrated = True
+        self._pace = Pace(step_time)
+        self._pace.apply(self.fleet)
+
+
+def _predicted_finish(request: np.void, output_tokens: int, now_seconds: float) -> float:
+    """When the simulation would have ended a request of this length, at the pace it gave the request so far."""
+    first, generated = float(request["first_token"]), int(request["tokens"] - request["prompt"])
+    if not math.isfinite(first):
+        return math.nan
+    if generated < 2:
+        return max(first, now_seconds) if output_tokens > 1 else first
+    return first + (output_tokens - 1) * (now_seconds - first) / (generated - 1)
+
+
+def _whole(seen: RequestSeen, finished: RequestFinished) -> RequestRecord:
+    return RequestRecord(
+        id=seen.id,
+        time_seconds=seen.time_seconds,
+        session=seen.session,
+        priority=seen.priority,
+        prompt_tokens=seen.prompt_tokens,
+        output_tokens=finished.output_tokens,
+        block_hashes=finished.block_hashes or seen.block_hashes,
+        block_tokens=seen.block_tokens,
+        hashes_cover_output=bool(finished.block_hashes),
+    )
+
+
+def _arrival(seen: RequestSeen, assumed_output: int, index: int) -> Workload:
+    """One held request whose output nobody knows yet."""
+    known = min(len(seen.block_hashes) * (seen.block_tokens or 0), seen.prompt_tokens)
+    return make_workload(
+        [seen.time_seconds],
+        seen.prompt_tokens,
+        assumed_output,
+        chain=seen.block_hashes,
+        chain_starts=[0, len(seen.block_hashes)],
+        hash_tokens=seen.block_tokens or 0,
+        covered=known,
+        priority=seen.priority,
+        held=1,
+        index=index,
+    )
+
+
+def _workload(entries: list[_Seen]) -> Workload:
+    """Recent requests as arrays; those in flight with an output of 0."""
+    return workload_of(
+        [
+            _whole(entry.seen, entry.finished or RequestFinished(id=entry.seen.id, time_seconds=0.0, output_tokens=0))
+            for entry in entries
+        ]
+    )
+
+
+def _observed(entries: list[_Seen]) -> Observed:
+    finished = [entry.finished for entry in entries if entry.finished is not None]
+    return Observed(
+        workload=_workload(entries),
+        ttft_seconds=np.array([math.nan if f.ttft_seconds is None else f.ttft_seconds for f in finished]),
+        e2e_seconds=np.array([math.nan if f.e2e_seconds is None else f.e2e_seconds for f in finished]),
+    )

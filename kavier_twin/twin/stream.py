@@ -1,0 +1,67 @@
+"""Event time: putting records in order behind a watermark, each once.
+
+The watermark trails the newest event time by the allowed lateness. Records become due when it passes them, in an order
+that depends on their content alone, so that duplicates and any reordering within the lateness change nothing.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import OrderedDict
+from typing import Final
+
+from kavier_twin.telemetry import RequestFinished, RequestSeen
+
+REMEMBERED_IDS: Final = 200_000  # how many record identities are kept to recognise duplicates
+
+Event = RequestSeen | RequestFinished
+
+
+class OrderedStream:
+    """A bounded re-ordering buffer over request events."""
+
+    def __init__(self, lateness_seconds: float, remembered_ids: int = REMEMBERED_IDS) -> None:
+        self._lateness_seconds = lateness_seconds
+        self._remembered_ids = remembered_ids
+        self._heap: list[tuple[float, int, str, Event]] = []
+        self._known: OrderedDict[tuple[str, str], None] = OrderedDict()
+        self.newest_seconds = -math.inf
+        self._floor_seconds = -math.inf
+
+    @property
+    def watermark_seconds(self) -> float:
+        """Event time up to which everything is taken to have arrived."""
+        return max(self.newest_seconds - self._lateness_seconds, self._floor_seconds)
+
+    @property
+    def buffered(self) -> int:
+        """Records not yet due."""
+        return len(self._heap)
+
+    def offer(self, event: Event) -> str:
+        """Take a record in. Returns what became of it: "accepted", "duplicate" or "late"."""
+        identity = (event.kind, event.id)
+        if identity in self._known:
+            return "duplicate"
+        if event.time_seconds < self.watermark_seconds:
+            return "late"
+        self._known[identity] = None
+        if len(self._known) > self._remembered_ids:
+            self._known.popitem(last=False)
+        # At equal times a request is seen before it finishes.
+        order = 0 if isinstance(event, RequestSeen) else 1
+        heapq.heappush(self._heap, (event.time_seconds, order, event.id, event))
+        self.newest_seconds = max(self.newest_seconds, event.time_seconds)
+        return "accepted"
+
+    def raise_floor(self, time_seconds: float) -> None:
+        """Time passed without records: nothing older than this is waited for."""
+        self._floor_seconds = max(self._floor_seconds, time_seconds)
+
+    def due(self) -> list[Event]:
+        """Records the watermark has passed, in event-time order."""
+        events = []
+        while self._heap and self._heap[0][0] <= self.watermark_seconds:
+            events.append(heapq.heappop(self._heap)[3])
+        return events
