@@ -1,0 +1,266 @@
+"""`kavier-twin simulate`: what a fleet makes of a trace."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from connectors.traces import FORMATS
+from kavier_twin.errors import UserError
+from kavier_twin.scenario import Scenario, load_scenario
+from kavier_twin.simulation.fleet import Fleet
+from kavier_twin.simulation.kpis import Counters, Distribution, Kpis, Slo, kpis
+from kavier_twin.simulation.policies import POLICY_NAMES, PolicyError, apply_overrides, parse_override
+from kavier_twin.simulation.settings import FleetSettings
+from kavier_twin.simulation.state import FINISHED, REJECTED_KV_CAPACITY, REJECTED_LENGTH, Records
+from kavier_twin.twin.calibration import with_frontend
+from kavier_twin.twin.pinned import replay_pinned
+
+_SAMPLES = 200  # points of the series over time
+_SLOS = ("ttft_seconds", "tpot_seconds", "e2e_seconds")
+
+_EXAMPLES = f"""examples:
+  kavier-twin simulate golden/chat-async --requests out.jsonl
+  kavier-twin simulate mooncake.jsonl --fleet fleet.yaml --policy replicas=8 --policy router=prefix_aware
+  kavier-twin simulate recording/ --policy prefix_caching=false --slo ttft_seconds=0.5 --json
+  kavier-twin simulate recording/ --pin
+
+policy settings (a number with x multiplies the fleet's own, e.g. num_gpu_blocks=0.5x):
+  {", ".join(POLICY_NAMES)}
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Declare the command."""
+    parser = commands.add_parser(
+        "simulate",
+        help="run a trace through a simulated fleet",
+        description="Run a trace through a simulated fleet and report its KPIs.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("trace", type=Path, metavar="TRACE", help="a trace file, golden run or recording")
+    parser.add_argument("--format", choices=sorted(FORMATS), help="the trace's format (default: found by its content)")
+    parser.add_argument(
+        "--fleet", type=Path, metavar="FLEET.yaml", help="the fleet: engine, step_time, replicas, router"
+    )
+    parser.add_argument(
+        "--policy", action="append", default=[], metavar="NAME=VALUE", help="override a setting; may be repeated"
+    )
+    parser.add_argument("--reference", action="store_true", help="step through every engine step instead of jumping")
+    parser.add_argument("--pin", action="store_true", help="each request also ends when it really ended (recordings)")
+    parser.add_argument(
+        "--calibrate-until",
+        type=float,
+        default=0.33,
+        metavar="SHARE",
+        help="fit step times on this first share of a recording (default 0.33)",
+    )
+    parser.add_argument(
+        "--slo", action="append", default=[], metavar="NAME=SECONDS", help=f"objective for goodput: {', '.join(_SLOS)}"
+    )
+    parser.add_argument("--requests", type=Path, metavar="OUT.jsonl", help="write one JSON line a request")
+    parser.add_argument("--json", action="store_true", help="print the KPIs as one JSON object and nothing else")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do it."""
+    if not 0.0 < args.calibrate_until <= 1.0:
+        raise UserError(f"--calibrate-until {args.calibrate_until}: expected a share between 0 and 1")
+    if args.pin and args.reference:
+        raise UserError(
+            "--pin and --reference exclude each other: a pinned run follows the recording, not the step clock"
+        )
+    slo = _slo(args.slo)
+    console = Console(stderr=True)
+    with console.status("reading the trace; compiled kernels are cached after the first run"):
+        scenario = load_scenario(
+            args.trace, trace_format=args.format, fleet_file=args.fleet, calibrate_until=args.calibrate_until
+        )
+        try:
+            fleet_settings = apply_overrides(scenario.fleet, dict(map(parse_override, args.policy)))
+        except PolicyError as error:
+            raise UserError(f"--policy: {error}") from None
+    _report_rejected_lines(console, scenario)
+    with console.status(f"simulating {len(scenario.trace.records):,} requests"):
+        fleet = _simulate(scenario, fleet_settings, reference=args.reference, pin=args.pin)
+    outcomes = fleet.collect()
+    outcomes = outcomes[np.argsort(outcomes["index"], kind="stable")]
+    start = float(scenario.observed.workload.arrival[0])
+    result = kpis(
+        outcomes,
+        None,
+        Counters.of(fleet.state, fleet.now_seconds),
+        start_seconds=start,
+        samples=fleet.samples if fleet.samples.time_seconds else None,
+        slo=slo,
+    )
+    if args.requests is not None:
+        _write_requests(args.requests, outcomes)
+    if args.json:
+        print(json.dumps(_document(scenario, fleet, outcomes, result), allow_nan=False))
+    else:
+        _print(Console(), scenario, fleet_settings, outcomes, result)
+    return 0
+
+
+def _simulate(scenario: Scenario, settings: FleetSettings, *, reference: bool, pin: bool) -> Fleet:
+    observed = scenario.observed
+    if pin:
+        if not np.isfinite(observed.e2e_seconds).any():
+            raise UserError(f"{scenario.trace.path}: --pin needs a recording that tells when each request ended")
+        return replay_pinned(settings, observed, scenario.frontend_seconds)
+    workload = with_frontend(observed.workload, scenario.frontend_seconds)
+    fleet = Fleet(settings, stepping=reference, start_seconds=float(min(0.0, workload.arrival[0])))
+    span = float(workload.arrival[-1] - workload.arrival[0])
+    if span > 0.0:
+        fleet.sample_every(span / _SAMPLES)
+    fleet.feed(workload)
+    fleet.run()
+    return fleet
+
+
+def _slo(texts: list[str]) -> Slo | None:
+    values = {}
+    for text in texts:
+        name, _, seconds = text.partition("=")
+        try:
+            value = float(seconds)
+        except ValueError:
+            value = math.nan
+        if name not in _SLOS or not value > 0.0:
+            raise UserError(f"--slo {text}: expected NAME=SECONDS with NAME one of {', '.join(_SLOS)}")
+        values[name] = value
+    return Slo(**values) if values else None
+
+
+def _report_rejected_lines(console: Console, scenario: Scenario) -> None:
+    trace = scenario.trace
+    if not trace.rejected_count:
+        return
+    console.print(f"[yellow]{trace.rejected_count} malformed line(s) left out:[/]")
+    for line in trace.rejected[:5]:
+        console.print(f"  {line.file}:{line.line}: {line.reason}: {line.detail}", highlight=False, markup=False)
+    if trace.rejected_count > 5:
+        console.print(f"  and {trace.rejected_count - 5} more: {dict(trace.rejected_by_reason)}", markup=False)
+
+
+def _seconds(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)
+
+
+def _write_requests(path: Path, outcomes: Records) -> None:
+    temporary = path.with_name(path.name + ".part")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            for row in outcomes:
+                done = row["status"] == FINISHED
+                line = {
+                    "index": int(row["index"]),
+                    "replica": int(row["replica"]),
+                    "prompt_tokens": int(row["prompt"]),
+                    "output_tokens": int(row["output"]),
+                    "cached_tokens": int(row["cached"]),
+                    "arrival_seconds": float(row["arrival"]),
+                    "scheduled_seconds": _seconds(row["scheduled"]),
+                    "first_token_seconds": _seconds(row["first_token"]),
+                    "finish_seconds": float(row["finish"]) if done else None,
+                    "preemptions": int(row["preemptions"]),
+                }
+                file.write(json.dumps(line) + "\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"--requests {path}: {error.strerror}") from None
+
+
+def _rejections(outcomes: Records) -> dict[str, int]:
+    return {
+        "prompt_longer_than_max_model_len": int((outcomes["status"] == REJECTED_LENGTH).sum()),
+        "larger_than_the_kv_cache": int((outcomes["status"] == REJECTED_KV_CAPACITY).sum()),
+    }
+
+
+def _document(scenario: Scenario, fleet: Fleet, outcomes: Records, result: Kpis) -> dict[str, Any]:
+    calibration = scenario.calibration
+    return {
+        "trace": str(scenario.trace.path),
+        "format": scenario.trace.format,
+        "malformed_lines": scenario.trace.rejected_count,
+        **result.to_dict(),
+        "rejections": _rejections(outcomes),
+        "over_time": {
+            "time_seconds": fleet.samples.time_seconds,
+            "running": fleet.samples.running,
+            "waiting": fleet.samples.waiting,
+            "kv_usage_ratio": fleet.samples.kv_usage_ratio,
+        },
+        "fleet": fleet.settings.model_dump(),
+        "calibration": None
+        if calibration is None
+        else {
+            "requests": calibration.requests,
+            "frontend_seconds": calibration.frontend_seconds,
+            "step_time": calibration.step_time.model_dump(),
+        },
+    }
+
+
+def _print(console: Console, scenario: Scenario, fleet: FleetSettings, outcomes: Records, result: Kpis) -> None:
+    console.print(
+        f"[bold]{scenario.trace.path}[/] ({scenario.trace.format}): {result.requests:,} requests, "
+        f"{fleet.replicas} replica(s), {fleet.engine.num_gpu_blocks:,} blocks of {fleet.engine.block_size}; "
+        f"fleet from {scenario.fleet_source}"
+    )
+    if scenario.calibration is not None:
+        console.print(
+            f"step times fitted on the first {scenario.calibration.requests} requests that ended", style="dim"
+        )
+    latencies = Table("seconds", "mean", "p50", "p90", "p95", "p99", title=None)
+    for name, values in (
+        ("TTFT", result.ttft),
+        ("ITL", result.itl),
+        ("TPOT", result.tpot),
+        ("e2e", result.e2e),
+        ("queue", result.queue),
+    ):
+        latencies.add_row(name, *_row(values))
+    console.print(latencies)
+    facts = Table(show_header=False)
+    facts.add_row("prefix-cache hit ratio", f"{result.prefix_cache_hit_ratio:.4f} of prompt tokens")
+    facts.add_row(
+        "throughput",
+        f"{result.output_tokens_per_second:,.1f} output tokens/s, "
+        f"{result.prompt_tokens_per_second:,.1f} prompt tokens/s, {result.requests_per_second:.3f} requests/s",
+    )
+    facts.add_row("running / waiting", f"{result.running_mean:.2f} / {result.waiting_mean:.2f} mean" + _peaks(result))
+    facts.add_row(
+        "KV usage",
+        f"{result.kv_usage_mean_ratio:.1%} mean"
+        + ("" if result.kv_usage_peak_ratio is None else f", {result.kv_usage_peak_ratio:.1%} peak"),
+    )
+    facts.add_row("preemptions, evictions", f"{result.preemptions:,}, {result.evictions:,} blocks")
+    facts.add_row("engine steps", f"{result.engine_steps:,} in {result.duration_seconds:,.1f} s")
+    if result.rejected:
+        facts.add_row(
+            "rejected", ", ".join(f"{n} {why.replace('_', ' ')}" for why, n in _rejections(outcomes).items() if n)
+        )
+    if result.goodput_ratio is not None:
+        facts.add_row("goodput", f"{result.goodput_requests_per_second:.3f} requests/s ({result.goodput_ratio:.1%})")
+    console.print(facts)
+
+
+def _peaks(result: Kpis) -> str:
+    return "" if result.running_peak is None else f", {result.running_peak} / {result.waiting_peak} peak"
+
+
+def _row(values: Distribution) -> list[str]:
+    numbers = (values.mean, values.p50, values.p90, values.p95, values.p99)
+    return ["-" if math.isnan(number) else f"{number:.4f}" for number in numbers]
