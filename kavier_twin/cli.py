@@ -18,7 +18,6 @@ _EXAMPLES = """examples:
 """
 
 
-
 def main(argv: list[str] | None = None) -> int:
     """Run a command. Returns the exit status: 0 done, 1 failed, 2 wrong use, 130 interrupted."""
     parser = argparse.ArgumentParser(

@@ -38,7 +38,9 @@ def new_state(settings: FleetSettings, *, stepping: bool = False) -> FleetState:
         buckets=np.zeros((replicas, _bucket_count(engine.num_gpu_blocks)), np.int32),
         arena=np.zeros((replicas, arena), np.uint64),
         arena_free=np.full((replicas, layout.ARENA_CLASSES), -1, np.int64),
-        scratch=np.zeros((replicas, 2 * slots + engine.block_size), np.int32),
+        explicit=np.zeros((replicas, slots), np.int32),
+        flow=np.zeros((replicas, slots), np.int32),
+        phases=_empty_phases(replicas, engine.block_size),
         itl_counts=np.zeros((replicas, layout.ITL_BINS), np.int64),
         outcomes=np.zeros(outcomes, layout.OUTCOME),
     )
@@ -108,14 +110,20 @@ def with_more_slots(state: FleetState) -> FleetState:
         running=_wider(state.running, new),
         waiting=_wider(state.waiting, new),
         entries=_wider(state.entries, new),
-        scratch=_wider(state.scratch, state.scratch.shape[1] + 2 * old),
+        explicit=_wider(state.explicit, new),
+        flow=_wider(state.flow, new),
     )
 
 
-def with_scratch(state: FleetState, block_size: int) -> FleetState:
-    """Working space for another block size."""
-    replicas, slots = state.requests.shape
-    return state._replace(scratch=np.zeros((replicas, 2 * slots + block_size), np.int32))
+def with_block_size(state: FleetState, block_size: int) -> FleetState:
+    """The (settled) fleet ready for another block size."""
+    return state._replace(phases=_empty_phases(state.replicas.size, block_size))
+
+
+def _empty_phases(replicas: int, block_size: int) -> Records:
+    phases = np.zeros((replicas, block_size), layout.PHASE)
+    phases["first"] = phases["last"] = -1
+    return phases
 
 
 def with_replica(state: FleetState, fresh: FleetState) -> FleetState:
@@ -140,7 +148,9 @@ def with_pool(state: FleetState, num_blocks: int) -> FleetState:
     blocks = np.zeros((replicas, num_blocks), layout.BLOCK)
     buckets = np.zeros((replicas, _bucket_count(num_blocks)), np.int32)
     for number in range(replicas):
-        reshape.resize_pool(state, number, blocks[number], buckets[number], num_blocks)
+        old = state.blocks.shape[1]
+        names, working = np.zeros(old, np.int32), np.zeros(old, np.uint64)
+        reshape.resize_pool(state, number, blocks[number], buckets[number], num_blocks, names, working)
     return state._replace(blocks=blocks, buckets=buckets)
 
 

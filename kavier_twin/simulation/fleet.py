@@ -19,6 +19,7 @@ import simpy
 from kavier_twin.simulation import build
 from kavier_twin.simulation import state as layout
 from kavier_twin.simulation.kernels import fleet as kernels
+from kavier_twin.simulation.kernels import flow as flow_kernels
 from kavier_twin.simulation.kernels import replica as replica_kernels
 from kavier_twin.simulation.kernels import requests as request_kernels
 from kavier_twin.simulation.kernels import reshape
@@ -340,10 +341,12 @@ class Fleet:
         disruptive = new.engine.async_scheduling != old.engine.async_scheduling or (
             new.engine.block_size != old.engine.block_size or new.engine.num_gpu_blocks != old.engine.num_gpu_blocks
         )
-        if disruptive:
-            for number in replicas:
+        for number in replicas:
+            if disruptive:
                 self._room_for_outcomes()
                 replica_kernels.settle(self.state, number)
+            else:
+                flow_kernels.dissolve_flow(self.state, number)
         if new.engine.block_size != old.engine.block_size:
             for number in replicas:
                 while self.state.replicas["running"][number] > 0:
@@ -359,7 +362,8 @@ class Fleet:
             self.state.replicas["quiet_until"][number] = -np.inf
             reshape.reorder_queue(self.state, number)
         if new.engine.block_size != old.engine.block_size:
-            self.state = build.with_scratch(self.state, new.engine.block_size)
+            self.state = build.with_block_size(self.state, new.engine.block_size)
+            self.state.requests["known"] = self.state.requests["covered"] // new.engine.block_size
             for live in self.live():  # smaller blocks need longer block tables
                 self.set_output(live, int(self.state.requests["output"][live.replica, live.slot]))
         self.state.fleet["router"] = build.ROUTERS[new.router]

@@ -46,11 +46,15 @@ WORK: Final = (np.float64, (5,))
 
 
 def _record(*fields: tuple[str, Any]) -> np.dtype[np.void]:
-    """A record without padding, whose bytes numpy leaves undefined: the same run must give the same bytes."""
-    record = np.dtype(list(fields), align=True)
-    if record.itemsize != sum(record[name].itemsize for name, _ in fields):
-        raise TypeError(f"record with padding: {fields}")
-    return record
+    """A record whose every byte belongs to a field: numpy leaves padding undefined, and runs must agree in bytes.
+
+    Wide fields come first; a spare field fills the record up to whole words.
+    """
+    ordered = sorted(fields, key=lambda kind: -np.dtype(kind[1]).base.itemsize)
+    widest = np.dtype(ordered[0][1]).base.itemsize
+    if sum(np.dtype(kind).itemsize for _, kind in fields) % widest:
+        ordered.append(("spare", np.int32))
+    return np.dtype(ordered, align=True)
 
 
 BLOCK = _record(
@@ -84,8 +88,17 @@ REQUEST = _record(
     ("chain_length", np.int32),
     ("hash_tokens", np.int32),  # tokens under one hash of the chain
     ("covered", np.int32),  # leading tokens whose content the chain identifies
+    ("known", np.int32),  # leading blocks whose content the chain identifies
     ("cached", np.int32),  # prefix hits at first admission, tokens
     ("preemptions", np.int32),
+    ("flowing", np.int32),  # decodes with the flow (kernels/flow.py)
+    ("flow_computed", np.int32),  # `computed` when it joined
+    ("flow_tokens", np.int32),  # `tokens` when it joined
+    ("flow_prev", np.int32),  # neighbours among those that need a block at the same step, -1 = none
+    ("flow_next", np.int32),
+    ("flow_start", np.int64),  # number of the batch with its last token before it joined
+    ("flow_end", np.int64),  # number of the batch with its last token
+    ("run_order", np.int64),  # running requests are ordered by it
     ("arrival", np.float64),  # seconds
     ("scheduled", np.float64),
     ("first_token", np.float64),
@@ -112,7 +125,13 @@ REPLICA = _record(
     ("alive", np.int32),
     ("leaving", np.int32),  # gone once empty
     ("holding", np.int32),  # held requests that generated all they will and wait for their end from outside
-    ("decoding", np.int32),  # the newest batch in flight is every running request decoding one token
+    ("flowing", np.int32),  # running requests that decode with the flow
+    ("explicit", np.int32),  # the other running requests
+    ("scheduled_batches", np.int64),
+    ("completed_batches", np.int64),
+    ("flow_context", np.int64),  # tokens of context that the flow reads in its next batch
+    ("flow_newest", np.int64),  # highest run_order that joined since the flow was empty
+    ("next_run_order", np.int64),
     ("arena_top", np.int64),
     ("next_uid", np.int64),
     ("next_sequence", np.int64),
@@ -157,8 +176,15 @@ ENGINE = _record(
     ("hold_seconds", np.float64),  # how long the engine waits with a held request that is ahead of its end
 )
 
-BATCH = _record(("end", np.float64), ("count", np.int64), ("work", WORK))
+BATCH = _record(
+    ("end", np.float64),
+    ("count", np.int32),  # requests listed one by one in `entries`
+    ("flowing", np.int32),  # requests that get a token with the flow
+    ("work", WORK),
+)
 ENTRY = _record(("slot", np.int32), ("tokens", np.int32), ("emits", np.int32))
+
+PHASE = _record(("first", np.int32), ("last", np.int32), ("count", np.int32))
 
 OUTCOME = _record(
     ("index", np.int64),
@@ -206,7 +232,9 @@ class FleetState(NamedTuple):
     buckets: Ints  # [R, H] first block of a hash bucket
     arena: npt.NDArray[np.uint64]  # [R, A] hash chains and block tables
     arena_free: npt.NDArray[np.int64]  # [R, ARENA_CLASSES] first free piece of each size, -1 = none
-    scratch: Ints  # [R, 2 S + block size] working space of the jump
+    explicit: Ints  # [R, S] running slots outside the flow, in running order
+    flow: Ints  # [R, S] binary heap of the flow's slots by their last batch
+    phases: Records  # [R, block size] PHASE, the flow's slots by the step at which they need a block
     itl_counts: npt.NDArray[np.int64]  # [R, ITL_BINS] histogram of inter-token latencies
     outcomes: Records  # [O] requests that ended and were not collected yet
 

@@ -104,16 +104,20 @@ def forget(replica, blocks, buckets, block):
 
 
 @kernel
-def allocate(replica, blocks, buckets):
-    """Take the block at the head of the free list; what it cached is evicted now. The caller checked there is one."""
+def allocate(replica, blocks, buckets, table, start, count):
+    """Take `count` blocks from the head of the free list into `table[start:]`. The caller checked there are as many.
+
+    What they cached is evicted now.
+    """
     block = blocks[0].next
-    after = blocks[block].next
-    blocks[0].next = after
-    blocks[after].prev = 0
-    forget(replica, blocks, buckets, block)
-    blocks[block].refs = 1
-    replica.free_blocks -= 1
-    return block
+    for at in range(start, start + count):
+        forget(replica, blocks, buckets, block)
+        blocks[block].refs = 1
+        table[at] = np.uint64(block)
+        block = blocks[block].next
+    blocks[0].next = block
+    blocks[block].prev = 0
+    replica.free_blocks -= count
 
 
 @kernel

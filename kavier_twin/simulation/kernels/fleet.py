@@ -3,11 +3,18 @@
 import numpy as np
 
 from kavier_twin.simulation.kernels.compile import kernel
+from kavier_twin.simulation.kernels.flow import refresh
 from kavier_twin.simulation.kernels.replica import advance
 from kavier_twin.simulation.kernels.requests import OK, push
 from kavier_twin.simulation.kernels.router import route
 
 NO_REPLICA = 4
+
+
+@kernel
+def _refresh_all(state):
+    for number in range(state.replicas.size):
+        refresh(state, number)
 
 
 @kernel
@@ -27,9 +34,11 @@ def arrive(state, workload, start, stop, places):
         if status != OK:
             # The turn was taken: a second try must come out the same.
             state.fleet[0].turn = number
+            _refresh_all(state)
             return row, status, number
         places[row, 0] = number
         places[row, 1] = slot
+    _refresh_all(state)
     return stop, OK, -1
 
 
@@ -38,6 +47,7 @@ def advance_all(state, until):
     """Run every replica up to `until` (infinity: until all their requests ended)."""
     for number in range(state.replicas.size):
         advance(state, number, until)
+    _refresh_all(state)
 
 
 @kernel

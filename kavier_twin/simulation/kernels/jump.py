@@ -1,7 +1,7 @@
 """Many identical engine steps in one closed-form update.
 
-While every running request decodes one token a step and the head of the queue cannot be admitted, nothing but
-counters moves. The step time is affine in the sum of contexts, so step j lasts `first + j * slope` and k steps last
+While every running request decodes with the flow and the head of the queue cannot be admitted, nothing but counters
+moves. The step time is affine in the sum of contexts, so step j lasts `first + j * slope` and k steps last
 k * first + slope * k (k - 1) / 2. A request needs a block every `block_size` steps: those steps are visited one block
 at a time, in step order, because the order decides what is evicted and when memory runs out.
 
@@ -11,9 +11,9 @@ could let the head of the queue in, and at the time given. The rest is an ordina
 
 import numpy as np
 
-from kavier_twin.simulation.kernels.blocks import allocate
 from kavier_twin.simulation.kernels.compile import kernel
-from kavier_twin.simulation.kernels.requests import account, block_key, register
+from kavier_twin.simulation.kernels.flow import computed_now, next_end
+from kavier_twin.simulation.kernels.requests import account, add_blocks, block_key, register
 from kavier_twin.simulation.kernels.scheduler import ADMISSIBLE, NO_MEMORY, add_work, itl_bin, judge
 from kavier_twin.simulation.state import ITL_BIN_RATIO, ITL_SMALLEST_SECONDS
 
@@ -69,86 +69,47 @@ def _add_work(replica, steps, sequences, context):
 
 
 @kernel
-def _sort_by_phase(requests, running, count, size, order, phases, ends):
-    """Counting sort of the running requests by the step at which they need their next block.
-
-    `order` gets slots by (step, running order), `phases` the step of each; `ends` is working space.
-    """
-    ends[:size] = 0
-    for place in range(count):
-        request = requests[running[place]]
-        ends[request.blocks * size - request.computed] += 1
-    total = 0
-    for phase in range(size):
-        amount = ends[phase]
-        ends[phase] = total
-        total += amount
-    for place in range(count):
-        slot = running[place]
-        request = requests[slot]
-        phase = request.blocks * size - request.computed
-        order[ends[phase]] = slot
-        phases[ends[phase]] = phase
-        ends[phase] += 1
-
-
-@kernel
-def _first_step_that_registers(requests, arena, running, count, size, deferred, key, limit):
-    """The first of the coming `limit` steps that enters a block with this key into the cache, else `limit`."""
-    for place in range(count):
-        request = requests[running[place]]
-        step = request.blocks * size - request.computed - (0 if deferred else 1)
-        number = request.blocks - 1
+def _first_batch_that_registers(state, number, key, steps):
+    """The first of the coming `steps` batches that enters a block with this key into the cache, else `steps`."""
+    replica, requests, flow = state.replicas[number], state.requests[number], state.flow[number]
+    arena, engine = state.arena[number], state.engines[number]
+    size = engine.block_size
+    for place in range(replica.flowing):
+        request = requests[flow[place]]
+        step = request.blocks * size - computed_now(replica, request) - (0 if engine.async_scheduling else 1)
+        block = request.blocks - 1
         if step < 0:
             step += size
-            number += 1
-        while step < limit:
-            if block_key(request, arena, number, size) == key:
-                limit = step
+            block += 1
+        while step < steps:
+            if block_key(request, arena, block, size) == key:
+                steps = step
             step += size
-            number += 1
-    return limit
-
-
-@kernel
-def _limit(state, number, ahead):
-    """How many steps may be jumped before a request completes, 0 if not all are decoding. Returns (steps, contexts)."""
-    replica, requests, running = state.replicas[number], state.requests[number], state.running[number]
-    steps, context = _FAR, 0
-    if replica.running > state.engines[number].max_num_batched_tokens:
-        return 0, 0
-    for place in range(replica.running):
-        request = requests[running[place]]
-        if request.tokens <= request.prompt or request.computed != request.tokens - 1 + ahead:
-            return 0, 0
-        if request.placeholders != ahead or not np.isnan(request.stalled_since):
-            return 0, 0
-        context += request.computed + 1
-        steps = min(steps, request.prompt + request.output - request.tokens - 1)
-    return steps, context
+            block += 1
+    return steps
 
 
 @kernel
 def _limit_by_queue(state, number, steps):
     """Cut `steps` to those during which the head of the queue certainly stays out."""
     replica, engine = state.replicas[number], state.engines[number]
-    requests, running, arena = state.requests[number], state.running[number], state.arena[number]
     budget = engine.max_num_batched_tokens - replica.running
     if replica.waiting == 0 or replica.running >= engine.max_num_seqs or budget == 0:
         return steps
-    head = requests[state.waiting[number][0]]
-    verdict, _, _, _, missing = judge(replica, engine, head, state.blocks[number], state.buckets[number], arena, budget)
+    head = state.requests[number][state.waiting[number][0]]
+    verdict, _, _, _, missing = judge(
+        replica, engine, head, state.blocks[number], state.buckets[number], state.arena[number], budget
+    )
     if verdict == ADMISSIBLE:
         return 0
     if missing != np.uint64(0):
-        steps = _first_step_that_registers(
-            requests, arena, running, replica.running, engine.block_size, engine.async_scheduling, missing, steps
-        )
+        steps = _first_batch_that_registers(state, number, missing, steps)
     if verdict == NO_MEMORY and not engine.reserve_full_isl:
         # Without the full-prompt gate an eviction that shortens the hit can make the first chunk fit.
-        for place in range(replica.running):
-            request = requests[running[place]]
-            steps = min(steps, request.blocks * engine.block_size - request.computed)
+        phases = state.phases[number]
+        for step in range(min(steps, engine.block_size)):
+            if phases[(replica.scheduled_batches + 1 + step) % engine.block_size].count > 0:
+                return step
     return steps
 
 
@@ -159,21 +120,19 @@ def jump(state, number, until):
     Called at a scheduling point: no batch in flight, or one under asynchronous scheduling.
     """
     replica, engine = state.replicas[number], state.engines[number]
-    requests, blocks, buckets = state.requests[number], state.blocks[number], state.buckets[number]
-    arena, running, scratch = state.arena[number], state.running[number], state.scratch[number]
+    flowing = replica.flowing
+    if flowing == 0 or flowing != replica.running or flowing > engine.max_num_batched_tokens:
+        return False
     ahead = 1 if engine.async_scheduling else 0
     batch = state.batches[number, replica.oldest]
-    flowing = replica.running
-    if flowing == 0 or replica.holding > 0 or (ahead and not (replica.decoding and batch.count == flowing)):
-        return False
-    steps, context = _limit(state, number, ahead)
-    if steps <= 0:
-        return False
-    first = engine.fixed + engine.per_decode_sequence * flowing + engine.per_context_token * context
-    slope = engine.per_context_token * flowing
     # `origin` is when the step after the first completion starts: step j completes at origin + span(j + 1 - ahead).
     origin = batch.end if ahead else replica.now
-    if ahead and origin > until:
+    if ahead and (batch.count > 0 or batch.flowing != flowing or origin > until):
+        return False
+    first = engine.fixed + engine.per_decode_sequence * flowing + engine.per_context_token * replica.flow_context
+    slope = engine.per_context_token * flowing
+    steps = next_end(state, number) - 1 - replica.scheduled_batches
+    if steps <= 0:
         return False
     steps = min(steps, steps_within(first, slope, until - origin) + ahead)
     steps = _limit_by_queue(state, number, steps)
@@ -181,41 +140,39 @@ def jump(state, number, until):
         return False
 
     account(replica, engine, replica.now)
+    requests, blocks, buckets = state.requests[number], state.blocks[number], state.buckets[number]
+    arena, phases = state.arena[number], state.phases[number]
     size, caching = engine.block_size, engine.prefix_caching
-    slots = requests.size
-    order, phases, ends = scratch[:slots], scratch[slots : 2 * slots], scratch[2 * slots :]
-    _sort_by_phase(requests, running, replica.running, size, order, phases, ends)
-    base = 0
-    while base < steps:
-        for at in range(flowing):
-            step = base + phases[at]
-            if step >= steps:
-                break
-            if at == 0 or phases[at] != phases[at - 1]:
-                together = 1
-                while at + together < flowing and phases[at + together] == phases[at]:
-                    together += 1
-                if replica.free_blocks < together:
-                    steps = step
-                    break
-                if step > 0:
-                    account(replica, engine, origin + span(first, slope, float(step - ahead)))
-            request = requests[order[at]]
-            held = request.blocks
-            arena[request.cells + request.chain_length + held] = np.uint64(allocate(replica, blocks, buckets))
-            request.blocks = held + 1
+    batches = replica.scheduled_batches
+    for step in range(steps):
+        phase = phases[(batches + 1 + step) % size]
+        if phase.count == 0:
+            continue
+        if phase.count > replica.free_blocks:
+            steps = step
+            break
+        if step > 0:
+            account(replica, engine, origin + span(first, slope, float(step - ahead)))
+        slot = phase.first
+        while slot >= 0:
+            request = requests[slot]
+            add_blocks(replica, request, blocks, buckets, arena, 1)
             if caching:
-                register(request, blocks, buckets, arena, size, held * size)
-        base += size
+                register(request, blocks, buckets, arena, size, request.blocks - 1)
+            slot = request.flow_next
     if steps == 0:
         return False
+    if caching and not ahead:
+        slot = phases[(batches + 1 + steps) % size].first
+        while slot >= 0:
+            request = requests[slot]
+            register(request, blocks, buckets, arena, size, request.blocks)
+            slot = request.flow_next
 
-    for place in range(replica.running):
-        request = requests[running[place]]
-        request.tokens += steps
-        request.computed += steps
-        if caching and not ahead and request.computed == request.blocks * size:
-            register(request, blocks, buckets, arena, size, request.computed)
+    context = replica.flow_context
+    replica.scheduled_batches += steps
+    replica.completed_batches += steps
+    replica.flow_context += steps * flowing
     end = origin + span(first, slope, float(steps - ahead))
     account(replica, engine, end)
     if ahead:

@@ -4,6 +4,7 @@ import numpy as np
 
 from kavier_twin.simulation.kernels.blocks import insert, remove, touch
 from kavier_twin.simulation.kernels.compile import kernel
+from kavier_twin.simulation.kernels.flow import dissolve_flow, leave, list_explicit
 from kavier_twin.simulation.kernels.jump import jump
 from kavier_twin.simulation.kernels.requests import (
     GROW_ARENA,
@@ -81,6 +82,8 @@ def _refit(state, number, slot, chain_length, output):
 def set_output(state, number, slot, output):
     """Change how many tokens a live request will generate. Returns OK or GROW_ARENA (then nothing changed)."""
     replica, request = state.replicas[number], state.requests[number][slot]
+    if request.flowing:
+        leave(state, number, slot)
     output = max(1, min(output, state.engines[number].max_model_len - request.prompt))
     status = _refit(state, number, slot, request.chain_length, output)
     if status == OK:
@@ -89,6 +92,8 @@ def set_output(state, number, slot, output):
                 request.tokens >= request.prompt + request.output
             )
         request.output = output
+        if request.state == RUNNING:
+            list_explicit(state, number)
         replica.parked = 0
         replica.quiet_until = -np.inf
     return status
@@ -109,11 +114,13 @@ def learn_chain(state, number, slot, chain, covered):
     status = _refit(state, number, slot, chain.size, request.output)
     if status != OK:
         return status
-    arena[request.cells : request.cells + chain.size] = chain
-    first = request.covered // engine.block_size
+    for link in range(chain.size):
+        arena[request.cells + link] = chain[link]
+    first = request.known
     request.covered = covered
+    request.known = covered // engine.block_size
     table = request.cells + request.chain_length
-    for at in range(first, min(request.registered, covered // engine.block_size)):
+    for at in range(first, min(request.registered, request.known)):
         block = np.int64(arena[table + at])
         if blocks[block].key != _PRIVATE:
             remove(blocks, buckets, block)
@@ -157,6 +164,8 @@ def finish_now(state, number, slot, time):
     replica, engine = state.replicas[number], state.engines[number]
     blocks, buckets, arena = state.blocks[number], state.buckets[number], state.arena[number]
     request = state.requests[number][slot]
+    if request.flowing:
+        leave(state, number, slot)
     size = engine.block_size
     account(replica, engine, time)
     if request.tokens < request.prompt + request.output:
@@ -188,7 +197,7 @@ def finish_now(state, number, slot, time):
     if needed > 0:
         add_blocks(replica, request, blocks, buckets, arena, min(needed, replica.free_blocks))
     if engine.prefix_caching:
-        register(request, blocks, buckets, arena, size, min(final, request.blocks * size))
+        register(request, blocks, buckets, arena, size, min(final // size, request.blocks))
     if np.isnan(request.first_token):
         request.first_token = time
         replica.prompt_tokens += request.prompt
@@ -210,7 +219,6 @@ def _expected_finish(replica, engine, request, time):
 def hold(state, number, until):
     """Reality turned out to be behind this replica: let it wait until then before it schedules again."""
     state.replicas[number].hold_until = max(state.replicas[number].hold_until, until)
-    state.replicas[number].decoding = 0
 
 
 @kernel
@@ -224,7 +232,7 @@ def abandon(state, number, slot, time):
 
 @kernel
 def settle(state, number):
-    """Complete the batches in flight without scheduling more."""
+    """Complete the batches in flight without scheduling more, every request spelled out."""
+    dissolve_flow(state, number)
     while state.replicas[number].in_flight > 0:
         complete(state, number)
-    state.replicas[number].decoding = 0

@@ -15,6 +15,7 @@ from kavier_twin.simulation.kernels.blocks import (
     release,
 )
 from kavier_twin.simulation.kernels.compile import kernel
+from kavier_twin.simulation.kernels.flow import leave
 from kavier_twin.simulation.state import (
     FINISHED,
     FREE,
@@ -82,30 +83,59 @@ def account(replica, engine, time):
 @kernel
 def block_key(request, arena, block, block_size):
     """Key of the request's block number `block`: from its hash chain, or private where the chain ends."""
-    end = (block + 1) * block_size
-    if end <= request.covered:
-        at = (end - 1) // request.hash_tokens
-        within = ((end - 1) % request.hash_tokens) // block_size
-        return arena[request.cells + at] + np.uint64(within)
+    if block < request.known:
+        cell, within = keys_from(request, block, block_size)
+        return arena[cell] + np.uint64(within // block_size)
     if request.published:
         return private_key(request.uid, block)
     return _PRIVATE
 
 
 @kernel
-def register(request, blocks, buckets, arena, block_size, tokens):
-    """Enter the full blocks of the first `tokens` tokens into the prefix cache (vLLM `cache_full_blocks`)."""
+def keys_from(request, block, block_size):
+    """Where the key of block number `block` comes from: (cell of its hash, which block under that hash).
+
+    Walks on with `next_key`; spares two divisions a block.
+    """
+    last = (block + 1) * block_size - 1
+    hash_tokens = max(1, request.hash_tokens)
+    return request.cells + last // hash_tokens, last % hash_tokens
+
+
+@kernel
+def next_key(cell, within, hash_tokens, block_size):
+    """The place (as in `keys_from`) of the following block."""
+    within += block_size
+    while within >= hash_tokens:
+        within -= hash_tokens
+        cell += 1
+    return cell, within
+
+
+@kernel
+def register(request, blocks, buckets, arena, block_size, full):
+    """Enter the first `full` blocks into the prefix cache (vLLM `cache_full_blocks`)."""
+    first = request.registered
+    if full <= first:
+        return
     table = request.cells + request.chain_length
-    full = tokens // block_size
-    for number in range(request.registered, full):
+    known = min(full, request.known)
+    if first < known:
+        hash_tokens = request.hash_tokens
+        single = hash_tokens == block_size
+        cell, within = keys_from(request, first, block_size)
+        for number in range(first, known):
+            sub = 0 if single else within // block_size
+            insert(blocks, buckets, np.int64(arena[table + number]), arena[cell] + np.uint64(sub))
+            cell, within = next_key(cell, within, hash_tokens, block_size)
+        first = known
+    for number in range(first, full):
         block = np.int64(arena[table + number])
-        key = block_key(request, arena, number, block_size)
-        if key == _PRIVATE:
-            blocks[block].key = key
+        if request.published:
+            insert(blocks, buckets, block, private_key(request.uid, number))
         else:
-            insert(blocks, buckets, block, key)
-    if full > request.registered:
-        request.registered = full
+            blocks[block].key = _PRIVATE
+    request.registered = full
 
 
 @kernel
@@ -128,11 +158,24 @@ def lookup(request, blocks, buckets, arena, block_size):
     """
     table = request.cells + request.chain_length
     most = (request.tokens - 1) // block_size
+    known = min(most, request.known)
+    hash_tokens = request.hash_tokens
+    single = hash_tokens == block_size
     evictable = 0
-    for number in range(most):
-        key = block_key(request, arena, number, block_size)
-        if key == _PRIVATE:
-            return number, evictable, _ZERO
+    cell, within = keys_from(request, 0, block_size)
+    for number in range(known):
+        key = arena[cell] + np.uint64(0 if single else within // block_size)
+        block = find(blocks, buckets, key)
+        if block == 0:
+            return number, evictable, key
+        if blocks[block].refs == 0:
+            evictable += 1
+        arena[table + number] = np.uint64(block)
+        cell, within = next_key(cell, within, hash_tokens, block_size)
+    if not request.published:
+        return known, evictable, _ZERO
+    for number in range(known, most):
+        key = private_key(request.uid, number)
         block = find(blocks, buckets, key)
         if block == 0:
             return number, evictable, key
@@ -145,9 +188,7 @@ def lookup(request, blocks, buckets, arena, block_size):
 @kernel
 def add_blocks(replica, request, blocks, buckets, arena, count):
     """Allocate `count` blocks to the end of the block table."""
-    table = request.cells + request.chain_length
-    for number in range(request.blocks, request.blocks + count):
-        arena[table + number] = np.uint64(allocate(replica, blocks, buckets))
+    allocate(replica, blocks, buckets, arena, request.cells + request.chain_length + request.blocks, count)
     request.blocks += count
 
 
@@ -243,6 +284,7 @@ def push(state, number, workload, row):
     request.state = WAITING
     request.published = 0
     request.held = workload.held[row]
+    request.flowing = 0
     request.priority = workload.priority[row]
     request.sequence = replica.next_sequence
     request.index = workload.index[row]
@@ -253,6 +295,7 @@ def push(state, number, workload, row):
     request.chain_length = chain_length
     request.hash_tokens = workload.hash_tokens[row]
     request.covered = min(workload.covered[row], prompt + output)
+    request.known = request.covered // engine.block_size
     request.cached = 0
     request.preemptions = 0
     request.arrival = workload.arrival[row]
@@ -260,8 +303,9 @@ def push(state, number, workload, row):
     request.first_token = np.nan
     request.stalled_since = np.nan
     request.predicted_finish = np.nan
-    request.work_scheduled[:] = np.nan
-    request.work_first_token[:] = np.nan
+    for part in range(request.work_scheduled.size):
+        request.work_scheduled[part] = np.nan
+        request.work_first_token[part] = np.nan
     for link in range(chain_length):
         arena[cells + link] = workload.chain[chain_start + link]
     replica.next_sequence += 1
@@ -281,14 +325,26 @@ def push(state, number, workload, row):
 
 @kernel
 def leave_running(state, number, slot):
-    """Take a slot out of the running list, keeping the order."""
-    replica, running = state.replicas[number], state.running[number]
-    for place in range(replica.running):
-        if running[place] == slot:
-            for after in range(place, replica.running - 1):
-                running[after] = running[after + 1]
-            replica.running -= 1
-            return
+    """Take a slot out of the running lists, keeping their order (they are sorted by `run_order`)."""
+    replica, requests, running = state.replicas[number], state.requests[number], state.running[number]
+    order = requests[slot].run_order
+    low, high = 0, replica.running
+    while low < high:
+        middle = (low + high) // 2
+        if requests[running[middle]].run_order < order:
+            low = middle + 1
+        else:
+            high = middle
+    for after in range(low, replica.running - 1):
+        running[after] = running[after + 1]
+    replica.running -= 1
+    explicit = state.explicit[number]
+    for place in range(replica.explicit):
+        if explicit[place] == slot:
+            for after in range(place, replica.explicit - 1):
+                explicit[after] = explicit[after + 1]
+            replica.explicit -= 1
+            break
 
 
 @kernel
@@ -307,6 +363,8 @@ def withdraw(state, number, slot):
     replica, requests = state.replicas[number], state.requests[number]
     request = requests[slot]
     if request.state == RUNNING:
+        if request.flowing:
+            leave(state, number, slot)
         leave_running(state, number, slot)
     elif request.state == WAITING or request.state == PREEMPTED:
         queue.remove(replica, requests, state.waiting[number], state.engines[number].priority_policy, slot)
@@ -315,6 +373,5 @@ def withdraw(state, number, slot):
         replica.holding -= 1
         if replica.holding == 0:
             replica.hold_until = -np.inf
-    replica.decoding = 0
     replica.parked = 0
     replica.quiet_until = -np.inf

@@ -5,6 +5,7 @@ import numpy as np
 from kavier_twin.simulation.kernels import queue
 from kavier_twin.simulation.kernels.blocks import allocate, forget, insert
 from kavier_twin.simulation.kernels.compile import kernel
+from kavier_twin.simulation.kernels.flow import list_explicit
 from kavier_twin.simulation.kernels.scheduler import preempt
 
 
@@ -14,6 +15,7 @@ def preempt_last(state, number):
     replica = state.replicas[number]
     replica.running -= 1
     preempt(state, number, state.running[number][replica.running])
+    list_explicit(state, number)
     replica.quiet_until = -np.inf
     replica.parked = 0
 
@@ -28,21 +30,24 @@ def clear_cache(state, number):
 
 
 @kernel
-def resize_pool(state, number, blocks, buckets, new_count):
+def resize_pool(state, number, blocks, buckets, new_count, names, working):
     """Move a settled replica's cache into `blocks` and `buckets`, zeroed arrays for `new_count` blocks.
 
     The least recently used evictable blocks go first when it shrinks, then running requests from the last; new
-    blocks come to the head of the free list when it grows.
+    blocks come to the head of the free list when it grows. `names` (zeroed) and `working` are working space, one cell
+    for each old block.
     """
     replica, engine = state.replicas[number], state.engines[number]
     old_blocks, old_buckets = state.blocks[number], state.buckets[number]
     old_count = engine.num_blocks
     while old_count - 1 - replica.free_blocks > new_count - 1 and replica.running > 0:
         preempt_last(state, number)
-    names = np.zeros(old_count, np.int32)  # new number of each old block, 0 = dropped
+    # names[b] is the new number of old block b, -1 = dropped
     drop = max(0, old_count - new_count)
-    for _ in range(min(drop, replica.free_blocks)):
-        names[allocate(replica, old_blocks, old_buckets)] = -1
+    drop = min(drop, replica.free_blocks)
+    allocate(replica, old_blocks, old_buckets, working, 0, drop)
+    for at in range(drop):
+        names[working[at]] = -1
     named = 0
     for block in range(1, old_count):
         if names[block] == 0:
@@ -64,16 +69,16 @@ def resize_pool(state, number, blocks, buckets, new_count):
         block = old_blocks[block].next
     blocks[last].next = 0
     blocks[0].prev = last
-    chain = np.zeros(old_count, np.int32)
     for bucket in range(old_buckets.size):
         length = 0
         block = old_buckets[bucket]
         while block != 0:
-            chain[length] = block
+            working[length] = np.uint64(block)
             length += 1
             block = old_blocks[block].chain
         for at in range(length - 1, -1, -1):  # oldest first, so that the order among equal keys stays
-            insert(blocks, buckets, names[chain[at]], old_blocks[chain[at]].key)
+            block = np.int64(working[at])
+            insert(blocks, buckets, names[block], old_blocks[block].key)
     running, arena = state.running[number], state.arena[number]
     for place in range(replica.running):
         request = state.requests[number][running[place]]

@@ -4,6 +4,7 @@ import numpy as np
 
 from kavier_twin.simulation.kernels.blocks import find, mix
 from kavier_twin.simulation.kernels.compile import kernel
+from kavier_twin.simulation.kernels.flow import next_end
 from kavier_twin.simulation.kernels.replica import advance
 from kavier_twin.simulation.state import LEAST_LOADED, PREFIX_AWARE, SESSION_AFFINITY
 
@@ -12,18 +13,15 @@ from kavier_twin.simulation.state import LEAST_LOADED, PREFIX_AWARE, SESSION_AFF
 def _quiet_until(state, number):
     """A time before which no live request of the replica can end by itself, assuming the shortest possible steps."""
     replica, engine = state.replicas[number], state.engines[number]
-    requests, running = state.requests[number], state.running[number]
     if replica.running + replica.waiting == 0:
         return np.inf
     if replica.in_flight == 0:
         return replica.now
-    rest = 1 << 30 if replica.waiting == 0 else 1
-    for place in range(replica.running):
-        request = requests[running[place]]
-        rest = min(rest, request.prompt + request.output - request.tokens)
-    shortest = engine.fixed + engine.per_decode_sequence + engine.per_context_token
     end = state.batches[number, replica.oldest].end
-    return end + max(0, rest - 2 - engine.async_scheduling) * min(shortest, engine.fixed + engine.per_prefill_token)
+    if replica.running > replica.flowing or replica.waiting > 0:
+        return end
+    shortest = engine.fixed + engine.per_decode_sequence + engine.per_context_token
+    return end + (next_end(state, number) - replica.completed_batches - 1) * shortest
 
 
 @kernel

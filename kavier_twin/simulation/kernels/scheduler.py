@@ -10,12 +10,14 @@ import numpy as np
 from kavier_twin.simulation.kernels import queue
 from kavier_twin.simulation.kernels.blocks import touch
 from kavier_twin.simulation.kernels.compile import kernel
+from kavier_twin.simulation.kernels.flow import dissolve_flow, join, list_explicit, next_end, retire
 from kavier_twin.simulation.kernels.requests import (
     account,
     add_blocks,
     close,
     free_blocks,
     leave_batches,
+    leave_running,
     lookup,
     publish,
     register,
@@ -63,6 +65,13 @@ def add_work(total, work):
     """total += work"""
     for part in range(total.size):
         total[part] += work[part]
+
+
+@kernel
+def copy_work(target, work):
+    """target = work (a loop: slice assignment would allocate)"""
+    for part in range(target.size):
+        target[part] = work[part]
 
 
 @kernel
@@ -159,17 +168,19 @@ def _strike_entry(entries, count, slot):
 
 
 @kernel
-def _schedule_running(state, number, entries):
-    """The running pass. Returns (entries, budget left, whether somebody was preempted)."""
+def _schedule_running(state, number, entries, members, exact, budget):
+    """The running pass over `members`: all running requests if `exact`, else those outside the flow.
+
+    Returns (entries, budget left, whether somebody was preempted). Nobody is unless `exact`: see `_may_flow`.
+    """
     replica, engine = state.replicas[number], state.engines[number]
     requests, blocks, buckets = state.requests[number], state.blocks[number], state.buckets[number]
     arena, running = state.arena[number], state.running[number]
     size, caching = engine.block_size, engine.prefix_caching
-    budget = engine.max_num_batched_tokens
     threshold = _threshold(replica, engine)
     count, preempted, place = 0, False, 0
-    while place < replica.running and budget > 0:
-        slot = running[place]
+    while place < (replica.running if exact else replica.explicit) and budget > 0:
+        slot = members[place]
         request = requests[slot]
         last = request.prompt + request.output
         if request.held and request.tokens >= last:
@@ -214,13 +225,13 @@ def _schedule_running(state, number, entries):
         if needed > 0:
             add_blocks(replica, request, blocks, buckets, arena, needed)
         if caching:
-            register(request, blocks, buckets, arena, size, min(request.computed + tokens, request.tokens))
+            register(request, blocks, buckets, arena, size, min(request.computed + tokens, request.tokens) // size)
         count = _add_entry(entries, count, slot, tokens)
         budget -= tokens
         place += 1
     if budget == 0:
-        for late in range(place, replica.running):
-            request = requests[running[late]]
+        for late in range(place, replica.running if exact else replica.explicit):
+            request = requests[members[late]]
             if request.tokens > request.prompt and np.isnan(request.stalled_since):
                 request.stalled_since = replica.last_completion
     return count, budget, preempted
@@ -253,20 +264,99 @@ def _admit_waiting(state, number, entries, count, budget):
         add_blocks(replica, request, blocks, buckets, arena, needed)
         request.computed = hits * size
         if engine.prefix_caching:
-            register(request, blocks, buckets, arena, size, min(request.computed + tokens, request.tokens))
+            register(request, blocks, buckets, arena, size, min(request.computed + tokens, request.tokens) // size)
         queue.remove_at(replica, requests, waiting, engine.priority_policy, 0)
         running[replica.running] = slot
         replica.running += 1
+        state.explicit[number][replica.explicit] = slot
+        replica.explicit += 1
+        request.run_order = replica.next_run_order
+        replica.next_run_order += 1
         request.state = RUNNING
         if request.preemptions == 0:
             request.scheduled = replica.now
-            request.work_scheduled[:] = replica.work
+            copy_work(request.work_scheduled, replica.work)
             request.cached = request.computed
             replica.query_tokens += request.tokens
             replica.hit_tokens += request.computed
         count = _add_entry(entries, count, slot, tokens)
         budget -= tokens
     return count
+
+
+@kernel
+def _may_flow(state, number):
+    """Whether the flow may run this batch as one: nobody's turn and nobody's memory depends on the order.
+
+    True if the flow's requests all come before the others, the budget reaches the flow, and there is memory for all.
+    """
+    replica, engine, requests = state.replicas[number], state.engines[number], state.requests[number]
+    explicit, size = state.explicit[number], engine.block_size
+    budget = engine.max_num_batched_tokens - replica.flowing
+    if budget < 0:
+        return False
+    if replica.explicit > 0 and replica.flowing > 0 and requests[explicit[0]].run_order < replica.flow_newest:
+        return False
+    needed = np.int64(state.phases[number][(replica.scheduled_batches + 1) % size].count)
+    for place in range(replica.explicit):
+        request = requests[explicit[place]]
+        tokens = min(budget, request.tokens + request.placeholders - request.computed)
+        needed += max(0, (request.computed + tokens + size - 1) // size - request.blocks)
+    return needed <= replica.free_blocks
+
+
+@kernel
+def _schedule_flow(state, number):
+    """Blocks of the flow for the batch about to be scheduled: those due, and those that it fills."""
+    replica, engine = state.replicas[number], state.engines[number]
+    requests, blocks, buckets = state.requests[number], state.blocks[number], state.buckets[number]
+    arena, phases, size = state.arena[number], state.phases[number], engine.block_size
+    batch = replica.scheduled_batches + 1
+    slot = phases[batch % size].first
+    while slot >= 0:
+        request = requests[slot]
+        add_blocks(replica, request, blocks, buckets, arena, 1)
+        if engine.prefix_caching and engine.async_scheduling:
+            register(request, blocks, buckets, arena, size, request.blocks - 1)
+        slot = request.flow_next
+    if engine.prefix_caching and not engine.async_scheduling:
+        slot = phases[(batch + 1) % size].first
+        while slot >= 0:
+            request = requests[slot]
+            register(request, blocks, buckets, arena, size, request.blocks)
+            slot = request.flow_next
+
+
+@kernel
+def _retire_finishing(state, number, entries, count):
+    """The flow's requests that get their last token in this batch are listed in it, before the newer ones."""
+    replica, requests = state.replicas[number], state.requests[number]
+    finishing = 0
+    while replica.flowing > 0 and next_end(state, number) == replica.scheduled_batches:
+        slot = retire(state, number)
+        for at in range(count + finishing, finishing, -1):
+            entries[at].slot = entries[at - 1].slot
+            entries[at].tokens = entries[at - 1].tokens
+            entries[at].emits = entries[at - 1].emits
+        entries[finishing].slot = slot
+        entries[finishing].tokens = 1
+        entries[finishing].emits = 1
+        finishing += 1
+    return finishing
+
+
+@kernel
+def _join_flow(state, number, entries, count):
+    """Requests that this batch brings a token, and that are to get more, decode with the flow from now on."""
+    replica, requests = state.replicas[number], state.requests[number]
+    joined = False
+    for at in range(count):
+        request = requests[entries[at].slot]
+        if entries[at].emits and request.prompt + request.output - request.computed > 1:
+            join(state, number, entries[at].slot)
+            joined = True
+    if joined:
+        list_explicit(state, number)
 
 
 @kernel
@@ -278,13 +368,24 @@ def schedule(state, number):
     place = (replica.oldest + replica.in_flight) % 2
     batch, entries = state.batches[number, place], state.entries[number, place]
     batch.count = 0
-    count, budget, preempted = _schedule_running(state, number, entries)
+    batch.flowing = 0
+    budget = engine.max_num_batched_tokens
+    exact = engine.stepping or not _may_flow(state, number)
+    if exact:
+        dissolve_flow(state, number)
+        count, budget, preempted = _schedule_running(state, number, entries, state.running[number], True, budget)
+        list_explicit(state, number)
+    else:
+        _schedule_flow(state, number)
+        budget -= replica.flowing
+        count, budget, preempted = _schedule_running(state, number, entries, state.explicit[number], False, budget)
     if not preempted:
         count = _admit_waiting(state, number, entries, count, budget)
-    if count == 0 and not preempted and replica.in_flight == 0:
+    flowing = replica.flowing
+    if count == 0 and flowing == 0 and not preempted and replica.in_flight == 0:
         replica.parked = 1
         return
-    prefill_tokens, attention, decodes, context = 0, 0.0, 0, 0
+    prefill_tokens, attention, decodes, context = 0, 0.0, flowing, replica.flow_context
     for at in range(count):
         entry = entries[at]
         request = requests[entry.slot]
@@ -300,21 +401,27 @@ def schedule(state, number):
         entry.emits = request.computed == request.tokens + request.placeholders
         if entry.emits and engine.async_scheduling:
             request.placeholders += 1
-    batch.work[0] = 1.0 if count > 0 else 0.0
+    replica.scheduled_batches += 1
+    replica.flow_context += flowing
+    finishing = _retire_finishing(state, number, entries, count)
+    batch.count = count + finishing
+    batch.flowing = flowing - finishing
+    batch.work[0] = 1.0 if count + flowing > 0 else 0.0
     batch.work[1] = prefill_tokens
     batch.work[2] = decodes
     batch.work[3] = context
     batch.work[4] = attention
-    if count > 0:
+    if count + flowing > 0:
         replica.steps += 1
         replica.computed_tokens += prefill_tokens + decodes
     start = replica.now
     if replica.in_flight > 0:
         start = max(start, state.batches[number, replica.oldest].end)
     batch.end = start + step_seconds(engine, batch.work)
-    batch.count = count
     replica.in_flight += 1
-    replica.decoding = decodes == count and count == replica.running
+    # Short of memory the flow would be dissolved again at once.
+    if not engine.stepping and not preempted and replica.free_blocks >= replica.running:
+        _join_flow(state, number, entries[finishing:], count)
 
 
 @kernel
@@ -322,12 +429,13 @@ def complete(state, number):
     """The oldest batch in flight ends: its tokens are stamped, finished requests freed."""
     replica, engine = state.replicas[number], state.engines[number]
     requests, blocks, buckets = state.requests[number], state.blocks[number], state.buckets[number]
-    arena, running = state.arena[number], state.running[number]
+    arena = state.arena[number]
     batch, entries = state.batches[number, replica.oldest], state.entries[number, replica.oldest]
     time = batch.end
     account(replica, engine, time)
     add_work(replica.work, batch.work)
-    flowing, closed = 0, 0
+    replica.output_tokens += batch.flowing
+    flowing = batch.flowing
     for at in range(batch.count):
         slot, tokens = entries[at].slot, entries[at].tokens
         if slot < 0:
@@ -343,7 +451,7 @@ def complete(state, number):
         replica.output_tokens += 1
         if request.tokens == request.prompt + 1:
             request.first_token = time
-            request.work_first_token[:] = replica.work
+            copy_work(request.work_first_token, replica.work)
             replica.prompt_tokens += request.prompt
         elif np.isnan(request.stalled_since):
             flowing += 1
@@ -354,7 +462,8 @@ def complete(state, number):
             if not stale:
                 request.placeholders -= 1
             if request.state == RUNNING and engine.prefix_caching:
-                register(request, blocks, buckets, arena, engine.block_size, request.computed - request.placeholders)
+                full = (request.computed - request.placeholders) // engine.block_size
+                register(request, blocks, buckets, arena, engine.block_size, full)
         if stale and request.state == PREEMPTED:
             request.stalled_since = time
         if request.tokens >= request.prompt + request.output:
@@ -366,22 +475,14 @@ def complete(state, number):
             if request.state == PREEMPTED:
                 queue.remove(replica, requests, state.waiting[number], engine.priority_policy, slot)
             else:
-                closed += 1
+                leave_running(state, number, slot)
             close(state, number, slot, FINISHED, time)
     if flowing > 0 and time > replica.last_completion:
         state.itl_counts[number, itl_bin(time - replica.last_completion)] += flowing
-    if closed > 0:
-        kept = 0
-        for place in range(replica.running):
-            slot = running[place]
-            if requests[slot].state != FREE:
-                running[kept] = slot
-                kept += 1
-        replica.running = kept
     batch.count = 0
+    batch.flowing = 0
+    replica.completed_batches += 1
     replica.last_completion = time
     replica.now = max(replica.now, time)
     replica.oldest = 1 - replica.oldest
     replica.in_flight -= 1
-    if closed > 0:
-        replica.decoding = 0
