@@ -50,7 +50,9 @@ class Fidelity:
         if prompts > 0:
             pairs = self._pairs["cached_tokens"]
             predicted, observed = (sum(pair[side] for pair in pairs) / prompts for side in (0, 1))
-            scores["hit_ratio"] = Score(len(pairs), predicted, observed, predicted - observed, abs(predicted - observed))
+            scores["hit_ratio"] = Score(
+                len(pairs), predicted, observed, predicted - observed, abs(predicted - observed)
+            )
         return scores
 
     def exact_cache_ratio(self) -> float:

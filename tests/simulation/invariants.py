@@ -56,6 +56,7 @@ def check_state(state: FleetState) -> None:
         check_arena(state, number)
         check_tokens(state, number)
         check_batches(state, number)
+        check_flow(state, number)
     live = int((state.requests["state"] != layout.FREE).sum())
     assert int(state.fleet["live"][0]) == live, f"fleet counts {state.fleet['live'][0]} live requests of {live}"
 
@@ -170,6 +171,8 @@ def check_lists(state: FleetState, number: int) -> None:
         held = (int(request["blocks"]), int(request["registered"]), int(request["computed"]))
         assert held == (0, 0, 0), f"slot {slot} queues with (blocks, registered, computed) {held}"
         assert (waits == layout.PREEMPTED) != math.isnan(request["scheduled"]), f"slot {slot}: scheduled while waiting"
+    order = requests["run_order"][running]
+    assert (np.diff(order) > 0).all(), f"the running list is not in running order: {order}"
     if not replica["alive"]:
         assert not running, "a replica that is gone runs requests"
         assert not waiting, "a replica that is gone has requests waiting"
@@ -226,11 +229,13 @@ def check_tokens(state: FleetState, number: int) -> None:
         for entry in state.entries[number, place, : int(state.batches[number, place]["count"])]:
             in_flight[int(entry["slot"])] += int(entry["tokens"])
             emitting[int(entry["slot"])] += int(entry["emits"])
+    done = 0
     for slot, request in live_rows(state, number):
         who = f"slot {slot} (request {request['index']})"
         prompt, output, tokens = int(request["prompt"]), int(request["output"]), int(request["tokens"])
         computed, blocks, registered = int(request["computed"]), int(request["blocks"]), int(request["registered"])
         placeholders, stale = int(request["placeholders"]), int(request["stale"])
+        done += bool(request["held"]) and tokens >= prompt + output
         assert prompt <= tokens <= prompt + output, f"{who}: {tokens} tokens of {prompt} + {output}"
         assert (tokens > prompt) != math.isnan(request["first_token"]), f"{who}: first token stamped wrongly"
         assert int(request["in_flight"]) == in_flight[slot], f"{who}: {request['in_flight']} tokens in flight"
@@ -238,16 +243,27 @@ def check_tokens(state: FleetState, number: int) -> None:
         if request["state"] != layout.RUNNING:
             assert placeholders == 0, f"{who}: placeholders while waiting"
             continue
-        assert computed <= tokens + placeholders, f"{who}: {computed} computed of {tokens} + {placeholders}"
+        if stale == 0:
+            emits = emitting[slot] if engine["async_scheduling"] else 0
+            assert placeholders == emits, f"{who}: {placeholders} placeholders, {emits} tokens to come"
+        ahead = placeholders
+        if request["flowing"] and engine["async_scheduling"]:
+            ahead += sum(flows_in(state, number, request, age) for age in range(int(replica["in_flight"])))
+        elif request["flowing"] and replica["in_flight"]:
+            ahead = int(flows_in(state, number, request, 0))
+        elif not engine["async_scheduling"]:
+            ahead = 0
+        assert computed <= tokens + ahead, f"{who}: {computed} computed of {tokens} + {ahead}"
         assert blocks == blocks_for(computed, size), f"{who}: {blocks} blocks for {computed} tokens"
         assert registered * size <= min(computed, tokens), f"{who}: {registered} blocks registered, {tokens} tokens"
-        if not engine["async_scheduling"]:
-            assert placeholders == 0, f"{who}: placeholders under synchronous scheduling"
-        elif stale == 0:
-            assert placeholders == emitting[slot], f"{who}: {placeholders} placeholders, {emitting[slot]} emitting"
-        if math.isfinite(request["scheduled"]):
-            assert request["scheduled"] >= request["arrival"], f"{who}: scheduled before it arrived"
+        assert request["scheduled"] >= request["arrival"], f"{who}: scheduled before it arrived"
+    assert int(replica["holding"]) == done, f"{replica['holding']} held requests counted done, {done} are"
     assert replica["hit_tokens"] <= replica["query_tokens"]
+
+
+def flows_in(state: FleetState, number: int, request: Any, age: int) -> bool:
+    """Whether the batch in flight of this age (0 the oldest) brings the request a token with the flow."""
+    return int(state.replicas[number]["completed_batches"]) + 1 + age > int(request["flow_start"])
 
 
 def batches_in_flight(state: FleetState, number: int) -> list[int]:
@@ -272,13 +288,57 @@ def check_batches(state: FleetState, number: int) -> None:
         assert (entries["tokens"] > 0).all(), "a batch holds a request without tokens"
 
 
+def check_flow(state: FleetState, number: int) -> None:
+    """What the flow keeps as sums (kernels/flow.py) is what its requests add up to."""
+    replica, requests = state.replicas[number], state.requests[number]
+    running = state.running[number, : int(replica["running"])].tolist()
+    flowing = [slot for slot in running if requests[slot]["flowing"]]
+    flow = state.flow[number, : int(replica["flowing"])].tolist()
+    assert sorted(flow) == sorted(flowing), f"the flow's heap {flow}, requests that flow {flowing}"
+    ends = [(int(requests[slot]["flow_end"]), int(requests[slot]["run_order"])) for slot in flow]
+    assert all(ends[(place - 1) // 2] < ends[place] for place in range(1, len(ends))), f"not a heap: {ends}"
+    context = sum(int(requests[slot]["computed"]) + 1 for slot in flow)
+    assert int(replica["flow_context"]) == context, f"flow context {replica['flow_context']}, sum {context}"
+    size = state.phases.shape[1]
+    assert size == int(state.engines[number]["block_size"])
+    linked = []
+    for phase, (first, last, count) in enumerate(state.phases[number].tolist()):
+        slots, before, at = [], -1, first
+        while at >= 0:
+            assert int(requests[at]["flow_prev"]) == before
+            slots.append(at)
+            before, at = at, int(requests[at]["flow_next"])
+            assert len(slots) <= len(flow), "the list of a phase does not end"
+        assert (before, len(slots)) == (last, count), f"phase {phase}: list {slots}, last {last}, count {count}"
+        order = [int(requests[slot]["run_order"]) for slot in slots]
+        assert order == sorted(order), f"phase {phase} is not in running order"
+        for slot in slots:
+            due = (phase - int(replica["scheduled_batches"]) - 1) % size  # full batches until it needs a block
+            room = int(requests[slot]["blocks"]) * size - int(requests[slot]["computed"])
+            assert room == due, f"slot {slot} has room for {room} tokens, its phase says {due}"
+        linked += slots
+    assert sorted(linked) == sorted(flow)
+    explicit = state.explicit[number, : int(replica["explicit"])].tolist()
+    unfinished = []
+    for slot in running:
+        request = requests[slot]
+        if not request["flowing"] and request["tokens"] + request["placeholders"] < request["prompt"] + request["output"]:
+            unfinished.append(slot)
+    assert [slot for slot in explicit if slot in unfinished] == unfinished, f"{explicit} explicit, {unfinished} open"
+    for age, place in enumerate(batches_in_flight(state, number)):
+        # A request that got its last batch has left the flow; the batch before that may still be in flight.
+        expected = sum(flows_in(state, number, requests[slot], age) for slot in flow)
+        assert expected <= int(state.batches[number, place]["flowing"]) <= int(replica["steps"])
+
+
 def check_limits(state: FleetState, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
     """No more requests run, and no more tokens are in a batch, than the largest limits the fleet ever had."""
     for number in range(state.replicas.size):
         assert state.replicas[number]["running"] <= max_num_seqs
         for place in batches_in_flight(state, number):
-            entries = state.entries[number, place, : int(state.batches[number, place]["count"])]
-            assert int(entries["tokens"].sum()) <= max_num_batched_tokens
+            batch = state.batches[number, place]
+            tokens = int(state.entries[number, place, : int(batch["count"])]["tokens"].sum()) + int(batch["flowing"])
+            assert tokens <= max_num_batched_tokens, f"a batch of {tokens} tokens"
 
 
 class Books:
@@ -329,10 +389,11 @@ class Books:
             self.ended[index] = outcome.copy()
         assert len(live) == int(fleet.state.fleet["live"][0]), "a request is live twice"
         assert not live.keys() & self.ended.keys(), f"ended and live: {live.keys() & self.ended.keys()}"
-        to_come = {index for index, arrival in self.fed.items() if arrival >= fleet.now_seconds}
-        missing = self.fed.keys() - live.keys() - self.ended.keys()
-        assert missing <= to_come, f"vanished: {missing - to_come}"
-        assert not to_come & live.keys() - {i for i in live if self.fed[i] == fleet.now_seconds}, "live before arrival"
+        seen = live.keys() | self.ended.keys()
+        vanished = {i for i in self.fed.keys() - seen if self.fed[i] < fleet.now_seconds}
+        assert not vanished, f"arrived, but neither live nor ended: {vanished}"
+        early = {i for i in seen if self.fed[i] > fleet.now_seconds}
+        assert not early, f"in the fleet before they arrived: {early}"
 
     def _check_outcome(self, outcome: Any, now: float, settled: bool) -> None:
         who = f"request {outcome['index']}"

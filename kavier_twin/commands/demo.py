@@ -1,0 +1,414 @@
+"""`kavier-twin demo`: the twin at work on a shipped recording of a real vLLM, replayed as if live."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+import urllib.request
+from collections.abc import Mapping
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from connectors.traces import Trace, TraceError, read_trace
+from connectors.traces.base import each_line
+from connectors.traces.telemetry import TelemetryReader
+from kavier_twin.commands.run import leave, set_up_logging
+from kavier_twin.config import CRUDE_STEP_TIME, DEFAULT_HOST, DEFAULT_PORT
+from kavier_twin.daemon import Daemon, StopSignals
+from kavier_twin.errors import UserError
+from kavier_twin.forecast.forecaster import Forecaster, ForecastSettings
+from kavier_twin.forecast.slo import Slo
+from kavier_twin.replay_source import ReplaySource
+from kavier_twin.serve.assemble import ranked
+from kavier_twin.serve.view import Beside, Horizon, Outlook, PolicyOutlook, TwinView
+from kavier_twin.simulation.settings import EngineSettings, FleetSettings
+from kavier_twin.telemetry import EngineSample
+from kavier_twin.twin.mirror import Mirror, MirrorSettings
+
+SPEED: Final = 6.0
+PLAIN_EVERY_SECONDS: Final = 5.0
+POOL: Final = "demo"
+MIRROR: Final = MirrorSettings(
+    pool=POOL,
+    lateness_seconds=0.5,
+    recent_seconds=60.0,
+    calibrate_after_requests=60,
+    recalibrate_every_requests=150,
+)
+FORECAST: Final = ForecastSettings(
+    every_seconds=3.0,
+    horizons_seconds=(30.0, 60.0, 120.0),
+    futures=3,
+    workers=2,
+    slos=(
+        Slo(name="ttft_p99_within_1s", metric="ttft_p99_seconds", threshold=1.0),
+        Slo(name="e2e_p95_within_3s", metric="e2e_p95_seconds", threshold=3.0),
+    ),
+)
+_WARM_UP_REQUESTS: Final = 60
+_NAMES: Final = {
+    "ttft_seconds": "time to first token",
+    "e2e_seconds": "end-to-end latency",
+    "queue_seconds": "queue time",
+    "prefix_cache_hit_ratio": "prefix-cache hit ratio",
+    "requests_running": "running now",
+    "requests_waiting": "waiting now",
+    "kv_cache_usage_ratio": "KV cache usage now",
+}
+
+
+def add_parser(commands: Any) -> None:
+    """Declare the command."""
+    parser = commands.add_parser(
+        "demo",
+        help="watch the twin mirror a recorded vLLM and forecast it",
+        description="Replay a recording of a real vLLM as if live: mirror it, forecast it under several policies, "
+        "serve metrics and a status page. Needs no service and no network.",
+    )
+    parser.add_argument("--speed", type=float, default=SPEED, help=f"times faster than it happened (default {SPEED:g})")
+    parser.add_argument("--once", action="store_true", help="stop at the end of the recording, after one scrape")
+    parser.add_argument("--host", default=DEFAULT_HOST, help=f"address to serve on (default {DEFAULT_HOST})")
+    parser.add_argument(
+        "--port", type=int, default=DEFAULT_PORT, help=f"port to serve on, 0: any free one (default {DEFAULT_PORT})"
+    )
+    parser.add_argument("--no-ui", action="store_true", help="plain lines instead of the live view")
+    parser.add_argument("--recording", type=Path, metavar="DIR", help="another recording (requests.jsonl, meta.json)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do it."""
+    if not (math.isfinite(args.speed) and args.speed > 0.0):
+        raise UserError(f"--speed {args.speed:g}: expected a number above 0, for example {SPEED:g}")
+    if not 0 <= args.port <= 65535:
+        raise UserError(f"--port {args.port}: expected 0 to 65535")
+    set_up_logging("warning")
+    console = Console(highlight=False, width=_width())
+    trace, samples = _read(args.recording)
+    fleet = FleetSettings(engine=_engine(trace), step_time=CRUDE_STEP_TIME)
+    source = ReplaySource(trace.records, samples, speed=args.speed, name=f"replay:{trace.path.parent.name}")
+    with StopSignals() as signals:
+        daemon = Daemon(
+            fleet,
+            [source],
+            mirror=MIRROR,
+            forecast=FORECAST,
+            host=args.host,
+            port=args.port,
+            event_clock=lambda: source.event_seconds,
+            notes=(f"A recording of a real vLLM server, replayed {args.speed:g} times as fast as it happened.",),
+        )
+        console.print(
+            f"Kavier Twin demo: {len(trace.records)} requests to a real {_server(trace)} over "
+            f"{source.end_seconds - source.start_seconds:.0f} s, replayed {args.speed:g} times as fast."
+        )
+        _warm_up(console, trace, fleet)
+        source.start()
+        daemon.start()
+        assert daemon.http is not None
+        console.print(f"Status page: {daemon.http.url}/   metrics: {daemon.http.url}/metrics   (Ctrl-C ends)\n")
+        watch = _Watch(console, daemon, source)
+        show = watch.live if console.is_terminal and not args.no_ui else watch.plain
+        show(signals, once=args.once)
+        if signals.received is None and not daemon.failed:
+            _sum_up(console, daemon, watch.tense)
+        ended = daemon.stop()
+    status = 1 if daemon.failed else signals.exit_status
+    if not ended:
+        leave(status)
+    return status
+
+
+def _width() -> int | None:
+    """As wide as the terminal; where there is none, wide enough for the tables."""
+    return None if sys.stdout.isatty() else 150
+
+
+# --- the recording ------------------------------------------------------------------------------------------------
+
+
+def _read(directory: Path | None) -> tuple[Trace, list[EngineSample]]:
+    """The recording, and what its server said of itself where that lies beside it as telemetry. Raises UserError."""
+    if directory is None:
+        with as_file(files("kavier_twin").joinpath("demo_data", "ramp-300")) as shipped:
+            return _read(shipped)
+    try:
+        trace = read_trace(directory, "recording")
+    except TraceError as error:
+        raise UserError(f"{error}; give a recording with --recording DIR") from None
+    samples: list[EngineSample] = []
+    path = trace.path.parent / "samples.jsonl.gz"
+    if path.is_file():
+        reader = TelemetryReader(path)
+
+        def take(_: int, line: bytes) -> None:
+            record = reader.parse(line)
+            if isinstance(record, EngineSample):
+                samples.append(record)
+
+        each_line(path, take, lambda *_: None)
+    return trace, samples
+
+
+def _engine(trace: Trace) -> EngineSettings:
+    told: Any = trace.settings.get("engine")
+    if not isinstance(told, Mapping):
+        raise UserError(f"{trace.path.parent}/meta.json: engine: expected the engine's settings")
+    try:
+        return EngineSettings(**{name: told[name] for name in EngineSettings.model_fields if name in told})
+    except ValueError as error:
+        raise UserError(f"{trace.path.parent}/meta.json: engine: {error}") from None
+
+
+def _server(trace: Trace) -> str:
+    told: Any = trace.settings.get("engine")
+    return str(told.get("engine", "vLLM")) if isinstance(told, Mapping) else "vLLM"
+
+
+def _warm_up(console: Console, trace: Trace, fleet: FleetSettings) -> None:
+    """Run everything once on the first requests, so that nothing is compiled while the clock runs."""
+    began = time.monotonic()
+    with console.status("Preparing: compiling the simulation kernels (first run only, about half a minute) ..."):
+        if not console.is_terminal:
+            console.print("Preparing: compiling the simulation kernels (first run only, about half a minute) ...")
+        mirror = Mirror(MirrorSettings(lateness_seconds=0.0, calibrate_after_requests=30), fleet)
+        early = ReplaySource(trace.records[:_WARM_UP_REQUESTS], speed=1e12)
+        while not early.exhausted:
+            for record in early.poll(10_000):
+                mirror.ingest(record)
+        mirror.advance()
+        snapshot = mirror.snapshot()
+        if snapshot is not None:
+            Forecaster(FORECAST.model_copy(update={"horizons_seconds": (5.0,), "futures": 1})).run(snapshot)
+    console.print(f"Kernels ready after {time.monotonic() - began:.1f} s.")
+
+
+# --- watching -----------------------------------------------------------------------------------------------------
+
+
+class _Watch:
+    """What is shown while the replay runs. Remembers the forecast that foresaw most, for the summary."""
+
+    def __init__(self, console: Console, daemon: Daemon, source: ReplaySource) -> None:
+        self._console = console
+        self._daemon = daemon
+        self._source = source
+        self.tense: Outlook | None = None
+
+    def go_on(self, signals: StopSignals, *, once: bool) -> bool:
+        """Whether to go on: until a signal, or once the recording was followed to its end."""
+        outlook = self._daemon.view.outlook
+        if outlook is not None and outlook.calibrated and _tension(outlook) > _tension(self.tense):
+            self.tense = outlook
+        if signals.received is not None or self._daemon.failed:
+            return False
+        return not (once and self._over())
+
+    def _over(self) -> bool:
+        view = self._daemon.view
+        return all(source.ended for source in view.sources) and view.buffered_records == 0 and view.outlook is not None
+
+    def live(self, signals: StopSignals, *, once: bool) -> None:
+        """Redraw one screen."""
+        with Live(console=self._console, auto_refresh=False, transient=once, vertical_overflow="crop") as live:
+            while self.go_on(signals, once=once):
+                live.update(self._screen(), refresh=True)
+                time.sleep(0.25)
+
+    def plain(self, signals: StopSignals, *, once: bool) -> None:
+        """A line every few seconds."""
+        told_at = -math.inf
+        ended = False
+        while self.go_on(signals, once=once):
+            if not ended and time.monotonic() - told_at >= PLAIN_EVERY_SECONDS:
+                told_at = time.monotonic()
+                self._console.print(self._line())
+                if self._over():
+                    ended = True
+                    self._console.print("The recording has ended; its last figures stay served until Ctrl-C.")
+            time.sleep(0.1)
+
+    def _clock(self) -> str:
+        return f"{self._source.event_seconds:.0f} of {self._source.end_seconds:.0f} s"
+
+    def _screen(self) -> RenderableType:
+        view = self._daemon.view
+        parts: list[RenderableType] = [Text(f"Recording at {self._clock()}", style="bold"), _trust(view), beside(view)]
+        if view.outlook is not None:
+            parts += [policies(view.outlook), verdict(view.outlook)]
+        else:
+            parts.append(Text("No forecast yet.", style="dim"))
+        if self._over():
+            parts.append(Text("The recording has ended; its last figures stay served until Ctrl-C.", style="bold"))
+        return Group(*parts)
+
+    def _line(self) -> str:
+        view = self._daemon.view
+        parts = [f"{self._clock():>12}"]
+        for kpi, statistic, name in (
+            ("ttft_seconds", "mean", "TTFT"),
+            ("e2e_seconds", "mean", "e2e"),
+            ("prefix_cache_hit_ratio", "", "hits"),
+            ("requests_waiting", "", "waiting"),
+        ):
+            entry = view.value(kpi, statistic)
+            if entry is not None:
+                parts.append(f"{name} {_value(kpi, entry.mirrored)} (real {_value(kpi, entry.observed)})")
+        today = _today(view.outlook)
+        if today is not None:
+            horizon = today.horizons[0]
+            odds = ", ".join(f"{slo} {share:.0%}" for slo, share in horizon.breach.items())
+            parts.append(f"breach odds in {horizon.seconds:g} s: {odds}")
+        if view.outlook is not None and view.outlook.best is not None:
+            parts.append(f"best: {view.outlook.best.policy}")
+        if not view.calibrated:
+            parts.append("NOT CALIBRATED, not to be trusted")
+        return " | ".join(parts)
+
+
+def _sum_up(console: Console, daemon: Daemon, tense: Outlook | None) -> None:
+    """The final figures, and what one scrape found."""
+    assert daemon.http is not None
+    view = daemon.view
+    console.print()
+    console.print(_trust(view))
+    console.print(beside(view))
+    if tense is not None and tense is not view.outlook:
+        console.print(policies(tense, "At the tensest moment"))
+        console.print(verdict(tense))
+    if view.outlook is not None:
+        console.print(policies(view.outlook, "At the end"))
+        console.print(verdict(view.outlook))
+    with urllib.request.urlopen(f"{daemon.http.url}/metrics", timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    series = sum(line.startswith("kavier_twin_") for line in lines)
+    console.print(f"\nScraped {daemon.http.url}/metrics: {series} kavier_twin_ series served.")
+
+
+# --- what it looks like -------------------------------------------------------------------------------------------
+
+
+def beside(view: TwinView) -> Table:
+    """Mirror beside reality."""
+    table = Table(title="Mirror beside reality", title_justify="left", title_style="bold")
+    table.add_column("KPI")
+    for name, style in (("mirror", "cyan"), ("reality", "yellow"), ("error", ""), ("requests", "dim")):
+        table.add_column(name, justify="right", style=style)
+    for entry in view.beside:
+        name = _NAMES.get(entry.kpi, entry.kpi) + (f", {entry.statistic}" if entry.statistic else "")
+        mirrored, observed = _value(entry.kpi, entry.mirrored), _value(entry.kpi, entry.observed)
+        table.add_row(name, mirrored, observed, _error(entry), str(entry.requests or ""))
+    return table
+
+
+def policies(outlook: Outlook, when: str = "What is ahead") -> Table:
+    """Policies compared, best first: at the longest horizon the KPIs, over all horizons the odds."""
+    horizons = max((policy.horizons for policy in outlook.policies), key=len, default=())
+    seconds = [horizon.seconds for horizon in horizons]
+    title = f"{when} ({outlook.event_seconds:.0f} s): the next {seconds[-1]:g} s by policy, best first"
+    caption = (
+        f"Median (10 % to 90 %) of {outlook.futures} futures at {outlook.rate_per_second:.1f} requests/s, the same for "
+        f"all policies. Breach odds in % within {' / '.join(f'{s:g}' for s in seconds)} s."
+    )
+    table = Table(title=title, title_justify="left", title_style="bold", caption=caption, caption_justify="left")
+    table.add_column("policy", no_wrap=True)
+    for name in ("TTFT p99", "e2e p95", "hit ratio", "waiting"):
+        table.add_column(name, justify="right")
+    slos = list(horizons[-1].breach)
+    for slo in slos:
+        table.add_column(f"breach odds\n{slo}", justify="right")
+    table.add_column("vllm serve flags", overflow="fold")
+    for number, policy in enumerate(ranked(outlook)):
+        if not policy.horizons:
+            table.add_row(policy.name, *["–"] * (4 + len(slos)), policy.problem)
+            continue
+        last = policy.horizons[-1]
+        odds = [" / ".join(f"{100 * h.breach[slo]:.0f}" for h in policy.horizons) for slo in slos]
+        flags = " ".join(policy.flags) or ("as it is" if policy.deployable else "hypothetical")
+        table.add_row(
+            policy.name,
+            _spread(last, "ttft_seconds", "p99"),
+            _spread(last, "e2e_seconds", "p95"),
+            _spread(last, "prefix_cache_hit_ratio", ""),
+            _spread(last, "requests_waiting", ""),
+            *odds,
+            flags,
+            style="bold green" if number == 0 and outlook.best is not None else "",
+        )
+    return table
+
+
+def verdict(outlook: Outlook) -> Text:
+    """The best policy, why, and how to deploy it."""
+    if outlook.best is None:
+        return Text("No verdict: today's policy could not be simulated.")
+    best = outlook.best
+    text = Text.assemble(("Best: ", "bold"), (best.policy, "bold green"), f" ({best.reason})")
+    if best.flags:
+        text.append(f"\n      vllm serve ... {' '.join(best.flags)}")
+    if not outlook.calibrated:
+        text.append("\n      made before calibration: not to be trusted", style="yellow")
+    return text
+
+
+def _trust(view: TwinView) -> Text:
+    if not view.calibrated:
+        return Text("Not calibrated yet: step times are a crude prior, figures are not to be trusted.", style="yellow")
+    text = Text(
+        f"Calibrated on {view.calibrated_on_requests} requests of this stream; {view.finished_requests} followed to "
+        f"their end; real steps last {view.pace_ratio:.2f} times what the coefficients say now.",
+        style="green",
+    )
+    if math.isfinite(view.exact_cache_ratio):
+        text.append(f" Prefix hits exact to the token for {view.exact_cache_ratio:.1%} of requests.")
+    return text
+
+
+def _today(outlook: Outlook | None) -> PolicyOutlook | None:
+    found = (policy for policy in outlook.policies if policy.horizons and not policy.flags) if outlook else iter(())
+    return next(found, None)
+
+
+def _tension(outlook: Outlook | None) -> float:
+    today = _today(outlook)
+    return sum(sum(horizon.breach.values()) for horizon in today.horizons) if today else 0.0
+
+
+def _value(kpi: str, value: float) -> str:
+    if not math.isfinite(value):
+        return "–"
+    if kpi.endswith("_ratio"):
+        return f"{value:.1%}"
+    if kpi.endswith("_seconds"):
+        return f"{value:.2f} s" if value >= 1.0 else f"{1000 * value:.0f} ms"
+    return f"{value:.1f}".removesuffix(".0")
+
+
+def _error(entry: Beside) -> str:
+    if not math.isfinite(entry.error):
+        return "–"
+    if entry.kpi.endswith("_seconds"):
+        return f"{entry.error:+.1%}"
+    if entry.kpi.endswith("_ratio"):
+        return f"{100 * entry.error:+.1f} pts"
+    return f"{entry.error:+.0f}"
+
+
+def _spread(horizon: Horizon, kpi: str, statistic: str) -> str:
+    low, middle, high = (horizon.quantile(kpi, statistic, quantile) for quantile in (0.1, 0.5, 0.9))
+    if not math.isfinite(middle):
+        return "–"
+    if kpi.endswith("_ratio"):
+        return f"{middle:.1%}\n{100 * low:.1f} – {100 * high:.1f} %"
+    if kpi.endswith("_seconds") and high >= 1.0:
+        return f"{middle:.2f} s\n{low:.2f} – {high:.2f} s"
+    if kpi.endswith("_seconds"):
+        return f"{1000 * middle:.0f} ms\n{1000 * low:.0f} – {1000 * high:.0f} ms"
+    return f"{middle:.1f}\n{low:.1f} – {high:.1f}"

@@ -1,0 +1,78 @@
+"""`kavier-twin run`: the daemon."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from kavier_twin.config import read_settings
+from kavier_twin.daemon import Daemon, StopSignals
+
+_EXAMPLE = """an example of a settings file:
+  pool: chat
+  fleet:
+    replicas: 2
+    engine: {num_gpu_blocks: 28000, max_num_seqs: 256}
+  sources:
+    - {type: trace_file, path: requests.jsonl, follow: true}
+  forecast:
+    every_seconds: 30
+    horizons_seconds: [60, 300]
+    slos: [{name: fast, metric: ttft_p99_seconds, threshold: 1.0}]
+
+exit status: 0 ended by SIGTERM, 1 failed, 2 wrong use, 130 ended by Ctrl-C
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Declare the command."""
+    parser = commands.add_parser(
+        "run",
+        help="the daemon: mirror a fleet from its telemetry and forecast it",
+        description="Mirror a fleet of vLLM servers from its telemetry, forecast it, and serve metrics and a page.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", type=Path, required=True, metavar="TWIN.yaml", help="the settings file")
+    parser.add_argument("--check", action="store_true", help="check the settings file and end")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do it."""
+    settings = read_settings(args.config)
+    if args.check:
+        print(f"{args.config}: fine")
+        return 0
+    set_up_logging(settings.log_level)
+    with StopSignals() as signals:
+        daemon = Daemon.of(settings)
+        daemon.start()
+        while signals.received is None and not daemon.failed:
+            time.sleep(0.1)
+        ended = daemon.stop()
+    status = 1 if daemon.failed else signals.exit_status
+    if not ended:  # the interpreter would wait for threads that compute
+        leave(status)
+    return status
+
+
+def set_up_logging(level: str) -> None:
+    """One line an event on standard error."""
+    logging.basicConfig(
+        level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    logging.getLogger("apscheduler").setLevel(logging.ERROR)  # a cycle that waits for the last one is no news
+    logging.getLogger("numba").setLevel(logging.WARNING)
+
+
+def leave(status: int) -> None:
+    """End the process now, with what was printed."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -1,0 +1,48 @@
+"""Service level objectives of a pool: a bound on one KPI of a stretch of time."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Final, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Metric = Literal[
+    "ttft_p50_seconds",
+    "ttft_p99_seconds",
+    "itl_p99_seconds",
+    "e2e_p95_seconds",
+    "queue_p95_seconds",
+    "prefix_cache_hit_ratio",
+    "kv_usage_mean_ratio",
+    "running_mean",
+    "waiting_mean",
+    "output_tokens_per_second",
+    "requests_per_second",
+    "preemptions",
+    "rejected_requests",
+]
+METRICS: Final[tuple[Metric, ...]] = get_args(Metric)
+_HIGHER_IS_BETTER: Final = frozenset({"prefix_cache_hit_ratio", "output_tokens_per_second", "requests_per_second"})
+
+
+class Slo(BaseModel):
+    """One objective: `metric` shall not be above `threshold` (not below, where higher is better), in its own unit."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Annotated[str, Field(min_length=1)]
+    metric: Metric
+    threshold: Annotated[float, Field(allow_inf_nan=False)]
+
+    def breached(self, value: float) -> bool:
+        """Whether this value of the metric breaks the objective. NaN, nothing observed, does not."""
+        if math.isnan(value):
+            return False
+        return value < self.threshold if self.metric in _HIGHER_IS_BETTER else value > self.threshold
+
+
+DEFAULT_SLOS = (
+    Slo(name="ttft_p99", metric="ttft_p99_seconds", threshold=2.0),
+    Slo(name="e2e_p95", metric="e2e_p95_seconds", threshold=30.0),
+)

@@ -1,0 +1,123 @@
+"""Every policy on the same futures, from the same present."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from kavier_twin.forecast.executors import Executor
+from kavier_twin.forecast.futures import draw_futures, settle_lengths
+from kavier_twin.forecast.load import arrival_rate
+from kavier_twin.forecast.measure import measure
+from kavier_twin.forecast.result import FailedPolicy, Forecast, Quantiles, Row
+from kavier_twin.forecast.slo import METRICS, Metric, Slo
+from kavier_twin.forecast.verdict import best_policy
+from kavier_twin.simulation.fleet import Fleet
+from kavier_twin.simulation.kpis import Counters
+from kavier_twin.simulation.policies import Policy, PolicyError, apply_overrides
+from kavier_twin.simulation.workload import Workload
+from kavier_twin.twin.snapshot import Snapshot
+
+_QUANTILES = (0.10, 0.50, 0.90)
+
+
+def sweep(
+    snapshot: Snapshot,
+    policies: Sequence[Policy],
+    horizons_seconds: Sequence[float],
+    futures: int,
+    seed: int,
+    slos: Sequence[Slo],
+    executor: Executor,
+) -> Forecast:
+    """Simulate every policy in the same `futures` futures and read its KPIs at each horizon (ascending, seconds).
+
+    Policies that cannot be applied are told in the result; the rest goes on. The snapshot stays as it is. Results
+    depend on the arguments only, not on the executor.
+    """
+    applicable, failed = _applicable(snapshot, policies)
+    workloads = draw_futures(snapshot, horizons_seconds[-1], [(seed, number, 0) for number in range(futures)])
+    presents = [_present(snapshot, np.random.default_rng((seed, number, 1))) for number in range(futures)]
+    tasks = [
+        _Task(present, workload, policy, tuple(horizons_seconds), snapshot.frontend_seconds)
+        for policy in applicable
+        for present, workload in zip(presents, workloads, strict=True)
+    ]
+    measured = executor.map(_simulate, tasks)
+    rows = []
+    for number, policy in enumerate(applicable):
+        of_policy = measured[number * futures : (number + 1) * futures]
+        for place, horizon in enumerate(horizons_seconds):
+            rows.append(_row(policy.name, horizon, [kpis[place] for kpis in of_policy], slos))
+    return Forecast(
+        pool=snapshot.pool,
+        time_seconds=snapshot.time_seconds,
+        calibrated=snapshot.calibrated,
+        rate_requests_per_second=arrival_rate(snapshot),
+        futures=futures,
+        rows=tuple(rows),
+        failed=failed,
+        verdict=best_policy(snapshot.fleet.settings, applicable, rows),
+    )
+
+
+class _Task(NamedTuple):
+    """One policy in one future. Read only: tasks share the present and the workload."""
+
+    present: Fleet
+    workload: Workload
+    policy: Policy
+    horizons_seconds: tuple[float, ...]
+    frontend_seconds: float
+
+
+def _applicable(snapshot: Snapshot, policies: Sequence[Policy]) -> tuple[list[Policy], tuple[FailedPolicy, ...]]:
+    applicable, failed = [], []
+    for policy in policies:
+        try:
+            apply_overrides(snapshot.fleet.settings, policy.overrides)
+            applicable.append(policy)
+        except PolicyError as error:
+            failed.append(FailedPolicy(policy.name, str(error)))
+    return applicable, tuple(failed)
+
+
+def _present(snapshot: Snapshot, rng: np.random.Generator) -> Fleet:
+    """The fleet as a future begins: what is in flight has a length, and nothing has ended yet."""
+    present = snapshot.fleet.fork()
+    settle_lengths(present, snapshot.recent, rng)
+    present.collect()
+    return present
+
+
+def _simulate(task: _Task) -> list[dict[Metric, float]]:
+    """KPIs at every horizon, from one run."""
+    fleet = task.present.fork()
+    start = fleet.now_seconds
+    before = Counters.of(fleet.state, start)
+    fleet.apply(task.policy.overrides)
+    fleet.feed(task.workload)
+    outcomes, kpis = [], []
+    for horizon in task.horizons_seconds:
+        fleet.run(start + horizon)
+        outcomes.append(fleet.collect())
+        kpis.append(measure(fleet, before, np.concatenate(outcomes), task.frontend_seconds))
+    return kpis
+
+
+def _row(policy: str, horizon: float, kpis: Sequence[dict[Metric, float]], slos: Sequence[Slo]) -> Row:
+    return Row(
+        policy=policy,
+        horizon_seconds=horizon,
+        kpis={name: _quantiles([future[name] for future in kpis]) for name in METRICS},
+        breach_probability={
+            slo.name: sum(slo.breached(future[slo.metric]) for future in kpis) / len(kpis) for slo in slos
+        },
+    )
+
+
+def _quantiles(values: Sequence[float]) -> Quantiles:
+    seen = np.array([value for value in values if not np.isnan(value)])
+    return Quantiles(*map(float, np.quantile(seen, _QUANTILES))) if seen.size else Quantiles(np.nan, np.nan, np.nan)

@@ -1,0 +1,121 @@
+"""From the mirror and the forecaster to what is shown of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import numpy as np
+
+from kavier_twin.forecast.result import Forecast, Row, Verdict
+from kavier_twin.serve.view import Beside, Best, Horizon, Outlook, PolicyOutlook, Predicted
+from kavier_twin.twin.fidelity import Score
+from kavier_twin.twin.mirror import Mirror
+
+_LATENCIES: Final = {"ttft_seconds": (50, 99), "e2e_seconds": (95,), "queue_seconds": (95,)}
+_METRICS: Final = {  # the forecaster's metric -> KPI and statistic shown
+    "ttft_p50_seconds": ("ttft_seconds", "p50"),
+    "ttft_p99_seconds": ("ttft_seconds", "p99"),
+    "itl_p99_seconds": ("itl_seconds", "p99"),
+    "e2e_p95_seconds": ("e2e_seconds", "p95"),
+    "queue_p95_seconds": ("queue_seconds", "p95"),
+    "prefix_cache_hit_ratio": ("prefix_cache_hit_ratio", ""),
+    "kv_usage_mean_ratio": ("kv_cache_usage_ratio", ""),
+    "running_mean": ("requests_running", ""),
+    "waiting_mean": ("requests_waiting", ""),
+    "output_tokens_per_second": ("output_tokens_per_second", ""),
+    "requests_per_second": ("requests_per_second", ""),
+    "preemptions": ("preemptions", ""),
+    "rejected_requests": ("requests_rejected", ""),
+}
+STREAM_RESULTS: Final = ("accepted", "duplicate", "late")
+
+
+def beside(mirror: Mirror, reported: tuple[float, float, float]) -> tuple[Beside, ...]:
+    """Mirror beside reality. `reported`: running, waiting and KV usage as the engines say; NaN where they do not."""
+    scores = mirror.fidelity.scores()
+    entries: list[Beside] = []
+    for kpi, percentiles in _LATENCIES.items():
+        score = scores.get(kpi)
+        if score is not None:
+            entries.append(_of_score(kpi, "mean", score, score.error_ratio))
+            entries += [_of_percentile(mirror, kpi, percent) for percent in percentiles]
+    if "hit_ratio" in scores:
+        score = scores["hit_ratio"]
+        entries.append(_of_score("prefix_cache_hit_ratio", "", score, score.error_ratio))
+    if math.isfinite(mirror.time_seconds):
+        names = ("requests_running", "requests_waiting", "kv_cache_usage_ratio")
+        for kpi, mirrored, observed in zip(names, mirror.load(), reported, strict=True):
+            entries.append(Beside(kpi, "", float(mirrored), observed, mirrored - observed))
+    return tuple(entries)
+
+
+def records(mirror: Mirror, rejected: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Records by result, and requests given up by reason."""
+    results = {name: mirror.ingested[name] for name in STREAM_RESULTS}
+    dropped = {name: mirror.ingested[name] for name in ("unknown_request", "never_finished")}
+    dropped |= {name: count for name, count in mirror.ingested.items() if name not in results}
+    return results | {"rejected": rejected}, dropped
+
+
+def outlook(
+    forecast: Forecast, made_unix_seconds: float, policies: Mapping[str, tuple[tuple[str, ...], bool]]
+) -> Outlook:
+    """A forecast as it is shown. `policies`: flags and whether deployable, by name."""
+    shown = []
+    for name in dict.fromkeys(row.policy for row in forecast.rows):
+        flags, deployable = policies.get(name, ((), False))
+        horizons = tuple(_horizon(row) for row in forecast.rows if row.policy == name)
+        shown.append(PolicyOutlook(name, flags, deployable, horizons))
+    shown += [PolicyOutlook(failed.policy, (), False, (), problem=failed.error) for failed in forecast.failed]
+    return Outlook(
+        event_seconds=forecast.time_seconds,
+        made_unix_seconds=made_unix_seconds,
+        duration_seconds=math.nan if forecast.duration_seconds is None else forecast.duration_seconds,
+        futures=forecast.futures,
+        rate_per_second=forecast.rate_requests_per_second,
+        calibrated=forecast.calibrated,
+        policies=tuple(shown),
+        best=None if forecast.verdict is None else _best(forecast.verdict),
+    )
+
+
+def ranked(outlook: Outlook) -> list[PolicyOutlook]:
+    """Best first: the verdict, then by expected breaches and latency at the longest horizon."""
+
+    def worse(policy: PolicyOutlook) -> tuple[bool, bool, float, float]:
+        chosen = outlook.best is not None and outlook.best.policy == policy.name
+        breaches = sum(sum(horizon.breach.values()) for horizon in policy.horizons)
+        latency = policy.horizons[-1].median("e2e_seconds", "p95") if policy.horizons else math.inf
+        return not chosen, not policy.horizons, breaches, math.inf if math.isnan(latency) else latency
+
+    return sorted(outlook.policies, key=worse)
+
+
+def _of_score(kpi: str, statistic: str, score: Score, error: float) -> Beside:
+    return Beside(kpi, statistic, score.predicted_mean, score.observed_mean, error, score.count)
+
+
+def _of_percentile(mirror: Mirror, kpi: str, percent: int) -> Beside:
+    pairs: Sequence[tuple[float, float]] = mirror.fidelity._pairs[kpi]
+    mirrored, observed = map(float, np.percentile(np.array(pairs), percent, axis=0))
+    error = (mirrored - observed) / observed if observed > 0.0 else math.nan
+    return Beside(kpi, f"p{percent}", mirrored, observed, error, len(pairs))
+
+
+def _horizon(row: Row) -> Horizon:
+    predicted = []
+    for metric, values in row.kpis.items():
+        kpi, statistic = _METRICS[metric]
+        predicted.append(Predicted(kpi, statistic, {0.1: values.p10, 0.5: values.p50, 0.9: values.p90}))
+    return Horizon(row.horizon_seconds, tuple(predicted), dict(row.breach_probability))
+
+
+def _best(verdict: Verdict) -> Best:
+    parts = [f"expected SLO breaches {verdict.expected_breaches:.2f}"]
+    if verdict.expected_breaches != verdict.today_expected_breaches:
+        parts[0] += f" instead of today's {verdict.today_expected_breaches:.2f}"
+    if math.isfinite(verdict.e2e_p95_seconds):
+        parts.append(f"e2e p95 {verdict.e2e_p95_seconds:.2f} s beside today's {verdict.today_e2e_p95_seconds:.2f} s")
+    return Best(verdict.policy, verdict.vllm_flags, verdict.deployable, ", ".join(parts))

@@ -1,0 +1,322 @@
+"""The twin as Prometheus metrics, `kavier_twin_*`.
+
+A collector renders the view that is current when Prometheus asks. What is not known has no sample. Latencies carry
+their `statistic` (mean, p50, p90, p95, p99) over requests; predictions also a `quantile`: of the distribution over the
+simulated futures, so the 0.1 and 0.9 of a p99 are the ends of its interval. They are summaries without count and sum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Final, NamedTuple
+
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, SummaryMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from kavier_twin.serve.view import Outlook, TwinView
+
+PREFIX: Final = "kavier_twin"
+
+
+class Kpi(NamedTuple):
+    """A KPI's metric: its name without prefix, whether it has statistics over requests, and what it says."""
+
+    metric: str
+    has_statistic: bool
+    says: str
+
+
+KPIS: Final = {
+    "ttft_seconds": Kpi("ttft_seconds", True, "time to first token in seconds"),
+    "itl_seconds": Kpi("itl_seconds", True, "inter-token latency in seconds"),
+    "tpot_seconds": Kpi("tpot_seconds", True, "time per output token after the first, in seconds"),
+    "e2e_seconds": Kpi("e2e_seconds", True, "end-to-end latency in seconds"),
+    "queue_seconds": Kpi("queue_seconds", True, "time between arrival and first scheduling in seconds"),
+    "prefix_cache_hit_ratio": Kpi("prefix_cache_hit_ratio", False, "prompt tokens found in the prefix cache, 0 to 1"),
+    "kv_cache_usage_ratio": Kpi("kv_cache_usage_ratio", False, "KV cache blocks in use, 0 to 1"),
+    "requests_running": Kpi("requests_running", False, "requests in the running batch"),
+    "requests_waiting": Kpi("requests_waiting", False, "requests waiting to be scheduled"),
+    "preemptions": Kpi("preemptions", False, "preemptions of requests"),
+    "requests_rejected": Kpi("requests_rejected", False, "requests that the engines refuse"),
+    "requests_per_second": Kpi("requests_per_second", False, "requests finished per second"),
+    "output_tokens_per_second": Kpi("output_tokens_per_second", False, "tokens generated per second"),
+}
+"""Every KPI that is exported, by its name in the view."""
+
+_MOMENT: Final = frozenset({"requests_running", "requests_waiting", "kv_cache_usage_ratio"})
+
+
+class TwinCollector(Collector):
+    """Renders the current view at each scrape."""
+
+    def __init__(self, current: Callable[[], TwinView]) -> None:
+        self._current = current
+
+    def describe(self) -> Iterator[Metric]:
+        """Nothing: the names follow from the view."""
+        return iter(())
+
+    def collect(self) -> Iterator[Metric]:
+        """All metrics of the current view."""
+        view = self._current()
+        for metric in _metrics(view):
+            if metric.samples:
+                yield metric
+
+
+def registry_of(current: Callable[[], TwinView]) -> CollectorRegistry:
+    """A registry of its own that serves the twin's metrics and those of its process."""
+    registry = CollectorRegistry()
+    registry.register(TwinCollector(current))
+    ProcessCollector(registry=registry)
+    return registry
+
+
+def _metrics(view: TwinView) -> Iterator[Metric]:
+    build = InfoMetricFamily(f"{PREFIX}_build", "The running twin, always 1.")
+    build.add_metric([], {"version": view.version})
+    yield build
+    yield from _stream(view)
+    yield from _mirror(view)
+    yield from _fidelity(view)
+    yield from _forecasts(view)
+    if view.outlook is not None:
+        yield from _predictions(view.pool, view.outlook)
+
+
+def _stream(view: TwinView) -> Iterator[Metric]:
+    yield _counter(
+        "records",
+        "Telemetry records by what became of them since the start: accepted, duplicate, late (behind the watermark), "
+        "rejected (not a record).",
+        ["pool", "result"],
+        [([view.pool, result], count) for result, count in sorted(view.records.items())],
+    )
+    yield _counter(
+        "source_rejected",
+        "Pieces of input that made no record since the start, by source and reason.",
+        ["pool", "source", "reason"],
+        [
+            ([view.pool, source.name, reason], count)
+            for source in view.sources
+            for reason, count in sorted(source.rejected.items())
+        ],
+    )
+    yield _counter(
+        "requests_dropped",
+        "Requests that the mirror could not follow since the start: unknown_request (a finish without an arrival), "
+        "never_finished (no finish record came in time).",
+        ["pool", "reason"],
+        [([view.pool, reason], count) for reason, count in sorted(view.dropped.items())],
+    )
+    yield _counter(
+        "requests_finished",
+        "Requests whose end the mirror has followed since the start.",
+        ["pool"],
+        [([view.pool], view.finished_requests)],
+    )
+    yield _gauge(
+        "stream_lag_seconds",
+        "Seconds of event time by which the mirror trails the newest record now.",
+        view.pool,
+        view.lag_seconds,
+    )
+    yield _gauge(
+        "buffered_records", "Records taken in and waiting for the watermark now.", view.pool, view.buffered_records
+    )
+    yield _gauge(
+        "last_record_timestamp_seconds",
+        "Unix time at which the newest record was taken in.",
+        view.pool,
+        view.last_record_unix_seconds,
+    )
+
+
+def _mirror(view: TwinView) -> Iterator[Metric]:
+    yield _gauge(
+        "mirror_event_seconds",
+        "Event time the mirror stands at: unix time for live sources, seconds since its start for a trace.",
+        view.pool,
+        view.event_seconds,
+    )
+    for name, kpi in KPIS.items():
+        entries = [entry for entry in view.beside if entry.kpi == name]
+        labels = ["pool", "statistic"] if kpi.has_statistic else ["pool"]
+        window = "now" if name in _MOMENT else "over the last requests finished (500 at most)"
+        for side, whose in (("mirrored", "as mirrored"), ("observed", "as the stream reports")):
+            family = GaugeMetricFamily(
+                f"{PREFIX}_{side}_{kpi.metric}", f"{_sentence(kpi.says)}, {whose} {window}.", labels=labels
+            )
+            for entry in entries:
+                _add(family, _labels(kpi, [view.pool], entry.statistic), getattr(entry, side))
+            yield family
+
+
+def _fidelity(view: TwinView) -> Iterator[Metric]:
+    yield _gauge(
+        "calibrated",
+        "Whether step times are fitted to this pool or given (1), or a crude prior not to be trusted (0).",
+        view.pool,
+        float(view.calibrated),
+    )
+    yield _gauge(
+        "calibration_requests",
+        "Finished requests that the current step times were fitted on.",
+        view.pool,
+        view.calibrated_on_requests if view.calibrated_on_requests else math.nan,
+    )
+    coefficients = GaugeMetricFamily(
+        f"{PREFIX}_step_time_coefficient_seconds",
+        "Coefficients of the engine's step time in use now, seconds per step, token or sequence as their name says.",
+        labels=["pool", "coefficient"],
+    )
+    for name, value in view.step_time.items():
+        _add(coefficients, [view.pool, name], value)
+    yield coefficients
+    yield _gauge(
+        "frontend_seconds",
+        "Constant time outside the engine in each time to first token, in seconds, as fitted.",
+        view.pool,
+        view.frontend_seconds,
+    )
+    yield _gauge(
+        "pace_ratio",
+        "Real duration of an engine step over what the coefficients say, over the last seconds of event time.",
+        view.pool,
+        view.pace_ratio,
+    )
+    errors = GaugeMetricFamily(
+        f"{PREFIX}_fidelity_error_ratio",
+        "Error of the mirror before it was corrected, over the last requests finished (500 at most): "
+        "(mirrored - observed) / observed for latencies, mirrored - observed for the prefix cache hit ratio.",
+        labels=["pool", "kpi", "statistic"],
+    )
+    for entry in view.beside:
+        if entry.kpi not in _MOMENT:
+            _add(errors, [view.pool, entry.kpi, entry.statistic], entry.error)
+    yield errors
+    yield _gauge(
+        "fidelity_exact_cache_ratio",
+        "Requests whose prefix cache hit was mirrored to the token, 0 to 1, over the last requests finished (500 at "
+        "most).",
+        view.pool,
+        view.exact_cache_ratio,
+    )
+
+
+def _forecasts(view: TwinView) -> Iterator[Metric]:
+    yield _counter(
+        "forecasts",
+        "Forecast cycles by result since the start.",
+        ["pool", "result"],
+        [([view.pool, result], count) for result, count in sorted(view.forecasts.items())],
+    )
+    if view.outlook is None:
+        return
+    outlook = view.outlook
+    yield _gauge(
+        "forecast_duration_seconds",
+        "Wall-clock seconds that the last forecast took, all policies together.",
+        view.pool,
+        outlook.duration_seconds,
+    )
+    yield _gauge(
+        "forecast_timestamp_seconds",
+        "Unix time at which the last forecast was made.",
+        view.pool,
+        outlook.made_unix_seconds,
+    )
+    yield _gauge(
+        "forecast_event_seconds",
+        "Event time at which the last forecast starts: every horizon counts from there.",
+        view.pool,
+        outlook.event_seconds,
+    )
+    yield _gauge(
+        "forecast_futures", "Futures that the last forecast simulated for each policy.", view.pool, outlook.futures
+    )
+    yield _gauge(
+        "forecast_arrivals_per_second",
+        "Arrival rate that the last forecast continues, requests per second.",
+        view.pool,
+        outlook.rate_per_second,
+    )
+
+
+def _predictions(pool: str, outlook: Outlook) -> Iterator[Metric]:
+    for name, kpi in KPIS.items():
+        labels = ["pool", "policy", "horizon", *(["statistic"] if kpi.has_statistic else [])]
+        family = SummaryMetricFamily(
+            f"{PREFIX}_predicted_{kpi.metric}",
+            f"{_sentence(kpi.says)}, as foreseen over the horizon (seconds from the forecast's start); the quantile is "
+            "over the simulated futures.",
+            labels=labels,
+        )
+        for policy in outlook.policies:
+            for horizon in policy.horizons:
+                for entry in horizon.predicted:
+                    if entry.kpi != name:
+                        continue
+                    values = _labels(kpi, [pool, policy.name, f"{horizon.seconds:g}"], entry.statistic)
+                    for quantile, value in sorted(entry.quantiles.items()):
+                        if math.isfinite(value):
+                            named = {**dict(zip(labels, values, strict=True)), "quantile": f"{quantile:g}"}
+                            family.add_sample(family.name, named, value)
+        yield family
+    breach = GaugeMetricFamily(
+        f"{PREFIX}_slo_breach_probability_ratio",
+        "Share of simulated futures, 0 to 1, in which the SLO is breached within the horizon (seconds).",
+        labels=["pool", "policy", "horizon", "slo"],
+    )
+    best = GaugeMetricFamily(
+        f"{PREFIX}_best_policy",
+        "Whether the last forecast holds this policy best over all its horizons (1) or not (0).",
+        labels=["pool", "policy"],
+    )
+    info = InfoMetricFamily(
+        f"{PREFIX}_policy",
+        "Policies that the last forecast compared, with the vllm serve flags that deploy them, always 1.",
+        labels=["pool", "policy"],
+    )
+    for policy in outlook.policies:
+        info.add_metric(
+            [pool, policy.name],
+            {"flags": " ".join(policy.flags), "deployable": "true" if policy.deployable else "false"},
+        )
+        for horizon in policy.horizons:
+            for slo, probability in sorted(horizon.breach.items()):
+                _add(breach, [pool, policy.name, f"{horizon.seconds:g}", slo], probability)
+        if outlook.best is not None:
+            _add(best, [pool, policy.name], float(outlook.best.policy == policy.name))
+    yield breach
+    yield best
+    yield info
+
+
+def _gauge(name: str, says: str, pool: str, value: float) -> Metric:
+    family = GaugeMetricFamily(f"{PREFIX}_{name}", says, labels=["pool"])
+    _add(family, [pool], value)
+    return family
+
+
+def _counter(name: str, says: str, labels: list[str], values: list[tuple[list[str], int]]) -> Metric:
+    family = CounterMetricFamily(f"{PREFIX}_{name}", says, labels=labels)
+    for label_values, value in values:
+        family.add_metric(label_values, value)
+    return family
+
+
+def _add(family: GaugeMetricFamily, labels: list[str], value: float) -> None:
+    if math.isfinite(value):
+        family.add_metric(labels, value)
+
+
+def _labels(kpi: Kpi, values: list[str], statistic: str) -> list[str]:
+    return [*values, statistic] if kpi.has_statistic else values
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:]

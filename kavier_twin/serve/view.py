@@ -1,0 +1,168 @@
+"""What the twin shows of itself at one moment: plain immutable values that the metrics and the page are made from.
+
+The daemon publishes a new one now and then; nobody downstream touches the mirror. A value not known is NaN or absent,
+never zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+Quantiles = Mapping[float, float]
+"""Quantile (0..1) over the simulated futures -> value."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """One KPI, mirrored and observed over the same window of requests, or both at the same moment.
+
+    `statistic` is "mean", "p50", ... for a latency and empty otherwise. `error` is (mirrored - observed) / observed
+    for latencies and the plain difference for ratios and counts.
+    """
+
+    kpi: str
+    statistic: str
+    mirrored: float
+    observed: float
+    error: float = math.nan
+    requests: int = 0  # in the window; 0 where the values are of a moment
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """One KPI of one policy over one horizon, with its spread over the simulated futures."""
+
+    kpi: str
+    statistic: str
+    quantiles: Quantiles
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """What a policy is foreseen to lead to between now and `seconds` later."""
+
+    seconds: float
+    predicted: tuple[Predicted, ...]
+    breach: Mapping[str, float]  # SLO -> probability
+
+    def median(self, kpi: str, statistic: str = "") -> float:
+        """The median over the futures; NaN where nothing is known."""
+        return self.quantile(kpi, statistic, 0.5)
+
+    def quantile(self, kpi: str, statistic: str, quantile: float) -> float:
+        """A quantile over the futures; NaN where it is not known."""
+        for entry in self.predicted:
+            if (entry.kpi, entry.statistic) == (kpi, statistic):
+                return entry.quantiles.get(quantile, math.nan)
+        return math.nan
+
+
+@dataclass(frozen=True)
+class PolicyOutlook:
+    """A policy and what is foreseen under it."""
+
+    name: str
+    flags: tuple[str, ...]  # `vllm serve` flags that deploy it
+    deployable: bool
+    horizons: tuple[Horizon, ...]
+    problem: str = ""  # why it could not be simulated
+
+    def at(self, horizon_seconds: float) -> Horizon | None:
+        """The outlook over one horizon."""
+        return next((horizon for horizon in self.horizons if horizon.seconds == horizon_seconds), None)
+
+
+@dataclass(frozen=True)
+class Best:
+    """The verdict: the policy with the fewest expected SLO breaches, then the lowest latency."""
+
+    policy: str
+    flags: tuple[str, ...]
+    deployable: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """One forecast."""
+
+    event_seconds: float
+    made_unix_seconds: float
+    duration_seconds: float
+    futures: int
+    rate_per_second: float
+    calibrated: bool
+    policies: tuple[PolicyOutlook, ...]
+    best: Best | None
+
+
+@dataclass(frozen=True)
+class SourceState:
+    """Where the records come from."""
+
+    name: str
+    ended: bool
+    rejected: Mapping[str, int]  # reason -> pieces of input
+
+
+@dataclass(frozen=True)
+class TwinView:
+    """The twin of one pool at one moment."""
+
+    pool: str
+    version: str
+    unix_seconds: float
+    event_seconds: float = math.nan  # where the mirror stands, on the stream's clock
+    lag_seconds: float = math.nan
+    buffered_records: int = 0
+    last_record_unix_seconds: float = math.nan
+    records: Mapping[str, int] = field(default_factory=dict)  # result -> records
+    dropped: Mapping[str, int] = field(default_factory=dict)  # reason -> requests
+    finished_requests: int = 0
+    calibrated: bool = False
+    calibrated_on_requests: int = 0
+    pace_ratio: float = 1.0
+    frontend_seconds: float = math.nan
+    step_time: Mapping[str, float] = field(default_factory=dict)  # coefficient -> seconds
+    exact_cache_ratio: float = math.nan
+    beside: tuple[Beside, ...] = ()
+    sources: tuple[SourceState, ...] = ()
+    forecasts: Mapping[str, int] = field(default_factory=dict)  # result -> cycles
+    outlook: Outlook | None = None
+    notes: tuple[str, ...] = ()  # what a reader of these figures must know
+
+    def not_ready(self) -> list[str]:
+        """Why the figures are not there yet; empty when they are."""
+        reasons = []
+        if not math.isfinite(self.event_seconds):
+            reasons.append("no telemetry record has been processed yet")
+        if self.outlook is None:
+            reasons.append("no forecast has been made yet")
+        return reasons
+
+    def value(self, kpi: str, statistic: str = "") -> Beside | None:
+        """A KPI mirrored beside observed, or None where neither is known."""
+        return next((entry for entry in self.beside if (entry.kpi, entry.statistic) == (kpi, statistic)), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; what is not finite becomes None."""
+        found: dict[str, Any] = _plain(asdict(self))
+        found["not_ready"] = self.not_ready()
+        return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {_key(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _key(key: object) -> str:
+    return f"{key:g}" if isinstance(key, float) else str(key)

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from kavier_twin.config import CRUDE_STEP_TIME, DEFAULT_PORT, Settings, read_settings
+from kavier_twin.errors import UserError
+from kavier_twin.forecast.forecaster import ForecastSettings
+from kavier_twin.twin.mirror import MirrorSettings
+
+
+def write(tmp_path: Path, content: Any) -> Path:
+    path = tmp_path / "twin.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return path
+
+
+def minimal(**more: Any) -> dict[str, Any]:
+    return {
+        "fleet": {"engine": {"num_gpu_blocks": 100}},
+        "sources": [{"type": "trace_file", "path": "requests.jsonl"}],
+        **more,
+    }
+
+
+def problems(tmp_path: Path, content: Any) -> list[str]:
+    """The problems told, each without the file's name, which each must begin with."""
+    path = write(tmp_path, content)
+    with pytest.raises(UserError) as caught:
+        read_settings(path)
+    first, *lines = str(caught.value).splitlines()
+    assert first.startswith(f"{len(lines)} problem")
+    assert all(line.startswith(f"  {path}: ") for line in lines)
+    return [line.removeprefix(f"  {path}: ") for line in lines]
+
+
+def read(tmp_path: Path, content: Any) -> Settings:
+    return read_settings(write(tmp_path, content))
+
+
+def test_defaults(tmp_path: Path) -> None:
+    settings = read(tmp_path, minimal())
+    assert (settings.pool, settings.http.host, settings.http.port) == ("default", "127.0.0.1", DEFAULT_PORT)
+    assert settings.mirror.settings("default") == MirrorSettings()
+    assert settings.forecast == ForecastSettings()
+    assert not settings.fleet.calibrated
+    assert settings.fleet.settings().step_time == CRUDE_STEP_TIME
+    assert settings.sources[0].follow
+
+
+def test_everything_given(tmp_path: Path) -> None:
+    settings = read(
+        tmp_path,
+        minimal(
+            pool="chat",
+            fleet={
+                "replicas": 3,
+                "router": "least_loaded",
+                "engine": {"num_gpu_blocks": 100, "max_num_seqs": 8},
+                "step_time": {"fixed": 0.01},
+            },
+            mirror={"lateness_seconds": 5, "calibrate_after_requests": 50},
+            forecast={
+                "every_seconds": 10,
+                "horizons_seconds": [60, 30],
+                "policies": [{"name": "today"}, {"name": "small", "overrides": {"num_gpu_blocks": "0.5x"}}],
+                "slos": [{"name": "fast", "metric": "ttft_p99_seconds", "threshold": 1.0}],
+            },
+            http={"host": "::1", "port": 0},
+            log_level="debug",
+            dead_letters="letters.jsonl",
+        ),
+    )
+    assert settings.fleet.calibrated
+    assert settings.fleet.settings().replicas == 3
+    assert settings.mirror.settings("chat").pool == "chat"
+    assert settings.forecast.horizons_seconds == (30.0, 60.0)
+    assert settings.dead_letters == tmp_path / "letters.jsonl"
+
+
+def test_paths_count_from_the_settings_file(tmp_path: Path) -> None:
+    assert read(tmp_path, minimal()).sources[0].path == tmp_path / "requests.jsonl"
+
+
+def test_all_problems_at_once(tmp_path: Path) -> None:
+    found = problems(
+        tmp_path,
+        {
+            "fleet": {"engine": {"num_gpu_block": 100, "max_num_seqs": 0}, "router": "random"},
+            "sources": [{"type": "trace_file"}, {"type": "kafka", "path": "x"}],
+            "http": {"port": 70000},
+            "forecsat": {},
+            "mirror": {"lateness_seconds": "soon"},
+        },
+    )
+    text = "\n".join(found)
+    for where in (
+        "fleet.engine.num_gpu_blocks: missing",
+        "fleet.engine.num_gpu_block: unknown setting; did you mean num_gpu_blocks?",
+        "fleet.engine.max_num_seqs: is 0",
+        "fleet.router: is 'random'",
+        "sources.0.path: missing",
+        "sources.1.type: is 'kafka'",
+        "http.port: is 70000",
+        "forecsat: unknown setting; did you mean forecast?",
+        "mirror.lateness_seconds: is 'soon'",
+    ):
+        assert where in text
+    assert len(found) == 9
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "expected"),
+    [
+        ("sources", [], "sources: "),
+        ("sources", [{"type": "trace_file", "path": "x", "format": "mooncake"}], "did you mean mooncake?"),
+        ("sources", [{"type": "trace_file", "path": "x", "folow": True}], "did you mean follow?"),
+        ("sources", [{"type": "trace_file", "path": "gone/x"}], "gone does not exist; create it"),
+        ("sources", [{"type": "trace_file", "path": "x", "follow": False}], "x does not exist; correct it"),
+        ("dead_letters", "gone/letters", "dead_letters: the directory"),
+        ("log_level", "loud", "log_level: is 'loud'"),
+        ("pool", "", "pool: is ''"),
+        ("forecast", {"horizon_seconds": [60]}, "did you mean horizons_seconds?"),
+        ("forecast", {"policies": [{"name": "a", "overrides": {"num_seqs": 1}}, {"name": "today"}]}, "policies.0 (a): "),
+        ("forecast", {"slos": [{"name": "a", "metric": "ttft", "threshold": 1}]}, "forecast.slos.0.metric: is 'ttft'"),
+        ("forecast", {"slos": [{"name": "a", "metrics": "ttft"}]}, "did you mean metric?"),
+        ("fleet", None, "fleet: "),
+        ("mirror", {"calibrate_after_requests": 3}, "mirror.calibrate_after_requests: is 3"),
+    ],
+)
+def test_what_is_wrong_is_told(tmp_path: Path, section: str, value: Any, expected: str) -> None:
+    assert expected in "\n".join(problems(tmp_path, minimal(**{section: value})))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "expected a mapping"),
+        ("- a\n", "expected a mapping"),
+        ("pool: [\n", "not YAML"),
+        ("pool: a\npool: b\n", "pool is given twice"),
+        ("a: !!python/object:os.system {}\n", "not YAML"),
+    ],
+)
+def test_a_file_that_is_no_settings_file(tmp_path: Path, text: str, expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        read_settings(write(tmp_path, text))
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="No such file"):
+        read_settings(tmp_path / "gone.yaml")
+    with pytest.raises(UserError, match="Is a directory"):
+        read_settings(tmp_path)
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="UTF-8"):
+        read_settings(tmp_path / "binary")

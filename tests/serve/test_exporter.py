@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import subprocess
+from dataclasses import replace
+
+import pytest
+from prometheus_client.exposition import generate_latest
+from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse
+
+from kavier_twin.serve.exporter import KPIS, registry_of
+from kavier_twin.serve.view import TwinView
+from real_parts import promtool
+from serve.views import empty_view, full_view
+
+UNITS = ("seconds", "ratio", "total", "records", "requests", "futures", "per_second", "info")
+# Counts of things in their own unit, and flags.
+WITHOUT_UNIT = ("_running", "_waiting", "_preemptions", "_rejected", "_calibrated", "_best_policy")
+
+
+def text_of(view: TwinView) -> str:
+    return generate_latest(registry_of(lambda: view)).decode()
+
+
+def value(view: TwinView, name: str, **labels: str) -> float | None:
+    return registry_of(lambda: view).get_sample_value(name, {"pool": "chat", **labels})
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("view", [full_view(), empty_view()], ids=["full", "empty"])
+def test_promtool_finds_nothing(view: TwinView) -> None:
+    tool = promtool()
+    found = subprocess.run([tool, "check", "metrics"], input=text_of(view), capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
+
+
+def test_every_metric_says_what_it_is_and_ends_in_its_unit() -> None:
+    families = [family for family in parse(text_of(full_view())) if family.name.startswith("kavier_twin_")]
+    assert len(families) > 30
+    for family in families:
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        assert name.endswith((*UNITS, *WITHOUT_UNIT)), name
+        assert len(family.documentation) > 20, name
+        assert family.documentation.endswith("."), name
+
+
+def test_openmetrics_holds_the_same() -> None:
+    registry = registry_of(full_view)
+    samples = {
+        (sample.name, *sorted(sample.labels.items()))
+        for family in parse_openmetrics(generate_openmetrics(registry).decode())
+        for sample in family.samples
+    }
+    plain = {
+        (sample.name, *sorted(sample.labels.items()))
+        for family in parse(generate_latest(registry).decode())
+        for sample in family.samples
+    }
+    assert samples == plain
+
+
+def test_predictions_carry_policy_horizon_and_quantile() -> None:
+    view = full_view()
+    at = {"policy": "half", "horizon": "300", "quantile": "0.9"}
+    assert value(view, "kavier_twin_predicted_ttft_seconds", statistic="p99", **at) == 1.0
+    assert value(view, "kavier_twin_predicted_prefix_cache_hit_ratio", **at) == 1.0
+    assert value(view, "kavier_twin_slo_breach_probability_ratio", policy="today", horizon="60", slo="fast") == 0.25
+    assert value(view, "kavier_twin_best_policy", policy="half") == 1.0
+    assert value(view, "kavier_twin_best_policy", policy="today") == 0.0
+    flags = {"flags": "--max-num-seqs 3 --no-async-scheduling", "deployable": "true"}
+    assert value(view, "kavier_twin_policy_info", policy="half", **flags) == 1.0
+
+
+def test_every_kpi_predicted_is_exported() -> None:
+    view = full_view()
+    assert view.outlook is not None
+    predicted = {entry.kpi for entry in view.outlook.policies[0].horizons[0].predicted}
+    assert predicted <= KPIS.keys()
+    names = {family.name for family in parse(text_of(view))}
+    assert {f"kavier_twin_predicted_{kpi}" for kpi in predicted} <= names
+
+
+def test_mirrored_beside_observed() -> None:
+    view = full_view()
+    assert value(view, "kavier_twin_mirrored_ttft_seconds", statistic="p99") == 1.1
+    assert value(view, "kavier_twin_observed_ttft_seconds", statistic="p99") == 1.0
+    assert value(view, "kavier_twin_mirrored_requests_waiting") == 1.0
+    assert value(view, "kavier_twin_observed_requests_waiting") is None  # not known: no sample
+    assert value(view, "kavier_twin_fidelity_error_ratio", kpi="e2e_seconds", statistic="mean") == -0.2
+    assert value(view, "kavier_twin_fidelity_error_ratio", kpi="queue_seconds", statistic="mean") is None
+
+
+def test_the_stream() -> None:
+    view = full_view()
+    assert value(view, "kavier_twin_records_total", result="rejected") == 4.0
+    assert value(view, "kavier_twin_source_rejected_total", source="file:a", reason="not-json") == 3.0
+    assert value(view, "kavier_twin_forecasts_total", result="failed") == 1.0
+    assert value(view, "kavier_twin_stream_lag_seconds") == 2.0
+
+
+def test_what_is_not_known_has_no_sample() -> None:
+    text = text_of(empty_view())
+    assert "NaN" not in text
+    assert "Inf" not in text
+    assert "predicted" not in text
+    assert value(empty_view(), "kavier_twin_calibrated") == 0.0
+
+
+def test_labels_are_escaped() -> None:
+    view = replace(full_view(), pool='a"b\\c\nd')
+    found = registry_of(lambda: view).get_sample_value("kavier_twin_pace_ratio", {"pool": view.pool})
+    assert found == 1.1
+    assert [f for f in parse(text_of(view)) if f.name == "kavier_twin_pace_ratio"][0].samples[0].labels[
+        "pool"
+    ] == view.pool

@@ -1,0 +1,80 @@
+"""A view with everything in it, for the tests of what is served."""
+
+from __future__ import annotations
+
+import math
+
+from kavier_twin.serve.assemble import _METRICS
+from kavier_twin.serve.view import (
+    Beside,
+    Best,
+    Horizon,
+    Outlook,
+    PolicyOutlook,
+    Predicted,
+    SourceState,
+    TwinView,
+)
+
+QUANTILES = {0.1: 0.5, 0.5: 0.75, 0.9: 1.0}
+
+
+def full_view(pool: str = "chat") -> TwinView:
+    horizons = tuple(
+        Horizon(
+            seconds,
+            tuple(Predicted(kpi, statistic, QUANTILES) for kpi, statistic in _METRICS.values()),
+            {"fast": 0.25, "steady": 0.0},
+        )
+        for seconds in (60.0, 300.0)
+    )
+    outlook = Outlook(
+        event_seconds=100.0,
+        made_unix_seconds=1.7e9,
+        duration_seconds=0.5,
+        futures=4,
+        rate_per_second=2.5,
+        calibrated=True,
+        policies=(
+            PolicyOutlook("today", (), True, horizons),
+            PolicyOutlook("half", ("--max-num-seqs 3", "--no-async-scheduling"), True, horizons),
+            PolicyOutlook("odd", (), False, (), problem='cannot be "applied"'),
+        ),
+        best=Best("half", ("--max-num-seqs 3",), True, "expected SLO breaches 0.25"),
+    )
+    return TwinView(
+        pool=pool,
+        version="1.2.3",
+        unix_seconds=1.7e9,
+        event_seconds=101.5,
+        lag_seconds=2.0,
+        buffered_records=3,
+        last_record_unix_seconds=1.7e9,
+        records={"accepted": 10, "duplicate": 1, "late": 2, "rejected": 4},
+        dropped={"unknown_request": 1, "never_finished": 0},
+        finished_requests=5,
+        calibrated=True,
+        calibrated_on_requests=60,
+        pace_ratio=1.1,
+        frontend_seconds=0.005,
+        step_time={"fixed": 0.01, "per_prefill_token": 3e-5},
+        exact_cache_ratio=0.99,
+        beside=(
+            Beside("ttft_seconds", "mean", 0.11, 0.1, 0.1, 500),
+            Beside("ttft_seconds", "p99", 1.1, 1.0, 0.1, 500),
+            Beside("e2e_seconds", "mean", 2.0, 2.5, -0.2, 500),
+            Beside("queue_seconds", "mean", 0.0, 0.0, math.nan, 500),
+            Beside("prefix_cache_hit_ratio", "", 0.8, 0.81, -0.01, 500),
+            Beside("requests_running", "", 3.0, 4.0, -1.0),
+            Beside("requests_waiting", "", 1.0, math.nan),
+            Beside("kv_cache_usage_ratio", "", 0.2, 0.25, -0.05),
+        ),
+        sources=(SourceState("file:a", False, {"not-json": 3, "bad-value": 1}), SourceState("file:b", True, {})),
+        forecasts={"succeeded": 7, "failed": 1},
+        outlook=outlook,
+        notes=("a note",),
+    )
+
+
+def empty_view() -> TwinView:
+    return TwinView(pool="chat", version="1.2.3", unix_seconds=1.7e9)
