@@ -194,6 +194,8 @@ class Daemon:
     def _take(self, record: TelemetryRecord) -> None:
         """Into the mirror; the end of a request told in one record with its arrival has to wait for its time."""
         if isinstance(record, RequestRecord):
+            for held in self._ends.due(record.time_seconds):
+                self._mirror.ingest(held)
             finished = record.finished()
             if finished is not None:
                 self._ends.hold(finished)

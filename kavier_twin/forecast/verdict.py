@@ -10,7 +10,6 @@ from kavier_twin.forecast.slo import Metric
 from kavier_twin.simulation.policies import Policy, apply_overrides, vllm_flags
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings
 
-
 # What a change must gain in latency to be worth the trouble: below that today's policy stays the best.
 _NOTICEABLE_RATIO = 0.01
 

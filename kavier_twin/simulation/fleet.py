@@ -57,7 +57,7 @@ class Samples:
 class Live(NamedTuple):
     """A request that is in a replica now."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index
     replica: int
     slot: int
 
@@ -203,7 +203,7 @@ class Fleet:
 
     # --- what an outside world tells about live requests --------------------------------------------------------------
 
-    def finish(self, live: Live, output_tokens: int, chain: npt.NDArray[np.uint64] | None, covered: int) -> np.void:
+    def finish(self, live: Live, output_tokens: int, chain: npt.NDArray[np.uint64] | None, covered: int) -> Any:
         """End a held request now with this many output tokens; returns its outcome (which `collect` returns too).
 
         `chain` (keys) and `covered` tell the content of prompt and output, as in `learn_chain`.

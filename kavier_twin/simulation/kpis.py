@@ -40,7 +40,8 @@ class Distribution:
         values = values[np.isfinite(values)]
         if values.size == 0:
             return Distribution(np.nan, np.nan, np.nan, np.nan, np.nan, 0)
-        return Distribution(float(values.mean()), *map(float, np.quantile(values, QUANTILES)), values.size)
+        p50, p90, p95, p99 = map(float, np.quantile(values, QUANTILES))
+        return Distribution(float(values.mean()), p50, p90, p95, p99, values.size)
 
     @staticmethod
     def of_histogram(counts: npt.NDArray[np.int64]) -> Distribution:
@@ -52,7 +53,8 @@ class Distribution:
         centres = np.sqrt(edges[:-1] * edges[1:])
         reached = np.cumsum(counts)
         at = np.searchsorted(reached, np.array(QUANTILES) * total, side="left")
-        return Distribution(float((centres * counts).sum() / total), *map(float, centres[at]), total)
+        p50, p90, p95, p99 = map(float, centres[at])
+        return Distribution(float((centres * counts).sum() / total), p50, p90, p95, p99, total)
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ class Kpis:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; NaN becomes None."""
-        return _plain(asdict(self))
+        return {name: _plain(value) for name, value in asdict(self).items()}
 
 
 def _plain(value: Any) -> Any:

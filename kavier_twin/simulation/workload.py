@@ -35,7 +35,7 @@ class RequestLike(Protocol):
 class Workload(NamedTuple):
     """n requests sorted by arrival; `chain[chain_starts[i]:chain_starts[i + 1]]` are the chained keys of request i."""
 
-    index: npt.NDArray[np.int64]  # [n] the caller's number
+    index: npt.NDArray[np.int64]  # type: ignore[assignment]  # [n] the caller's number (hides tuple.index)
     arrival: npt.NDArray[np.float64]  # [n] seconds
     delivered: npt.NDArray[np.float64]  # [n] seconds; later than the arrival for one that must start again
     prompt: npt.NDArray[np.int64]  # [n] tokens

@@ -21,12 +21,13 @@ from scipy.optimize import nnls
 
 from kavier_twin.simulation.fleet import simulate
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
+from kavier_twin.simulation.state import Records
 from kavier_twin.simulation.workload import Workload
 
 Floats = npt.NDArray[np.float64]
 
 MINIMUM_REQUESTS = 30
-_ROUNDS = 6
+_ROUNDS = 8
 _REWEIGHTINGS = 6
 _SMALLEST_SECONDS = 1e-4
 
@@ -67,15 +68,12 @@ def calibrate(fleet: FleetSettings, observed: Observed) -> Calibration:
             f"{int(usable.sum())} finished requests with TTFT and end-to-end latency; at least {MINIMUM_REQUESTS} "
             "are needed to fit step times"
         )
-    step_time = StepTime(fixed=float(np.median(decode[usable] / tokens[usable])), per_prefill_token=1e-6)
-    frontend = 0.0
-    ratios = (np.nan, np.nan)
-    for _ in range(_ROUNDS):
-        workload = with_frontend(observed.workload, frontend)
-        run = simulate(fleet.model_copy(update={"step_time": step_time}), workload)
-        outcomes = run.collect()
-        outcomes = outcomes[np.argsort(outcomes["index"], kind="stable")]
-        queue = outcomes["scheduled"] - outcomes["arrival"] - frontend
+    # Coefficients in the order of state.WORK, then the frontend's seconds. Fit and simulation overshoot each other
+    # (slower steps make larger batches, which explain more), so each round goes half the way.
+    current = np.array([np.median(decode[usable] / tokens[usable]), 1e-6, 0.0, 0.0, 0.0, 0.0])
+    for round_number in range(_ROUNDS):
+        outcomes = _simulate(fleet, current, observed.workload)
+        queue = outcomes["scheduled"] - outcomes["arrival"] - current[5]
         prefill = observed.ttft_seconds - queue
         # Where the simulated queue is most of the wait, its error would drown the prefill.
         calm = np.isfinite(prefill) & (queue < 0.5 * observed.ttft_seconds)
@@ -85,15 +83,30 @@ def calibrate(fleet: FleetSettings, observed: Observed) -> Calibration:
                 np.column_stack([outcomes["decode_work"][usable], np.zeros(int(usable.sum()))]),
             ]
         )
-        seconds = np.concatenate([prefill[calm], decode[usable]])
-        fitted = _fit(rows, seconds)
-        step_time = StepTime(**dict(zip(StepTime.model_fields, fitted[:5].tolist(), strict=True)))
-        frontend = float(fitted[5])
-        ratios = (
-            float(np.nanmean(outcomes["first_token"] - outcomes["arrival"]) / np.nanmean(observed.ttft_seconds)),
-            float(np.nanmean(outcomes["finish"] - outcomes["arrival"]) / np.nanmean(observed.e2e_seconds)),
-        )
-    return Calibration(step_time, frontend, int(usable.sum()), *ratios)
+        fitted = _fit(rows, np.concatenate([prefill[calm], decode[usable]]))
+        current = fitted if round_number == 0 else 0.5 * (current + fitted)
+    outcomes = _simulate(fleet, current, observed.workload)
+    return Calibration(
+        step_time=_step_time(current),
+        frontend_seconds=float(current[5]),
+        requests=int(usable.sum()),
+        mean_ttft_ratio=_mean_ratio(outcomes["first_token"] - outcomes["arrival"], observed.ttft_seconds),
+        mean_e2e_ratio=_mean_ratio(outcomes["finish"] - outcomes["arrival"], observed.e2e_seconds),
+    )
+
+
+def _step_time(coefficients: Floats) -> StepTime:
+    return StepTime(**dict(zip(StepTime.model_fields, coefficients[:5].tolist(), strict=True)))
+
+
+def _simulate(fleet: FleetSettings, coefficients: Floats, workload: Workload) -> Records:
+    settings = fleet.model_copy(update={"step_time": _step_time(coefficients)})
+    outcomes = simulate(settings, with_frontend(workload, float(coefficients[5]))).collect()
+    return outcomes[np.argsort(outcomes["index"], kind="stable")]
+
+
+def _mean_ratio(predicted: Floats, observed: Floats) -> float:
+    return float(np.nanmean(predicted) / np.nanmean(observed))
 
 
 def _fit(rows: Floats, seconds: Floats) -> Floats:

@@ -109,9 +109,10 @@ class Mirror:
                 self._arrive(event)
             else:
                 self._finish(event)
-        watermark = self._stream.watermark_seconds
-        if math.isfinite(watermark) and math.isfinite(self.time_seconds):
-            self._step_to(watermark)
+        # Only events and the caller's clock move the fleet: where a step is cut must not depend on the order in which
+        # records happened to come, lest it round differently.
+        if now_seconds is not None and math.isfinite(self.time_seconds):
+            self._step_to(self._stream.watermark_seconds)
         self._drop_the_lost()
         return len(events)
 

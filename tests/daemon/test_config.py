@@ -109,14 +109,14 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
         "mirror.lateness_seconds: is 'soon'",
     ):
         assert where in text
-    assert len(found) == 9
+    assert len(found) == 9, text
 
 
 @pytest.mark.parametrize(
     ("section", "value", "expected"),
     [
         ("sources", [], "sources: "),
-        ("sources", [{"type": "trace_file", "path": "x", "format": "mooncake"}], "did you mean mooncake?"),
+        ("sources", [{"type": "trace_file", "path": "x", "format": "moncake"}], "did you mean mooncake?"),
         ("sources", [{"type": "trace_file", "path": "x", "folow": True}], "did you mean follow?"),
         ("sources", [{"type": "trace_file", "path": "gone/x"}], "gone does not exist; create it"),
         ("sources", [{"type": "trace_file", "path": "x", "follow": False}], "x does not exist; correct it"),
@@ -124,7 +124,11 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
         ("log_level", "loud", "log_level: is 'loud'"),
         ("pool", "", "pool: is ''"),
         ("forecast", {"horizon_seconds": [60]}, "did you mean horizons_seconds?"),
-        ("forecast", {"policies": [{"name": "a", "overrides": {"num_seqs": 1}}, {"name": "today"}]}, "policies.0 (a): "),
+        (
+            "forecast",
+            {"policies": [{"name": "a", "overrides": {"num_seqs": 1}}, {"name": "today"}]},
+            "policies.0 (a): ",
+        ),
         ("forecast", {"slos": [{"name": "a", "metric": "ttft", "threshold": 1}]}, "forecast.slos.0.metric: is 'ttft'"),
         ("forecast", {"slos": [{"name": "a", "metrics": "ttft"}]}, "did you mean metric?"),
         ("fleet", None, "fleet: "),

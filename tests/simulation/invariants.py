@@ -322,7 +322,7 @@ def check_flow(state: FleetState, number: int) -> None:
     unfinished = []
     for slot in running:
         request = requests[slot]
-        if not request["flowing"] and request["tokens"] + request["placeholders"] < request["prompt"] + request["output"]:
+        if not request["flowing"] and request["computed"] < request["prompt"] + request["output"] - 1:
             unfinished.append(slot)
     assert [slot for slot in explicit if slot in unfinished] == unfinished, f"{explicit} explicit, {unfinished} open"
     for age, place in enumerate(batches_in_flight(state, number)):

@@ -77,8 +77,8 @@ def resize_pool(state, number, blocks, buckets, new_count, names, working):
             length += 1
             block = old_blocks[block].chain
         for at in range(length - 1, -1, -1):  # oldest first, so that the order among equal keys stays
-            block = np.int64(working[at])
-            insert(blocks, buckets, names[block], old_blocks[block].key)
+            name = working[at]
+            insert(blocks, buckets, names[name], old_blocks[name].key)
     running, arena = state.running[number], state.arena[number]
     for place in range(replica.running):
         request = state.requests[number][running[place]]

@@ -1,0 +1,113 @@
+"""`kavier-twin simulate` as a user meets it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kavier_twin.cli import main
+
+DATA = Path(__file__).parents[1] / "data"
+GOLDEN = DATA / "golden" / "fuzz-04"
+RECORDING = DATA / "recordings" / "chat-400"
+
+
+def as_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
+    assert main(["simulate", *arguments, "--json"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1  # nothing else there
+    return json.loads(out)
+
+
+def test_requests_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.jsonl"
+    result = as_json(capsys, str(GOLDEN), "--requests", str(out))
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["index"] for line in lines] == list(range(result["requests"]))
+    assert set(lines[0]) == {
+        "index",
+        "replica",
+        "prompt_tokens",
+        "output_tokens",
+        "cached_tokens",
+        "arrival_seconds",
+        "scheduled_seconds",
+        "first_token_seconds",
+        "finish_seconds",
+        "preemptions",
+    }
+    assert sum(line["cached_tokens"] for line in lines) == result["prefix_cache_hit_tokens"]
+
+
+def test_the_reference_agrees_with_the_jump(capsys: pytest.CaptureFixture[str]) -> None:
+    jump, reference = as_json(capsys, str(GOLDEN)), as_json(capsys, str(GOLDEN), "--reference")
+    assert jump["engine_steps"] == reference["engine_steps"]
+    assert jump["e2e"]["mean"] == pytest.approx(reference["e2e"]["mean"], rel=1e-9)
+
+
+def test_policies_change_what_they_say(capsys: pytest.CaptureFixture[str]) -> None:
+    base = as_json(capsys, str(RECORDING))
+    off = as_json(capsys, str(RECORDING), "--policy", "prefix_caching=false")
+    small = as_json(capsys, str(RECORDING), "--policy", "num_gpu_blocks=150", "--policy", "max_num_seqs=8")
+    assert base["calibration"]["requests"] > 100
+    assert off["prefix_cache_hit_ratio"] == 0.0
+    assert 0.0 < small["prefix_cache_hit_ratio"] < base["prefix_cache_hit_ratio"]
+    assert small["fleet"]["engine"]["num_gpu_blocks"] == 150
+    assert max(small["over_time"]["running"]) <= 8
+
+
+def test_goodput(capsys: pytest.CaptureFixture[str]) -> None:
+    strict = as_json(capsys, str(RECORDING), "--slo", "ttft_seconds=0.06")
+    loose = as_json(capsys, str(RECORDING), "--slo", "ttft_seconds=60")
+    assert strict["goodput_ratio"] < loose["goodput_ratio"] == 1.0
+
+
+def test_a_fleet_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fleet = tmp_path / "fleet.yaml"
+    fleet.write_text(
+        "replicas: 2\nrouter: session_affinity\n"
+        "engine: {num_gpu_blocks: 400, block_size: 32}\nstep_time: {fixed: 0.01, per_prefill_token: 1.0e-5}\n"
+    )
+    result = as_json(capsys, str(RECORDING), "--fleet", str(fleet))
+    assert result["calibration"] is None
+    assert result["fleet"]["router"] == "session_affinity"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["/no/such/trace"], "no such file"),
+        ([str(GOLDEN), "--policy", "nonsense=1"], "unknown policy setting 'nonsense'"),
+        ([str(GOLDEN), "--policy", "max_num_seqs"], "expected NAME=VALUE"),
+        ([str(GOLDEN), "--policy", "max_num_seqs=-3"], "max_num_seqs"),
+        ([str(GOLDEN), "--slo", "ttft_seconds=soon"], "expected NAME=SECONDS"),
+        ([str(GOLDEN), "--pin"], "--pin needs a recording"),
+        ([str(GOLDEN), "--fleet", "/no/fleet.yaml"], "/no/fleet.yaml"),
+        ([str(GOLDEN), "--requests", "/no/such/folder/out.jsonl"], "/no/such/folder"),
+        ([str(RECORDING), "--calibrate-until", "0.001"], "--calibrate-until"),
+    ],
+)
+def test_mistakes_get_a_sentence(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulate", *arguments]) == 1
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+
+
+def test_every_problem_of_a_fleet_file_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fleet = tmp_path / "fleet.yaml"
+    fleet.write_text("replicas: 0\nengine: {num_gpu_blocks: 1, blocksize: 16}\nstep_time: {fixed: -1}\n")
+    assert main(["simulate", str(GOLDEN), "--fleet", str(fleet)]) == 1
+    said = capsys.readouterr().err
+    for field in ("replicas", "engine.num_gpu_blocks", "engine.blocksize", "step_time.fixed"):
+        assert field in said
+
+
+def test_a_person_gets_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulate", str(GOLDEN)]) == 0
+    out = capsys.readouterr().out
+    for word in ("TTFT", "hit ratio", "preemptions", "throughput"):
+        assert word in out

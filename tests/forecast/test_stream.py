@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from forecast.streams import HASH_TOKENS, chat_stream
+
+from kavier_twin.forecast.stream import read_stream
+from kavier_twin.simulation.workload import Workload, make_workload
+
+
+def true_previous(workload: Workload) -> list[int]:
+    last: dict[int, int] = {}
+    previous = []
+    for row, session in enumerate(workload.session.tolist()):
+        previous.append(last.get(session, -1))
+        last[session] = row
+    return previous
+
+
+def without_labels(workload: Workload) -> Workload:
+    return workload._replace(session=-1 - np.arange(workload.index.size))
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_turns_are_found_with_and_without_session_labels(labelled: bool) -> None:
+    workload = chat_stream(5, 200.0)
+    stream = read_stream(workload if labelled else without_labels(workload))
+    truth = np.array(true_previous(workload))
+    assert (stream.previous == truth).mean() > (0.999 if labelled else 0.95)  # a message below a hash's grain leaves no trace
+    newer = truth[truth.size // 2 :]
+    assert stream.next_turn_ratio == pytest.approx((newer >= 0).mean(), abs=0.02)
+
+
+def test_a_first_turn_shares_its_system_prompt_and_no_more() -> None:
+    stream = read_stream(chat_stream(5, 200.0, systems=1))
+    first = np.flatnonzero(stream.previous < 0)
+    assert stream.known[first[0]] == 0
+    assert set(stream.known[first[1:]].tolist()) == {8}
+
+
+def test_a_next_turn_knows_all_that_was_said() -> None:
+    workload = chat_stream(5, 200.0)
+    stream = read_stream(workload)
+    turns = np.flatnonzero(stream.previous >= 0)
+    before = stream.previous[turns]
+    said = (workload.prompt[before] + workload.output[before]) // HASH_TOKENS
+    assert (stream.known[turns] == said).all()
+    assert stream.covers_output
+
+
+def test_a_repeated_prompt_is_a_first_turn_that_shares_everything() -> None:
+    workload = make_workload(
+        [0.0, 1.0, 2.0], 64, 10, chain=[1, 2, 3, 4] * 3, chain_starts=[0, 4, 8, 12], hash_tokens=16, covered=64
+    )
+    stream = read_stream(workload)
+    assert stream.previous.tolist() == [-1, -1, -1]
+    assert stream.known.tolist() == [0, 4, 4]
+
+
+def test_prompts_that_are_hardly_more_than_a_system_prompt_are_not_taken_for_a_session() -> None:
+    # One coarse key each holds only the system prompt; the messages behind it are below its grain.
+    workload = make_workload(
+        [0.0, 1.0, 2.0, 3.0],
+        [520, 530, 540, 550],
+        10,
+        chain=[7, 7, 7, 7],
+        chain_starts=[0, 1, 2, 3, 4],
+        hash_tokens=512,
+        covered=512,
+        session=[-1, -2, -3, -4],
+    )
+    assert read_stream(workload).previous.tolist()[2:] == [-1, -1]
+
+
+def test_a_key_that_covers_its_block_in_part_is_not_kept() -> None:
+    workload = make_workload([0.0], 600, 10, chain=[1, 2], chain_starts=[0, 2], hash_tokens=512, covered=600)
+    assert read_stream(workload).chain(0).size == 1
+
+
+def test_no_requests() -> None:
+    stream = read_stream(make_workload([], [], []))
+    assert stream.next_turn_ratio == 0.0
+    assert not stream.first_turns.size

@@ -1,0 +1,135 @@
+"""The mirror over a stream: event time, pinned ends, honest scores."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from connectors.traces import read_trace
+from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
+from kavier_twin.simulation.state import state_bytes
+from kavier_twin.telemetry import RequestFinished, RequestRecord, RequestSeen
+from kavier_twin.twin.mirror import Mirror, MirrorSettings
+
+RECORDING = Path(__file__).parents[1] / "data" / "recordings" / "chat-400"
+FLEET = FleetSettings(
+    engine=EngineSettings(
+        block_size=32,
+        num_gpu_blocks=400,
+        max_num_seqs=16,
+        max_num_batched_tokens=1024,
+        max_model_len=4096,
+        async_scheduling=False,
+    ),
+    step_time=StepTime(fixed=0.015),
+)
+
+
+def halves(records: list[RequestRecord]) -> list[RequestSeen | RequestFinished]:
+    events: list[RequestSeen | RequestFinished] = [record.seen() for record in records]
+    events += [finished for record in records if (finished := record.finished()) is not None]
+    return sorted(events, key=lambda event: event.time_seconds)
+
+
+@pytest.fixture(scope="module")
+def records() -> list[RequestRecord]:
+    return read_trace(RECORDING).records
+
+
+def run(events: list[RequestSeen | RequestFinished], lateness_seconds: float = 2.0) -> Mirror:
+    mirror = Mirror(MirrorSettings(lateness_seconds=lateness_seconds), FLEET)
+    for event in events:
+        mirror.ingest(event)
+        mirror.advance()
+    mirror.advance(max(event.time_seconds for event in events) + 60.0)
+    return mirror
+
+
+def digest(mirror: Mirror) -> tuple[bytes, ...]:
+    return tuple(array.tobytes() for array in mirror.fleet.state)
+
+
+def test_follows_a_real_vllm(records: list[RequestRecord]) -> None:
+    mirror = run(halves(records))
+    scores = mirror.fidelity.scores()
+    assert mirror.finished == len(records)
+    assert mirror.load() == (0, 0, 0.0)
+    assert mirror.calibrated
+    assert abs(scores["hit_ratio"].error_ratio) < 0.005
+    assert mirror.fidelity.exact_cache_ratio() > 0.95
+    assert abs(scores["e2e_seconds"].error_ratio) < 0.15
+
+
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 2**32), duplicates=st.integers(0, 40))
+def test_order_within_the_lateness_and_duplicates_change_nothing(seed: int, duplicates: int) -> None:
+    events = halves(read_trace(RECORDING).records[:150])
+    rng = random.Random(seed)
+    shuffled = sorted(events, key=lambda event: event.time_seconds + rng.uniform(0.0, 1.9))
+    for _ in range(duplicates):
+        at = rng.randrange(len(shuffled))
+        shuffled.insert(at + 1, shuffled[at])
+    assert digest(run(shuffled)) == digest(run(events))
+
+
+def test_what_became_of_every_record_is_counted(records: list[RequestRecord]) -> None:
+    events = halves(records[:50])
+    late = events[0].model_copy(update={"id": "late"})
+    unknown = RequestFinished(id="nobody", time_seconds=events[-1].time_seconds, output_tokens=3)
+    mirror = run([*events, late, unknown, events[-1]])
+    assert mirror.ingested["accepted"] == len(events) + 1
+    assert mirror.ingested["late"] == 1
+    assert mirror.ingested["duplicate"] == 1
+    assert mirror.ingested["unknown_request"] == 1
+
+
+def test_predictions_are_taken_before_the_record_corrects_them(records: list[RequestRecord]) -> None:
+    """Had the record's own end entered the prediction, both would agree to the digit."""
+    mirror = run(halves(records[:100]))
+    pairs = list(mirror.fidelity._pairs["e2e_seconds"])
+    assert len(pairs) > 90
+    assert sum(math.isclose(predicted, observed, rel_tol=1e-3) for predicted, observed in pairs) < len(pairs) / 2
+
+
+def test_a_request_that_never_ends_is_given_up() -> None:
+    mirror = Mirror(MirrorSettings(give_up_seconds=100.0), FLEET)
+    mirror.ingest(RequestSeen(id="lost", time_seconds=0.0, prompt_tokens=50))
+    mirror.advance(10.0)
+    assert mirror.load()[0] == 1
+    mirror.advance(200.0)
+    assert mirror.load()[0] == 0
+    assert mirror.ingested["never_finished"] == 1
+
+
+def test_a_snapshot_is_independent(records: list[RequestRecord]) -> None:
+    events = halves(records)
+    mirror = run(events[:600])
+    snapshot = mirror.snapshot()
+    assert snapshot is not None
+    before = tuple(array.tobytes() for array in snapshot.fleet.state)
+    for event in events[600:]:
+        mirror.ingest(event)
+    mirror.advance()
+    assert tuple(array.tobytes() for array in snapshot.fleet.state) == before
+    assert (snapshot.recent.output > 0).any()
+
+
+def test_memory_stays_bounded(records: list[RequestRecord]) -> None:
+    """The same stream four times over takes the arrays no further than once."""
+    mirror = run(halves(records))
+    size = state_bytes(mirror.fleet.state)
+    span = records[-1].time_seconds + 30.0
+    for lap in range(1, 4):
+        moved = [
+            record.model_copy(update={"id": f"{lap}-{record.id}", "time_seconds": record.time_seconds + lap * span})
+            for record in records
+        ]
+        for event in halves(moved):
+            mirror.ingest(event)
+            mirror.advance()
+    assert state_bytes(mirror.fleet.state) <= 2 * size
