@@ -126,16 +126,21 @@ GAPS_SECONDS = (0.0, 0.003, 0.05, 2.0)  # together, within a step, within some s
 
 
 @st.composite
-def engines(draw: st.DrawFn) -> EngineSettings:
+def engines(draw: st.DrawFn, block_size: int, rows: tuple[Row, ...]) -> EngineSettings:
+    """An engine for these requests, more often than not with just enough memory for the largest."""
+    largest = max(-(-(row.prompt + row.output) // block_size) for row in rows)
+    spare = draw(st.sampled_from([3, 0, 1, 8, 20, 400, -2]))
+    chunked = draw(st.sampled_from([True, True, True, False]))
+    budgets = [2048, 64, 17, 5] if chunked else [2048, 2048, 64]
     return EngineSettings(
-        block_size=draw(st.sampled_from([4, 16, 1, 7])),
-        num_gpu_blocks=draw(st.one_of(st.just(400), st.integers(6, 60))),
-        max_num_seqs=draw(st.sampled_from([64, 1, 2, 4])),
-        max_num_batched_tokens=draw(st.sampled_from([2048, 3, 17, 64])),
-        max_model_len=draw(st.sampled_from([100_000, 60, 150])),
+        block_size=block_size,
+        num_gpu_blocks=max(4, largest + 1 + spare),
+        max_num_seqs=draw(st.sampled_from([64, 16, 4, 2, 1])),
+        max_num_batched_tokens=draw(st.sampled_from(budgets)),
+        max_model_len=draw(st.sampled_from([100_000, 100_000, 100_000, 150])),
         prefix_caching=draw(st.sampled_from([True, True, True, False])),
         async_scheduling=draw(st.booleans()),
-        enable_chunked_prefill=draw(st.sampled_from([True, True, True, False])),
+        enable_chunked_prefill=chunked,
         scheduling_policy=draw(st.sampled_from(["fcfs", "priority"])),
         long_prefill_token_threshold=draw(st.sampled_from([0, 0, 2, 16])),
         watermark=draw(st.sampled_from([0.0, 0.0, 0.1, 0.3])),
@@ -146,24 +151,25 @@ def engines(draw: st.DrawFn) -> EngineSettings:
 @st.composite
 def requests(draw: st.DrawFn, block_size: int, hash_tokens: int, *, held: bool, most: int) -> tuple[Row, ...]:
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    cover = draw(st.sampled_from(["prompt+output", "prompt", "shared", "nothing"]))
-    spread = draw(st.sampled_from([1.0, 1.0, 0.2, 5.0]))
+    cover = draw(st.sampled_from(["prompt+output", "prompt", "prompt+output", "prompt", "shared", "nothing"]))
+    spread = draw(st.sampled_from([1.0, 0.2, 3.0]))
     unit = st.integers(0, 10)
     sketch = st.tuples(
-        st.sampled_from([1, 0, 2, 2, 3]),  # gap
+        st.sampled_from([1, 0, 1, 2, 2, 2, 3]),  # gap
         st.integers(0, 3),  # family of shared prefixes, or how far back its parent is
         unit,  # shared hash blocks
         st.integers(0, 7),  # blocks of its own
         st.sampled_from([0, 1, -1, 2, 3]),  # tokens beyond
-        st.one_of(st.integers(1, 40), st.just(1)),  # output
+        st.one_of(st.integers(1, 60), st.integers(1, 60), st.just(1)),  # output
         st.integers(0, 2),  # priority
         st.sampled_from(["family", "family", "parent", "alone"]),
         st.booleans() if held else st.just(False),
     )
     time = float(rng.uniform(0.0, 0.5))
     rows: list[Row] = []
+    count = draw(st.integers(1, most))
     for gap, family, shared, own, beyond, output, priority, origin, is_held in draw(
-        st.lists(sketch, min_size=1, max_size=most)
+        st.lists(sketch, min_size=count, max_size=count)
     ):
         time += GAPS_SECONDS[gap] * spread * float(rng.uniform(0.5, 1.5))
         number = len(rows)
@@ -234,21 +240,21 @@ def scenarios(
     control: bool = False,
     held: bool = False,
     replicas: int = 4,
-    most: int = 30,
+    most: int = 36,
     kinds: tuple[str, ...] = ("look",),
 ) -> Scenario:
     """`control`: control events. `held`: requests that end from outside. `kinds`: what is done at the stops."""
-    engine = draw(engines())
+    size = draw(st.sampled_from([4, 16, 1, 7]))
+    hash_tokens = draw(st.sampled_from([size, 2 * size, 4 * size, max(1, size // 2), size + 3]))
+    rows = draw(requests(size, hash_tokens, held=held, most=most))
+    engine = draw(engines(size, rows))
     fleet = FleetSettings(
-        replicas=draw(st.integers(1, replicas)),
+        replicas=draw(st.sampled_from([1, 1, *range(2, replicas + 1)])),
         engine=engine,
         step_time=draw(st.sampled_from(STEP_TIMES)),
         router=draw(st.sampled_from(ROUTERS)),
         router_max_imbalance=draw(st.sampled_from([8, 0, 1])),
     )
-    size = engine.block_size
-    hash_tokens = draw(st.sampled_from([size, 2 * size, 4 * size, max(1, size // 2), size + 3]))
-    rows = draw(requests(size, hash_tokens, held=held, most=most))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     horizon = rows[-1].arrival + 0.5
 
