@@ -10,8 +10,10 @@ import urllib.request
 from collections.abc import Mapping
 from importlib.resources import as_file, files
 from pathlib import Path
+from threading import Timer
 from typing import Any, Final
 
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
@@ -27,7 +29,6 @@ from kavier_twin.errors import UserError
 from kavier_twin.forecast.forecaster import Forecaster, ForecastSettings
 from kavier_twin.forecast.slo import Slo
 from kavier_twin.replay_source import ReplaySource
-from kavier_twin.serve.assemble import ranked
 from kavier_twin.serve.view import Beside, Horizon, Outlook, PolicyOutlook, TwinView
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings
 from kavier_twin.telemetry import EngineSample
@@ -49,11 +50,12 @@ FORECAST: Final = ForecastSettings(
     futures=3,
     workers=2,
     slos=(
-        Slo(name="ttft_p99_within_1s", metric="ttft_p99_seconds", threshold=1.0),
-        Slo(name="e2e_p95_within_3s", metric="e2e_p95_seconds", threshold=3.0),
+        Slo(name="ttft_p99_1s", metric="ttft_p99_seconds", threshold=1.0),
+        Slo(name="e2e_p95_3s", metric="e2e_p95_seconds", threshold=3.0),
     ),
 )
 _WARM_UP_REQUESTS: Final = 60
+_SLOW_SECONDS: Final = 2.0  # with compiled kernels the warm-up takes less
 _NAMES: Final = {
     "ttft_seconds": "time to first token",
     "e2e_seconds": "end-to-end latency",
@@ -128,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _width() -> int | None:
     """As wide as the terminal; where there is none, wide enough for the tables."""
-    return None if sys.stdout.isatty() else 150
+    return None if sys.stdout.isatty() else 160
 
 
 # --- the recording ------------------------------------------------------------------------------------------------
@@ -175,9 +177,11 @@ def _server(trace: Trace) -> str:
 def _warm_up(console: Console, trace: Trace, fleet: FleetSettings) -> None:
     """Run everything once on the first requests, so that nothing is compiled while the clock runs."""
     began = time.monotonic()
-    with console.status("Preparing: compiling the simulation kernels (first run only, about half a minute) ..."):
-        if not console.is_terminal:
-            console.print("Preparing: compiling the simulation kernels (first run only, about half a minute) ...")
+    note = "Compiling the simulation kernels (first run only, about half a minute) ..."
+    slow = Timer(_SLOW_SECONDS, console.print, [note])
+    slow.daemon = True
+    slow.start()
+    try:
         mirror = Mirror(MirrorSettings(lateness_seconds=0.0, calibrate_after_requests=30), fleet)
         early = ReplaySource(trace.records[:_WARM_UP_REQUESTS], speed=1e12)
         while not early.exhausted:
@@ -187,6 +191,8 @@ def _warm_up(console: Console, trace: Trace, fleet: FleetSettings) -> None:
         snapshot = mirror.snapshot()
         if snapshot is not None:
             Forecaster(FORECAST.model_copy(update={"horizons_seconds": (5.0,), "futures": 1})).run(snapshot)
+    finally:
+        slow.cancel()
     console.print(f"Kernels ready after {time.monotonic() - began:.1f} s.")
 
 
@@ -242,7 +248,7 @@ class _Watch:
         view = self._daemon.view
         parts: list[RenderableType] = [Text(f"Recording at {self._clock()}", style="bold"), _trust(view), beside(view)]
         if view.outlook is not None:
-            parts += [policies(view.outlook), verdict(view.outlook)]
+            parts += [policies(view.outlook, brief=True), verdict(view.outlook)]
         else:
             parts.append(Text("No forecast yet.", style="dim"))
         if self._over():
@@ -281,10 +287,10 @@ def _sum_up(console: Console, daemon: Daemon, tense: Outlook | None) -> None:
     console.print(_trust(view))
     console.print(beside(view))
     if tense is not None and tense is not view.outlook:
-        console.print(policies(tense, "At the tensest moment"))
+        console.print(policies(tense, "Forecast at the tensest moment"))
         console.print(verdict(tense))
     if view.outlook is not None:
-        console.print(policies(view.outlook, "At the end"))
+        console.print(policies(view.outlook, "Last forecast"))
         console.print(verdict(view.outlook))
     with urllib.request.urlopen(f"{daemon.http.url}/metrics", timeout=10) as answer:
         lines = answer.read().decode().splitlines()
@@ -297,7 +303,7 @@ def _sum_up(console: Console, daemon: Daemon, tense: Outlook | None) -> None:
 
 def beside(view: TwinView) -> Table:
     """Mirror beside reality."""
-    table = Table(title="Mirror beside reality", title_justify="left", title_style="bold")
+    table = Table(title="Mirror beside reality", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     table.add_column("KPI")
     for name, style in (("mirror", "cyan"), ("reality", "yellow"), ("error", ""), ("requests", "dim")):
         table.add_column(name, justify="right", style=style)
@@ -308,40 +314,42 @@ def beside(view: TwinView) -> Table:
     return table
 
 
-def policies(outlook: Outlook, when: str = "What is ahead") -> Table:
+def policies(outlook: Outlook, when: str = "What is ahead", *, brief: bool = False) -> Table:
     """Policies compared, best first: at the longest horizon the KPIs, over all horizons the odds."""
     horizons = max((policy.horizons for policy in outlook.policies), key=len, default=())
-    seconds = [horizon.seconds for horizon in horizons]
-    title = f"{when} ({outlook.event_seconds:.0f} s): the next {seconds[-1]:g} s by policy, best first"
-    caption = (
-        f"Median (10 % to 90 %) of {outlook.futures} futures at {outlook.rate_per_second:.1f} requests/s, the same for "
-        f"all policies. Breach odds in % within {' / '.join(f'{s:g}' for s in seconds)} s."
+    seconds = [f"{horizon.seconds:g}" for horizon in horizons]
+    table = Table(
+        title=f"{when} ({outlook.event_seconds:.0f} s): the next {seconds[-1]} s by policy, best first",
+        caption=f"Median (10 – 90 %) of {outlook.futures} futures at {outlook.rate_per_second:.1f} requests/s, the "
+        f"same for all policies. Breach odds in % within {' / '.join(seconds)} s.",
+        title_justify="left",
+        caption_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
     )
-    table = Table(title=title, title_justify="left", title_style="bold", caption=caption, caption_justify="left")
     table.add_column("policy", no_wrap=True)
-    for name in ("TTFT p99", "e2e p95", "hit ratio", "waiting"):
-        table.add_column(name, justify="right")
+    for name in ("TTFT p99", "e2e p95", "hit ratio"):
+        table.add_column(name, justify="right", no_wrap=not brief)
     slos = list(horizons[-1].breach)
     for slo in slos:
         table.add_column(f"breach odds\n{slo}", justify="right")
-    table.add_column("vllm serve flags", overflow="fold")
-    for number, policy in enumerate(ranked(outlook)):
+    if not brief:
+        table.add_column("vllm serve flags", overflow="fold")
+    for number, policy in enumerate(outlook.policies):
         if not policy.horizons:
-            table.add_row(policy.name, *["–"] * (4 + len(slos)), policy.problem)
+            table.add_row(policy.name, policy.problem)
             continue
         last = policy.horizons[-1]
-        odds = [" / ".join(f"{100 * h.breach[slo]:.0f}" for h in policy.horizons) for slo in slos]
-        flags = " ".join(policy.flags) or ("as it is" if policy.deployable else "hypothetical")
-        table.add_row(
-            policy.name,
+        cells = [
             _spread(last, "ttft_seconds", "p99"),
             _spread(last, "e2e_seconds", "p95"),
             _spread(last, "prefix_cache_hit_ratio", ""),
-            _spread(last, "requests_waiting", ""),
-            *odds,
-            flags,
-            style="bold green" if number == 0 and outlook.best is not None else "",
-        )
+        ]
+        odds = [" / ".join(f"{100 * h.breach[slo]:.0f}" for h in policy.horizons) for slo in slos]
+        if not brief:
+            odds.append(" ".join(policy.flags) or ("as it is" if policy.deployable else "hypothetical"))
+        best = number == 0 and outlook.best is not None
+        table.add_row(policy.name, *cells, *odds, style="bold green" if best else "")
     return table
 
 
@@ -350,7 +358,7 @@ def verdict(outlook: Outlook) -> Text:
     if outlook.best is None:
         return Text("No verdict: today's policy could not be simulated.")
     best = outlook.best
-    text = Text.assemble(("Best: ", "bold"), (best.policy, "bold green"), f" ({best.reason})")
+    text = Text.assemble(("Best: ", "bold"), (best.policy, "bold green"), f": {best.reason}")
     if best.flags:
         text.append(f"\n      vllm serve ... {' '.join(best.flags)}")
     if not outlook.calibrated:
@@ -406,9 +414,9 @@ def _spread(horizon: Horizon, kpi: str, statistic: str) -> str:
     if not math.isfinite(middle):
         return "–"
     if kpi.endswith("_ratio"):
-        return f"{middle:.1%}\n{100 * low:.1f} – {100 * high:.1f} %"
+        return f"{middle:.1%} ({100 * low:.1f} – {100 * high:.1f})"
     if kpi.endswith("_seconds") and high >= 1.0:
-        return f"{middle:.2f} s\n{low:.2f} – {high:.2f} s"
+        return f"{middle:.2f} s ({low:.2f} – {high:.2f})"
     if kpi.endswith("_seconds"):
-        return f"{1000 * middle:.0f} ms\n{1000 * low:.0f} – {1000 * high:.0f} ms"
-    return f"{middle:.1f}\n{low:.1f} – {high:.1f}"
+        return f"{1000 * middle:.0f} ms ({1000 * low:.0f} – {1000 * high:.0f})"
+    return f"{middle:.1f} ({low:.1f} – {high:.1f})"

@@ -62,7 +62,7 @@ def records(mirror: Mirror, rejected: int) -> tuple[dict[str, int], dict[str, in
 def outlook(
     forecast: Forecast, made_unix_seconds: float, policies: Mapping[str, tuple[tuple[str, ...], bool]]
 ) -> Outlook:
-    """A forecast as it is shown. `policies`: flags and whether deployable, by name."""
+    """A forecast as it is shown, the best policy first. `policies`: flags and whether deployable, by name."""
     shown = []
     for name in dict.fromkeys(row.policy for row in forecast.rows):
         flags, deployable = policies.get(name, ((), False))
@@ -76,21 +76,9 @@ def outlook(
         futures=forecast.futures,
         rate_per_second=forecast.rate_requests_per_second,
         calibrated=forecast.calibrated,
-        policies=tuple(shown),
+        policies=tuple(sorted(shown, key=lambda policy: _rank(policy, forecast.verdict))),
         best=None if forecast.verdict is None else _best(forecast.verdict),
     )
-
-
-def ranked(outlook: Outlook) -> list[PolicyOutlook]:
-    """Best first: the verdict, then by expected breaches and latency at the longest horizon."""
-
-    def worse(policy: PolicyOutlook) -> tuple[bool, bool, float, float]:
-        chosen = outlook.best is not None and outlook.best.policy == policy.name
-        breaches = sum(sum(horizon.breach.values()) for horizon in policy.horizons)
-        latency = policy.horizons[-1].median("e2e_seconds", "p95") if policy.horizons else math.inf
-        return not chosen, not policy.horizons, breaches, math.inf if math.isnan(latency) else latency
-
-    return sorted(outlook.policies, key=worse)
 
 
 def _of_score(kpi: str, statistic: str, score: Score, error: float) -> Beside:
@@ -112,10 +100,20 @@ def _horizon(row: Row) -> Horizon:
     return Horizon(row.horizon_seconds, tuple(predicted), dict(row.breach_probability))
 
 
+def _rank(policy: PolicyOutlook, verdict: Verdict | None) -> tuple[bool, bool, float, float]:
+    """The verdict, then by expected breaches and latency at the longest horizon; what was not simulated is last."""
+    chosen = verdict is not None and verdict.policy == policy.name
+    breaches = sum(sum(horizon.breach.values()) for horizon in policy.horizons)
+    latency = policy.horizons[-1].median("e2e_seconds", "p95") if policy.horizons else math.inf
+    return not chosen, not policy.horizons, breaches, math.inf if math.isnan(latency) else latency
+
+
 def _best(verdict: Verdict) -> Best:
-    parts = [f"expected SLO breaches {verdict.expected_breaches:.2f}"]
-    if verdict.expected_breaches != verdict.today_expected_breaches:
-        parts[0] += f" instead of today's {verdict.today_expected_breaches:.2f}"
+    breaches, latency = f"{verdict.expected_breaches:.2f}", f"{verdict.e2e_p95_seconds:.2f} s"
+    if verdict.vllm_flags or not verdict.deployable:  # beside today's where it is another
+        breaches += f" (today's: {verdict.today_expected_breaches:.2f})"
+        latency += f" (today's: {verdict.today_e2e_p95_seconds:.2f} s)"
+    reason = f"expected SLO breaches {breaches}"
     if math.isfinite(verdict.e2e_p95_seconds):
-        parts.append(f"e2e p95 {verdict.e2e_p95_seconds:.2f} s beside today's {verdict.today_e2e_p95_seconds:.2f} s")
-    return Best(verdict.policy, verdict.vllm_flags, verdict.deployable, ", ".join(parts))
+        reason += f", e2e p95 {latency}"
+    return Best(verdict.policy, verdict.vllm_flags, verdict.deployable, reason)

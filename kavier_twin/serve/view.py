@@ -95,7 +95,7 @@ class Outlook:
     futures: int
     rate_per_second: float
     calibrated: bool
-    policies: tuple[PolicyOutlook, ...]
+    policies: tuple[PolicyOutlook, ...]  # best first
     best: Best | None
 
 

@@ -62,7 +62,7 @@ class Counters:
     """Cumulative counts and integrals of a fleet at one moment; the difference of two describes what lay between."""
 
     time_seconds: float
-    replica_seconds: float
+    replicas: int
     steps: int
     query_tokens: int
     hit_tokens: int
@@ -101,7 +101,7 @@ class Counters:
         }
         return Counters(
             time_seconds=time_seconds,
-            replica_seconds=float(alive.sum()) * time_seconds,
+            replicas=int(alive.sum()),
             usable_blocks=int((state.engines["num_blocks"] - 1)[alive].sum()),
             itl_counts=state.itl_counts.sum(axis=0),
             **sums,
@@ -198,7 +198,7 @@ def kpis(
         running_peak=max(samples.running, default=0) if samples else None,
         waiting_peak=max(samples.waiting, default=0) if samples else None,
         kv_usage_peak_ratio=max(samples.kv_usage_ratio, default=0.0) if samples else None,
-        busy_ratio=delta("busy_seconds") / max(delta("replica_seconds"), 1e-12),
+        busy_ratio=delta("busy_seconds") / (max(after.replicas, 1) * duration),
         preemptions=delta("preemptions"),
         evictions=delta("evictions"),
         engine_steps=delta("steps"),

@@ -52,12 +52,6 @@ class _Seen:
     finished: RequestFinished | None = None
 
 
-@dataclass
-class _Running:
-    live: Live
-    index: int
-
-
 class Mirror:
     """Keeps one pool's fleet in step. Not thread-safe: the daemon serialises calls."""
 
@@ -76,7 +70,7 @@ class Mirror:
         self._stream = OrderedStream(settings.lateness_seconds)
         self._recent: deque[_Seen] = deque(maxlen=settings.recent_requests)
         self._by_id: dict[str, _Seen] = {}
-        self._running: dict[str, _Running] = {}
+        self._running: dict[str, Live] = {}
         self._next_index = 0
         self._longest_output = 0
         self._finished_at_calibration = 0
@@ -200,7 +194,7 @@ class Mirror:
         # The frontend's time passes before the scheduler sees it; events in between have their own turn.
         replica, slot = map(int, self.fleet.deliver(delivered, 0, 1)[0])
         if slot >= 0:
-            self._running[seen.id] = _Running(Live(self._next_index, replica, slot), self._next_index)
+            self._running[seen.id] = Live(self._next_index, replica, slot)
 
     def _assumed_output(self, seen: RequestSeen) -> int:
         assumed = max(_FIRST_GUESS_OUTPUT_TOKENS, 2 * self._longest_output)
@@ -208,15 +202,15 @@ class Mirror:
 
     def _finish(self, finished: RequestFinished) -> None:
         entry = self._by_id.get(finished.id)
-        running = self._running.pop(finished.id, None)
-        if entry is None or running is None:
+        live = self._running.pop(finished.id, None)
+        if entry is None or live is None:
             self.ingested["unknown_request"] += 1
             return
         entry.finished = finished
         self.finished += 1
         self._longest_output = max(self._longest_output, finished.output_tokens)
-        self._score(entry.seen, finished, running.live)
-        self._correct(entry.seen, finished, running.live)
+        self._score(entry.seen, finished, live)
+        self._correct(entry.seen, finished, live)
         self._pace.apply(self.fleet)
         self.fleet.collect()
         self._maybe_calibrate()
@@ -260,12 +254,12 @@ class Mirror:
     def _drop_the_lost(self) -> None:
         """Requests whose finish record never came must not fill the fleet for ever."""
         oldest = self.time_seconds - self.settings.give_up_seconds
-        for identity, running in list(self._running.items()):
-            request = self.fleet.state.requests[running.live.replica, running.live.slot]
+        for identity, live in list(self._running.items()):
+            request = self.fleet.state.requests[live.replica, live.slot]
             if request["arrival"] > oldest:
                 break
             self.ingested["never_finished"] += 1
-            self.fleet.finish(running.live, max(1, int(request["tokens"] - request["prompt"])), None, 0)
+            self.fleet.finish(live, max(1, int(request["tokens"] - request["prompt"])), None, 0)
             del self._running[identity]
 
     # --- calibration ----------------------------------------------------------------------------------------------

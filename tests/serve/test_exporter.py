@@ -111,6 +111,5 @@ def test_labels_are_escaped() -> None:
     view = replace(full_view(), pool='a"b\\c\nd')
     found = registry_of(lambda: view).get_sample_value("kavier_twin_pace_ratio", {"pool": view.pool})
     assert found == 1.1
-    assert [f for f in parse(text_of(view)) if f.name == "kavier_twin_pace_ratio"][0].samples[0].labels[
-        "pool"
-    ] == view.pool
+    read = next(family for family in parse(text_of(view)) if family.name == "kavier_twin_pace_ratio")
+    assert read.samples[0].labels["pool"] == view.pool

@@ -125,12 +125,12 @@ def test_a_view_that_fails_is_told_without_its_inside(served: Served) -> None:
 
 
 def test_a_port_in_use_is_named(served: Served) -> None:
-    with pytest.raises(AddressError, match=f"127.0.0.1:{served.server.port}"):
+    with pytest.raises(AddressError, match=rf"127\.0\.0\.1:{served.server.port}"):
         HttpServer(full_view, "127.0.0.1", served.server.port)
 
 
 def test_an_address_that_is_not_here() -> None:
-    with pytest.raises(AddressError, match="no.such.host.invalid:0"):
+    with pytest.raises(AddressError, match=r"no\.such\.host\.invalid:0"):
         HttpServer(full_view, "no.such.host.invalid", 0)
     with pytest.raises(AddressError):
         HttpServer(full_view, "192.0.2.1", 0)

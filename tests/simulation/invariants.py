@@ -392,7 +392,7 @@ class Books:
         seen = live.keys() | self.ended.keys()
         vanished = {i for i in self.fed.keys() - seen if self.fed[i] < fleet.now_seconds}
         assert not vanished, f"arrived, but neither live nor ended: {vanished}"
-        early = {i for i in seen if self.fed[i] > fleet.now_seconds}
+        early = {i for i in live if self.fed[i] > fleet.now_seconds}
         assert not early, f"in the fleet before they arrived: {early}"
 
     def _check_outcome(self, outcome: Any, now: float, settled: bool) -> None:

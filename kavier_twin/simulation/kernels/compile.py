@@ -9,7 +9,9 @@ when it is compiled). The option is numba's own, for code such as this, though n
 were it gone, leaving it out changes nothing but the speed.
 
 numba looks only at a kernel's own file when it asks whether cached code is stale, not at the kernels it calls. So the
-cache lies in a folder named by a digest of all kernels: `NUMBA_CACHE_DIR` if set, else the user's cache folder.
+cache lies in a folder named by a digest of all kernels: under `NUMBA_CACHE_DIR` if set, else in the user's cache
+folder. Where that cannot be written, kernels are compiled anew in each process (a shared temporary folder would let
+others plant code).
 """
 
 import hashlib
@@ -20,16 +22,26 @@ import numba
 from numba import njit
 
 
-def _cache_folder() -> str:
+def _digest() -> str:
     digest = hashlib.sha256(numba.__version__.encode())
-    sources = [*sorted(Path(__file__).parent.glob("*.py")), Path(__file__).parents[1] / "state.py"]
-    for source in sources:
+    for source in [*sorted(Path(__file__).parent.glob("*.py")), Path(__file__).parents[1] / "state.py"]:
         digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _cache_folder() -> str | None:
     user_cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     base = os.environ.get("NUMBA_CACHE_DIR") or os.path.join(user_cache, "kavier-twin")
-    return os.path.join(base, f"kernels-{digest.hexdigest()[:16]}")
+    folder = os.path.join(base, f"kernels-{_digest()}")
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError:
+        return None
+    return folder if os.access(folder, os.W_OK) else None
 
 
-numba.config.CACHE_DIR = _cache_folder()  # type: ignore[attr-defined]
+_FOLDER = _cache_folder()
+if _FOLDER is not None:
+    numba.config.CACHE_DIR = _FOLDER  # type: ignore[attr-defined]
 
-kernel = njit(nogil=True, cache=True, error_model="numpy", _nrt=False)  # type: ignore[call-overload]
+kernel = njit(nogil=True, cache=_FOLDER is not None, error_model="numpy", _nrt=False)  # type: ignore[call-overload]
