@@ -85,16 +85,22 @@ def snapshot_at(
     held: bool = False,
 ) -> Snapshot:
     """A fleet that served the workload up to `time`; `held`: nobody told it yet when its live requests will end."""
-    fleet = Fleet(settings)
     past = between(workload, 0.0, time)
-    fleet.feed(past._replace(delivered=past.arrival + frontend))
-    fleet.run(time)
-    finished = fleet.collect()["index"]
+    past = past._replace(delivered=past.arrival + frontend)
+    fleet, finished = _served(settings, past, time)
     if held:
-        fleet.state.requests["held"][fleet.state.requests["state"] != 0] = 1
+        unfinished = ~np.isin(past.index, finished)
+        fleet, _ = _served(settings, past._replace(held=unfinished.astype(np.int8)), time)
     recent = between(past, time - window, time)
     recent = recent._replace(output=np.where(np.isin(recent.index, finished), recent.output, 0))
     return Snapshot("default", time, fleet, recent, window, frontend, calibrated=True)
+
+
+def _served(settings: FleetSettings, past: Workload, time: float) -> tuple[Fleet, Any]:
+    fleet = Fleet(settings)
+    fleet.feed(past)
+    fleet.run(time)
+    return fleet, fleet.collect()["index"]
 
 
 def empty_snapshot(settings: FleetSettings | None = None, time: float = 100.0) -> Snapshot:

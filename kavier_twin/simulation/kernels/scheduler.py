@@ -330,7 +330,7 @@ def _schedule_flow(state, number):
 @kernel
 def _retire_finishing(state, number, entries, count):
     """The flow's requests that get their last token in this batch are listed in it, before the newer ones."""
-    replica, requests = state.replicas[number], state.requests[number]
+    replica = state.replicas[number]
     finishing = 0
     while replica.flowing > 0 and next_end(state, number) == replica.scheduled_batches:
         slot = retire(state, number)
@@ -348,7 +348,7 @@ def _retire_finishing(state, number, entries, count):
 @kernel
 def _join_flow(state, number, entries, count):
     """Requests that this batch brings a token, and that are to get more, decode with the flow from now on."""
-    replica, requests = state.replicas[number], state.requests[number]
+    requests = state.requests[number]
     joined = False
     for at in range(count):
         request = requests[entries[at].slot]
@@ -357,6 +357,17 @@ def _join_flow(state, number, entries, count):
             joined = True
     if joined:
         list_explicit(state, number)
+
+
+@kernel
+def _something_in_flight(state, number):
+    """Whether a batch with a request in it is in flight (under asynchronous scheduling empty ones may be)."""
+    replica = state.replicas[number]
+    for age in range(replica.in_flight):
+        batch = state.batches[number, (replica.oldest + age) % 2]
+        if batch.count > 0 or batch.flowing > 0:
+            return True
+    return False
 
 
 @kernel
@@ -382,7 +393,8 @@ def schedule(state, number):
     if not preempted:
         count = _admit_waiting(state, number, entries, count, budget)
     flowing = replica.flowing
-    if count == 0 and flowing == 0 and not preempted and replica.in_flight == 0:
+    if count == 0 and flowing == 0 and not preempted and not _something_in_flight(state, number):
+        # Live requests, but none can go on: held ones that wait for their ends. Something from outside wakes us.
         replica.parked = 1
         return
     prefill_tokens, attention, decodes, context = 0, 0.0, flowing, replica.flow_context
