@@ -34,7 +34,8 @@ from kavier_twin.simulation.settings import EngineSettings, FleetSettings
 from kavier_twin.telemetry import EngineSample
 from kavier_twin.twin.mirror import Mirror, MirrorSettings
 
-SPEED: Final = 6.0
+TOTAL_SECONDS: Final = 70.0  # that the demo is to take unless a speed is given, compilation included
+SHORTEST_REPLAY_SECONDS: Final = 25.0
 PLAIN_EVERY_SECONDS: Final = 5.0
 POOL: Final = "demo"
 MIRROR: Final = MirrorSettings(
@@ -75,7 +76,9 @@ def add_parser(commands: Any) -> None:
         description="Replay a recording of a real vLLM as if live: mirror it, forecast it under several policies, "
         "serve metrics and a status page. Needs no service and no network.",
     )
-    parser.add_argument("--speed", type=float, default=SPEED, help=f"times faster than it happened (default {SPEED:g})")
+    parser.add_argument(
+        "--speed", type=float, help="times faster than it happened (default: so that all takes about a minute)"
+    )
     parser.add_argument("--once", action="store_true", help="stop at the end of the recording, after one scrape")
     parser.add_argument("--host", default=DEFAULT_HOST, help=f"address to serve on (default {DEFAULT_HOST})")
     parser.add_argument(
@@ -87,15 +90,15 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do it."""
-    if not (math.isfinite(args.speed) and args.speed > 0.0):
-        raise UserError(f"--speed {args.speed:g}: expected a number above 0, for example {SPEED:g}")
+    if args.speed is not None and not (math.isfinite(args.speed) and args.speed > 0.0):
+        raise UserError(f"--speed {args.speed:g}: expected a number above 0, for example 10")
     if not 0 <= args.port <= 65535:
         raise UserError(f"--port {args.port}: expected 0 to 65535")
     set_up_logging("warning")
     console = Console(highlight=False, width=_width())
     trace, samples = _read(args.recording)
     fleet = FleetSettings(engine=_engine(trace), step_time=CRUDE_STEP_TIME)
-    source = ReplaySource(trace.records, samples, speed=args.speed, name=f"replay:{trace.path.parent.name}")
+    source = ReplaySource(trace.records, samples, name=f"replay:{trace.path.parent.name}")
     with StopSignals() as signals:
         daemon = Daemon(
             fleet,
@@ -105,13 +108,13 @@ def run(args: argparse.Namespace) -> int:
             host=args.host,
             port=args.port,
             event_clock=lambda: source.event_seconds,
-            notes=(f"A recording of a real vLLM server, replayed {args.speed:g} times as fast as it happened.",),
+            notes=("A recording of a real vLLM server, replayed as if live.",),
         )
-        console.print(
-            f"Kavier Twin demo: {len(trace.records)} requests to a real {_server(trace)} over "
-            f"{source.end_seconds - source.start_seconds:.0f} s, replayed {args.speed:g} times as fast."
-        )
-        _warm_up(console, trace, fleet)
+        seconds = source.end_seconds - source.start_seconds
+        console.print(f"Kavier Twin demo: {len(trace.records)} requests to a real {_server(trace)}, {seconds:.0f} s.")
+        left = TOTAL_SECONDS - _warm_up(console, trace, fleet)
+        source.speed = args.speed or max(1.0, seconds / max(left, SHORTEST_REPLAY_SECONDS))
+        console.print(f"Replayed {source.speed:.1f} times as fast as it happened.")
         source.start()
         daemon.start()
         assert daemon.http is not None
@@ -174,8 +177,11 @@ def _server(trace: Trace) -> str:
     return str(told.get("engine", "vLLM")) if isinstance(told, Mapping) else "vLLM"
 
 
-def _warm_up(console: Console, trace: Trace, fleet: FleetSettings) -> None:
-    """Run everything once on the first requests, so that nothing is compiled while the clock runs."""
+def _warm_up(console: Console, trace: Trace, fleet: FleetSettings) -> float:
+    """Run everything once on the first requests, so that nothing is compiled while the clock runs.
+
+    Returns the seconds that took.
+    """
     began = time.monotonic()
     note = "Compiling the simulation kernels (first run only, about half a minute) ..."
     slow = Timer(_SLOW_SECONDS, console.print, [note])
@@ -193,7 +199,9 @@ def _warm_up(console: Console, trace: Trace, fleet: FleetSettings) -> None:
             Forecaster(FORECAST.model_copy(update={"horizons_seconds": (5.0,), "futures": 1})).run(snapshot)
     finally:
         slow.cancel()
-    console.print(f"Kernels ready after {time.monotonic() - began:.1f} s.")
+    seconds = time.monotonic() - began
+    console.print(f"Kernels ready after {seconds:.1f} s.")
+    return seconds
 
 
 # --- watching -----------------------------------------------------------------------------------------------------

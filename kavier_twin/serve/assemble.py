@@ -86,7 +86,7 @@ def _of_score(kpi: str, statistic: str, score: Score, error: float) -> Beside:
 
 
 def _of_percentile(mirror: Mirror, kpi: str, percent: int) -> Beside:
-    pairs: Sequence[tuple[float, float]] = mirror.fidelity._pairs[kpi]
+    pairs: Sequence[tuple[float, float]] = mirror.fidelity.pairs(kpi)
     mirrored, observed = map(float, np.percentile(np.array(pairs), percent, axis=0))
     error = (mirrored - observed) / observed if observed > 0.0 else math.nan
     return Beside(kpi, f"p{percent}", mirrored, observed, error, len(pairs))

@@ -43,6 +43,10 @@ class Fidelity:
         self._pairs["cached_tokens"].append((predicted_tokens, observed_tokens))
         self._prompts.append(prompt_tokens)
 
+    def pairs(self, kpi: str) -> list[tuple[float, float]]:
+        """(predicted, observed) of the requests in the window, oldest first."""
+        return list(self._pairs[kpi])
+
     def scores(self) -> dict[str, Score]:
         """Score per KPI that has observations; `hit_ratio` is absolute (points of 1)."""
         scores = {name: _score(list(pairs)) for name, pairs in self._pairs.items() if pairs}

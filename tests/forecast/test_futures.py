@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from forecast.streams import (
     HASH_TOKENS,
     between,
@@ -12,7 +13,6 @@ from forecast.streams import (
     snapshot_at,
     state_bytes,
 )
-
 from kavier_twin.forecast.futures import assumed_output, draw_future, draw_futures, settle_lengths
 from kavier_twin.forecast.load import arrival_rate
 from kavier_twin.forecast.stream import read_stream
@@ -83,9 +83,7 @@ def test_lengths_and_rate_stay(stream: Workload, snapshot: Snapshot) -> None:
     assert np.mean([future.prompt.mean() for future in futures]) == pytest.approx(recent.prompt.mean(), rel=0.1)
     finished = recent.output[recent.output > 0]
     assert np.mean([future.output.mean() for future in futures]) == pytest.approx(finished.mean(), rel=0.1)
-    assert np.mean([future.index.size for future in futures]) == pytest.approx(
-        600.0 * arrival_rate(snapshot), rel=0.05
-    )
+    assert np.mean([future.index.size for future in futures]) == pytest.approx(600.0 * arrival_rate(snapshot), rel=0.05)
     assert np.isin(futures[0].output, finished).all()
 
 

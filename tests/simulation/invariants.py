@@ -322,7 +322,8 @@ def check_flow(state: FleetState, number: int) -> None:
     unfinished = []
     for slot in running:
         request = requests[slot]
-        if not request["flowing"] and request["computed"] < request["prompt"] + request["output"] - 1:
+        done = request["held"] and request["tokens"] >= request["prompt"] + request["output"]
+        if not (request["flowing"] or done) and request["computed"] < request["prompt"] + request["output"] - 1:
             unfinished.append(slot)
     assert [slot for slot in explicit if slot in unfinished] == unfinished, f"{explicit} explicit, {unfinished} open"
     for age, place in enumerate(batches_in_flight(state, number)):
@@ -350,7 +351,7 @@ class Books:
     def __init__(self, fleet: Fleet) -> None:
         self.fed: dict[int, float] = {}  # arrival by index
         self.ended: dict[int, Any] = {}  # outcome by index
-        self.time_seconds = fleet.now_seconds
+        self.time_seconds = self._since = fleet.now_seconds
         self._replicas = fleet.state.replicas.copy()
         self._itl_counts = fleet.state.itl_counts.copy()
         self._known: dict[int, Any] = {}
@@ -365,8 +366,15 @@ class Books:
             rows[at] = self.ended[index]
         return rows
 
-    def visit(self, fleet: Fleet, *, settled: bool = False, failed: bool = False) -> None:
-        """`settled`: a policy switch completed batches before their time. `failed`: a replica failed."""
+    def visit(
+        self, fleet: Fleet, *, settled: bool = False, failed: bool = False, resumed_from: float = math.inf
+    ) -> None:
+        """Check, and remember for the next visit.
+
+        `settled`: a policy switch completed batches before their time. `failed`: a replica failed. `resumed_from`: a
+        request that had generated everything got more to generate, and goes on from when it stopped.
+        """
+        self._since = min(self.time_seconds, resumed_from)
         state = fleet.state
         check_state(state)
         assert fleet.now_seconds >= self.time_seconds, f"clock ran back: {self.time_seconds} -> {fleet.now_seconds}"
@@ -405,7 +413,7 @@ class Books:
             return
         happened = [time for time in times if not math.isnan(time)]
         assert happened == sorted(happened), f"{who}: arrival, scheduled, first token, finish {times}"
-        assert times[3] >= self.time_seconds, f"{who} ended at {times[3]}, before the last stop {self.time_seconds}"
+        assert times[3] >= self._since, f"{who} ended at {times[3]}, before the last stop {self._since}"
         if not settled:
             assert times[3] <= now, f"{who} ended at {times[3]}, after the clock {now}"
         if status == layout.FINISHED:
@@ -427,8 +435,8 @@ class Books:
                 if known is not None and not math.isnan(known[name]):
                     assert time == known[name], f"request {row['index']}: {name} became {time}, was {known[name]}"
                 elif not math.isnan(time):
-                    assert time >= self.time_seconds, (
-                        f"request {row['index']}: {name} at {time}, but by {self.time_seconds} it had not happened"
+                    assert time >= self._since, (
+                        f"request {row['index']}: {name} at {time}, but by {self._since} it had not happened"
                     )
 
     def _check_counters(self, state: FleetState) -> None:

@@ -10,6 +10,7 @@ the very moment a step ends, where the jump and the reference may fall on differ
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -299,6 +300,7 @@ class Player:
     stepping: bool = False
     fleet: Fleet = field(init=False)
     given: dict[int, int] = field(init=False)  # how many tokens a request ended by `finish` has, by index
+    resumed_from: float = math.inf  # when a replica stood still that `set_output` let go on
 
     def __post_init__(self) -> None:
         self.fleet = Fleet(self.scenario.fleet, stepping=self.stepping)
@@ -352,6 +354,9 @@ class Player:
         else:
             row = self.fleet.state.requests[live.replica, live.slot]
             generated = int(row["tokens"] - row["prompt"] + row["placeholders"])
+            replica = self.fleet.state.replicas[live.replica]
+            if replica["parked"]:
+                self.resumed_from = min(self.resumed_from, float(replica["now"]))
             self.fleet.set_output(live, generated + stop.output)
         return True
 

@@ -13,7 +13,7 @@ def play_checked(scenario: Scenario, *, stepping: bool = False) -> tuple[Player,
     disruptive = scenario.touches("num_gpu_blocks", "block_size", "async_scheduling", "kv_cache_dtype")
 
     def look(player: Player) -> None:
-        books.visit(player.fleet, settled=disruptive, failed=scenario.has("fail"))
+        books.visit(player.fleet, settled=disruptive, failed=scenario.has("fail"), resumed_from=player.resumed_from)
 
     player.play(look)
     fleet = player.fleet

@@ -91,7 +91,7 @@ def test_what_became_of_every_record_is_counted(records: list[RequestRecord]) ->
 def test_predictions_are_taken_before_the_record_corrects_them(records: list[RequestRecord]) -> None:
     """Had the record's own end entered the prediction, both would agree to the digit."""
     mirror = run(halves(records[:100]))
-    pairs = list(mirror.fidelity._pairs["e2e_seconds"])
+    pairs = mirror.fidelity.pairs("e2e_seconds")
     assert len(pairs) > 90
     assert sum(math.isclose(predicted, observed, rel_tol=1e-3) for predicted, observed in pairs) < len(pairs) / 2
 

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from forecast.streams import chat_stream, empty_snapshot, fleet_settings, snapshot_at, state_bytes
+from kavier_twin.forecast.executors import ThreadExecutor
+from kavier_twin.forecast.result import Forecast, Row
+from kavier_twin.forecast.slo import METRICS, Slo
+from kavier_twin.forecast.sweep import sweep
+from kavier_twin.simulation.policies import DEFAULT_POLICIES, Policy
+from kavier_twin.simulation.workload import Workload
+from kavier_twin.twin.snapshot import Snapshot
+
+TODAY = Policy(name="today")
+HALF = Policy(name="half", overrides={"num_gpu_blocks": "0.5x"})
+UNCACHED = Policy(name="uncached", overrides={"prefix_caching": False})
+
+
+@pytest.fixture(scope="module")
+def stream() -> Workload:
+    return chat_stream(1, 200.0)
+
+
+@pytest.fixture(scope="module")
+def snapshot(stream: Workload) -> Snapshot:
+    """Two replicas whose caches are too small for the stream, with requests in flight that nobody ended yet."""
+    return snapshot_at(stream, fleet_settings(replicas=2, num_gpu_blocks=500), 150.0, 100.0, frontend=0.03, held=True)
+
+
+def run(snapshot: Snapshot, policies: tuple[Policy, ...] = (TODAY,), workers: int = 1, **given: Any) -> Forecast:
+    arguments = {"horizons_seconds": (20.0, 60.0), "futures": 2, "seed": 0, "slos": ()} | given
+    return sweep(snapshot, policies, executor=ThreadExecutor(workers), **arguments)
+
+
+def row(forecast: Forecast, policy: str, horizon: float) -> Row:
+    (found,) = [row for row in forecast.rows if (row.policy, row.horizon_seconds) == (policy, horizon)]
+    return found
+
+
+def test_a_row_for_every_policy_and_horizon(snapshot: Snapshot) -> None:
+    forecast = run(snapshot, DEFAULT_POLICIES)
+    wanted = [(policy.name, horizon) for policy in DEFAULT_POLICIES for horizon in (20.0, 60.0)]
+    assert [(row.policy, row.horizon_seconds) for row in forecast.rows] == wanted
+    for row in forecast.rows:
+        assert tuple(row.kpis) == METRICS
+        for quantiles in row.kpis.values():
+            assert quantiles.p10 <= quantiles.p50 <= quantiles.p90
+    assert forecast.rate_requests_per_second == pytest.approx(snapshot.recent.index.size / 100.0, rel=0.05)
+    assert forecast.time_seconds == 150.0
+    json.dumps(forecast.to_dict(), allow_nan=False)
+
+
+def test_results_do_not_depend_on_the_number_of_workers(snapshot: Snapshot) -> None:
+    texts = {json.dumps(run(snapshot, DEFAULT_POLICIES, workers).to_dict()) for workers in (1, 2, 5)}
+    assert len(texts) == 1
+
+
+def test_results_depend_on_the_seed(snapshot: Snapshot) -> None:
+    assert run(snapshot, seed=1).rows == run(snapshot, seed=1).rows
+    assert run(snapshot, seed=1).rows != run(snapshot, seed=2).rows
+
+
+def test_the_snapshot_stays_as_it_is(snapshot: Snapshot) -> None:
+    fleet, before = snapshot.fleet, state_bytes(snapshot.fleet)
+    recent = [column.copy() for column in snapshot.recent]
+    run(snapshot, DEFAULT_POLICIES, 2)
+    assert state_bytes(snapshot.fleet) == before
+    assert (fleet.now_seconds, fleet.settings.engine.num_gpu_blocks) == (150.0, 500)
+    assert all(np.array_equal(a, b) for a, b in zip(snapshot.recent, recent, strict=True))
+
+
+def test_horizons_of_one_run_equal_runs_of_their_own(snapshot: Snapshot) -> None:
+    together = run(snapshot, (TODAY, HALF), horizons_seconds=(10.0, 25.0, 60.0))
+    for horizon in (10.0, 25.0, 60.0):
+        alone = run(snapshot, (TODAY, HALF), horizons_seconds=(horizon,))
+        for policy in ("today", "half"):
+            a, b = row(together, policy, horizon), row(alone, policy, horizon)
+            for metric in METRICS:
+                assert a.kpis[metric].p50 == pytest.approx(b.kpis[metric].p50, rel=1e-6, nan_ok=True), metric
+
+
+def test_less_cache_hits_less_and_none_hits_nothing(snapshot: Snapshot) -> None:
+    forecast = run(snapshot, (TODAY, HALF, UNCACHED))
+    for horizon in (20.0, 60.0):
+        ratios = [row(forecast, name, horizon).kpis["prefix_cache_hit_ratio"] for name in ("today", "half", "uncached")]
+        assert ratios[0].p50 > ratios[1].p50 + 0.02
+        assert ratios[1].p50 > ratios[2].p90 == 0.0
+    assert row(forecast, "uncached", 60.0).kpis["ttft_p50_seconds"].p50 > (
+        row(forecast, "today", 60.0).kpis["ttft_p50_seconds"].p50
+    )
+
+
+def test_breach_probability_is_the_share_of_futures_that_breach(snapshot: Snapshot) -> None:
+    median = row(run(snapshot, futures=4), "today", 60.0).kpis["e2e_p95_seconds"].p50
+    slos = (
+        Slo(name="never", metric="ttft_p99_seconds", threshold=1e6),
+        Slo(name="always", metric="prefix_cache_hit_ratio", threshold=1.0),
+        Slo(name="half", metric="e2e_p95_seconds", threshold=median),
+    )
+    forecast = run(snapshot, futures=4, slos=slos)
+    assert row(forecast, "today", 60.0).breach_probability == {"never": 0.0, "always": 1.0, "half": 0.5}
+
+
+def test_a_policy_that_cannot_be_is_told_and_the_rest_goes_on(snapshot: Snapshot) -> None:
+    impossible = Policy(name="impossible", overrides={"num_gpu_blocks": 0})
+    unknown = Policy(name="unknown", overrides={"color": "red"})
+    forecast = run(snapshot, (impossible, TODAY, unknown))
+    assert {row.policy for row in forecast.rows} == {"today"}
+    assert [failed.policy for failed in forecast.failed] == ["impossible", "unknown"]
+    assert "num_gpu_blocks" in forecast.failed[0].error
+    assert "color" in forecast.failed[1].error
+    assert forecast.rows == run(snapshot).rows
+
+
+def test_nothing_in_sight() -> None:
+    slo = Slo(name="hits", metric="prefix_cache_hit_ratio", threshold=0.5)
+    forecast = run(empty_snapshot(), DEFAULT_POLICIES, slos=(slo,))
+    assert forecast.rate_requests_per_second == 0.0
+    for entry in forecast.rows:
+        assert entry.kpis["output_tokens_per_second"].p50 == 0.0
+        assert math.isnan(entry.kpis["ttft_p99_seconds"].p50)
+        assert entry.breach_probability == {"hits": 0.0}
+    plain = forecast.to_dict()
+    assert plain["rows"][0]["kpis"]["ttft_p99_seconds"] == {"p10": None, "p50": None, "p90": None}
+    assert plain["verdict"]["policy"] == "today"
+
+
+def test_an_executor_needs_a_worker() -> None:
+    with pytest.raises(ValueError, match="workers=0"):
+        ThreadExecutor(0)
+
+
+def test_an_executor_hands_errors_on() -> None:
+    with pytest.raises(ZeroDivisionError):
+        ThreadExecutor(2).map(lambda number: 1 // number, [1, 0, 2])
