@@ -9,6 +9,7 @@ seen with.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -26,6 +27,7 @@ from kavier_twin.twin.snapshot import Snapshot
 Keys = npt.NDArray[np.uint64]
 
 _CANDIDATES = 8  # open sessions looked at on each side of the wanted age
+_SHORTEST_GAP_SECONDS = 1e-3
 _TOP_BIT = np.uint64(1 << 63)  # a chained key has it set and the low bits clear (kernels.blocks.chain_key)
 _LOW_BITS = np.uint64(1023)
 
@@ -130,14 +132,14 @@ class _Drawing:
 
     def _most_alike(self, arrival: float, gap: float, length: int) -> int:
         """Place of the open session whose last turn began about `gap` seconds ago and was about `length` long."""
+        gap = max(gap, _SHORTEST_GAP_SECONDS)
         middle = bisect_left(self._ages, arrival - gap)
         places = range(max(0, middle - _CANDIDATES), min(len(self._open), middle + _CANDIDATES))
 
         def distance(place: int) -> float:
             turn = self._open[place]
-            older = abs(arrival - turn.arrival - gap) / max(gap, 1e-9)
-            longer = abs(turn.prompt + turn.output - length) / length
-            return older + longer
+            age = max(arrival - turn.arrival, _SHORTEST_GAP_SECONDS)
+            return abs(math.log(age / gap)) + abs(math.log((turn.prompt + turn.output) / length))
 
         return min(places, key=distance)
 

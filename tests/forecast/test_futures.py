@@ -92,6 +92,19 @@ def test_turns_stay_turns(snapshot: Snapshot) -> None:
     assert drawn.next_turn_ratio == pytest.approx(seen.next_turn_ratio, abs=0.06)
 
 
+def test_sessions_pause_as_long_as_they_did() -> None:
+    """Also where few are open, so that those of the right age are few."""
+    stream = chat_stream(2, 2_000.0, sessions_per_second=0.05, turns_mean=6.0, think_seconds=20.0)
+    snapshot = snapshot_at(stream, fleet_settings(), 1_000.0, 1_000.0)
+
+    def pauses(workload: Workload) -> list[float]:
+        turns = np.flatnonzero(read_stream(workload).previous >= 0)
+        return (workload.arrival[turns] - workload.arrival[read_stream(workload).previous[turns]]).tolist()
+
+    drawn = [pause for future in draw_futures(snapshot, 1_000.0, range(4)) for pause in pauses(future)]
+    assert np.median(drawn) == pytest.approx(np.median(pauses(snapshot.recent)), rel=0.35)
+
+
 def test_deterministic(snapshot: Snapshot) -> None:
     assert same(draw_future(snapshot, 100.0, 7), draw_future(snapshot, 100.0, 7))
     assert not same(draw_future(snapshot, 100.0, 7), draw_future(snapshot, 100.0, 8))
@@ -229,6 +242,19 @@ def test_a_request_longer_than_any_seen_goes_on_for_a_quarter() -> None:
         tokens = before[live.index]
         output = fleet.state.requests["output"][live.replica, live.slot]
         assert output == 2 or assumed_output(tokens) <= output <= assumed_output(tokens + 2)
+
+
+@pytest.mark.parametrize("async_scheduling", [True, False])
+def test_as_long_as_what_is_there_is_not_longer(async_scheduling: bool) -> None:
+    stream = chat_stream(3, 30.0, sessions_per_second=4.0, output_tokens=5_000)
+    settings = fleet_settings(num_gpu_blocks=20_000, async_scheduling=async_scheduling)
+    fleet = snapshot_at(stream, settings, 10.0, 10.0, held=True).fleet
+    live = fleet.live()[0]
+    request = fleet.state.requests[live.replica, live.slot]
+    there = int(request["computed"] + 1 - request["prompt"])
+    recent = take_rows(stream, np.array([0]))._replace(output=np.array([there]))
+    settle_lengths(fleet, recent, np.random.default_rng(0))
+    assert fleet.state.requests[live.replica, live.slot]["output"] == assumed_output(there)
 
 
 def test_a_request_that_waits_for_its_end_goes_on() -> None:

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from forecast.streams import chat_stream, empty_snapshot, fleet_settings, snapshot_at, state_bytes
+from forecast.streams import between, chat_stream, empty_snapshot, fleet_settings, snapshot_at, state_bytes
 from kavier_twin.forecast.executors import ThreadExecutor
 from kavier_twin.forecast.result import Forecast, Row
 from kavier_twin.forecast.slo import METRICS, Slo
 from kavier_twin.forecast.sweep import sweep
+from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.policies import DEFAULT_POLICIES, Policy
 from kavier_twin.simulation.workload import Workload
 from kavier_twin.twin.snapshot import Snapshot
@@ -72,6 +73,17 @@ def test_the_snapshot_stays_as_it_is(snapshot: Snapshot) -> None:
     assert state_bytes(snapshot.fleet) == before
     assert (fleet.now_seconds, fleet.settings.engine.num_gpu_blocks) == (150.0, 500)
     assert all(np.array_equal(a, b) for a, b in zip(snapshot.recent, recent, strict=True))
+
+
+def test_what_ended_before_is_not_of_the_future(stream: Workload) -> None:
+    fleet = Fleet(fleet_settings())
+    fleet.feed(between(stream, 0.0, 50.0))
+    fleet.run(50.0)
+    collected = fleet.fork()
+    assert collected.collect().size > 50
+    recent = between(stream, 0.0, 50.0)
+    snapshots = [Snapshot("default", 50.0, each, recent, 50.0, 0.0, calibrated=True) for each in (fleet, collected)]
+    assert run(snapshots[0]).rows == run(snapshots[1]).rows
 
 
 def test_horizons_of_one_run_equal_runs_of_their_own(snapshot: Snapshot) -> None:
