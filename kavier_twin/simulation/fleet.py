@@ -176,7 +176,8 @@ class Fleet:
             if self._next_row == self._arrivals.index.size:
                 self._arrivals, self._next_row = None, 0
         kernels.advance_all(self.state, time_seconds)
-        self.now_seconds = time_seconds if time_seconds < math.inf else float(self.state.replicas["now"].max())
+        ended = time_seconds if time_seconds < math.inf else float(self.state.replicas["now"].max())
+        self.now_seconds = max(self.now_seconds, ended)
 
     def deliver(self, workload: Workload, start: int, stop: int) -> npt.NDArray[np.int32]:
         """Route and push rows [start, stop) now, growing the arrays where needed. Returns [rows, 2] (replica, slot)."""
@@ -209,7 +210,7 @@ class Fleet:
         `chain` (keys) and `covered` tell the content of prompt and output, as in `learn_chain`.
         """
         number, slot = live.replica, live.slot
-        while replica_kernels.set_output(self.state, number, slot, max(1, output_tokens)) != request_kernels.OK:
+        while replica_kernels.set_output(self.state, number, slot, output_tokens, True) != request_kernels.OK:
             self._grow(request_kernels.GROW_ARENA)
         if chain is not None:
             while replica_kernels.learn_chain(self.state, number, slot, chain, covered) != request_kernels.OK:
@@ -219,8 +220,10 @@ class Fleet:
         return self.state.outcomes[int(self.state.fleet["outcomes"][0]) - 1].copy()
 
     def set_output(self, live: Live, output_tokens: int) -> None:
-        """Change how many tokens a live request is expected to generate."""
-        while replica_kernels.set_output(self.state, live.replica, live.slot, output_tokens) != request_kernels.OK:
+        """Change how many tokens a live request is expected to generate, at least what it has and what is in flight."""
+        while (
+            replica_kernels.set_output(self.state, live.replica, live.slot, output_tokens, False) != request_kernels.OK
+        ):
             self._grow(request_kernels.GROW_ARENA)
 
     def _room_for_outcomes(self) -> None:

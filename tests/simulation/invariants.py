@@ -481,9 +481,10 @@ def check_work(fleet: Fleet, outcomes: Records) -> None:
         ended = outcomes[outcomes["replica"] == number]
         live = state.requests[number]["state"] != layout.FREE
         if not live.any() and done.size + int((ended["status"] == layout.REJECTED_LENGTH).sum()) == ended.size:
-            exact = int(done["preemptions"].sum()) == 0
-            computed = int(replica["computed_tokens"])
-            assert computed == least if exact else computed >= least, f"{computed} tokens computed, {least} needed"
+            # A preempted request computes again, but may also hit what others computed since: no bound either way.
+            if int(done["preemptions"].sum()) == 0:
+                computed = int(replica["computed_tokens"])
+                assert computed == least, f"{computed} tokens computed, {least} needed"
             first = int(np.isfinite(done["first_token"]).sum())
             assert int(state.itl_counts[number].sum()) == int(replica["output_tokens"]) - first
         assert replica["busy_seconds"] <= replica["accounted"] * (1 + 1e-9) + 1e-9

@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from real_parts import in_ci
 
 from kavier_twin.simulation import state as layout
 from kavier_twin.simulation.fleet import Fleet, Live
 from kavier_twin.simulation.policies import Override
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
 from kavier_twin.simulation.workload import Workload, make_workload
+from real_parts import in_ci
 
 FACTOR = int(os.environ.get("KAVIER_EXAMPLES", "1"))
 
@@ -327,15 +327,14 @@ class Player:
                 self._later = None
             if self._do(stop):
                 look(self)
+        # Not without limit while one is held: requests behind it may be admitted and preempted for ever.
+        self.fleet.run(max(self.fleet.now_seconds, self.scenario.rows[-1].arrival) + 1.0)
+        while held := self._held():
+            self._finish(held[0], self.scenario.rows[held[0].index].output, learn=False)
+            look(self)
+            self.fleet.run(self.fleet.now_seconds + 0.1)
         self.fleet.run()
         look(self)
-        while self.fleet.state.fleet["live"][0]:
-            held = self._held()
-            if not held:
-                break
-            self._finish(held[0], self.scenario.rows[held[0].index].output, learn=False)
-            self.fleet.run()
-            look(self)
 
     def _held(self) -> list[Live]:
         rows = self.scenario.rows
@@ -353,7 +352,7 @@ class Player:
             self._finish(live, stop.output, stop.learn)
         else:
             row = self.fleet.state.requests[live.replica, live.slot]
-            generated = int(row["tokens"] - row["prompt"] + row["placeholders"])
+            generated = int(row["tokens"] - row["prompt"])
             replica = self.fleet.state.replicas[live.replica]
             if replica["parked"]:
                 self.resumed_from = min(self.resumed_from, float(replica["now"]))
@@ -382,4 +381,15 @@ def is_stuck(fleet: Fleet) -> bool:
     return not fleet.settings.engine.enable_chunked_prefill and bool((fleet.state.replicas["parked"] == 1).any())
 
 
-__all__ = ["Player", "Row", "Scenario", "Stop", "Switch", "examples", "is_stuck", "layout", "outcomes_by_index", "scenarios"]
+__all__ = [
+    "Player",
+    "Row",
+    "Scenario",
+    "Stop",
+    "Switch",
+    "examples",
+    "is_stuck",
+    "layout",
+    "outcomes_by_index",
+    "scenarios",
+]

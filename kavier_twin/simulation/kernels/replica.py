@@ -79,12 +79,17 @@ def _refit(state, number, slot, chain_length, output):
 
 
 @kernel
-def set_output(state, number, slot, output):
-    """Change how many tokens a live request will generate. Returns OK or GROW_ARENA (then nothing changed)."""
+def set_output(state, number, slot, output, final):
+    """Change how many tokens a live request will generate. Returns OK or GROW_ARENA (then nothing changed).
+
+    Never below what is delivered and in flight, unless it is `final`: the caller ends the request at once.
+    """
     replica, request = state.replicas[number], state.requests[number][slot]
     if request.flowing:
         leave(state, number, slot)
     output = max(1, min(output, state.engines[number].max_model_len - request.prompt))
+    if not final:
+        output = max(output, request.computed + 1 - request.prompt, request.tokens - request.prompt)
     status = _refit(state, number, slot, request.chain_length, output)
     if status == OK:
         if request.held:
