@@ -7,6 +7,7 @@ suffix `x` multiplies the live value.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -103,7 +104,9 @@ def _resolve(name: str, live: Any, value: Override) -> Any:
         try:
             scaled = live * float(value[:-1])
         except ValueError:
-            raise PolicyError(f"{name}={value!r}: expected a number or a factor such as 0.5x") from None
+            scaled = math.nan
+        if not math.isfinite(scaled):
+            raise PolicyError(f"{name}={value!r}: expected a number or a factor such as 0.5x")
         return max(1, round(scaled)) if isinstance(live, int) else scaled
     return value
 

@@ -8,6 +8,7 @@ error is that of a prediction. Output lengths are unknown until the end and no d
 from __future__ import annotations
 
 import math
+import zlib
 from collections import Counter, deque
 from dataclasses import dataclass
 from typing import Final
@@ -322,6 +323,8 @@ def _arrival(seen: RequestSeen, assumed_output: int, index: int) -> Workload:
         hash_tokens=seen.block_tokens or 0,
         covered=known,
         priority=seen.priority,
+        # The same number for the same session in every process, so that a router keeps its sessions.
+        session=-index if seen.session is None else zlib.crc32(seen.session.encode()),
         held=1,
         index=index,
     )

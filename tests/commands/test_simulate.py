@@ -82,6 +82,7 @@ def test_a_fleet_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         ([str(GOLDEN), "--policy", "nonsense=1"], "unknown policy setting 'nonsense'"),
         ([str(GOLDEN), "--policy", "max_num_seqs"], "expected NAME=VALUE"),
         ([str(GOLDEN), "--policy", "max_num_seqs=-3"], "max_num_seqs"),
+        ([str(GOLDEN), "--policy", "num_gpu_blocks=infx"], "a factor such as 0.5x"),
         ([str(GOLDEN), "--slo", "ttft_seconds=soon"], "expected NAME=SECONDS"),
         ([str(GOLDEN), "--pin"], "--pin needs a recording"),
         ([str(GOLDEN), "--fleet", "/no/fleet.yaml"], "/no/fleet.yaml"),
