@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import lsq_linear
+from scipy.optimize import nnls
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
@@ -60,7 +60,7 @@ def fit(rows: Floats, seconds: Floats, *, prior: Floats | None = None, floor: Fl
         weight = np.sqrt(trust / (dispersion * expected))
         matrix = np.vstack([scaled * weight[:, None], np.diag(strength)])
         target = np.concatenate([seconds * weight, centre * strength])
-        values = lsq_linear(matrix, target, bounds=(lower, np.inf), method="bvls").x
+        values = lower + nnls(matrix, target - matrix @ lower)[0]
         expected = np.maximum(scaled @ values, _SMALLEST_SECONDS)
         residual = (seconds - expected) / np.sqrt(expected)
         # Robust noise level: the median of |residual| is 0.6745 standard deviations of a Gaussian.
