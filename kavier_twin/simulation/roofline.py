@@ -48,6 +48,10 @@ class Roofline(BaseModel):
     """Reading weights or cache: 0.77 (A100, L40S) to 0.93 (RTX PRO 6000)."""
     bend: Annotated[float, Field(ge=1.0, le=10.0)] = 2.5
     """The order q of the norm that joins reading and computing: 1.7 (A100, RTX PRO 6000) to 3.3 (H100)."""
+    narrow_compute_share: Share = 0.55
+    """As `compute_share`, in 8 bits and less: 0.48 (B200) to 0.60 (H200); 0.88 on the RTX PRO 6000."""
+    narrow_bend: Annotated[float, Field(ge=1.0, le=10.0)] = 1.25
+    """As `bend`, in 8 bits and less: 1.0 (H200) to 1.5 (L40S)."""
     attention_share: Share = 0.55
     """Prefill attention on 4,096 and more tokens: 0.46 (L40S) to 0.62 (H100)."""
     expert_share: Share = 0.35
@@ -56,8 +60,10 @@ class Roofline(BaseModel):
     """Preparing inputs, sampling, and what of the scheduler is not hidden behind the GPU."""
     seconds_per_layer: Seconds = 41e-6
     """Launches and tails: four matrix products of 3.6 us, attention 12 us, five small kernels of 3 us."""
-    seconds_per_expert_layer: Seconds = 50e-6
-    """Routing, sorting and gathering, on top of the above."""
+    seconds_per_narrow_layer: Seconds = 14e-6
+    """On top of it with 8-bit products, whose launches are 7 us each."""
+    seconds_per_expert_layer: Seconds = 43e-6
+    """Routing, sorting and gathering around the experts: 50 us, less the two products that they replace."""
     seconds_per_sequence: Seconds = 2e-6
     """Sampling a sequence: its logits go through the memory about six times in FP32, at some 2 TB/s."""
     seconds_per_all_reduce: Seconds = 5e-6
@@ -92,9 +98,20 @@ class _Rates:
     def operations(self, compute: ComputeType, share: float) -> float:
         return self.gpu.flops_per_second(compute) * share
 
-    def joined(self, reading_seconds: float, computing_seconds: float) -> float:
+    def is_narrow(self, compute: ComputeType) -> bool:
+        """Whether the matrix units really work in less than 16 bits."""
+        return self.gpu.flops_per_second(compute) > self.gpu.flops_per_second("bf16")
+
+    def product(self, weight_bytes: float, operations: float, compute: ComputeType) -> float:
+        """Seconds of matrix products that read so many bytes of weights."""
+        narrow = self.is_narrow(compute)
+        share = self.roofline.narrow_compute_share if narrow else self.roofline.compute_share
+        bend = self.roofline.narrow_bend if narrow else self.roofline.bend
+        return self.joined(weight_bytes / self.bytes_read, operations / self.operations(compute, share), bend)
+
+    @staticmethod
+    def joined(reading_seconds: float, computing_seconds: float, bend: float) -> float:
         """Seconds of kernels that read and compute at once."""
-        bend = self.roofline.bend
         larger, smaller = max(reading_seconds, computing_seconds), min(reading_seconds, computing_seconds)
         return larger * (1.0 + (smaller / larger) ** bend) ** (1.0 / bend) if larger > 0.0 else 0.0
 
@@ -116,11 +133,14 @@ def step_time(
     tensor = deployment.tensor_parallel_size
     attention = _attention(rates, model, deployment)
     head = model.head_parameters / tensor
+    kept = model.stored_as(deployment.quantization)
+    narrow = not kept.experts_only and rates.is_narrow(kept.compute)
     all_reduces = 2 * model.layers * _all_reduce_launch(rates, deployment)
     return StepTime(
         fixed=(
             reach.seconds_per_step
             + model.layers * reach.seconds_per_layer
+            + (model.layers * reach.seconds_per_narrow_layer if narrow else 0.0)
             + (model.experts.layers * reach.seconds_per_expert_layer if model.experts else 0.0)
             + all_reduces
             + BYTES * head / rates.bytes_read
@@ -145,10 +165,7 @@ def _linear_layers(rates: _Rates, model: ModelShape, deployment: Deployment, tok
     kept, tensor = model.stored_as(deployment.quantization), deployment.tensor_parallel_size
     dense_bits, compute = (16.0, model.dtype) if kept.experts_only else (kept.bits_per_weight, kept.compute)
     dense = (model.attention_parameters + model.dense_mlp_parameters) / tensor
-    seconds = rates.joined(
-        dense * dense_bits / 8 / rates.bytes_read,
-        2.0 * dense * tokens / rates.operations(compute, rates.roofline.compute_share),
-    )
+    seconds = rates.product(dense * dense_bits / 8, 2.0 * dense * tokens, compute)
     if model.experts:
         everyone = tokens * deployment.data_parallel_size
         share = 1.0 / deployment.expert_gpus
@@ -161,6 +178,7 @@ def _linear_layers(rates: _Rates, model: ModelShape, deployment: Deployment, tok
             * share
             * everyone
             / rates.operations(kept.compute, rates.roofline.expert_share),
+            rates.roofline.bend,
         )
     moved = tokens * _activation_bytes(model, tensor) / rates.bytes_read
     return seconds + moved + _communication(rates, model, deployment, tokens)
