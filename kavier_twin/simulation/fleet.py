@@ -396,7 +396,7 @@ def simulate(
 
 
 def simulate_parts(
-    settings: FleetSettings, parts: Iterable[Workload], *, stepping: bool = False
+    settings: FleetSettings, parts: Iterable[Workload], *, stepping: bool = False, sample_seconds: float = 0.0
 ) -> tuple[Fleet, Records]:
     """Run a workload that comes in parts, each later than the one before, holding one part at a time.
 
@@ -410,6 +410,8 @@ def simulate_parts(
         start = float(part.delivered[0])
         if fleet is None:
             fleet = Fleet(settings, stepping=stepping, start_seconds=min(0.0, start))
+            if sample_seconds > 0.0:
+                fleet.sample_every(sample_seconds)
         fleet.run(start)
         ended.append(_without_work(fleet.collect()))
         fleet.feed(part)
