@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from connectors.traces import Trace, TraceError, read_trace
 from connectors.traces.table import RequestTable
 from kavier_twin.errors import UserError
+from kavier_twin.hardware import FleetFile, Hardware
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
 from kavier_twin.simulation.workload import Workload, make_workload, take_rows
 from kavier_twin.twin.calibration import (
@@ -31,18 +32,8 @@ Model = TypeVar("Model", bound=BaseModel)
 
 _PART = 20_000  # requests that are arrays at once
 
-# Llama-3.1-8B in bf16 on one H100 SXM 80 GB: blocks from 0.92 x 80 GiB less 15 GiB of weights and 2 GiB of
-# activations at 2 MiB a block; step times from its data sheet (989 TFLOPS dense bf16, 3.35 TB/s) at 60 % of either.
-DEFAULT_FLEET = FleetSettings(
-    engine=EngineSettings(num_gpu_blocks=28_000),
-    step_time=StepTime(
-        fixed=0.008,
-        per_prefill_token=2.7e-5,
-        per_decode_sequence=2.7e-5,
-        per_context_token=6.5e-8,
-        per_prefill_attention=8.8e-10,
-    ),
-)
+DEFAULT_HARDWARE = Hardware(gpu="H100 SXM 80GB", model="meta-llama/Llama-3.1-8B")
+DEFAULT_FLEET = FleetFile.model_validate({"hardware": DEFAULT_HARDWARE.model_dump()}).settings()
 
 
 @dataclass(frozen=True)
@@ -94,7 +85,7 @@ def load_scenario(
         calibration = _fit(path, engine, observed_of(trace), calibrate_until)
         fleet = FleetSettings(engine=engine, step_time=calibration.step_time)
         return Scenario(trace, fleet, calibration.frontend_seconds, calibration, "meta.json")
-    return Scenario(trace, DEFAULT_FLEET, 0.0, None, "the default, Llama-3.1-8B on one H100")
+    return Scenario(trace, DEFAULT_FLEET, 0.0, None, "the default, Llama-3.1-8B on one H100 SXM")
 
 
 def observed_of(trace: Trace) -> Observed:
@@ -158,14 +149,17 @@ def _fit(path: Path, engine: EngineSettings, observed: Observed, share: float) -
 
 
 def read_fleet(path: Path) -> FleetSettings:
-    """A fleet file: the YAML form of FleetSettings. Raises UserError that lists every problem."""
+    """A fleet file: the YAML form of FleetSettings, or of the hardware that it follows from.
+
+    Raises UserError that lists every problem.
+    """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    return _checked(FleetSettings, content, str(path))
+    return _checked(FleetFile, content, str(path)).settings()
 
 
 def _engine(settings: Any, where: str) -> EngineSettings:
