@@ -1,8 +1,8 @@
 """Step times from measured operators: NVIDIA's AIConfigurator, where it is installed (extra `silicon`).
 
 Its database holds what single operators took on real cards under vLLM: matrix products, attention, experts,
-all-reduces. They are asked once per engine configuration, over a grid of batches, and turned into the same coefficients that the
-roofline gives, so that a run never leaves the compiled kernels. Only the library's documented facade is used
+all-reduces. They are asked once per engine configuration, over a grid of batches, and turned into the same coefficients
+that the roofline gives, so that a run never leaves the compiled kernels. Only the library's documented facade is used
 (`aiconfigurator_core.sdk`: `EngineHandle`, `run_static_per_op`; Apache-2.0).
 """
 

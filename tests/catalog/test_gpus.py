@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -54,8 +56,8 @@ def sheet(**changes: object) -> str:
     return yaml.safe_dump(gpus()["h100_sxm"].model_dump(mode="json") | changes)
 
 
-def test_a_card_of_ones_own(tmp_path: pytest.TempPathFactory) -> None:
-    path = tmp_path / "mine.yaml"  # type: ignore[operator]
+def test_a_card_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
     path.write_text(sheet(name="Mine", memory_bandwidth_bytes_per_second=1e12))
     assert find_gpu(str(path)).memory_bandwidth_bytes_per_second == 1e12
 
