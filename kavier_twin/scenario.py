@@ -14,14 +14,20 @@ from pydantic import BaseModel, ValidationError
 
 from connectors.traces import Trace, TraceError, read_trace
 from kavier_twin.errors import UserError
+from kavier_twin.footprint_file import fleet_with_carbon_read, with_carbon_read
+from kavier_twin.simulation.footprint import Footprint, PowerModel
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
 from kavier_twin.simulation.workload import take_rows, workload_of
 from kavier_twin.twin.calibration import Calibration, CalibrationError, Observed, calibrate, single_engine
 
 Model = TypeVar("Model", bound=BaseModel)
 
+# 700 W: NVIDIA's data sheet. It tells no idle power: 70 W, what an idle board reports, H200 (74 to 80 W) alike.
+H100_SXM = PowerModel(idle_watts=70.0, max_watts=700.0)
+
 # Llama-3.1-8B in bf16 on one H100 SXM 80 GB: blocks from 0.92 x 80 GiB less 15 GiB of weights and 2 GiB of
 # activations at 2 MiB a block; step times from its data sheet (989 TFLOPS dense bf16, 3.35 TB/s) at 60 % of either.
+# A GPU-hour costs what on-demand offers of 2026 asked, 1.9 to 2.9 USD.
 DEFAULT_FLEET = FleetSettings(
     engine=EngineSettings(num_gpu_blocks=28_000),
     step_time=StepTime(
@@ -31,6 +37,7 @@ DEFAULT_FLEET = FleetSettings(
         per_context_token=6.5e-8,
         per_prefill_attention=8.8e-10,
     ),
+    footprint=Footprint(power=H100_SXM, price_per_gpu_hour=2.5, currency="USD"),
 )
 
 
@@ -105,13 +112,22 @@ def _fit(path: Path, engine: EngineSettings, observed: Observed, share: float) -
 
 def read_fleet(path: Path) -> FleetSettings:
     """A fleet file: the YAML form of FleetSettings. Raises UserError that lists every problem."""
+    fleet = _checked(FleetSettings, _yaml(path), str(path))
+    return fleet_with_carbon_read(fleet, path.resolve().parent)
+
+
+def read_footprint(path: Path) -> Footprint:
+    """A footprint file: the YAML form of Footprint. Raises UserError that lists every problem."""
+    return with_carbon_read(_checked(Footprint, _yaml(path), str(path)), path.resolve().parent)
+
+
+def _yaml(path: Path) -> Any:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    return _checked(FleetSettings, content, str(path))
 
 
 def _engine(settings: Any, where: str) -> EngineSettings:

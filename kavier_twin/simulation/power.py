@@ -1,0 +1,119 @@
+"""Joules of a fleet's GPUs, from the work that its state accumulates. See docs/energy.md.
+
+The step-time coefficients turn work (`state.WORK`) into seconds; which of them, says what the GPU did in that time.
+What a token costs to compute is compute-bound: `per_prefill_token`, `per_prefill_attention`, `per_decode_sequence`, and
+of the linear layers the seconds that a token adds where they are compute-bound. The rest of a step reads memory: the
+weights (`fixed`, and what is left of the linear layers) and the KV cache (`per_context_token`).
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from kavier_twin.simulation.footprint import PowerModel
+from kavier_twin.simulation.settings import COEFFICIENTS, StepTime
+from kavier_twin.simulation.state import FleetState, Records
+
+Floats = npt.NDArray[np.float64]
+
+JOULES_PER_KWH: Final = 3.6e6
+JOULES_PER_WH: Final = 3.6e3
+
+_FIXED, _PREFILL, _DECODE, _CONTEXT, _ATTENTION, _LINEAR = range(6)  # places in `state.WORK`
+
+
+class Reading(NamedTuple):
+    """A fleet's cumulative work at one moment; the difference of two tells what lay between."""
+
+    time_seconds: float
+    work: Floats  # [parts of state.WORK] of all replicas, those gone included
+    alive_seconds: float  # of all replicas, from joining to leaving or failing
+    seconds_per_work: Floats  # [parts] the coefficients in force
+
+    @staticmethod
+    def of(state: FleetState, time_seconds: float) -> Reading:
+        """The fleet now. It is a pool of identical engines: the first one's coefficients hold for all."""
+        return Reading(
+            time_seconds,
+            state.replicas["work"].sum(axis=0),
+            alive_seconds(state.replicas, time_seconds),
+            np.array([state.engines[name][0] for name in COEFFICIENTS]),
+        )
+
+    def at_start(self, state: FleetState, time_seconds: float) -> Reading:
+        """Before any work was done, at a time no later than this reading."""
+        return self._replace(
+            time_seconds=time_seconds,
+            work=np.zeros_like(self.work),
+            alive_seconds=alive_seconds(state.replicas, time_seconds),
+        )
+
+
+class PhaseSeconds(NamedTuple):
+    """How the time of engine steps was spent: computing prompts, computing decoded tokens, reading memory."""
+
+    prefill: float
+    decode: float
+    reading: float
+
+
+class Energy(NamedTuple):
+    """Joules by what they were drawn for; they add up. `idle` is what is drawn in any case."""
+
+    idle: float
+    prefill: float
+    decode: float
+    reading: float
+
+
+def alive_seconds(replicas: Records, time_seconds: float) -> float:
+    """Seconds that the replicas were there until `time_seconds`, summed over them.
+
+    One that was asked to leave stays until its last batch is done.
+    """
+    empty = replicas["running"] + replicas["waiting"] == 0
+    gone = np.where(empty, np.maximum(replicas["left"], replicas["last_completion"]), np.inf)
+    gone = np.where(np.isfinite(replicas["left"]), gone, np.inf)
+    return float(np.maximum(np.minimum(gone, time_seconds) - replicas["joined"], 0.0).sum())
+
+
+def phase_seconds(before: Reading, after: Reading, step_time: StepTime) -> PhaseSeconds:
+    """Seconds of all replicas' engine steps between two readings, at the coefficients in force at the second.
+
+    The three add up to the duration of those steps. `step_time` tells the linear layers' slope where compute bounds
+    them: seconds per token.
+    """
+    work = after.work - before.work
+    seconds = after.seconds_per_work * work
+    tokens = work[_PREFILL] + work[_DECODE]
+    computing = min(seconds[_LINEAR], after.seconds_per_work[_LINEAR] * _compute_slope(step_time) * tokens)
+    prefilled = work[_PREFILL] / tokens if tokens > 0.0 else 0.0
+    return PhaseSeconds(
+        prefill=float(seconds[_PREFILL] + seconds[_ATTENTION] + computing * prefilled),
+        decode=float(seconds[_DECODE] + computing * (1.0 - prefilled)),
+        reading=float(seconds[_FIXED] + seconds[_CONTEXT] + seconds[_LINEAR] - computing),
+    )
+
+
+def _compute_slope(step_time: StepTime) -> float:
+    """Seconds that a token adds to the linear layers of a large step: the slope of their last two points."""
+    if len(step_time.linear_layers) < 2:
+        return 0.0
+    (tokens, seconds), (more_tokens, more_seconds) = step_time.linear_layers[-2:]
+    return (more_seconds - seconds) / (more_tokens - tokens)
+
+
+def energy(power: PowerModel, alive: float, phases: PhaseSeconds) -> Energy:
+    """Joules of GPUs that were on for `alive` seconds and spent their steps like this, by `PowerModel`.
+
+    Both count GPU-seconds: a replica's seconds times its GPUs, which work in step with each other.
+    """
+    return Energy(
+        idle=power.idle_watts * alive,
+        prefill=power.compute_watts * phases.prefill,
+        decode=power.compute_watts * phases.decode,
+        reading=power.memory_watts * phases.reading,
+    )
