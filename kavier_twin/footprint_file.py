@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TypeVar
 
-from connectors.carbon import CarbonFileError, read_carbon
+from connectors.series import CARBON_COLUMN, HIGHEST_CARBON, SeriesError, read_series
 from kavier_twin.errors import UserError
 from kavier_twin.simulation.footprint import Footprint
 from kavier_twin.simulation.settings import FleetSettings
@@ -19,8 +19,8 @@ def with_carbon_read(footprint: Footprint, directory: Path) -> Footprint:
         return footprint
     path = directory / footprint.carbon.file
     try:
-        points = read_carbon(path)
-    except CarbonFileError as error:
+        points = read_series(path, CARBON_COLUMN, HIGHEST_CARBON)
+    except SeriesError as error:
         raise UserError(str(error)) from None
     carbon = footprint.carbon.model_copy(update={"file": path, "points": points})
     return footprint.model_copy(update={"carbon": carbon})

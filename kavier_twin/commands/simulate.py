@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"--policy: {error}") from None
     _report_rejected_lines(console, scenario)
     with console.status(f"simulating {len(scenario.trace.records):,} requests"):
-        fleet = _simulate(scenario, fleet_settings, reference=args.reference, pin=args.pin)
+        fleet = simulate_scenario(scenario, fleet_settings, reference=args.reference, pin=args.pin)
     outcomes = fleet.collect()
     outcomes = outcomes[np.argsort(outcomes["index"], kind="stable")]
     start = float(scenario.observed.workload.arrival[0])
@@ -123,7 +123,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _simulate(scenario: Scenario, settings: FleetSettings, *, reference: bool, pin: bool) -> Fleet:
+def simulate_scenario(
+    scenario: Scenario, settings: FleetSettings, *, reference: bool = False, pin: bool = False
+) -> Fleet:
+    """The scenario run to its end on a fleet with these settings, sampled over time. Raises UserError."""
     observed = scenario.observed
     if pin:
         if not np.isfinite(observed.e2e_seconds).any():

@@ -91,6 +91,10 @@ def _metrics(view: TwinView) -> Iterator[Metric]:
     build = InfoMetricFamily(f"{PREFIX}_build", "The running twin, always 1.")
     build.add_metric([], {"version": view.version})
     yield build
+    if view.currency:
+        currency = InfoMetricFamily(f"{PREFIX}_cost", "The currency of costs (ISO 4217), always 1.", labels=["pool"])
+        currency.add_metric([view.pool], {"currency": view.currency})
+        yield currency
     yield from _stream(view)
     yield from _mirror(view)
     yield from _fidelity(view)

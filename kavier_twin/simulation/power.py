@@ -1,6 +1,9 @@
 """Joules of a fleet's GPUs, from the work that its state accumulates. See docs/energy.md.
 
-The step-time coefficients turn work (`state.WORK`) into seconds; which of them, says what the GPU did in that time.
+The step-time coefficients turn work (`state.WORK`) into seconds; which of them, says what the GPU did in that time. They
+tell shares: the amount is the time in which a replica had a live request, when vLLM takes step after step. So neither
+a pace that changed on the way nor a request that waits for its end from outside distorts it.
+
 What a token costs to compute is compute-bound: `per_prefill_token`, `per_prefill_attention`, `per_decode_sequence`, and
 of the linear layers the seconds that a token adds where they are compute-bound. The rest of a step reads memory: the
 weights (`fixed`, and what is left of the linear layers) and the KV cache (`per_context_token`).
@@ -30,6 +33,7 @@ class Reading(NamedTuple):
 
     time_seconds: float
     work: Floats  # [parts of state.WORK] of all replicas, those gone included
+    busy_seconds: float  # of all replicas, with a live request
     alive_seconds: float  # of all replicas, from joining to leaving or failing
     seconds_per_work: Floats  # [parts] the coefficients in force
 
@@ -39,6 +43,7 @@ class Reading(NamedTuple):
         return Reading(
             time_seconds,
             state.replicas["work"].sum(axis=0),
+            float(state.replicas["busy_seconds"].sum()),
             alive_seconds(state.replicas, time_seconds),
             np.array([state.engines[name][0] for name in COEFFICIENTS]),
         )
@@ -48,6 +53,7 @@ class Reading(NamedTuple):
         return self._replace(
             time_seconds=time_seconds,
             work=np.zeros_like(self.work),
+            busy_seconds=0.0,
             alive_seconds=alive_seconds(state.replicas, time_seconds),
         )
 
@@ -81,20 +87,22 @@ def alive_seconds(replicas: Records, time_seconds: float) -> float:
 
 
 def phase_seconds(before: Reading, after: Reading, step_time: StepTime) -> PhaseSeconds:
-    """Seconds of all replicas' engine steps between two readings, at the coefficients in force at the second.
+    """How all replicas spent the time between two readings in which they were busy; the three add up to it.
 
-    The three add up to the duration of those steps. `step_time` tells the linear layers' slope where compute bounds
-    them: seconds per token.
+    Shares are those of the coefficients in force at the second reading. `step_time` tells the linear layers' slope
+    where compute bounds them: seconds per token. Zero where no step was completed.
     """
     work = after.work - before.work
     seconds = after.seconds_per_work * work
     tokens = work[_PREFILL] + work[_DECODE]
     computing = min(seconds[_LINEAR], after.seconds_per_work[_LINEAR] * _compute_slope(step_time) * tokens)
     prefilled = work[_PREFILL] / tokens if tokens > 0.0 else 0.0
+    total = float(seconds.sum())
+    scale = (after.busy_seconds - before.busy_seconds) / total if total > 0.0 else 0.0
     return PhaseSeconds(
-        prefill=float(seconds[_PREFILL] + seconds[_ATTENTION] + computing * prefilled),
-        decode=float(seconds[_DECODE] + computing * (1.0 - prefilled)),
-        reading=float(seconds[_FIXED] + seconds[_CONTEXT] + seconds[_LINEAR] - computing),
+        prefill=scale * float(seconds[_PREFILL] + seconds[_ATTENTION] + computing * prefilled),
+        decode=scale * float(seconds[_DECODE] + computing * (1.0 - prefilled)),
+        reading=scale * float(seconds[_FIXED] + seconds[_CONTEXT] + seconds[_LINEAR] - computing),
     )
 
 
