@@ -1,8 +1,8 @@
 """Joules of a fleet's GPUs, from the work that its state accumulates. See docs/energy.md.
 
-The step-time coefficients turn work (`state.WORK`) into seconds; which of them, says what the GPU did in that time. They
-tell shares: the amount is the time in which a replica had a live request, when vLLM takes step after step. So neither
-a pace that changed on the way nor a request that waits for its end from outside distorts it.
+The step-time coefficients turn work (`state.WORK`) into seconds; which of them, says what the GPU did in that time.
+They tell shares: the amount is the time in which a replica had a live request, when vLLM takes step after step. So
+neither a pace that changed on the way nor a request that waits for its end from outside distorts it.
 
 What a token costs to compute is compute-bound: `per_prefill_token`, `per_prefill_attention`, `per_decode_sequence`, and
 of the linear layers the seconds that a token adds where they are compute-bound. The rest of a step reads memory: the

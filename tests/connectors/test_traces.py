@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from connectors.traces import FORMATS, Trace, TraceError, base, read_trace
 from connectors.traces.recording import read_kv_events, read_metrics, read_steps, token_times
-from kavier_twin.telemetry import EngineSample, RequestFinished, RequestRecord, RequestSeen
+from kavier_twin.telemetry import CarbonSample, EngineSample, RequestFinished, RequestRecord, RequestSeen
 
 MOONCAKE = {"timestamp": 1500, "input_length": 1000, "output_length": 5, "hash_ids": [7, 8]}
 GOLDEN = {"arrival_seconds": 0.5, "prompt_tokens": 40, "output_tokens": 8, "hash_ids": [1, 2, 3]}
@@ -221,6 +221,7 @@ def test_telemetry_joins_arrivals_with_their_ends(tmp_path: Path) -> None:
     lines = [
         end.model_dump(mode="json"),  # out of order
         EngineSample(time_seconds=1.0).model_dump(mode="json"),
+        CarbonSample(time_seconds=1.0, gco2_per_kwh=200.0).model_dump(mode="json"),
         REQUEST,
         seen.model_dump(mode="json"),
         seen.model_dump(mode="json"),
