@@ -221,7 +221,6 @@ def test_telemetry_joins_arrivals_with_their_ends(tmp_path: Path) -> None:
     lines = [
         end.model_dump(mode="json"),  # out of order
         EngineSample(time_seconds=1.0).model_dump(mode="json"),
-        CarbonSample(time_seconds=1.0, gco2_per_kwh=200.0).model_dump(mode="json"),
         REQUEST,
         seen.model_dump(mode="json"),
         seen.model_dump(mode="json"),
@@ -229,6 +228,7 @@ def test_telemetry_joins_arrivals_with_their_ends(tmp_path: Path) -> None:
         end.model_dump(mode="json") | {"id": "unheard"},
         {"kind": "request_seen", "id": "back", "time_seconds": 9.0, "prompt_tokens": 4},
         {"kind": "request_finished", "id": "back", "time_seconds": 8.0, "output_tokens": 4},
+        CarbonSample(time_seconds=1.0, gco2_per_kwh=200.0).model_dump(mode="json"),
     ]
     trace = read_trace(write(tmp_path / "t", *lines))
     assert trace.format == "telemetry"
