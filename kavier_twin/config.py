@@ -14,8 +14,9 @@ from connectors.traces import FORMATS
 from kavier_twin.errors import UserError
 from kavier_twin.footprint_file import fleet_with_carbon_read
 from kavier_twin.forecast.forecaster import ForecastSettings
+from kavier_twin.hardware import FleetFile
 from kavier_twin.simulation.policies import PolicyError, apply_overrides
-from kavier_twin.simulation.settings import FleetSettings, StepTime
+from kavier_twin.simulation.settings import StepTime
 from kavier_twin.twin.mirror import MirrorSettings
 
 DEFAULT_HOST: Final = "127.0.0.1"
@@ -33,19 +34,18 @@ class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class PoolFleet(FleetSettings):
-    """The pool's engines. Without `step_time` the mirror fits it to the stream, and says so until it has."""
+class PoolFleet(FleetFile):
+    """The pool's engines. Without `step_time` the mirror fits it to the stream, and says so until it has.
+
+    With `hardware` it starts from what the data sheets say, and stays there where the stream cannot tell.
+    """
 
     step_time: StepTime = CRUDE_STEP_TIME
 
     @property
     def calibrated(self) -> bool:
         """Whether the step time was given."""
-        return "step_time" in self.model_fields_set
-
-    def settings(self) -> FleetSettings:
-        """As the simulation takes it."""
-        return FleetSettings(**{name: getattr(self, name) for name in FleetSettings.model_fields})
+        return "step_time" in self.model_fields_set and self.step_time != self.prior
 
 
 class MirrorConfig(_Settings):

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
             points = np.array(read_series(args.watts, WATTS_COLUMN, HIGHEST_WATTS))
         except SeriesError as error:
             raise UserError(f"--watts: {error}") from None
-        fleet = simulate_scenario(scenario, settings)
+        fleet, _ = simulate_scenario(scenario, settings)
     times = points[:, 0] - settings.footprint.time_zero.timestamp()
     try:
         observed = observe_power(fleet.samples.readings, settings.step_time, times, points[:, 1])

@@ -17,13 +17,12 @@ from rich.table import Table
 from connectors.traces import FORMATS
 from kavier_twin.errors import UserError
 from kavier_twin.scenario import Scenario, load_scenario, read_footprint
-from kavier_twin.simulation.fleet import Fleet
+from kavier_twin.simulation.fleet import Fleet, simulate_parts
 from kavier_twin.simulation.impact import Impact, impact_of_run
 from kavier_twin.simulation.kpis import Counters, Distribution, Kpis, Slo, kpis
 from kavier_twin.simulation.policies import POLICY_NAMES, PolicyError, apply_overrides, parse_override
 from kavier_twin.simulation.settings import FleetSettings
 from kavier_twin.simulation.state import FINISHED, REJECTED_KV_CAPACITY, REJECTED_LENGTH, Records
-from kavier_twin.twin.calibration import with_frontend
 from kavier_twin.twin.pinned import replay_pinned
 
 _SAMPLES = 200  # points of the series over time
@@ -101,10 +100,8 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"--policy: {error}") from None
     _report_rejected_lines(console, scenario)
     with console.status(f"simulating {len(scenario.trace.records):,} requests"):
-        fleet = simulate_scenario(scenario, fleet_settings, reference=args.reference, pin=args.pin)
-    outcomes = fleet.collect()
-    outcomes = outcomes[np.argsort(outcomes["index"], kind="stable")]
-    start = float(scenario.observed.workload.arrival[0])
+        fleet, outcomes = simulate_scenario(scenario, fleet_settings, reference=args.reference, pin=args.pin)
+    start = scenario.trace.records[0].time_seconds
     result = kpis(
         outcomes,
         None,
@@ -125,21 +122,16 @@ def run(args: argparse.Namespace) -> int:
 
 def simulate_scenario(
     scenario: Scenario, settings: FleetSettings, *, reference: bool = False, pin: bool = False
-) -> Fleet:
-    """The scenario run to its end on a fleet with these settings, sampled over time. Raises UserError."""
-    observed = scenario.observed
+) -> tuple[Fleet, Records]:
+    """The fleet at the end, sampled over time, and the outcomes in the order in which they ended. Raises UserError."""
     if pin:
-        if not np.isfinite(observed.e2e_seconds).any():
+        if not np.isfinite(scenario.observed.e2e_seconds).any():
             raise UserError(f"{scenario.trace.path}: --pin needs a recording that tells when each request ended")
-        return replay_pinned(settings, observed, scenario.frontend_seconds)
-    workload = with_frontend(observed.workload, scenario.frontend_seconds)
-    fleet = Fleet(settings, stepping=reference, start_seconds=float(min(0.0, workload.arrival[0])))
-    span = float(workload.arrival[-1] - workload.arrival[0])
-    if span > 0.0:
-        fleet.sample_every(span / _SAMPLES)
-    fleet.feed(workload)
-    fleet.run()
-    return fleet
+        fleet = replay_pinned(settings, scenario.observed, scenario.frontend_seconds)
+        return fleet, fleet.collect()
+    records = scenario.trace.records
+    span = records[-1].time_seconds - records[0].time_seconds
+    return simulate_parts(settings, scenario.parts(), stepping=reference, sample_seconds=span / _SAMPLES)
 
 
 def _slo(texts: list[str]) -> Slo | None:
@@ -175,7 +167,8 @@ def _write_requests(path: Path, outcomes: Records) -> None:
     temporary = path.with_name(path.name + ".part")
     try:
         with temporary.open("w", encoding="utf-8") as file:
-            for row in outcomes:
+            for at in np.argsort(outcomes["index"], kind="stable"):
+                row = outcomes[at]
                 done = row["status"] == FINISHED
                 line = {
                     "index": int(row["index"]),

@@ -173,7 +173,8 @@ def kpis(
     def delta(name: str) -> Any:
         return getattr(after, name) - (getattr(before, name) if before is not None else 0)
 
-    done = outcomes[outcomes["status"] == layout.FINISHED]
+    finished = outcomes["status"] == layout.FINISHED
+    done = outcomes if finished.all() else outcomes[finished]
     ttft = done["first_token"] - done["arrival"]
     e2e = done["finish"] - done["arrival"]
     several = done["output"] > 1

@@ -11,6 +11,8 @@ With a prior (the catalogue's roofline) the data moves only the coefficients it 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -28,13 +30,18 @@ Floats = npt.NDArray[np.float64]
 MINIMUM_REQUESTS = 30
 FRONTEND = "frontend_seconds"
 _ROUNDS = 8
+_SECANTS = 4
+_LARGEST_FACTOR = 0.1  # of the logarithm of the factor by which the mean latency may correct the steps'
 _SMALLEST_FIXED_SECONDS = 1e-6
 # Requests reach the engine within this time in any deployment worth the name; it is where calibration starts from.
 _FRONTEND_PRIOR_SECONDS = 0.005
 
 
 class Observed(NamedTuple):
-    """Finished requests in order of arrival, with what was measured of them (seconds; NaN where it was not)."""
+    """Requests in order of arrival, with what was measured of them (seconds; NaN where it was not).
+
+    Requests without measurements count as load: leave none out that shared an engine with the measured ones.
+    """
 
     workload: Workload
     ttft_seconds: Floats
@@ -56,7 +63,7 @@ class Calibration:
 
     step_time: StepTime
     frontend_seconds: float
-    requests: int
+    requests: int  # (or steps, or scrapes) that it was fitted to
     mean_ttft_ratio: float  # predicted / observed
     mean_e2e_ratio: float
     coefficients: dict[str, Coefficient] = field(default_factory=dict)
@@ -87,24 +94,87 @@ def calibrate(
             f"{int(usable.sum())} finished requests with TTFT and end-to-end latency; at least {MINIMUM_REQUESTS} "
             "are needed to fit step times"
         )
-    # Fit and simulation overshoot each other (slower steps make larger batches, which explain more), so each round
-    # goes half the way.
-    step_time = prior or StepTime(fixed=float(np.median(decode[usable] / tokens[usable])), per_prefill_token=1e-6)
-    current = np.append(step_time.coefficients(), _FRONTEND_PRIOR_SECONDS if prior else 0.0)
+    start = prior or StepTime(fixed=float(np.median(decode[usable] / tokens[usable])), per_prefill_token=1e-6)
+
+    def rows(outcomes: Records, frontend: float) -> tuple[Floats, Floats]:
+        return _request_rows(outcomes, observed, usable, frontend)
+
+    return _alternate(fleet, observed, start, prior, floor, rows, int(usable.sum()))
+
+
+def calibrate_means(
+    fleet: FleetSettings, workload: Workload, ttft_seconds: float, e2e_seconds: float, *, prior: StepTime
+) -> Calibration:
+    """Fit to the mean latencies of a whole run, all that a benchmark's summary or a pair of histograms tells.
+
+    Two numbers determine two directions at most: along all others the coefficients stay at the prior.
+    """
+    count = workload.index.size
+
+    def rows(outcomes: Records, frontend: float) -> tuple[Floats, Floats]:
+        queue = float((outcomes["scheduled"] - outcomes["arrival"]).mean()) - frontend
+        work = np.array([np.append(outcomes[name].mean(axis=0), 0.0) for name in ("prefill_work", "decode_work")])
+        work[0, -1] = 1.0
+        # Each mean stands for all its requests: it outweighs the prior.
+        seconds = np.array([max(ttft_seconds - queue, _SMALLEST_FIXED_SECONDS), e2e_seconds - ttft_seconds])
+        return np.repeat(work, MINIMUM_REQUESTS, axis=0), np.repeat(seconds, MINIMUM_REQUESTS)
+
+    means = Observed(workload, np.full(count, ttft_seconds), np.full(count, e2e_seconds))
+    return _alternate(fleet, means, prior, prior, None, rows, count)
+
+
+def _alternate(
+    fleet: FleetSettings,
+    observed: Observed,
+    start: StepTime,
+    prior: StepTime | None,
+    floor: StepTime | None,
+    rows_of: Callable[[Records, float], tuple[Floats, Floats]],
+    requests: int,
+) -> Calibration:
+    """Simulate, fit to what the simulation did, and again.
+
+    Fit and simulation overshoot each other (slower steps make larger batches, which explain more), so each round goes
+    half the way.
+    """
+    current = np.append(start.coefficients(), _FRONTEND_PRIOR_SECONDS if prior else 0.0)
     for round_number in range(_ROUNDS):
-        outcomes = _simulate(fleet, step_time, current, observed.workload)
-        rows, seconds = _rows(outcomes, observed, usable, float(current[-1]))
-        found = fit(rows, seconds, prior=_with_frontend(prior), floor=_at_least(floor))
+        outcomes = _simulate(fleet, start, current, observed.workload)
+        rows, seconds = rows_of(outcomes, float(current[-1]))
+        found = fit(rows, seconds, prior=_with_frontend(prior), floor=at_least(floor))
         current = found.values if round_number == 0 and prior is None else 0.5 * (current + found.values)
-    outcomes = _simulate(fleet, step_time, current, observed.workload)
+    current, outcomes = _match_latency(fleet, start, current, observed)
     return Calibration(
-        step_time=_step_time(step_time, current),
+        step_time=_step_time(start, current),
         frontend_seconds=float(current[-1]),
-        requests=int(usable.sum()),
+        requests=requests,
         mean_ttft_ratio=_mean_ratio(outcomes["first_token"] - outcomes["arrival"], observed.ttft_seconds),
         mean_e2e_ratio=_mean_ratio(outcomes["finish"] - outcomes["arrival"], observed.e2e_seconds),
-        coefficients=named(found, current, (*COEFFICIENTS, FRONTEND), step_time),
+        coefficients=named(found, current, (*COEFFICIENTS, FRONTEND), start),
     )
+
+
+def _match_latency(
+    fleet: FleetSettings, layers: StepTime, values: Floats, observed: Observed
+) -> tuple[Floats, Records]:
+    """One common factor on the engine's coefficients, so that the mean end-to-end latency agrees, queues included.
+
+    A queue multiplies a small error of the step time; it also shows it more clearly than the steps do. Secant steps on
+    the logarithms; the best of all tried is taken.
+    """
+    tried: list[tuple[float, float, Floats, Records]] = []  # log factor, log of predicted / observed
+    factor = 0.0
+    for _ in range(_SECANTS):
+        scaled = np.append(values[:-1] * math.exp(factor), values[-1])
+        outcomes = _simulate(fleet, layers, scaled, observed.workload)
+        error = math.log(_mean_ratio(outcomes["finish"] - outcomes["arrival"], observed.e2e_seconds))
+        tried.append((factor, error, scaled, outcomes))
+        elasticity = 1.0
+        if len(tried) > 1 and factor != tried[-2][0]:
+            elasticity = max(0.5, (error - tried[-2][1]) / (factor - tried[-2][0]))
+        factor = min(_LARGEST_FACTOR, max(-_LARGEST_FACTOR, factor - error / elasticity))
+    _, _, best, outcomes = min(tried, key=lambda attempt: abs(attempt[1]))
+    return best, outcomes
 
 
 def named(found: Fit, values: Floats, names: tuple[str, ...], layers: StepTime) -> dict[str, Coefficient]:
@@ -117,7 +187,7 @@ def named(found: Fit, values: Floats, names: tuple[str, ...], layers: StepTime) 
     }
 
 
-def _rows(
+def _request_rows(
     outcomes: Records, observed: Observed, usable: npt.NDArray[np.bool_], frontend: float
 ) -> tuple[Floats, Floats]:
     """Work and seconds of every prefill and decode that can be used."""
@@ -137,7 +207,8 @@ def _with_frontend(prior: StepTime | None) -> Floats | None:
     return None if prior is None else np.append(prior.coefficients(), np.nan)
 
 
-def _at_least(floor: StepTime | None) -> Floats:
+def at_least(floor: StepTime | None) -> Floats:
+    """The least that each coefficient and the frontend's seconds may be."""
     values = np.zeros(len(COEFFICIENTS) + 1) if floor is None else np.append(floor.coefficients(), 0.0)
     values[0] = max(values[0], _SMALLEST_FIXED_SECONDS)  # a step costs something, whatever the data says
     return values
@@ -154,7 +225,8 @@ def _simulate(fleet: FleetSettings, layers: StepTime, values: Floats, workload: 
 
 
 def _mean_ratio(predicted: Floats, observed: Floats) -> float:
-    return float(np.nanmean(predicted) / np.nanmean(observed))
+    both = np.isfinite(predicted) & np.isfinite(observed)
+    return float(predicted[both].mean() / observed[both].mean())
 
 
 def with_frontend(workload: Workload, frontend_seconds: float) -> Workload:

@@ -49,6 +49,8 @@ class MirrorSettings:
     recent_requests: int = 5_000
     calibrate_after_requests: int = 100
     recalibrate_every_requests: int = 200
+    prior: StepTime | None = None  # where calibration stays unless the stream says otherwise (`fit`)
+    floor: StepTime | None = None  # what it cannot go below
     give_up_seconds: float = 3_600.0  # a request without a finish record for so long is dropped
 
 
@@ -292,7 +294,9 @@ class Mirror:
         self._finished_at_calibration = self.finished
         entries = [entry for entry in self._recent if entry.finished is not None]
         try:
-            calibration = calibrate(self.fleet.settings, _observed(entries))
+            calibration = calibrate(
+                self.fleet.settings, _observed(entries), prior=self.settings.prior, floor=self.settings.floor
+            )
         except CalibrationError:
             return
         self.use(calibration.step_time, calibration.frontend_seconds)
