@@ -32,10 +32,10 @@ class PowerModel(_Settings):
 
     watts = idle_watts + (max_watts - idle_watts) * (compute_load * c + memory_load * m)
 
-    where c is the share of time in which it computes (compute-bound: prefill, and the linear layers of decoded tokens)
-    and m that in which it reads weights and KV cache (memory-bound: most of a decode step). Linear between idle and
-    maximal power as Fan, Weber and Barroso (ISCA 2007) found servers to be, and as OpenDC's `linear` model; a load for
-    each of the two bottlenecks, because the phases of inference do not draw alike.
+    where c is the share of time in which it computes (nearly all of prefill, and decoded tokens in the linear layers)
+    and m that in which it reads weights and KV cache (most of a decode step); at most max_watts. Linear between idle
+    and maximal power as Fan, Weber and Barroso (ISCA 2007) found servers to be, and as OpenDC's `linear` model; a load
+    for each of the two bottlenecks, because the phases of inference do not draw alike.
     """
 
     idle_watts: Watts

@@ -4,9 +4,10 @@ The step-time coefficients turn work (`state.WORK`) into seconds; which of them,
 They tell shares: the amount is the time in which a replica had a live request, when vLLM takes step after step. So
 neither a pace that changed on the way nor a request that waits for its end from outside distorts it.
 
-What a token costs to compute is compute-bound: `per_prefill_token`, `per_prefill_attention`, `per_decode_sequence`, and
-of the linear layers the seconds that a token adds where they are compute-bound. The rest of a step reads memory: the
-weights (`fixed`, and what is left of the linear layers) and the KV cache (`per_context_token`).
+Computing is what a token costs: `per_prefill_token`, `per_prefill_attention`, `per_decode_sequence`, and of the linear
+layers the seconds that a token adds where compute bounds them. The rest of a step reads memory: the weights (`fixed`,
+and what else the linear layers take) and the KV cache (`per_context_token`). Linear layers do both at once: they take
+the longer time of the two, and the energy of both (Choi et al., "A roofline model of energy", IPDPS 2013).
 """
 
 from __future__ import annotations
@@ -59,8 +60,12 @@ class Reading(NamedTuple):
 
 
 class PhaseSeconds(NamedTuple):
-    """How the time of engine steps was spent: computing prompts, computing decoded tokens, reading memory."""
+    """How long a busy fleet was computing prompts, computing decoded tokens, and reading memory.
 
+    The three add up to `busy` or, where the linear layers compute and read at once, to more.
+    """
+
+    busy: float
     prefill: float
     decode: float
     reading: float
@@ -87,41 +92,51 @@ def alive_seconds(replicas: Records, time_seconds: float) -> float:
 
 
 def phase_seconds(before: Reading, after: Reading, step_time: StepTime) -> PhaseSeconds:
-    """How all replicas spent the time between two readings in which they were busy; the three add up to it.
+    """How all replicas spent the time between two readings in which they were busy.
 
-    Shares are those of the coefficients in force at the second reading. `step_time` tells the linear layers' slope
-    where compute bounds them: seconds per token. Zero where no step was completed.
+    Shares are those of the coefficients in force at the second reading; `step_time` tells the shape of the linear
+    layers. Zero where no step was completed.
     """
     work = after.work - before.work
     seconds = after.seconds_per_work * work
     tokens = work[_PREFILL] + work[_DECODE]
-    computing = min(seconds[_LINEAR], after.seconds_per_work[_LINEAR] * _compute_slope(step_time) * tokens)
+    weights, slope = after.seconds_per_work[_LINEAR] * _linear_shape(step_time)
+    computing = min(seconds[_LINEAR], slope * tokens)
+    reading = max(seconds[_LINEAR] - computing, weights * work[_FIXED])
     prefilled = work[_PREFILL] / tokens if tokens > 0.0 else 0.0
-    total = float(seconds.sum())
-    scale = (after.busy_seconds - before.busy_seconds) / total if total > 0.0 else 0.0
+    busy, total = after.busy_seconds - before.busy_seconds, float(seconds.sum())
+    scale = busy / total if total > 0.0 else 0.0
     return PhaseSeconds(
+        busy=busy,
         prefill=scale * float(seconds[_PREFILL] + seconds[_ATTENTION] + computing * prefilled),
         decode=scale * float(seconds[_DECODE] + computing * (1.0 - prefilled)),
-        reading=scale * float(seconds[_FIXED] + seconds[_CONTEXT] + seconds[_LINEAR] - computing),
+        reading=scale * float(seconds[_FIXED] + seconds[_CONTEXT] + reading),
     )
 
 
-def _compute_slope(step_time: StepTime) -> float:
-    """Seconds that a token adds to the linear layers of a large step: the slope of their last two points."""
-    if len(step_time.linear_layers) < 2:
-        return 0.0
-    (tokens, seconds), (more_tokens, more_seconds) = step_time.linear_layers[-2:]
-    return (more_seconds - seconds) / (more_tokens - tokens)
+def _linear_shape(step_time: StepTime) -> Floats:
+    """Of the linear layers: seconds of the smallest step, which reads the weights and computes next to nothing, and
+    seconds that a token adds to the largest, which compute bounds (the slope of the last two points)."""
+    if not step_time.linear_layers:
+        return np.zeros(2)
+    slope = 0.0
+    if len(step_time.linear_layers) > 1:
+        (tokens, seconds), (more_tokens, more_seconds) = step_time.linear_layers[-2:]
+        slope = (more_seconds - seconds) / (more_tokens - tokens)
+    return np.array([step_time.linear_layers[0][1], slope])
 
 
 def energy(power: PowerModel, alive: float, phases: PhaseSeconds) -> Energy:
-    """Joules of GPUs that were on for `alive` seconds and spent their steps like this, by `PowerModel`.
+    """Joules of GPUs that were on for `alive` seconds and spent their busy time like this, by `PowerModel`.
 
-    Both count GPU-seconds: a replica's seconds times its GPUs, which work in step with each other.
+    Both count GPU-seconds: a replica's seconds times its GPUs, which work in step with each other. Computing and
+    reading at once draw no more than `max_watts`.
     """
-    return Energy(
-        idle=power.idle_watts * alive,
-        prefill=power.compute_watts * phases.prefill,
-        decode=power.compute_watts * phases.decode,
-        reading=power.memory_watts * phases.reading,
+    drawn = (
+        power.compute_watts * phases.prefill,
+        power.compute_watts * phases.decode,
+        power.memory_watts * phases.reading,
     )
+    most = (power.max_watts - power.idle_watts) * phases.busy
+    capped = min(1.0, most / sum(drawn)) if sum(drawn) > 0.0 else 1.0
+    return Energy(power.idle_watts * alive, *(capped * joules for joules in drawn))

@@ -145,8 +145,8 @@ def test_energy_is_conserved(requests: list[tuple[float, int, int]], replicas: i
     assert found.gpu_hours == pytest.approx(replicas * until / HOUR)
     busy = float(fleet.state.replicas["busy_seconds"].sum())
     dynamic = found.energy_joules - found.energy_idle_joules
-    assert dynamic <= 0.9 * 600.0 * busy * (1 + 1e-9)
-    assert found.energy_joules <= 700.0 * replicas * until
+    assert dynamic <= 600.0 * busy * (1 + 1e-9)
+    assert found.energy_joules <= 700.0 * replicas * until * (1 + 1e-9)
     if int(fleet.state.replicas["steps"].sum()) > int(fleet.state.replicas["in_flight"].sum()):
         assert dynamic >= 0.4 * 600.0 * busy * (1 - 1e-9)
 
@@ -187,7 +187,7 @@ def test_larger_decode_batches_draw_more_and_cost_less_a_token() -> None:
 
 
 def test_linear_layers_split_into_computing_and_reading() -> None:
-    """By hand: eight decodes in a step of 15 ms, of which 8 tokens x 11.7 us compute in the linear layers."""
+    """By hand: eight decodes in a step of 15 ms; 5 ms read the weights while 8 tokens x 11.7 us are computed."""
     step_time = StepTime(fixed=0.01, linear_layers=((1, 0.005), (512, 0.006), (8192, 0.096)))
     settings = fleet_settings(step_time=step_time)
     fleet = Fleet(settings)
@@ -199,7 +199,8 @@ def test_linear_layers_split_into_computing_and_reading() -> None:
     step, computing = 0.01 + step_time.linear_seconds(8), 8 * 0.09 / 7680
     assert phases.prefill == 0.0
     assert phases.decode == pytest.approx(4.0 * computing / step, rel=1e-6)
-    assert phases.reading == pytest.approx(4.0 * (step - computing) / step, rel=1e-6)
+    assert phases.reading == pytest.approx(4.0 * (0.01 + 0.005) / step, rel=1e-6)
+    assert phases.busy == pytest.approx(4.0)
 
 
 def test_a_slower_pace_draws_longer_not_more() -> None:
