@@ -67,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
             "that the trace's 0 s stands for"
         ) from None
     _report(console, found)
-    print(yaml.safe_dump({"power": found.power.model_dump()}, sort_keys=False), end="")
+    rounded = {name: float(f"{value:.4g}") for name, value in found.power.model_dump().items()}
+    print(yaml.safe_dump({"power": rounded}, sort_keys=False), end="")
     return 0
 
 
