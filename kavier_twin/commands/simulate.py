@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from rich.console import Console
@@ -16,7 +16,7 @@ from rich.table import Table
 
 from connectors.traces import FORMATS
 from kavier_twin.errors import UserError
-from kavier_twin.scenario import Scenario, load_scenario, read_footprint
+from kavier_twin.scenario import CalibrateFrom, Scenario, load_scenario, read_footprint
 from kavier_twin.simulation.fleet import Fleet, simulate_parts
 from kavier_twin.simulation.impact import Impact, impact_of_run
 from kavier_twin.simulation.kpis import Counters, Distribution, Kpis, Slo, kpis
@@ -27,6 +27,8 @@ from kavier_twin.twin.pinned import replay_pinned
 
 _SAMPLES = 200  # points of the series over time
 _SLOS = ("ttft_seconds", "tpot_seconds", "e2e_seconds")
+
+_FITTED_ON = {"requests": "requests that ended", "steps": "logged steps", "metrics": "scrapes with decoding"}
 
 _EXAMPLES = f"""examples:
   kavier-twin simulate golden/chat-async --requests out.jsonl
@@ -72,6 +74,12 @@ def add_parser(commands: Any) -> None:
         help="fit step times on this first share of a recording (default 0.33)",
     )
     parser.add_argument(
+        "--calibrate-from",
+        choices=get_args(CalibrateFrom),
+        default="requests",
+        help="fit to a recording's request timings (default), its log of steps, or its scrapes of /metrics",
+    )
+    parser.add_argument(
         "--slo", action="append", default=[], metavar="NAME=SECONDS", help=f"objective for goodput: {', '.join(_SLOS)}"
     )
     parser.add_argument("--requests", type=Path, metavar="OUT.jsonl", help="write one JSON line a request")
@@ -90,7 +98,11 @@ def run(args: argparse.Namespace) -> int:
     console = Console(stderr=True)
     with console.status("reading the trace; compiled kernels are cached after the first run"):
         scenario = load_scenario(
-            args.trace, trace_format=args.format, fleet_file=args.fleet, calibrate_until=args.calibrate_until
+            args.trace,
+            trace_format=args.format,
+            fleet_file=args.fleet,
+            calibrate_until=args.calibrate_until,
+            calibrate_from=args.calibrate_from,
         )
         try:
             fleet_settings = apply_overrides(scenario.fleet, dict(map(parse_override, args.policy)))
@@ -213,9 +225,18 @@ def _document(scenario: Scenario, fleet: Fleet, outcomes: Records, result: Kpis)
         "calibration": None
         if calibration is None
         else {
+            "fitted_to": scenario.calibrated_from,
             "requests": calibration.requests,
             "frontend_seconds": calibration.frontend_seconds,
             "step_time": calibration.step_time.model_dump(),
+            "coefficients": {
+                name: {
+                    "value": found.value,
+                    "standard_deviation": found.deviation if math.isfinite(found.deviation) else None,
+                    "determined": found.determined,
+                }
+                for name, found in calibration.coefficients.items()
+            },
         },
     }
 
@@ -228,8 +249,13 @@ def _print(console: Console, scenario: Scenario, fleet: FleetSettings, outcomes:
     )
     if scenario.calibration is not None:
         console.print(
-            f"step times fitted on the first {scenario.calibration.requests} requests that ended", style="dim"
+            f"step times fitted on the first {scenario.calibration.requests} {_FITTED_ON[scenario.calibrated_from]}",
+            style="dim",
         )
+        if scenario.calibration.undetermined:
+            console.print(
+                f"not determined by these: {', '.join(scenario.calibration.undetermined)}", style="dim", highlight=False
+            )
     latencies = Table("seconds", "mean", "p50", "p90", "p95", "p99", title=None)
     for name, values in (
         ("TTFT", result.ttft),

@@ -176,3 +176,19 @@ def test_a_person_gets_tables(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     for word in ("TTFT", "hit ratio", "preemptions", "throughput"):
         assert word in out
+
+
+@pytest.mark.parametrize("source", ["requests", "steps", "metrics"])
+def test_a_recording_is_calibrated_from_what_there_is(source: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """All three see the same engine; only requests show what HTTP and tokenisation add."""
+    assert main(["simulate", str(RECORDING), "--json", "--calibrate-from", source, "--calibrate-until", "0.6"]) == 0
+    found = json.loads(capsys.readouterr().out)["calibration"]
+    assert found["fitted_to"] == source
+    assert found["requests"] > 10  # requests, steps or scrapes
+    step = found["step_time"]
+    # A decode step of one sequence of some hundred tokens: 12 to 20 ms on that machine at that time.
+    one = step["fixed"] + step["per_decode_sequence"] + 300 * step["per_context_token"]
+    assert 0.008 < one < 0.025
+    assert (found["frontend_seconds"] > 0.0) == (source == "requests")
+    for coefficient in found["coefficients"].values():
+        assert coefficient["standard_deviation"] is None or coefficient["standard_deviation"] >= 0.0
