@@ -11,6 +11,9 @@ from kavier_twin.config import read_settings
 from kavier_twin.errors import UserError
 from kavier_twin.hardware import FleetFile, Hardware
 from kavier_twin.scenario import read_fleet
+from kavier_twin.simulation.fleet import Fleet
+from kavier_twin.simulation.impact import impact_of_run
+from kavier_twin.simulation.workload import make_workload
 
 H100 = {"gpu": "NVIDIA H100 80GB HBM3", "model": "meta-llama/Llama-3.1-8B-Instruct"}
 
@@ -117,3 +120,20 @@ def test_the_daemon_starts_from_the_data_sheet_and_knows_it_is_not_calibrated(tm
     with pytest.raises(UserError, match=r"fleet\.hardware\.gpu: .*A1000") as error:
         read_settings(path)
     assert "1 problem" in str(error.value)
+
+
+def test_the_draw_lies_where_it_was_published() -> None:
+    """H100 SXM: 300 W at batch 1 and up to 600 W at batch 128 (ML.ENERGY v3); prompts 600 to 680 W of 700."""
+    settings = FleetFile.model_validate({"hardware": H100, "footprint": {"pue": 1.0}}).settings()
+
+    def watts(requests: int, prompt: int, output: int, seconds: float) -> float:
+        fleet = Fleet(settings)
+        fleet.feed(make_workload([0.0] * requests, prompt, output))
+        fleet.run(seconds)
+        found = impact_of_run(fleet, 0.0)
+        assert found is not None
+        return found.power_mean_watts
+
+    assert watts(1, 100, 3_000, 10.0) == pytest.approx(300.0, rel=0.05)
+    assert 350.0 < watts(128, 100, 3_000, 10.0) < 600.0
+    assert 600.0 < watts(64, 8_000, 1, 2.0) < 680.0
