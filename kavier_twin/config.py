@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from connectors.traces import FORMATS
 from kavier_twin.errors import UserError
+from kavier_twin.footprint_file import fleet_with_carbon_read
 from kavier_twin.forecast.forecaster import ForecastSettings
 from kavier_twin.hardware import FleetFile
 from kavier_twin.simulation.policies import PolicyError, apply_overrides
@@ -131,6 +132,12 @@ def check_settings(content: dict[str, Any], path: Path) -> Settings:
     if settings is not None:
         settings = _with_absolute_paths(settings, path.resolve().parent)
         problems += _path_problems(settings)
+        try:
+            settings = settings.model_copy(
+                update={"fleet": fleet_with_carbon_read(settings.fleet, path.resolve().parent)}
+            )
+        except UserError as error:
+            problems.append(f"fleet.footprint.carbon.file: {error}")
     if problems or settings is None:
         lines = "\n".join(f"  {path}: {problem}" for problem in problems)
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"

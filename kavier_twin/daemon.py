@@ -278,6 +278,7 @@ class Daemon:
             sources=states,
             forecasts={"succeeded": self._forecaster.cycles, "failed": self._forecaster.failures},
             outlook=self._outlook,
+            currency=mirror.fleet.settings.footprint.currency if mirror.fleet.settings.footprint else "",
             notes=self._notes,
         )
 

@@ -97,6 +97,18 @@ class Hardware(BaseModel):
         scale = min(least / usual for (_, least), (_, usual) in pairs)
         return peak.model_copy(update={"linear_scale": scale, "linear_layers": prior.linear_layers})
 
+    def footprint(self, given: Any) -> Any:
+        """Footprint settings with the card's watts and the GPUs of an engine, `given` ones first; null stays null.
+
+        An engine is one data-parallel rank: it has the GPUs of its tensor parallelism to itself.
+        """
+        if not isinstance(given, Mapping):
+            return given
+        watts = {"idle_watts": self.card.idle_watts, "max_watts": self.card.max_watts}
+        power = given.get("power", {})
+        power = {**watts, **power} if isinstance(power, Mapping) else power
+        return {"gpus_per_replica": self.tensor_parallel_size, **given, "power": power}
+
     def engine(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Engine settings as vLLM would choose them here, `given` ones first. Raises CatalogError if nothing fits."""
         shape = self.shape
@@ -123,8 +135,8 @@ class Hardware(BaseModel):
 
 
 class FleetFile(FleetSettings):
-    """A fleet as a user describes it: with `hardware`, the number of blocks, vLLM's limits and the step times follow
-    where they are not given."""
+    """A fleet as a user describes it: with `hardware`, the number of blocks, vLLM's limits, the step times and the
+    GPUs' power follow where they are not given."""
 
     hardware: Hardware | None = None
 
@@ -137,14 +149,18 @@ class FleetFile(FleetSettings):
             hardware = Hardware.model_validate(content["hardware"])
         except ValidationError:
             # Told when the field itself is checked; what would have followed from it is not missing.
-            return {"engine": {"num_gpu_blocks": 2}, "step_time": {"fixed": 1.0}, **content}
+            stand_in = {"engine": {"num_gpu_blocks": 2}, "step_time": {"fixed": 1.0}, **content}
+            if isinstance(content.get("footprint"), Mapping):
+                stand_in["footprint"] = {"power": {"idle_watts": 0.0, "max_watts": 0.0}, **content["footprint"]}
+            return stand_in
         given = content.get("engine")
         try:
             engine = hardware.engine(given if isinstance(given, Mapping) else {})
         except (CatalogError, TypeError) as error:
             raise ValueError(str(error)) from None
         prior = hardware.step_time(engine.get("kv_cache_dtype", "auto"))
-        return {"step_time": prior, **content, "hardware": hardware, "engine": engine}
+        footprint = hardware.footprint(content.get("footprint", {}))
+        return {"step_time": prior, **content, "hardware": hardware, "engine": engine, "footprint": footprint}
 
     @property
     def prior(self) -> StepTime | None:

@@ -17,7 +17,9 @@ from connectors.traces import Trace, TraceError, read_trace
 from connectors.traces.table import RequestTable
 from kavier_twin.engine_logs import counted, logged_steps
 from kavier_twin.errors import UserError
+from kavier_twin.footprint_file import fleet_with_carbon_read, with_carbon_read
 from kavier_twin.hardware import FleetFile, Hardware
+from kavier_twin.simulation.footprint import Footprint
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
 from kavier_twin.simulation.workload import Workload, make_workload, take_rows
 from kavier_twin.twin.calibration import (
@@ -36,7 +38,10 @@ Model = TypeVar("Model", bound=BaseModel)
 _PART = 20_000  # requests that are arrays at once
 
 DEFAULT_HARDWARE = Hardware(gpu="H100 SXM 80GB", model="meta-llama/Llama-3.1-8B")
-DEFAULT_FLEET = FleetFile.model_validate({"hardware": DEFAULT_HARDWARE.model_dump()}).settings()
+# A GPU-hour costs what on-demand offers of an H100 SXM asked in 2026: 1.9 to 2.9 USD.
+DEFAULT_FLEET = FleetFile.model_validate(
+    {"hardware": DEFAULT_HARDWARE.model_dump(), "footprint": {"price_per_gpu_hour": 2.5, "currency": "USD"}}
+).settings()
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,7 @@ def load_scenario(
         calibration = _fit(trace, engine, calibrate_until, calibrate_from)
         fleet = FleetSettings(engine=engine, step_time=calibration.step_time)
         return Scenario(trace, fleet, calibration.frontend_seconds, calibration, "meta.json", calibrate_from)
-    return Scenario(trace, DEFAULT_FLEET, 0.0, None, "the default, Llama-3.1-8B on one H100 SXM")
+    return Scenario(trace, DEFAULT_FLEET, 0.0, None, "the default, Llama-3.1-8B on one H100 SXM at 2.5 USD an hour")
 
 
 def observed_of(trace: Trace) -> Observed:
@@ -169,13 +174,22 @@ def read_fleet(path: Path) -> FleetSettings:
 
     Raises UserError that lists every problem.
     """
+    fleet = _checked(FleetFile, _yaml(path), str(path)).settings()
+    return fleet_with_carbon_read(fleet, path.resolve().parent)
+
+
+def read_footprint(path: Path) -> Footprint:
+    """A footprint file: the YAML form of Footprint. Raises UserError that lists every problem."""
+    return with_carbon_read(_checked(Footprint, _yaml(path), str(path)), path.resolve().parent)
+
+
+def _yaml(path: Path) -> Any:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    return _checked(FleetFile, content, str(path)).settings()
 
 
 def _engine(settings: Any, where: str) -> EngineSettings:

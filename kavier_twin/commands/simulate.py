@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,8 +16,9 @@ from rich.table import Table
 
 from connectors.traces import FORMATS
 from kavier_twin.errors import UserError
-from kavier_twin.scenario import CalibrateFrom, Scenario, load_scenario
+from kavier_twin.scenario import CalibrateFrom, Scenario, load_scenario, read_footprint
 from kavier_twin.simulation.fleet import Fleet, simulate_parts
+from kavier_twin.simulation.impact import Impact, impact_of_run
 from kavier_twin.simulation.kpis import Counters, Distribution, Kpis, Slo, kpis
 from kavier_twin.simulation.policies import POLICY_NAMES, PolicyError, apply_overrides, parse_override
 from kavier_twin.simulation.settings import FleetSettings
@@ -55,6 +57,12 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--policy", action="append", default=[], metavar="NAME=VALUE", help="override a setting; may be repeated"
+    )
+    parser.add_argument(
+        "--footprint",
+        type=Path,
+        metavar="FOOTPRINT.yaml",
+        help="what energy, carbon and cost follow from: power (idle_watts, max_watts), pue, carbon, price_per_gpu_hour",
     )
     parser.add_argument("--reference", action="store_true", help="step through every engine step instead of jumping")
     parser.add_argument("--pin", action="store_true", help="each request also ends when it really ended (recordings)")
@@ -98,18 +106,22 @@ def run(args: argparse.Namespace) -> int:
         )
         try:
             fleet_settings = apply_overrides(scenario.fleet, dict(map(parse_override, args.policy)))
+            if args.footprint is not None:
+                fleet_settings = fleet_settings.model_copy(update={"footprint": read_footprint(args.footprint)})
         except PolicyError as error:
             raise UserError(f"--policy: {error}") from None
     _report_rejected_lines(console, scenario)
     with console.status(f"simulating {len(scenario.trace.records):,} requests"):
-        fleet, outcomes = _simulate(scenario, fleet_settings, reference=args.reference, pin=args.pin)
+        fleet, outcomes = simulate_scenario(scenario, fleet_settings, reference=args.reference, pin=args.pin)
+    start = scenario.trace.records[0].time_seconds
     result = kpis(
         outcomes,
         None,
         Counters.of(fleet.state, fleet.now_seconds),
-        start_seconds=scenario.trace.records[0].time_seconds,
+        start_seconds=start,
         samples=fleet.samples if fleet.samples.time_seconds else None,
         slo=slo,
+        impact=impact_of_run(fleet, start),
     )
     if args.requests is not None:
         _write_requests(args.requests, outcomes)
@@ -120,8 +132,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _simulate(scenario: Scenario, settings: FleetSettings, *, reference: bool, pin: bool) -> tuple[Fleet, Records]:
-    """The fleet at the end and the outcomes, in the order in which they ended."""
+def simulate_scenario(
+    scenario: Scenario, settings: FleetSettings, *, reference: bool = False, pin: bool = False
+) -> tuple[Fleet, Records]:
+    """The fleet at the end, sampled over time, and the outcomes in the order in which they ended. Raises UserError."""
     if pin:
         if not np.isfinite(scenario.observed.e2e_seconds).any():
             raise UserError(f"{scenario.trace.path}: --pin needs a recording that tells when each request ended")
@@ -207,7 +221,7 @@ def _document(scenario: Scenario, fleet: Fleet, outcomes: Records, result: Kpis)
             "waiting": fleet.samples.waiting,
             "kv_usage_ratio": fleet.samples.kv_usage_ratio,
         },
-        "fleet": fleet.settings.model_dump(),
+        "fleet": fleet.settings.model_dump(mode="json", exclude={"footprint": {"carbon": {"points"}}}),
         "calibration": None
         if calibration is None
         else {
@@ -273,7 +287,26 @@ def _print(console: Console, scenario: Scenario, fleet: FleetSettings, outcomes:
         )
     if result.goodput_ratio is not None:
         facts.add_row("goodput", f"{result.goodput_requests_per_second:.3f} requests/s ({result.goodput_ratio:.1%})")
+    if result.impact is not None:
+        for name, text in _impact_rows(result.impact):
+            facts.add_row(name, text)
     console.print(facts)
+    if result.impact is not None and result.impact.assumed:
+        console.print(f"assumed: {'; '.join(result.impact.assumed)}", style="dim")
+
+
+def _impact_rows(impact: Impact) -> Iterator[tuple[str, str]]:
+    """Energy, carbon and cost for a person: what is not known is left out."""
+    yield "power", f"{impact.power_mean_watts:,.0f} W mean, PUE included"
+    yield (
+        "energy",
+        f"{impact.energy_watt_hours_per_million_tokens:,.1f} Wh ({impact.energy_joules_per_million_tokens:,.0f} J) per "
+        f"million tokens, {impact.energy_joules_per_million_output_tokens:,.0f} J per million output tokens",
+    )
+    if math.isfinite(impact.carbon_grams_per_million_tokens):
+        yield "carbon", f"{impact.carbon_grams_per_million_tokens:,.2f} gCO2 per million tokens"
+    if math.isfinite(impact.cost_per_million_tokens):
+        yield "cost", f"{impact.cost_per_million_tokens:,.4f} {impact.currency} per million tokens"
 
 
 def _peaks(result: Kpis) -> str:

@@ -25,6 +25,7 @@ from kavier_twin.simulation.kernels import replica as replica_kernels
 from kavier_twin.simulation.kernels import requests as request_kernels
 from kavier_twin.simulation.kernels import reshape
 from kavier_twin.simulation.policies import Override, apply_overrides
+from kavier_twin.simulation.power import Reading
 from kavier_twin.simulation.settings import FleetSettings
 from kavier_twin.simulation.state import FleetState, Records
 from kavier_twin.simulation.workload import Workload, concatenate, take_rows
@@ -50,9 +51,16 @@ class Samples:
     running: list[int] = field(default_factory=list)
     waiting: list[int] = field(default_factory=list)
     kv_usage_ratio: list[float] = field(default_factory=list)
+    readings: list[Reading] = field(default_factory=list)  # what energy follows from
 
     def copy(self) -> Samples:
-        return Samples(list(self.time_seconds), list(self.running), list(self.waiting), list(self.kv_usage_ratio))
+        return Samples(
+            list(self.time_seconds),
+            list(self.running),
+            list(self.waiting),
+            list(self.kv_usage_ratio),
+            list(self.readings),
+        )
 
 
 class Live(NamedTuple):
@@ -91,6 +99,7 @@ class Fleet:
             self.state.replicas["now"] = start_seconds
             self.state.replicas["accounted"] = start_seconds
             self.state.replicas["last_completion"] = start_seconds
+            self.state.replicas["joined"] = start_seconds
 
     # --- what is to come ------------------------------------------------------------------------------------------
 
@@ -264,6 +273,7 @@ class Fleet:
         self.samples.running.append(int(running))
         self.samples.waiting.append(int(waiting))
         self.samples.kv_usage_ratio.append(used / usable if usable else 0.0)
+        self.samples.readings.append(Reading.of(self.state, self.now_seconds))
 
     # --- forks ----------------------------------------------------------------------------------------------------
 
@@ -299,8 +309,13 @@ class Fleet:
         else:
             replicas["accepting"][action.replica] = 0
             if action.kind == "leave":
-                replicas["leaving"][action.replica] = 1
+                self._let_go(action.replica)
         self._retire()
+
+    def _let_go(self, number: int) -> None:
+        """The replica is gone once empty."""
+        self.state.replicas["leaving"][number] = 1
+        self.state.replicas["left"][number] = min(self.now_seconds, self.state.replicas["left"][number])
 
     def _retire(self) -> None:
         """Replicas that were to leave and are empty are gone."""
@@ -310,7 +325,7 @@ class Fleet:
 
     def _join(self) -> None:
         fresh = build.new_state(self.settings.model_copy(update={"replicas": 1}), stepping=self._stepping)
-        for name in ("now", "accounted", "last_completion"):
+        for name in ("now", "accounted", "last_completion", "joined"):
             fresh.replicas[name] = self.now_seconds
         self.state = build.with_replica(self.state, fresh)
 
@@ -322,6 +337,7 @@ class Fleet:
                 replica_kernels.abandon(self.state, number, live.slot, self.now_seconds)
         self.state.replicas["in_flight"][number] = 0
         self.state.replicas["alive"][number] = 0
+        self.state.replicas["left"][number] = self.now_seconds
         self.requeued += again.index.size
         self.deliver(again, 0, again.index.size)
 
@@ -378,7 +394,7 @@ class Fleet:
             self._join()
         for number in alive[new.replicas :] if "replicas" in overrides else []:
             self.state.replicas["accepting"][number] = 0
-            self.state.replicas["leaving"][number] = 1
+            self._let_go(number)
         self._retire()
 
 

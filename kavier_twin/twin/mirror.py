@@ -21,7 +21,14 @@ from kavier_twin.simulation.kpis import Counters
 from kavier_twin.simulation.settings import FleetSettings, StepTime
 from kavier_twin.simulation.state import FREE, WAITING
 from kavier_twin.simulation.workload import Workload, covered_tokens, make_workload, workload_of
-from kavier_twin.telemetry import EngineSample, RequestFinished, RequestRecord, RequestSeen, TelemetryRecord
+from kavier_twin.telemetry import (
+    CarbonSample,
+    EngineSample,
+    RequestFinished,
+    RequestRecord,
+    RequestSeen,
+    TelemetryRecord,
+)
 from kavier_twin.twin.calibration import Calibration, CalibrationError, Observed, calibrate
 from kavier_twin.twin.fidelity import Fidelity
 from kavier_twin.twin.pace import Pace
@@ -87,6 +94,10 @@ class Mirror:
             self.last_sample = record
             self.ingested["accepted"] += 1
             return
+        if isinstance(record, CarbonSample):
+            self._take_carbon(record)
+            self.ingested["accepted"] += 1
+            return
         if isinstance(record, RequestRecord):
             self.ingested[self._stream.offer(record.seen())] += 1
             finished = record.finished()
@@ -94,6 +105,15 @@ class Mirror:
                 self.ingested[self._stream.offer(finished)] += 1
             return
         self.ingested[self._stream.offer(record)] += 1
+
+    def _take_carbon(self, sample: CarbonSample) -> None:
+        """What the grid emits now takes the place of what the settings say, for forecasts from here on."""
+        footprint = self.fleet.settings.footprint
+        if footprint is not None:
+            unix_seconds = footprint.time_zero.timestamp() + sample.time_seconds
+            carbon = footprint.carbon.with_point(unix_seconds, sample.gco2_per_kwh)
+            footprint = footprint.model_copy(update={"carbon": carbon})
+            self.fleet.settings = self.fleet.settings.model_copy(update={"footprint": footprint})
 
     def advance(self, now_seconds: float | None = None) -> int:
         """Process what is due. `now_seconds` (event time) lets time pass where no record comes. Returns events."""
