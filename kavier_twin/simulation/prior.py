@@ -11,11 +11,6 @@ from kavier_twin.simulation.roofline import Roofline, step_time
 from kavier_twin.simulation.settings import StepTime
 from kavier_twin.simulation.silicon import SiliconUnavailable, silicon_step_time
 
-# What a request's first token takes outside the engine: HTTP, tokenising some hundred tokens, two hops between
-# processes, streaming back, the client. Time to first token of one H100 run (Llama-2-7B, "codegen", five requests a
-# second) less what the engine is simulated to take; other runs of that set, not used, show 5.4 to 8.8 ms.
-FRONTEND_SECONDS = 6e-3
-
 
 @dataclass(frozen=True)
 class Prior:
