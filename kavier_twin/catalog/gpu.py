@@ -17,7 +17,7 @@ from kavier_twin.catalog.errors import CatalogError
 ComputeType = Literal["fp16", "bf16", "fp8", "int8", "fp4"]
 PositiveNumber = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
-Bend = Annotated[float, Field(ge=1.0, le=10.0)]
+Bend = Annotated[float, Field(ge=1.0)]
 
 # Words of a card's name that tell no two cards apart.
 _NOISE = {"nvidia", "amd", "geforce", "instinct", "tensor", "core", "gpu", "accelerator", "edition"}

@@ -20,6 +20,7 @@ beyond this roofline; its other 217 runs, all H100, RTX and A10 measurements wer
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -59,6 +60,8 @@ class Roofline(BaseModel):
     """Prefill attention on 4,096 and more tokens: 0.46 (L40S) to 0.62 (H100)."""
     expert_share: Share = 0.42
     """Products of many small experts, of the 16-bit peak: 0.35 (RTX PRO 6000) to 0.54 (H200); MXFP4 0.19 to 0.44."""
+    expert_bend: Bend = 1.0
+    """As `bend`: each expert has few tokens and its product waits for its weights; 1.0 to 1.3 (RTX PRO 6000)."""
     seconds_per_step: Seconds = 0.5e-3
     """Preparing inputs, sampling, and what of the scheduler is not hidden behind the GPU."""
     seconds_per_step_synchronous: Seconds = 0.7e-3
@@ -89,6 +92,13 @@ class Roofline(BaseModel):
         """The defaults, with what was measured on this card in their place."""
         measured = {name: getattr(gpu, name) for name in Roofline.model_fields.keys() & Gpu.model_fields.keys()}
         return Roofline.model_validate({name: value for name, value in measured.items() if value is not None})
+
+    @staticmethod
+    def peak() -> Roofline:
+        """Every kernel at its dense peak, reading while it computes, and nothing around it."""
+        names = Roofline.model_fields
+        ideal = {name: 0.0 if name.startswith("seconds_") else math.inf if "bend" in name else 1.0 for name in names}
+        return Roofline.model_validate(ideal)
 
 
 @dataclass(frozen=True)
@@ -180,15 +190,11 @@ def _linear_layers(rates: _Rates, model: ModelShape, deployment: Deployment, tok
         everyone = tokens * deployment.data_parallel_size
         share = 1.0 / deployment.expert_gpus
         touched = touched_experts(model.experts.count, model.experts.per_token, everyone)
-        # Measured, reading and computing add up: each expert has few tokens and its product waits for its weights.
-        seconds += touched * model.expert_parameters * share * kept.bits_per_weight / 8 / rates.bytes_read
-        seconds += (
-            2.0
-            * model.experts.per_token
-            * model.expert_parameters
-            * share
-            * everyone
-            / rates.operations(kept.compute, rates.roofline.expert_share)
+        used = model.experts.per_token * model.expert_parameters * share
+        seconds += rates.joined(
+            touched * model.expert_parameters * share * kept.bits_per_weight / 8 / rates.bytes_read,
+            2.0 * used * everyone / rates.operations(kept.compute, rates.roofline.expert_share),
+            rates.roofline.expert_bend,
         )
     moved = tokens * _activation_bytes(model, tensor) / rates.bytes_read
     return seconds + moved + _communication(rates, model, deployment, tokens)
