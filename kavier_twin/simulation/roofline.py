@@ -15,7 +15,9 @@ The shares are those of kernels, not of served requests: their defaults are medi
 requests remain free to test against. The host's work cannot be seen in operators. `seconds_per_step` is an estimate:
 some hundred small kernels and copies. The two `_synchronous` ones are a straight line through what five runs of
 AIConfigurator's measured requests (vLLM 0.12, Qwen3-32B on eight H100, 1024 tokens in and out, 8 to 128 at once) take
-beyond this roofline; its other 217 runs, all H100, RTX and A10 measurements were not used.
+beyond this roofline; no number was fitted to its other 217 runs, nor to the H100 and RTX measurements. They were looked
+at while it was built, and where they were off, other operators were consulted (experts, 8 bits, the RTX cards' own
+shares). The A10's two shares are Kavier's, whose authors will have chosen them on runs like those of its table.
 """
 
 from __future__ import annotations

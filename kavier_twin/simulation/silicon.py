@@ -54,7 +54,9 @@ _QUANTIZATIONS = {
 _ATTENTION = ("attention", "mla")
 _LARGEST_DECODE = 512  # of the database's batches of decodes; beyond, prefills give the linear layers
 _MEASURED_SHARE = 0.5
-_KV_HEADS = 8  # on one GPU: where the tables of decode attention end; what lies beyond is extrapolated, far too high
+# On one GPU: where the tables of decode attention end. What lies beyond is extrapolated: Llama-2-7B with its 32 heads
+# came out 20 to 40 % slower than measured requests, where the roofline is within 10 %.
+_KV_HEADS = 8
 
 
 class SiliconUnavailable(Exception):
