@@ -81,6 +81,7 @@ class Daemon:
         self._outlook: Outlook | None = None
         self._live = False
         self._drained = False
+        self._behind = False
         self._last_record_unix = math.nan
         self._published = -math.inf
         self._rejects = _RejectLog()
@@ -180,17 +181,14 @@ class Daemon:
         with self._lock:
             for record in records:
                 self._take(record)
-            now = None if more else self._event_now()
             newest = self._mirror.newest_seconds
-            for held in self._ends.due(math.inf if ended else max(newest, -math.inf if now is None else now)):
+            for held in self._ends.due(math.inf if ended else newest):
                 self._mirror.ingest(held)
-            if ended and not self._drained:
-                # Nothing comes any more: what is buffered need not wait for the watermark.
-                now = max(self._mirror.newest_seconds, now or -math.inf) + self._mirror.settings.lateness_seconds
-                now = now if math.isfinite(now) else None
-            if not (ended and self._drained and not self._live):
-                self._mirror.advance(now)
+            # Nothing comes any more: what is buffered need not wait for the watermark.
+            last = self._mirror.newest_seconds + self._mirror.settings.lateness_seconds
+            self._mirror.advance(last if ended and math.isfinite(last) else None)
             self._drained = ended
+            self._behind = more
             self._tell_of_calibration()
         return more
 
@@ -207,6 +205,15 @@ class Daemon:
         if isinstance(record, EngineSample):
             self._reported.add(record)
         self._mirror.ingest(record)
+
+    def _present(self) -> Mirror:
+        """The mirror as of now: of a stream whose time is a clock's, moved on to where no record has come yet."""
+        now = None if self._behind else self._event_now()
+        if now is None or now <= self._mirror.time_seconds:
+            return self._mirror
+        present = self._mirror.fork(self._ends.until(now))
+        present.advance(now)
+        return present
 
     def _event_now(self) -> float | None:
         if self._event_clock is not None:
@@ -232,7 +239,7 @@ class Daemon:
 
     def _snapshot(self) -> Snapshot | None:
         with self._lock:
-            return self._mirror.snapshot()
+            return self._present().snapshot()
 
     def _take_forecast(self, forecast: Forecast) -> None:
         if self._outlook is None:
@@ -253,7 +260,7 @@ class Daemon:
         self._published = time.monotonic()
 
     def _seen(self, states: tuple[SourceState, ...]) -> TwinView:
-        mirror = self._mirror
+        mirror = self._present()
         records, dropped = assemble.records(mirror, sum(sum(state.rejected.values()) for state in states))
         step_time = mirror.fleet.settings.step_time
         lag = max(0.0, mirror.newest_seconds - mirror.time_seconds) if math.isfinite(mirror.time_seconds) else math.nan
@@ -329,6 +336,10 @@ class _HeldEnds:
         while self._heap and self._heap[0][0] <= until_seconds:
             found.append(heapq.heappop(self._heap)[2])
         return found
+
+    def until(self, time_seconds: float) -> list[RequestFinished]:
+        """Those up to a time; they stay held."""
+        return [entry[2] for entry in self._heap if entry[0] <= time_seconds]
 
 
 class _EngineSamples:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from copy import copy
 from dataclasses import dataclass
 from typing import Final
 
@@ -32,6 +33,13 @@ class Fidelity:
     def __init__(self, window_requests: int = WINDOW_REQUESTS) -> None:
         self._pairs: dict[str, deque[tuple[float, float]]] = {name: deque(maxlen=window_requests) for name in KPIS}
         self._prompts: deque[float] = deque(maxlen=window_requests)
+
+    def fork(self) -> Fidelity:
+        """An independent copy."""
+        twin = copy(self)
+        twin._pairs = {name: pairs.copy() for name, pairs in self._pairs.items()}
+        twin._prompts = self._prompts.copy()
+        return twin
 
     def add(self, kpi: str, predicted: float, observed: float) -> None:
         """One request's pair; pairs with anything not finite are ignored."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 import heapq
 import math
 from collections import OrderedDict
+from collections.abc import Iterable
+from copy import copy
 from typing import Final
 
 from kavier_twin.telemetry import RequestFinished, RequestSeen
@@ -49,11 +51,17 @@ class OrderedStream:
         self._known[identity] = None
         if len(self._known) > self._remembered_ids:
             self._known.popitem(last=False)
-        # At equal times a request is seen before it finishes.
-        order = 0 if isinstance(event, RequestSeen) else 1
-        heapq.heappush(self._heap, (event.time_seconds, order, event.id, event))
+        heapq.heappush(self._heap, _entry(event))
         self.newest_seconds = max(self.newest_seconds, event.time_seconds)
         return "accepted"
+
+    def fork(self, more: Iterable[Event] = ()) -> OrderedStream:
+        """A copy that hands out what is buffered and `more`; nothing may be offered to it."""
+        twin = copy(self)
+        twin._heap = self._heap.copy()
+        for event in more:
+            heapq.heappush(twin._heap, _entry(event))
+        return twin
 
     def raise_floor(self, time_seconds: float) -> None:
         """Time passed without records: nothing older than this is waited for."""
@@ -65,3 +73,8 @@ class OrderedStream:
         while self._heap and self._heap[0][0] <= self.watermark_seconds:
             events.append(heapq.heappop(self._heap)[3])
         return events
+
+
+def _entry(event: Event) -> tuple[float, int, str, Event]:
+    # At equal times a request is seen before it finishes.
+    return event.time_seconds, 0 if isinstance(event, RequestSeen) else 1, event.id, event
