@@ -6,7 +6,7 @@ import math
 from collections import deque
 from copy import copy
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 KPIS: Final = ("ttft_seconds", "e2e_seconds", "queue_seconds", "cached_tokens")
 WINDOW_REQUESTS: Final = 500
@@ -40,6 +40,16 @@ class Fidelity:
         twin._pairs = {name: pairs.copy() for name, pairs in self._pairs.items()}
         twin._prompts = self._prompts.copy()
         return twin
+
+    def save(self) -> dict[str, Any]:
+        """As JSON types."""
+        return {"pairs": {name: list(pairs) for name, pairs in self._pairs.items()}, "prompts": list(self._prompts)}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """What `save` gave."""
+        for name, pairs in saved["pairs"].items():
+            self._pairs[name].extend((predicted, observed) for predicted, observed in pairs)
+        self._prompts.extend(saved["prompts"])
 
     def add(self, kpi: str, predicted: float, observed: float) -> None:
         """One request's pair; pairs with anything not finite are ignored."""

@@ -11,7 +11,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterable
 from copy import copy
-from typing import Final
+from typing import Any, Final
 
 from kavier_twin.telemetry import RequestFinished, RequestSeen
 
@@ -62,6 +62,28 @@ class OrderedStream:
         for event in more:
             heapq.heappush(twin._heap, _entry(event))
         return twin
+
+    def save(self) -> dict[str, Any]:
+        """As JSON types."""
+        return {
+            "buffered": [entry[3].model_dump(mode="json", exclude_defaults=True) for entry in sorted(self._heap)],
+            "kinds": [entry[3].kind for entry in sorted(self._heap)],
+            "known": list(self._known),
+            "newest_seconds": self.newest_seconds,
+            "floor_seconds": self._floor_seconds,
+        }
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """What `save` gave."""
+        models: dict[str, type[RequestSeen] | type[RequestFinished]] = {
+            "request_seen": RequestSeen,
+            "request_finished": RequestFinished,
+        }
+        events = [models[kind].model_validate(e) for kind, e in zip(saved["kinds"], saved["buffered"], strict=True)]
+        self._heap = [_entry(event) for event in events]  # sorted, which is a heap
+        self._known = OrderedDict((tuple(identity), None) for identity in saved["known"])
+        self.newest_seconds = saved["newest_seconds"]
+        self._floor_seconds = saved["floor_seconds"]
 
     def raise_floor(self, time_seconds: float) -> None:
         """Time passed without records: nothing older than this is waited for."""
