@@ -22,6 +22,7 @@ from connectors.follow import DeadLetters, FollowFile
 from connectors.source import Source
 from connectors.traces import TraceError
 from kavier_twin import __version__
+from kavier_twin.checkpoints import Checkpoints, seekable
 from kavier_twin.config import DEFAULT_HOST, DEFAULT_PORT, Settings
 from kavier_twin.errors import UserError
 from kavier_twin.forecast.forecaster import Forecaster, ForecastSettings
@@ -66,9 +67,11 @@ class Daemon:
         port: int = DEFAULT_PORT,
         event_clock: Callable[[], float] | None = None,
         notes: Iterable[str] = (),
+        checkpoints: Checkpoints | None = None,
     ) -> None:
         self.failed = False
         self._mirror = Mirror(mirror or MirrorSettings(), fleet, calibrated=calibrated)
+        self._checkpoints = checkpoints
         self._lock = Lock()
         self._forecast = forecast or ForecastSettings()
         self._forecaster = Forecaster(self._forecast)
@@ -92,6 +95,7 @@ class Daemon:
         self._publish()
         self.http = _listen(lambda: self._view, host, port) if host is not None else None
         self._thread = Thread(target=self._keep_ingesting, name="ingest", daemon=True)
+        self._restore(fleet)
 
     @classmethod
     def of(cls, settings: Settings) -> Daemon:
@@ -115,7 +119,20 @@ class Daemon:
             calibrated=settings.fleet.calibrated,
             host=settings.http.host,
             port=settings.http.port,
+            checkpoints=Checkpoints(**settings.checkpoints.model_dump()) if settings.checkpoints else None,
         )
+
+    def _restore(self, fleet: FleetSettings) -> None:
+        """Go on where the last run stood."""
+        restored = self._checkpoints.restore(self._mirror.settings, fleet) if self._checkpoints else None
+        if restored is None:
+            return
+        self._mirror = restored.mirror
+        for end in restored.ends:
+            self._ends.hold(end)
+        for key, source in seekable(self._sources):
+            source.seek(restored.positions.get(key, {}))
+        self._publish()
 
     @property
     def view(self) -> TwinView:
@@ -162,9 +179,18 @@ class Daemon:
                     self._stopping.wait(POLL_SECONDS)
                 if time.monotonic() - self._published >= PUBLISH_SECONDS:
                     self._publish()
+                if self._checkpoints and self._checkpoints.due:
+                    self._checkpoint(self._checkpoints)
+            if self._checkpoints:
+                self._checkpoint(self._checkpoints)
         except Exception:
             log.exception("the mirror failed; the daemon ends")
             self.failed = True
+
+    def _checkpoint(self, checkpoints: Checkpoints) -> None:
+        with self._lock:
+            saved = checkpoints.take(self._mirror, self._ends.until(math.inf), self._sources)
+        checkpoints.write(saved)
 
     def _ingest(self) -> bool:
         """Take in what the sources have now. Returns whether there may be more at once."""
@@ -283,6 +309,8 @@ class Daemon:
             exact_cache_ratio=mirror.fidelity.exact_cache_ratio(),
             beside=assemble.beside(mirror, self._reported.at(mirror.time_seconds)),
             sources=states,
+            checkpoint_unix_seconds=self._checkpoints.written_unix_seconds if self._checkpoints else None,
+            checkpoint_failures=self._checkpoints.failures if self._checkpoints else 0,
             forecasts={"succeeded": self._forecaster.cycles, "failed": self._forecaster.failures},
             outlook=self._outlook,
             currency=mirror.fleet.settings.footprint.currency if mirror.fleet.settings.footprint else "",
