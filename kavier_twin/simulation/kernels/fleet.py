@@ -38,7 +38,9 @@ def arrive(state, workload, start, stop, places):
             state.fleet[0].turn = number
             _refresh_all(state)
             return row, status, number
-        if state.engines[number].eviction == BELADY:
+        if state.engines[number].eviction == BELADY and state.replicas.size > 1:
+            for other in range(state.replicas.size):
+                advance(state, other, time)
             belady.passed(state, row, workload, number if slot >= 0 else -1)
         places[row, 0] = number
         places[row, 1] = slot

@@ -16,14 +16,14 @@ _B1, _B2 = 1, 2
 def recalled(order, which):
     """Content that list `which` of the ghosts knew comes again: give more room to what it was evicted from.
 
-    The step is max(1, |other| / |own|) in whole blocks, the sizes being those before the key left its list.
+    The step is max(1, |other| / |own|), a fraction as in vLLM's own host tier, the sizes being those before the key left.
     """
     eviction = order.eviction
     if which == _B1:
-        step = max(1, eviction.ghosts[1] // (eviction.ghosts[0] + 1))
+        step = max(1.0, eviction.ghosts[1] / (eviction.ghosts[0] + 1))
         eviction.target = min(eviction.target + step, float(order.blocks.size - 1))
     else:
-        step = max(1, eviction.ghosts[0] // (eviction.ghosts[1] + 1))
+        step = max(1.0, eviction.ghosts[0] / (eviction.ghosts[1] + 1))
         eviction.target = max(eviction.target - step, 0.0)
 
 

@@ -128,6 +128,7 @@ def victim(order):
     policy = order.engine.eviction
     if policy <= BELADY:
         block = heap.pop(order)
+        order.eviction.counts[0] -= 1
         if policy == COST_AWARE:
             cost_aware.evicted(order, block)
         return block
