@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -57,8 +58,6 @@ def new_state(settings: FleetSettings, *, stepping: bool = False) -> FleetState:
         phases=_empty_phases(replicas, engine.block_size),
         itl_counts=np.zeros((replicas, layout.ITL_BINS), np.int64),
         **_empty_eviction(replicas, engine),
-        oracle=np.zeros(1, layout.ORACLE),
-        uses=np.zeros(1, layout.USE),
         outcomes=np.zeros(outcomes, layout.OUTCOME),
     )
     state.fleet["router"] = ROUTERS[settings.router]
@@ -106,9 +105,9 @@ def write_engine(row: Records, engine: EngineSettings, step_time: StepTime, *, s
     row["eviction_ttl_seconds"] = engine.eviction_ttl_seconds
     row["eviction_pinned_blocks"] = engine.eviction_pinned_tokens // engine.block_size
     row["eviction_pinned_most"] = int(engine.eviction_pinned_share * (engine.num_gpu_blocks - 1))
-    tokens = engine.max_num_batched_tokens
-    linear = step_time.linear_scale * step_time.linear_seconds(tokens)
-    row["prefill_token_seconds"] = (step_time.fixed + linear) / tokens + step_time.per_prefill_token
+    budget = engine.max_num_batched_tokens
+    whole = step_time.fixed + step_time.linear_scale * step_time.linear_seconds(budget)
+    row["prefill_token_seconds"] = whole / budget + step_time.per_prefill_token
     for name in COEFFICIENTS:
         row[name] = getattr(step_time, name)
     row["knots"] = len(step_time.linear_layers)
@@ -117,17 +116,19 @@ def write_engine(row: Records, engine: EngineSettings, step_time: StepTime, *, s
         row["knot_seconds"][..., at] = seconds
 
 
-def _empty_eviction(replicas: int, engine: EngineSettings) -> dict[str, Records]:
+def _empty_eviction(replicas: int, engine: EngineSettings) -> dict[str, Any]:
     """The arrays of an eviction policy with nothing in them; as good as none for LRU, which needs none."""
     policy, blocks = engine.eviction, engine.num_gpu_blocks
     heap = policy in ("fifo", "lfu", "cost_aware", "belady")
     ghosts = policy in ("arc", "s3fifo")
-    arrays = {
+    arrays: dict[str, Any] = {
         "eviction": np.zeros(replicas, layout.EVICTION),
         "nodes": np.zeros((replicas, 1 if policy == "lru" else blocks + layout.QUEUES), layout.NODE),
         "heap": np.zeros((replicas, blocks if heap else 1), np.int32),
         "ghosts": np.zeros((replicas, blocks + 2 if ghosts else 1), layout.GHOST),
         "ghost_buckets": np.zeros((replicas, _bucket_count(blocks) if ghosts else 1), np.int32),
+        "oracle": np.zeros(1, layout.ORACLE),
+        "uses": np.zeros(1, layout.USE),
     }
     arrays["nodes"]["place"] = -1
     _close_rings(arrays["nodes"], layout.QUEUES if policy != "lru" else 0)

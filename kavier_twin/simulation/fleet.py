@@ -106,8 +106,12 @@ class Fleet:
         rest = self._pending()
         self._arrivals = workload if rest is None else concatenate(rest, workload)
         self._next_row = 0
+        self.foresee(self._arrivals)
+
+    def foresee(self, workload: Workload | None) -> None:
+        """Tell Belady's policy all requests to come; nothing under any other. `feed` does it."""
         if self.settings.engine.eviction == "belady":
-            self.state = future.with_future(self.state, self._arrivals, self.now_seconds)
+            self.state = future.with_future(self.state, workload, self.now_seconds)
 
     def join(self, time_seconds: float) -> None:
         """A new replica with a cold cache joins."""
@@ -380,11 +384,11 @@ class Fleet:
                 self.set_output(live, int(self.state.requests["output"][live.replica, live.slot]))
         if reorder:
             self.state = build.with_eviction(self.state, new.engine, self.now_seconds)
-            pending = self._pending() if new.engine.eviction == "belady" else None
-            self.state = future.with_future(self.state, pending, self.now_seconds)
         self.state.fleet["router"] = build.ROUTERS[new.router]
         self.state.fleet["max_imbalance"] = new.router_max_imbalance
         self.settings = new
+        if reorder:
+            self.foresee(self._pending())
         alive = [number for number in replicas if self.state.replicas["accepting"][number]]
         for _ in range(new.replicas - len(alive) if "replicas" in overrides else 0):
             self._join()

@@ -49,7 +49,7 @@ def foresee_keys(
     """The future in which `row` (ascending), the request (arrival, index), uses the hash `keys`; all of one length."""
     if keys.size == 0:
         return nothing()
-    order = np.argsort(keys, kind="stable")
+    order = np.lexsort((index, arrival, keys))
     keys = keys[order]
     uses = np.zeros(keys.size, layout.USE)
     uses["arrival"], uses["index"], uses["rank"] = arrival[order], index[order], first_rank + row[order]

@@ -1,4 +1,4 @@
-"""The eviction kernels driven as a plain cache of blocks of one size: a sequence of keys, each a hit or an insertion."""
+"""The eviction kernels driven as a plain cache of blocks of one size: keys one by one, hit or inserted."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import numpy.typing as npt
 
 from kavier_twin.simulation import build, future
 from kavier_twin.simulation import state as layout
-from kavier_twin.simulation.kernels.blocks import find, insert, touch
 from kavier_twin.simulation.kernels.blocks import allocate as allocate_lru
+from kavier_twin.simulation.kernels.blocks import find, insert, touch
 from kavier_twin.simulation.kernels.blocks import release as release_lru
 from kavier_twin.simulation.kernels.compile import kernel
 from kavier_twin.simulation.kernels.eviction import dispatch

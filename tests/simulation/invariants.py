@@ -141,7 +141,9 @@ def check_eviction(state: FleetState, number: int) -> None:
         assert int(eviction["counts"][which]) == int((nodes["queue"][cached] == which).sum()), f"queue {which} counts"
         standing = queue(nodes, which)
         assert all(nodes["queue"][block] == which for block in standing), "a block stands in a queue of others"
-        assert all(blocks["key"][block] != layout.UNHASHED for block in standing), "a queue holds a block without content"
+        assert all(blocks["key"][block] != layout.UNHASHED for block in standing), (
+            "a queue holds a block without content"
+        )
     linked = {block for which in range(layout.QUEUES) for block in queue(nodes, which)}
     assert linked == set(np.flatnonzero(nodes["linked"]).tolist()), "linked blocks stand in no queue, or the reverse"
     if policy < layout.SIEVE:

@@ -126,9 +126,7 @@ STEP = StepTime(fixed=0.01, per_prefill_token=1e-5, per_decode_sequence=1e-4, pe
 
 
 def fleet_settings(blocks: int, replicas: int = 1, **engine: Any) -> FleetSettings:
-    return FleetSettings(
-        replicas=replicas, engine=EngineSettings(num_gpu_blocks=blocks + 1, **engine), step_time=STEP
-    )
+    return FleetSettings(replicas=replicas, engine=EngineSettings(num_gpu_blocks=blocks + 1, **engine), step_time=STEP)
 
 
 def requests(chains: list[list[int]], gap_seconds: float = 1.0) -> Workload:
@@ -200,7 +198,9 @@ def test_nothing_beats_belady_in_an_engine(replicas: int) -> None:
     work = conversation(600, 5)
     hits = {}
     for policy in EVICTIONS:
-        fleet = simulate(fleet_settings(250, replicas, eviction=policy).model_copy(update={"router": "round_robin"}), work)
+        fleet = simulate(
+            fleet_settings(250, replicas, eviction=policy).model_copy(update={"router": "round_robin"}), work
+        )
         check_state(fleet.state)
         hits[policy] = int(fleet.state.replicas["hit_tokens"].sum())
     assert hits["belady"] == max(hits.values()), hits

@@ -16,7 +16,7 @@ _B1, _B2 = 1, 2
 def recalled(order, which):
     """Content that list `which` of the ghosts knew comes again: give more room to what it was evicted from.
 
-    The step is max(1, |other| / |own|), a fraction as in vLLM's own host tier, the sizes being those before the key left.
+    The step is max(1, |other| / |own|), a fraction as in vLLM's host tier; the sizes are those before the key left.
     """
     eviction = order.eviction
     if which == _B1:

@@ -1,4 +1,4 @@
-"""Doubly linked queues of blocks, from the newest to the oldest. Each is a ring around a sentinel at the end of `nodes`.
+"""Doubly linked queues of blocks, from the newest to the oldest: rings around sentinels at the end of `nodes`.
 
 A block belongs to the queue `nodes[block].queue`, whether it stands in it (`linked`) or not; `eviction.counts` counts
 those that belong.
