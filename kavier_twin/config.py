@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from connectors.traces import FORMATS
 from kavier_twin.checkpoints import EVERY_SECONDS, KEEP
@@ -42,6 +42,15 @@ class PoolFleet(FleetFile):
     """
 
     step_time: StepTime = CRUDE_STEP_TIME
+
+    @model_validator(mode="after")
+    def _nobody_knows_the_future(self) -> PoolFleet:
+        if self.engine.eviction == "belady":
+            raise ValueError(
+                "engine.eviction=belady needs to know the future, which a live pool does not; use it in "
+                "forecast.policies, whose futures are known"
+            )
+        return self
 
     @property
     def calibrated(self) -> bool:

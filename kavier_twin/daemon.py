@@ -30,8 +30,8 @@ from kavier_twin.forecast.result import Forecast
 from kavier_twin.serve import assemble
 from kavier_twin.serve.http import AddressError, HttpServer
 from kavier_twin.serve.view import Outlook, SourceState, TwinView
-from kavier_twin.simulation.policies import PolicyError, apply_overrides, vllm_flags
-from kavier_twin.simulation.settings import COEFFICIENTS, EngineSettings, FleetSettings
+from kavier_twin.simulation.policies import PolicyError, apply_overrides, hypothetical_reasons, vllm_flags
+from kavier_twin.simulation.settings import COEFFICIENTS, FleetSettings
 from kavier_twin.telemetry import EngineSample, RequestFinished, RequestRecord, TelemetryRecord
 from kavier_twin.twin.mirror import Mirror, MirrorSettings
 from kavier_twin.twin.snapshot import Snapshot
@@ -432,8 +432,7 @@ def _flags(fleet: FleetSettings, forecast: ForecastSettings) -> dict[str, tuple[
             changed = apply_overrides(fleet, policy.overrides)
         except PolicyError:
             continue
-        deployable = set(policy.overrides) <= set(EngineSettings.model_fields)
-        found[policy.name] = (tuple(vllm_flags(fleet, changed)), deployable)
+        found[policy.name] = (tuple(vllm_flags(fleet, changed)), not hypothetical_reasons(fleet, changed))
     return found
 
 
