@@ -16,6 +16,7 @@ from rich.table import Table
 
 from connectors.traces import FORMATS
 from kavier_twin.errors import UserError
+from kavier_twin.export_opendc import write_opendc
 from kavier_twin.scenario import CalibrateFrom, Scenario, load_scenario, read_footprint
 from kavier_twin.simulation.fleet import Fleet, simulate_parts
 from kavier_twin.simulation.impact import Impact, impact_of_run
@@ -83,6 +84,12 @@ def add_parser(commands: Any) -> None:
         "--slo", action="append", default=[], metavar="NAME=SECONDS", help=f"objective for goodput: {', '.join(_SLOS)}"
     )
     parser.add_argument("--requests", type=Path, metavar="OUT.jsonl", help="write one JSON line a request")
+    parser.add_argument(
+        "--export",
+        nargs=2,
+        metavar=("FORMAT", "DIR"),
+        help="write the run for another simulator: opendc (tasks.parquet and fragments.parquet; docs/kavier.md)",
+    )
     parser.add_argument("--json", action="store_true", help="print the KPIs as one JSON object and nothing else")
 
 
@@ -94,6 +101,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             "--pin and --reference exclude each other: a pinned run follows the recording, not the step clock"
         )
+    if args.export is not None and args.export[0] != "opendc":
+        raise UserError(f"--export {args.export[0]}: expected opendc, for example --export opendc workload/")
     slo = _slo(args.slo)
     console = Console(stderr=True)
     with console.status("reading the trace; compiled kernels are cached after the first run"):
@@ -125,6 +134,9 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.requests is not None:
         _write_requests(args.requests, outcomes)
+    if args.export is not None:
+        tasks, fragments = write_opendc(Path(args.export[1]), outcomes)
+        console.print(f"{args.export[1]}: {tasks:,} tasks, {fragments:,} fragments for OpenDC")
     if args.json:
         print(json.dumps(_document(scenario, fleet, outcomes, result), allow_nan=False))
     else:
