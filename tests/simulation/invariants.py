@@ -165,14 +165,10 @@ def check_ghosts(state: FleetState, number: int) -> None:
         spare.append(at)
         at = int(ghosts["next"][at])
         assert len(spare) < ghosts.size, "the list of spare ghosts does not end"
-    assert sorted([*lists[0], *lists[1], *spare]) == list(range(1, state.blocks.shape[1])), (
-        "a ghost is lost"
-    )
+    assert sorted([*lists[0], *lists[1], *spare]) == list(range(1, state.blocks.shape[1])), "a ghost is lost"
     for row in lists[0] + lists[1]:
         if ghosts["key"][row] != layout.PRIVATE:
-            assert find(ghosts, state.nodes[number]["ghost_bucket"], ghosts["key"][row]) != 0, (
-                "a lost ghost"
-            )
+            assert find(ghosts, state.nodes[number]["ghost_bucket"], ghosts["key"][row]) != 0, "a lost ghost"
 
 
 def check_reference_counts(state: FleetState, number: int) -> None:
