@@ -67,6 +67,7 @@ def new_state(settings: FleetSettings, *, stepping: bool = False) -> FleetState:
     state.replicas["quiet_until"] = -np.inf
     state.replicas["hold_until"] = -np.inf
     state.replicas["eviction"]["spare_ghost"] = 1
+    state.replicas["left"] = np.inf
     state.replicas["accepting"] = 1
     state.replicas["alive"] = 1
     for number in range(replicas):
