@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
@@ -57,7 +56,8 @@ def new_state(settings: FleetSettings, *, stepping: bool = False) -> FleetState:
         flow=np.zeros((replicas, slots), np.int32),
         phases=_empty_phases(replicas, engine.block_size),
         itl_counts=np.zeros((replicas, layout.ITL_BINS), np.int64),
-        **_empty_eviction(replicas, engine),
+        nodes=_empty_nodes(replicas, engine),
+        future=np.zeros(1, layout.FUTURE),
         outcomes=np.zeros(outcomes, layout.OUTCOME),
     )
     state.fleet["router"] = ROUTERS[settings.router]
@@ -66,6 +66,7 @@ def new_state(settings: FleetSettings, *, stepping: bool = False) -> FleetState:
     state.replicas["free_blocks"] = engine.num_gpu_blocks - 1
     state.replicas["quiet_until"] = -np.inf
     state.replicas["hold_until"] = -np.inf
+    state.replicas["eviction"]["spare_ghost"] = 1
     state.replicas["left"] = np.inf
     state.replicas["accepting"] = 1
     state.replicas["alive"] = 1
@@ -117,27 +118,20 @@ def write_engine(row: Records, engine: EngineSettings, step_time: StepTime, *, s
         row["knot_seconds"][..., at] = seconds
 
 
-def _empty_eviction(replicas: int, engine: EngineSettings) -> dict[str, Any]:
-    """The arrays of an eviction policy with nothing in them; as good as none for LRU, which needs none."""
-    policy, blocks = engine.eviction, engine.num_gpu_blocks
-    heap = policy in ("fifo", "lfu", "cost_aware", "belady")
-    ghosts = policy in ("arc", "s3fifo")
-    arrays: dict[str, Any] = {
-        "eviction": np.zeros(replicas, layout.EVICTION),
-        "nodes": np.zeros((replicas, 1 if policy == "lru" else blocks + layout.QUEUES), layout.NODE),
-        "heap": np.zeros((replicas, blocks if heap else 1), np.int32),
-        "ghosts": np.zeros((replicas, blocks + 2 if ghosts else 1), layout.GHOST),
-        "ghost_buckets": np.zeros((replicas, _bucket_count(blocks) if ghosts else 1), np.int32),
-        "oracle": np.zeros(1, layout.ORACLE),
-        "uses": np.zeros(1, layout.USE),
-    }
-    arrays["nodes"]["place"] = -1
-    _close_rings(arrays["nodes"], layout.QUEUES if policy != "lru" else 0)
-    _close_rings(arrays["ghosts"], 2 if ghosts else 0)
+def _empty_nodes(replicas: int, engine: EngineSettings) -> Records:
+    """What an eviction policy keeps by block, with nothing in it; as good as none for LRU, which needs none."""
+    if engine.eviction == "lru":
+        return np.zeros((replicas, 1), layout.NODE)
+    blocks = engine.num_gpu_blocks
+    ghosts = engine.eviction in ("arc", "s3fifo")
+    rows = _bucket_count(blocks + layout.QUEUES) if ghosts else blocks + layout.QUEUES
+    nodes = np.zeros((replicas, rows), layout.NODE)
+    nodes["place"] = -1
+    _close_rings(nodes, layout.QUEUES)
     if ghosts:
-        arrays["ghosts"]["next"][:, 1 : blocks - 1] = np.arange(2, blocks)
-        arrays["eviction"]["spare_ghost"] = 1
-    return arrays
+        _close_rings(nodes["ghost"], 2)
+        nodes["ghost"]["next"][:, 1 : blocks - 1] = np.arange(2, blocks)
+    return nodes
 
 
 def _close_rings(rows: Records, rings: int) -> None:
@@ -148,7 +142,10 @@ def _close_rings(rows: Records, rings: int) -> None:
 
 def with_eviction(state: FleetState, engine: EngineSettings, time_seconds: float) -> FleetState:
     """The fleet, whose engines are written and whose evictable blocks stand in the free lists, under its policy."""
-    state = state._replace(**_empty_eviction(state.replicas.size, engine))
+    nodes = _empty_nodes(state.replicas.size, engine)
+    state = state._replace(nodes=nodes, future=np.zeros(1, layout.FUTURE))
+    state.replicas["eviction"] = np.zeros(1, layout.EVICTION)
+    state.replicas["eviction"]["spare_ghost"] = 1
     if engine.eviction != "lru":
         for number in range(state.replicas.size):
             switch.load(state, number, time_seconds)
@@ -201,7 +198,7 @@ def with_replica(state: FleetState, fresh: FleetState) -> FleetState:
     columns = {}
     for name, array in state._asdict().items():
         added = getattr(fresh, name)
-        if name in ("fleet", "oracle", "uses", "outcomes"):
+        if name in ("fleet", "future", "outcomes"):
             columns[name] = array
         else:
             columns[name] = np.concatenate([array, added])

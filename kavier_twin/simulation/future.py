@@ -16,14 +16,8 @@ from kavier_twin.simulation.workload import Workload
 class Future(NamedTuple):
     """Uses to come, sorted by hash and then by arrival, and a hash table over them."""
 
-    oracle: Records  # [K] state.ORACLE
-    uses: Records  # [U] state.USE
+    rows: Records  # [F] state.FUTURE
     requests: int
-
-
-def nothing() -> Future:
-    """No use to come is known."""
-    return Future(np.zeros(1, layout.ORACLE), np.zeros(1, layout.USE), 0)
 
 
 def foresee(workload: Workload, first_rank: int) -> Future:
@@ -48,23 +42,23 @@ def foresee_keys(
 ) -> Future:
     """The future in which `row` (ascending), the request (arrival, index), uses the hash `keys`; all of one length."""
     if keys.size == 0:
-        return nothing()
+        return Future(np.zeros(1, layout.FUTURE), 0)
     order = np.lexsort((index, arrival, keys))
     keys = keys[order]
-    uses = np.zeros(keys.size, layout.USE)
-    uses["arrival"], uses["index"], uses["rank"] = arrival[order], index[order], first_rank + row[order]
     distinct = 1 + int((keys[1:] != keys[:-1]).sum())
-    oracle = np.zeros(1 << (2 * distinct).bit_length(), layout.ORACLE)
-    belady.fill_oracle(oracle, keys)
-    return Future(oracle, uses, int(row[-1]) + 1)
+    rows = np.zeros(1 << max(2 * distinct, keys.size).bit_length(), layout.FUTURE)
+    uses = rows["use"][: keys.size]
+    uses["arrival"], uses["index"], uses["rank"] = arrival[order], index[order], first_rank + row[order]
+    belady.fill_oracle(rows, keys)
+    return Future(rows, int(row[-1]) + 1)
 
 
 def with_future(state: FleetState, pending: Workload | None, time_seconds: float) -> FleetState:
     """The fleet knowing the requests to come; what it has cached is wanted when the first of them asks for it."""
     first_rank = int(state.fleet["next_rank"][0])
-    future = nothing() if pending is None else foresee(pending, first_rank)
-    state = state._replace(oracle=future.oracle, uses=future.uses)
-    state.fleet["next_rank"] = first_rank + future.requests
+    rows, requests = (np.zeros(1, layout.FUTURE), 0) if pending is None else foresee(pending, first_rank)
+    state = state._replace(future=rows)
+    state.fleet["next_rank"] = first_rank + requests
     for number in range(state.replicas.size):
         belady.learn(state, number, time_seconds)
     return state

@@ -66,8 +66,8 @@ def _record(*fields: tuple[str, Any]) -> np.dtype[np.void]:
 
     Wide fields come first; a spare field fills the record up to whole words.
     """
-    ordered = sorted(fields, key=lambda kind: -np.dtype(kind[1]).base.itemsize)
-    widest = np.dtype(ordered[0][1]).base.itemsize
+    ordered = sorted(fields, key=lambda kind: -np.dtype(kind[1]).base.alignment)
+    widest = np.dtype(ordered[0][1]).base.alignment
     if sum(np.dtype(kind).itemsize for _, kind in fields) % widest:
         ordered.append(("spare", np.int32))
     return np.dtype(ordered, align=True)
@@ -124,6 +124,52 @@ REQUEST = _record(
     ("work_first_token", WORK),
 )
 
+EVICTION = _record(
+    ("clock", np.int64),  # counts what happens to blocks: orders them
+    ("counts", (np.int64, (QUEUES,))),  # blocks that belong to each queue, those in use too
+    ("age", np.float64),  # COST_AWARE: priority of the last victim
+    ("target", np.float64),  # ARC: blocks that its first list should have
+    ("evictable", np.int32),  # blocks in the heap
+    ("hand", np.int32),  # SIEVE: the next block it looks at, 0 = the oldest
+    ("recalled", np.int32),  # ghost list (1 or 2) that knew the content about to enter, 0 = none
+    ("started", np.int32),  # S3FIFO: something was evicted since the cache was empty
+    ("spare_ghost", np.int32),  # first unused row of the ghosts
+    ("ghosts", (np.int32, (2,))),  # length of each ghost list
+)
+
+GHOST = _record(
+    ("key", np.uint64),  # content that was evicted
+    ("prev", np.int32),  # towards the newest of its list; the last two rows are the lists' sentinels
+    ("next", np.int32),
+    ("chain", np.int32),  # next one in its hash bucket, 0 = end
+    ("queue", np.int32),
+)
+
+# Everything that policies other than LRU keep by block, in one array: every array of the state is nine machine words in
+# every call of a kernel that takes it. One row under LRU, which needs no more than BLOCK.
+NODE = _record(
+    ("priority", np.float64),  # heap: the lowest goes first; TTL: seconds of its last use
+    ("tie", np.int64),  # heap: among equals the lowest goes first
+    ("place", np.int32),  # in the heap, -1 = not there
+    ("prev", np.int32),  # towards the newest of its queue; the last QUEUES rows are the queues' sentinels
+    ("next", np.int32),
+    ("queue", np.int32),
+    ("linked", np.int32),  # stands in its queue
+    ("hits", np.int32),
+    ("depth", np.int32),  # its number in the chain
+    ("heap", np.int32),  # not of this block: cell of the heap of evictable blocks
+    ("ghost_bucket", np.int32),  # not of this block: first ghost of a hash bucket
+    ("ghost", GHOST),  # not of this block
+)
+
+ORACLE = _record(  # a bucket of an open-addressing hash table
+    ("key", np.uint64),  # of a hash of the trace, 0 = empty
+    ("first", np.int64),  # its uses to come are `count` rows of uses from here, in order
+    ("count", np.int64),
+)
+USE = _record(("arrival", np.float64), ("index", np.int64), ("rank", np.int64))  # rank among all requests to come
+FUTURE = _record(("bucket", ORACLE), ("use", USE))  # rows of two tables in one array
+
 REPLICA = _record(
     ("now", np.float64),  # time of the last scheduling decision or completion, seconds
     ("accounted", np.float64),  # time up to which the integrals below run
@@ -171,6 +217,7 @@ REPLICA = _record(
     ("waiting_seconds", np.float64),
     ("used_block_seconds", np.float64),
     ("work", WORK),  # of all batches completed
+    ("eviction", EVICTION),
 )
 
 ENGINE = _record(
@@ -203,47 +250,6 @@ ENGINE = _record(
     ("prefill_token_seconds", np.float64),  # of a full batch: what computing a block again costs
     ("hold_seconds", np.float64),  # how long the engine waits with a held request that is ahead of its end
 )
-
-# Of policies other than LRU; all zero and at most one row long with LRU, which needs no more than BLOCK.
-NODE = _record(
-    ("priority", np.float64),  # heap: the lowest goes first; TTL: seconds of its last use
-    ("tie", np.int64),  # heap: among equals the lowest goes first
-    ("place", np.int32),  # in the heap, -1 = not there
-    ("prev", np.int32),  # towards the newest of its queue; the last QUEUES rows are the queues' sentinels
-    ("next", np.int32),
-    ("queue", np.int32),
-    ("linked", np.int32),  # stands in its queue
-    ("hits", np.int32),
-    ("depth", np.int32),  # its number in the chain
-)
-
-EVICTION = _record(
-    ("clock", np.int64),  # counts what happens to blocks: orders them
-    ("counts", (np.int64, (QUEUES,))),  # blocks that belong to each queue, those in use too
-    ("age", np.float64),  # COST_AWARE: priority of the last victim
-    ("target", np.float64),  # ARC: blocks that its first list should have
-    ("evictable", np.int32),  # blocks in the heap
-    ("hand", np.int32),  # SIEVE: the next block it looks at, 0 = the oldest
-    ("recalled", np.int32),  # ghost list (1 or 2) that knew the content about to enter, 0 = none
-    ("started", np.int32),  # S3FIFO: something was evicted since the cache was empty
-    ("spare_ghost", np.int32),  # first unused row of the ghosts
-    ("ghosts", (np.int32, (2,))),  # length of each ghost list
-)
-
-GHOST = _record(
-    ("key", np.uint64),  # content that was evicted
-    ("prev", np.int32),  # towards the newest of its list; the last two rows are the lists' sentinels
-    ("next", np.int32),
-    ("chain", np.int32),  # next one in its hash bucket, 0 = end
-    ("queue", np.int32),
-)
-
-ORACLE = _record(  # a bucket of an open-addressing hash table
-    ("key", np.uint64),  # of a hash of the trace, 0 = empty
-    ("first", np.int64),  # its uses to come are `count` rows of FleetState.uses from here, in order
-    ("count", np.int64),
-)
-USE = _record(("arrival", np.float64), ("index", np.int64), ("rank", np.int64))  # rank among all requests to come
 
 BATCH = _record(
     ("end", np.float64),
@@ -306,13 +312,8 @@ class FleetState(NamedTuple):
     flow: Ints  # [R, S] binary heap of the flow's slots by their last batch
     phases: Records  # [R, block size] PHASE, the flow's slots by the step at which they need a block
     itl_counts: npt.NDArray[np.int64]  # [R, ITL_BINS] histogram of inter-token latencies
-    eviction: Records  # [R] EVICTION
-    nodes: Records  # [R, N + QUEUES] NODE; this and the following have one cell where the policy does not need them
-    heap: Ints  # [R, N] evictable blocks
-    ghosts: Records  # [R, N + 2] GHOST
-    ghost_buckets: Ints  # [R, H]
-    oracle: Records  # [K] ORACLE, of the whole fleet
-    uses: Records  # [U] USE, of the whole fleet
+    nodes: Records  # [R, N + QUEUES or more] NODE, [R, 1] with LRU
+    future: Records  # [F] FUTURE, of the whole fleet, [1] unless Belady's policy knows one
     outcomes: Records  # [O] requests that ended and were not collected yet
 
 

@@ -179,3 +179,14 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="UTF-8"):
         read_settings(tmp_path / "binary")
+
+
+def test_a_live_pool_does_not_know_the_future(tmp_path: Path) -> None:
+    """Belady's policy is for futures: refused for the pool, let through as a policy of the forecast."""
+    refused = minimal()
+    refused["fleet"]["engine"]["eviction"] = "belady"
+    (problem,) = problems(tmp_path, refused)
+    assert problem.startswith("fleet")
+    assert "engine.eviction=belady needs to know the future" in problem
+    policies = [{"name": "today"}, {"name": "bound", "overrides": {"eviction": "belady"}}]
+    assert len(read(tmp_path, minimal(forecast={"policies": policies})).forecast.policies) == 2

@@ -54,7 +54,7 @@ def run_cache(policy: str, capacity: int, objects: npt.NDArray[np.int64]) -> npt
     if policy == "belady":
         at = np.arange(keys.size)
         known = future.foresee_keys(keys, at, at.astype(np.float64), at, 0)
-        state = state._replace(oracle=known.oracle, uses=known.uses)
+        state = state._replace(future=known.rows)
     hits = np.zeros(keys.size, np.bool_)
     _run(state, keys, np.zeros(1, np.uint64), hits)
     return hits

@@ -117,22 +117,22 @@ def evictable(state: FleetState, number: int) -> list[int]:
     """The unreferenced blocks with content that a policy other than LRU keeps, in no order."""
     if state.nodes.shape[1] == 1:
         return []
-    heap = state.heap[number, : int(state.eviction[number]["evictable"])].tolist()
+    heap = state.nodes[number]["heap"][: int(state.replicas[number]["eviction"]["evictable"])].tolist()
     standing = [block for which in range(layout.QUEUES) for block in queue(state.nodes[number], which)]
     return heap + [block for block in standing if state.blocks[number]["refs"][block] == 0]
 
 
 def check_eviction(state: FleetState, number: int) -> None:
     """The structures of an eviction policy hold what it evicts from, and ghosts no more than the cache has blocks."""
-    engine, eviction, nodes = state.engines[number], state.eviction[number], state.nodes[number]
+    engine, eviction, nodes = state.engines[number], state.replicas[number]["eviction"], state.nodes[number]
     policy = int(engine["eviction"])
     if policy == layout.LRU:
-        assert nodes.size == state.heap[number].size == state.ghosts[number].size == 1, "LRU needs no arrays"
+        assert nodes.size == 1, "LRU needs none"
         return
     blocks = state.blocks[number]
     cached = np.flatnonzero(blocks["key"] != layout.UNHASHED)
     assert not set(free_list(state, number)) & set(cached.tolist()), "content in the list of blocks without any"
-    heap = state.heap[number, : int(eviction["evictable"])].tolist()
+    heap = nodes["heap"][: int(eviction["evictable"])].tolist()
     order = [(float(nodes["priority"][block]), int(nodes["tie"][block])) for block in heap]
     assert all(order[(place - 1) // 2] < order[place] for place in range(1, len(order))), f"not a heap: {order}"
     assert [int(nodes["place"][block]) for block in heap] == list(range(len(heap)))
@@ -155,8 +155,8 @@ def check_eviction(state: FleetState, number: int) -> None:
 
 def check_ghosts(state: FleetState, number: int) -> None:
     """Ghosts stand in one list each, are found by their keys, and are at most as many as the cache has blocks."""
-    ghosts, eviction = state.ghosts[number], state.eviction[number]
-    if ghosts.size == 1:
+    ghosts, eviction = state.nodes[number]["ghost"], state.replicas[number]["eviction"]
+    if int(state.engines[number]["eviction"]) not in (layout.ARC, layout.S3FIFO):
         return
     lists = [ring(ghosts, ghosts.size - 2 + which) for which in (0, 1)]
     assert [len(rows) for rows in lists] == eviction["ghosts"].tolist(), "ghosts are counted wrongly"
@@ -165,10 +165,10 @@ def check_ghosts(state: FleetState, number: int) -> None:
         spare.append(at)
         at = int(ghosts["next"][at])
         assert len(spare) < ghosts.size, "the list of spare ghosts does not end"
-    assert sorted([*lists[0], *lists[1], *spare]) == list(range(1, ghosts.size - 2)), "a ghost is lost or twice there"
+    assert sorted([*lists[0], *lists[1], *spare]) == list(range(1, state.blocks.shape[1])), "a ghost is lost"
     for row in lists[0] + lists[1]:
         if ghosts["key"][row] != layout.PRIVATE:
-            assert find(ghosts, state.ghost_buckets[number], ghosts["key"][row]) != 0, "a ghost that is not found"
+            assert find(ghosts, state.nodes[number]["ghost_bucket"], ghosts["key"][row]) != 0, "a lost ghost"
 
 
 def check_reference_counts(state: FleetState, number: int) -> None:

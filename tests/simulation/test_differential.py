@@ -84,11 +84,12 @@ def assert_same_state(fast: Fleet, reference: Fleet) -> None:
 
 def assert_same_eviction(ours: FleetState, theirs: FleetState, number: int) -> None:
     """The policies would evict the same blocks in the same order, and have forgotten the same ones."""
-    for name in ours.eviction.dtype.names:
+    evictions = [state.replicas[number]["eviction"] for state in (ours, theirs)]
+    for name in layout.EVICTION.names or ():
         if name not in ("spare_ghost", "spare"):
-            np.testing.assert_array_equal(ours.eviction[number][name], theirs.eviction[number][name], err_msg=name)
-    count = int(ours.eviction[number]["evictable"])
-    np.testing.assert_array_equal(ours.heap[number, :count], theirs.heap[number, :count])
+            np.testing.assert_array_equal(*(eviction[name] for eviction in evictions), err_msg=name)
+    count = int(evictions[0]["evictable"])
+    np.testing.assert_array_equal(*(state.nodes[number]["heap"][:count] for state in (ours, theirs)))
     if ours.nodes.shape[1] > 1:
         for which in range(layout.QUEUES):
             assert queue(ours.nodes[number], which) == queue(theirs.nodes[number], which)
@@ -96,13 +97,10 @@ def assert_same_eviction(ours: FleetState, theirs: FleetState, number: int) -> N
         for name in ("priority", "tie", "place", "queue", "linked", "hits", "depth"):
             a, b = (state.nodes[number][name][: cached.size][cached] for state in (ours, theirs))
             np.testing.assert_allclose(a, b, rtol=1e-9, err_msg=name)
-    if ours.ghosts.shape[1] > 1:
+    if evictions[0]["ghosts"].any():
+        ghosts = [state.nodes[number]["ghost"] for state in (ours, theirs)]
         for which in (0, 1):
-            a, b = (
-                state.ghosts[number]["key"][ring(state.ghosts[number], state.ghosts.shape[1] - 2 + which)]
-                for state in (ours, theirs)
-            )
-            np.testing.assert_array_equal(a, b)
+            np.testing.assert_array_equal(*(rows["key"][ring(rows, rows.size - 2 + which)] for rows in ghosts))
 
 
 def assert_same_latencies(fast: Fleet, reference: Fleet) -> None:

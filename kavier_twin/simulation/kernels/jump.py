@@ -12,7 +12,6 @@ could let the head of the queue in, and at the time given. The rest is an ordina
 import numpy as np
 
 from kavier_twin.simulation.kernels.compile import kernel
-from kavier_twin.simulation.kernels.eviction.order import order_of
 from kavier_twin.simulation.kernels.flow import computed_now, next_end
 from kavier_twin.simulation.kernels.requests import account, add_blocks, block_key, register
 from kavier_twin.simulation.kernels.scheduler import (
@@ -159,15 +158,14 @@ def jump(state, number, until):
         return False
 
     account(replica, engine, replica.now)
-    requests, order = state.requests[number], order_of(state, number)
-    arena, phases = state.arena[number], state.phases[number]
+    requests, phases = state.requests[number], state.phases[number]
     size, caching, in_order = engine.block_size, engine.prefix_caching, fills_in_order(engine)
     batches = replica.scheduled_batches
     for step in range(steps):
         phase = phases[(batches + 1 + step) % size]
         if phase.count == 0:
             if in_order:
-                schedule_flow_in_order(state, number, order, batches + 1 + step)
+                schedule_flow_in_order(state, number, batches + 1 + step)
             continue
         if phase.count > replica.free_blocks:
             steps = step
@@ -175,14 +173,14 @@ def jump(state, number, until):
         if step > 0:
             account(replica, engine, origin + span(first, slope, float(step - ahead)))
         if in_order:
-            schedule_flow_in_order(state, number, order, batches + 1 + step)
+            schedule_flow_in_order(state, number, batches + 1 + step)
             continue
         slot = phase.first
         while slot >= 0:
             request = requests[slot]
-            add_blocks(request, order, arena, 1)
+            add_blocks(state, number, request, 1)
             if caching:
-                register(request, order, arena, size, request.blocks - 1)
+                register(state, number, request, request.blocks - 1)
             slot = request.flow_next
     if steps == 0:
         return False
@@ -190,7 +188,7 @@ def jump(state, number, until):
         slot = phases[(batches + 1 + steps) % size].first
         while slot >= 0:
             request = requests[slot]
-            register(request, order, arena, size, request.blocks)
+            register(state, number, request, request.blocks)
             slot = request.flow_next
 
     context = replica.flow_context

@@ -176,7 +176,7 @@ def finish_now(state, number, slot, time):
     """
     replica, engine = state.replicas[number], state.engines[number]
     blocks, buckets, arena = state.blocks[number], state.buckets[number], state.arena[number]
-    request, order = state.requests[number][slot], order_of(state, number)
+    request = state.requests[number][slot]
     if request.flowing:
         leave(state, number, slot)
     size = engine.block_size
@@ -197,7 +197,7 @@ def finish_now(state, number, slot, time):
             hits, _, _ = lookup(request, blocks, buckets, arena, size)
             if engine.eviction != LRU and request.preemptions == 0:
                 replica.stranded_tokens += size * stranded_blocks(request, blocks, buckets, arena, size, hits)
-            take_hits(request, order, arena, hits)
+            take_hits(state, number, request, hits)
         if request.preemptions == 0:
             request.scheduled = time
             request.cached = request.blocks * size
@@ -206,9 +206,9 @@ def finish_now(state, number, slot, time):
     final = request.prompt + request.output - 1
     needed = (final + size - 1) // size - request.blocks
     if needed > 0:
-        add_blocks(request, order, arena, min(needed, replica.free_blocks))
+        add_blocks(state, number, request, min(needed, replica.free_blocks))
     if engine.prefix_caching:
-        register(request, order, arena, size, min(final // size, request.blocks))
+        register(state, number, request, min(final // size, request.blocks))
     if np.isnan(request.first_token):
         request.first_token = time
         replica.prompt_tokens += request.prompt

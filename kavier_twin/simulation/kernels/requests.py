@@ -15,7 +15,7 @@ from kavier_twin.simulation.kernels.blocks import (
     release,
     touch,
 )
-from kavier_twin.simulation.kernels.compile import kernel
+from kavier_twin.simulation.kernels.compile import inlined_kernel, kernel
 from kavier_twin.simulation.kernels.eviction import dispatch
 from kavier_twin.simulation.kernels.eviction.order import order_of
 from kavier_twin.simulation.kernels.flow import leave
@@ -117,12 +117,8 @@ def next_key(cell, within, hash_tokens, block_size):
 
 
 @kernel
-def register(request, order, arena, block_size, full):
-    """Enter the first `full` blocks into the prefix cache (vLLM `cache_full_blocks`)."""
+def _register(request, blocks, buckets, arena, block_size, full):
     first = request.registered
-    if full <= first:
-        return
-    blocks, buckets = order.blocks, order.buckets
     table = request.cells + request.chain_length
     known = min(full, request.known)
     if first < known:
@@ -140,13 +136,25 @@ def register(request, order, arena, block_size, full):
             insert(blocks, buckets, block, private_key(request.uid, number))
         else:
             blocks[block].key = _PRIVATE
-    if order.engine.eviction != LRU:
-        # The deepest first: among blocks that enter together, descendants are to go before their ancestors.
-        for number in range(full - 1, request.registered - 1, -1):
-            block = np.int64(arena[table + number])
-            dispatch.recall(order, blocks[block].key)
-            dispatch.entered(order, block, number, request.arrival, request.index)
     request.registered = full
+
+
+@inlined_kernel
+def register(state, number, request, full):
+    """Enter the first `full` blocks into the prefix cache (vLLM `cache_full_blocks`)."""
+    old, new = request.registered, full
+    if new > old:
+        _register(
+            request,
+            state.blocks[number],
+            state.buckets[number],
+            state.arena[number],
+            state.engines[number].block_size,
+            new,
+        )
+        if state.engines[number].eviction != LRU:
+            table = request.cells + request.chain_length
+            dispatch.enter_blocks(order_of(state, number), request, state.arena[number], table, old, new)
 
 
 @kernel
@@ -197,40 +205,58 @@ def lookup(request, blocks, buckets, arena, block_size):
 
 
 @kernel
-def take_hits(request, order, arena, hits):
-    """Hold the first `hits` blocks, which `lookup` wrote into the block table."""
+def _take_hits(replica, request, blocks, arena, hits):
     table = request.cells + request.chain_length
-    if order.engine.eviction == LRU:
-        for number in range(hits):
-            touch(order.replica, order.blocks, np.int64(arena[table + number]))
+    for number in range(hits):
+        touch(replica, blocks, np.int64(arena[table + number]))
+
+
+@inlined_kernel
+def take_hits(state, number, request, hits):
+    """Hold the first `hits` blocks, which `lookup` wrote into the block table."""
+    if state.engines[number].eviction == LRU:
+        _take_hits(state.replicas[number], request, state.blocks[number], state.arena[number], hits)
     else:
-        for number in range(hits):
-            dispatch.hit(order, np.int64(arena[table + number]), number, request.arrival, request.index)
+        table = request.cells + request.chain_length
+        dispatch.hit_blocks(order_of(state, number), request, state.arena[number], table, hits)
     request.blocks = hits
     request.registered = hits
 
 
 @kernel
-def add_blocks(request, order, arena, count):
-    """Allocate `count` blocks to the end of the block table."""
-    table = request.cells + request.chain_length
-    if order.engine.eviction == LRU:
-        allocate(order.replica, order.blocks, order.buckets, arena, table + request.blocks, count)
-    else:
-        dispatch.allocate(order, arena, table + request.blocks, count)
+def _add_blocks(replica, request, blocks, buckets, arena, count):
+    allocate(replica, blocks, buckets, arena, request.cells + request.chain_length + request.blocks, count)
     request.blocks += count
 
 
-@kernel
-def free_blocks(request, order, arena):
-    """Return all blocks, the tail of the sequence first."""
-    table = request.cells + request.chain_length
-    if order.engine.eviction == LRU:
-        for number in range(request.blocks - 1, -1, -1):
-            release(order.replica, order.blocks, np.int64(arena[table + number]))
+@inlined_kernel
+def add_blocks(state, number, request, count):
+    """Allocate `count` blocks to the end of the block table."""
+    if state.engines[number].eviction == LRU:
+        _add_blocks(
+            state.replicas[number], request, state.blocks[number], state.buckets[number], state.arena[number], count
+        )
     else:
-        for number in range(request.blocks - 1, -1, -1):
-            dispatch.release(order, np.int64(arena[table + number]))
+        end = request.cells + request.chain_length + request.blocks
+        dispatch.allocate(order_of(state, number), state.arena[number], end, count)
+        request.blocks += count
+
+
+@kernel
+def _free_blocks(replica, request, blocks, arena):
+    table = request.cells + request.chain_length
+    for number in range(request.blocks - 1, -1, -1):
+        release(replica, blocks, np.int64(arena[table + number]))
+
+
+@inlined_kernel
+def free_blocks(state, number, request):
+    """Return all blocks, the tail of the sequence first."""
+    if state.engines[number].eviction == LRU:
+        _free_blocks(state.replicas[number], request, state.blocks[number], state.arena[number])
+    else:
+        table = request.cells + request.chain_length
+        dispatch.release_blocks(order_of(state, number), state.arena[number], table, request.blocks)
     request.blocks = 0
     request.registered = 0
 
@@ -275,7 +301,7 @@ def dissolve(state, number, slot):
     """Free a request's blocks, its cells and its slot."""
     replica, request = state.replicas[number], state.requests[number][slot]
     state.fleet[0].live -= 1
-    free_blocks(request, order_of(state, number), state.arena[number])
+    free_blocks(state, number, request)
     give_cells(state.arena[number], state.arena_free[number], request.cells, request.cell_class)
     request.state = FREE
     state.slots[number][replica.free_slots] = slot

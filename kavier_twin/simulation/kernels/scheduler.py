@@ -9,7 +9,6 @@ import numpy as np
 
 from kavier_twin.simulation.kernels import queue
 from kavier_twin.simulation.kernels.compile import kernel
-from kavier_twin.simulation.kernels.eviction.order import order_of
 from kavier_twin.simulation.kernels.eviction.stranded import stranded_blocks
 from kavier_twin.simulation.kernels.flow import dissolve_flow, join, list_explicit, next_end, retire
 from kavier_twin.simulation.kernels.requests import (
@@ -138,7 +137,7 @@ def preempt(state, number, slot):
     request = requests[slot]
     if engine.prefix_caching:
         publish(request, blocks, state.buckets[number], state.arena[number], engine.block_size)
-    free_blocks(request, order_of(state, number), state.arena[number])
+    free_blocks(state, number, request)
     request.state = PREEMPTED
     request.computed = 0
     request.stale = request.in_flight
@@ -194,8 +193,7 @@ def _schedule_running(state, number, entries, members, exact, budget):
     Returns (entries, budget left, whether somebody was preempted). Nobody is unless `exact`: see `_may_flow`.
     """
     replica, engine = state.replicas[number], state.engines[number]
-    requests, order = state.requests[number], order_of(state, number)
-    arena, running = state.arena[number], state.running[number]
+    requests, running = state.requests[number], state.running[number]
     size, caching = engine.block_size, engine.prefix_caching
     threshold = _threshold(replica, engine)
     count, preempted, place = 0, False, 0
@@ -243,9 +241,9 @@ def _schedule_running(state, number, entries, members, exact, budget):
         if gone:
             break
         if needed > 0:
-            add_blocks(request, order, arena, needed)
+            add_blocks(state, number, request, needed)
         if caching:
-            register(request, order, arena, size, min(request.computed + tokens, request.tokens) // size)
+            register(state, number, request, min(request.computed + tokens, request.tokens) // size)
         count = _add_entry(entries, count, slot, tokens)
         budget -= tokens
         place += 1
@@ -263,7 +261,7 @@ def _admit_waiting(state, number, entries, count, budget):
     replica, engine = state.replicas[number], state.engines[number]
     requests, blocks, buckets = state.requests[number], state.blocks[number], state.buckets[number]
     arena, running, waiting = state.arena[number], state.running[number], state.waiting[number]
-    size, order = engine.block_size, order_of(state, number)
+    size = engine.block_size
     while budget > 0 and replica.waiting > 0 and replica.running < engine.max_num_seqs:
         slot = waiting[0]
         request = requests[slot]
@@ -278,11 +276,11 @@ def _admit_waiting(state, number, entries, count, budget):
             break
         if engine.eviction != LRU and engine.prefix_caching and request.preemptions == 0:
             replica.stranded_tokens += size * stranded_blocks(request, blocks, buckets, arena, size, hits)
-        take_hits(request, order, arena, hits)
-        add_blocks(request, order, arena, needed)
+        take_hits(state, number, request, hits)
+        add_blocks(state, number, request, needed)
         request.computed = hits * size
         if engine.prefix_caching:
-            register(request, order, arena, size, min(request.computed + tokens, request.tokens) // size)
+            register(state, number, request, min(request.computed + tokens, request.tokens) // size)
         queue.remove_at(replica, requests, waiting, engine.priority_policy, 0)
         running[replica.running] = slot
         replica.running += 1
@@ -334,20 +332,19 @@ def fills_in_order(engine):
 
 
 @kernel
-def schedule_flow_in_order(state, number, order, batch):
+def schedule_flow_in_order(state, number, batch):
     """Blocks of the flow for this batch, request by request in running order: those due, and those that it fills."""
-    requests, arena, phases = state.requests[number], state.arena[number], state.phases[number]
-    size = order.engine.block_size
+    requests, phases, size = state.requests[number], state.phases[number], state.engines[number].block_size
     due = phases[batch % size].first
     full = phases[(batch + 1) % size].first if size > 1 else -1
     while due >= 0 or full >= 0:
         if full < 0 or (due >= 0 and requests[due].run_order < requests[full].run_order):
-            add_blocks(requests[due], order, arena, 1)
+            add_blocks(state, number, requests[due], 1)
             if size == 1:
-                register(requests[due], order, arena, size, requests[due].blocks)
+                register(state, number, requests[due], requests[due].blocks)
             due = requests[due].flow_next
         else:
-            register(requests[full], order, arena, size, requests[full].blocks)
+            register(state, number, requests[full], requests[full].blocks)
             full = requests[full].flow_next
 
 
@@ -355,24 +352,23 @@ def schedule_flow_in_order(state, number, order, batch):
 def _schedule_flow(state, number):
     """Blocks of the flow for the batch about to be scheduled: those due, and those that it fills."""
     replica, engine = state.replicas[number], state.engines[number]
-    requests, order = state.requests[number], order_of(state, number)
-    arena, phases, size = state.arena[number], state.phases[number], engine.block_size
+    requests, phases, size = state.requests[number], state.phases[number], engine.block_size
     batch = replica.scheduled_batches + 1
     if fills_in_order(engine):
-        schedule_flow_in_order(state, number, order, batch)
+        schedule_flow_in_order(state, number, batch)
         return
     slot = phases[batch % size].first
     while slot >= 0:
         request = requests[slot]
-        add_blocks(request, order, arena, 1)
+        add_blocks(state, number, request, 1)
         if engine.prefix_caching and engine.async_scheduling:
-            register(request, order, arena, size, request.blocks - 1)
+            register(state, number, request, request.blocks - 1)
         slot = request.flow_next
     if engine.prefix_caching and not engine.async_scheduling:
         slot = phases[(batch + 1) % size].first
         while slot >= 0:
             request = requests[slot]
-            register(request, order, arena, size, request.blocks)
+            register(state, number, request, request.blocks)
             slot = request.flow_next
 
 
@@ -490,8 +486,7 @@ def schedule(state, number):
 def complete(state, number):
     """The oldest batch in flight ends: its tokens are stamped, finished requests freed."""
     replica, engine = state.replicas[number], state.engines[number]
-    requests, order = state.requests[number], order_of(state, number)
-    arena = state.arena[number]
+    requests = state.requests[number]
     batch, entries = state.batches[number, replica.oldest], state.entries[number, replica.oldest]
     time = batch.end
     account(replica, engine, time)
@@ -525,7 +520,7 @@ def complete(state, number):
                 request.placeholders -= 1
             if request.state == RUNNING and engine.prefix_caching:
                 full = (request.computed - request.placeholders) // engine.block_size
-                register(request, order, arena, engine.block_size, full)
+                register(state, number, request, full)
         if stale and request.state == PREEMPTED:
             request.stalled_since = time
         if request.tokens >= request.prompt + request.output:

@@ -32,8 +32,9 @@ def _bucket(oracle, key):
 
 
 @kernel
-def fill_oracle(oracle, keys):
-    """Build the table over `keys`, the hash of each row of `uses`, in which equal ones stand together."""
+def fill_oracle(future, keys):
+    """Build the table over `keys`, the hash of each row of the uses, in which equal ones stand together."""
+    oracle = future.bucket
     for row in range(keys.size):
         bucket = oracle[_bucket(oracle, keys[row])]
         if bucket.key == _EMPTY:

@@ -179,3 +179,29 @@ def release(order, block):
         blocks[after].prev = block
     else:
         evictable(order, block)
+
+
+@kernel
+def enter_blocks(order, request, arena, table, first, stop):
+    """Blocks number `first` to `stop` of the request's table got their content.
+
+    The deepest first: among blocks that enter together, descendants are to go before their ancestors.
+    """
+    for number in range(stop - 1, first - 1, -1):
+        block = np.int64(arena[table + number])
+        recall(order, order.blocks[block].key)
+        entered(order, block, number, request.arrival, request.index)
+
+
+@kernel
+def hit_blocks(order, request, arena, table, count):
+    """The request found the first `count` blocks of its table in the cache."""
+    for number in range(count):
+        hit(order, np.int64(arena[table + number]), number, request.arrival, request.index)
+
+
+@kernel
+def release_blocks(order, arena, table, count):
+    """A request returns the blocks of its table, the tail first."""
+    for number in range(count - 1, -1, -1):
+        release(order, np.int64(arena[table + number]))

@@ -29,13 +29,13 @@ def order_of(state, number):
         state.engines[number],
         state.blocks[number],
         state.buckets[number],
-        state.eviction[number],
+        state.replicas[number].eviction,
         state.nodes[number],
-        state.heap[number],
-        state.ghosts[number],
-        state.ghost_buckets[number],
-        state.oracle,
-        state.uses,
+        state.nodes[number].heap,
+        state.nodes[number].ghost,
+        state.nodes[number].ghost_bucket,
+        state.future.bucket,
+        state.future.use,
     )
 
 
