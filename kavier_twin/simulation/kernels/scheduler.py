@@ -61,6 +61,12 @@ def step_seconds(engine, work):
 
 
 @kernel
+def shortest_step(engine):
+    """No step that does anything is shorter: a single token."""
+    return engine.fixed + min(engine.per_prefill_token, engine.per_decode_sequence)
+
+
+@kernel
 def add_work(total, work):
     """total += work"""
     for part in range(total.size):
