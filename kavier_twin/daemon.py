@@ -29,7 +29,7 @@ from kavier_twin.serve import assemble
 from kavier_twin.serve.http import AddressError, HttpServer
 from kavier_twin.serve.view import Outlook, SourceState, TwinView
 from kavier_twin.simulation.policies import PolicyError, apply_overrides, vllm_flags
-from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
+from kavier_twin.simulation.settings import COEFFICIENTS, EngineSettings, FleetSettings
 from kavier_twin.telemetry import EngineSample, RequestFinished, RequestRecord, TelemetryRecord
 from kavier_twin.twin.mirror import Mirror, MirrorSettings
 from kavier_twin.twin.snapshot import Snapshot
@@ -269,7 +269,7 @@ class Daemon:
             calibrated_on_requests=mirror.calibration.requests if mirror.calibration else 0,
             pace_ratio=mirror.pace,
             frontend_seconds=mirror.frontend_seconds if mirror.calibration else math.nan,
-            step_time={name: getattr(step_time, name) for name in StepTime.model_fields},
+            step_time={name: getattr(step_time, name) for name in COEFFICIENTS},
             exact_cache_ratio=mirror.fidelity.exact_cache_ratio(),
             beside=assemble.beside(mirror, self._reported.at(mirror.time_seconds)),
             sources=states,

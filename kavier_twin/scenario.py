@@ -86,11 +86,19 @@ def observed_of(trace: Trace) -> Observed:
 
 
 def first_part(observed: Observed, share: float) -> Observed:
-    """The requests that ended within this share of the time between the first and the last arrival."""
+    """What was known at this share of the time between the first and the last arrival.
+
+    Requests that had arrived but not ended by then are load without measurements.
+    """
     arrival = observed.workload.arrival
     end = arrival[0] + share * (arrival[-1] - arrival[0])
-    rows = np.flatnonzero(arrival + observed.e2e_seconds <= end)
-    return Observed(take_rows(observed.workload, rows), observed.ttft_seconds[rows], observed.e2e_seconds[rows])
+    rows = np.flatnonzero(arrival <= end)
+    ended = arrival[rows] + observed.e2e_seconds[rows] <= end
+    return Observed(
+        take_rows(observed.workload, rows),
+        np.where(ended, observed.ttft_seconds[rows], math.nan),
+        np.where(ended, observed.e2e_seconds[rows], math.nan),
+    )
 
 
 def _fit(path: Path, engine: EngineSettings, observed: Observed, share: float) -> Calibration:

@@ -8,7 +8,7 @@ import numpy as np
 
 from kavier_twin.simulation import state as layout
 from kavier_twin.simulation.kernels import reshape
-from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
+from kavier_twin.simulation.settings import COEFFICIENTS, EngineSettings, FleetSettings, StepTime
 from kavier_twin.simulation.state import FleetState, Records
 from kavier_twin.simulation.workload import Workload
 
@@ -85,8 +85,12 @@ def write_engine(row: Records, engine: EngineSettings, step_time: StepTime, *, s
     row["reserve_full_isl"] = engine.scheduler_reserve_full_isl
     row["priority_policy"] = engine.scheduling_policy == "priority"
     row["stepping"] = stepping
-    for name in StepTime.model_fields:
+    for name in COEFFICIENTS:
         row[name] = getattr(step_time, name)
+    row["knots"] = len(step_time.linear_layers)
+    for at, (tokens, seconds) in enumerate(step_time.linear_layers):
+        row["knot_tokens"][..., at] = tokens
+        row["knot_seconds"][..., at] = seconds
 
 
 def _wider(array: np.ndarray, size: int) -> np.ndarray:

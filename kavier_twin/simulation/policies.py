@@ -13,13 +13,13 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
+from kavier_twin.simulation.settings import COEFFICIENTS, EngineSettings, FleetSettings, StepTime
 
 Override = bool | int | float | str
 
 _ENGINE = frozenset(EngineSettings.model_fields)
 _FLEET = frozenset(FleetSettings.model_fields) - {"engine", "step_time"}
-_STEP_TIME = frozenset(f"step_time.{name}" for name in StepTime.model_fields)
+_STEP_TIME = frozenset(f"step_time.{name}" for name in COEFFICIENTS)
 POLICY_NAMES = tuple(sorted(_ENGINE | _FLEET | _STEP_TIME))
 
 # vLLM 0.32 flags that deploy an engine setting (facts: `vllm serve --help`; booleans have a --no- form).

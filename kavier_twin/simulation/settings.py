@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from itertools import pairwise
+from typing import Annotated, Final, Literal
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from kavier_twin.simulation.state import MAX_KNOTS
 
 Positive = Annotated[int, Field(ge=1)]
 Coefficient = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 RouterPolicy = Literal["round_robin", "least_loaded", "session_affinity", "prefix_aware"]
+
+# StepTime's coefficients in the order of `state.WORK`.
+COEFFICIENTS: Final = (
+    "fixed",
+    "per_prefill_token",
+    "per_decode_sequence",
+    "per_context_token",
+    "per_prefill_attention",
+    "linear_scale",
+)
 
 
 class _Settings(BaseModel):
@@ -16,14 +31,19 @@ class _Settings(BaseModel):
 
 
 class StepTime(_Settings):
-    """Seconds that one engine step lasts, affine in what the step does.
+    """Seconds that one engine step lasts, piecewise affine in what the step does.
 
     seconds = fixed + per_prefill_token * P + per_decode_sequence * D + per_context_token * C
-              + per_prefill_attention * A
+              + per_prefill_attention * A + linear_scale * L(P + D)
 
     over the scheduled requests (n tokens each, c computed before): a request with n = 1 behind its prompt is a decode;
     D counts decodes and C sums their c + 1; for all others P sums n and A sums n c + n (n + 1) / 2. Physically: launch
     and weight reading; the linear layers' compute; per-sequence work; reading the KV cache; attention's quadratic part.
+
+    L, given by `linear_layers`, is for what is not affine in the tokens of a step: the roofline of the linear layers
+    (weights are read once, then compute takes over), the experts that a batch touches, communication. It goes through
+    the points (tokens, seconds), is constant below the first and has the slope of the last two beyond the last.
+    A decode step's tokens do not change from step to step, so a run of them still has a closed form.
     """
 
     fixed: Coefficient
@@ -31,12 +51,42 @@ class StepTime(_Settings):
     per_decode_sequence: Coefficient = 0.0
     per_context_token: Coefficient = 0.0
     per_prefill_attention: Coefficient = 0.0
+    linear_scale: Coefficient = 1.0
+    linear_layers: Annotated[tuple[tuple[Coefficient, Coefficient], ...], Field(max_length=MAX_KNOTS)] = ()
 
     @model_validator(mode="after")
     def _time_must_pass(self) -> StepTime:
-        if self.fixed <= 0.0 and (self.per_prefill_token <= 0.0 or self.per_decode_sequence <= 0.0):
-            raise ValueError("a step must last: fixed > 0, or both per_prefill_token and per_decode_sequence > 0")
+        tokens = [knot[0] for knot in self.linear_layers]
+        seconds = [knot[1] for knot in self.linear_layers]
+        if any(a >= b for a, b in pairwise(tokens)) or any(a > b for a, b in pairwise(seconds)):
+            raise ValueError("linear_layers: tokens must increase and seconds must not decrease from point to point")
+        if (
+            self.fixed <= 0.0
+            and (self.per_prefill_token <= 0.0 or self.per_decode_sequence <= 0.0)
+            and (not seconds or self.linear_scale * seconds[0] <= 0.0)
+        ):
+            raise ValueError(
+                "a step must last: fixed > 0, or both per_prefill_token and per_decode_sequence > 0, or linear_layers"
+            )
         return self
+
+    def coefficients(self) -> npt.NDArray[np.float64]:
+        """The coefficients in the order of COEFFICIENTS: a step's seconds are their product with its `state.WORK`."""
+        return np.array([getattr(self, name) for name in COEFFICIENTS])
+
+    def linear_seconds(self, tokens: float) -> float:
+        """L of so many tokens, without `linear_scale`."""
+        if not self.linear_layers:
+            return 0.0
+        at, seconds = zip(*self.linear_layers, strict=True)
+        if tokens > at[-1] and len(at) > 1:
+            return float(seconds[-1] + (seconds[-1] - seconds[-2]) / (at[-1] - at[-2]) * (tokens - at[-1]))
+        return float(np.interp(tokens, at, seconds))
+
+    def with_coefficients(self, values: npt.ArrayLike) -> StepTime:
+        """The same layers with other coefficients, in the order of COEFFICIENTS."""
+        named = dict(zip(COEFFICIENTS, np.asarray(values, np.float64).tolist(), strict=True))
+        return StepTime(**named, linear_layers=self.linear_layers)
 
 
 class EngineSettings(_Settings):

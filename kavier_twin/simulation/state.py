@@ -41,8 +41,10 @@ ARENA_CLASSES: Final = 32
 
 
 # What engine steps did, in the order of StepTime's coefficients: steps, prefill tokens, decoding sequences, context
-# tokens read by decodes, prefill attention. Seconds are their product with the coefficients: calibration fits on it.
-WORK: Final = (np.float64, (5,))
+# tokens read by decodes, prefill attention, seconds of the linear layers. Seconds are their product with the
+# coefficients: calibration fits on it.
+WORK: Final = (np.float64, (6,))
+MAX_KNOTS: Final = 24  # of StepTime.linear_layers
 
 
 def _record(*fields: tuple[str, Any]) -> np.dtype[np.void]:
@@ -168,11 +170,15 @@ ENGINE = _record(
     ("reserve_full_isl", np.int32),
     ("priority_policy", np.int32),
     ("stepping", np.int32),  # the reference: never jump
-    ("fixed", np.float64),  # step time, see step_time.py
+    ("fixed", np.float64),  # step time, see settings.StepTime
     ("per_prefill_token", np.float64),
     ("per_decode_sequence", np.float64),
     ("per_context_token", np.float64),
     ("per_prefill_attention", np.float64),
+    ("linear_scale", np.float64),
+    ("knot_tokens", (np.float64, (MAX_KNOTS,))),
+    ("knot_seconds", (np.float64, (MAX_KNOTS,))),
+    ("knots", np.int64),
     ("hold_seconds", np.float64),  # how long the engine waits with a held request that is ahead of its end
 )
 

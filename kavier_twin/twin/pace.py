@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kavier_twin.simulation.fleet import Fleet
-from kavier_twin.simulation.settings import StepTime
+from kavier_twin.simulation.settings import COEFFICIENTS, StepTime
 
 SLOWEST, FASTEST = 5.0, 0.2  # bounds of the factor on every step time
 MEMORY_SECONDS = 3.0
@@ -25,7 +25,7 @@ class Pace:
 
     def __init__(self, step_time: StepTime, memory_seconds: float = MEMORY_SECONDS) -> None:
         self.factor = 1.0
-        self._coefficients = coefficients(step_time)
+        self._coefficients = step_time.coefficients()
         self._memory_seconds = memory_seconds
         self._real = self._modelled = 0.0
         self._time = -math.inf
@@ -45,10 +45,5 @@ class Pace:
     def apply(self, fleet: Fleet, factor: float | None = None) -> None:
         """Let every step of the fleet last `factor` times what the coefficients say (default: the pace)."""
         scaled = self._coefficients * (self.factor if factor is None else factor)
-        for name, value in zip(StepTime.model_fields, scaled, strict=True):
+        for name, value in zip(COEFFICIENTS, scaled, strict=True):
             fleet.state.engines[name] = value
-
-
-def coefficients(step_time: StepTime) -> npt.NDArray[np.float64]:
-    """The coefficients in the order of `state.WORK`."""
-    return np.array([getattr(step_time, name) for name in StepTime.model_fields])

@@ -15,7 +15,7 @@ from kavier_twin.simulation.fleet import Fleet, Live
 from kavier_twin.simulation.settings import FleetSettings
 from kavier_twin.simulation.state import RUNNING, WAITING
 from kavier_twin.twin.calibration import Observed, with_frontend
-from kavier_twin.twin.pace import Pace, coefficients
+from kavier_twin.twin.pace import Pace
 
 HOLD_SECONDS = 0.1  # how long an engine waits with a request that is ahead before the others go on
 _PACE_SLACK = (0.2, 20.0)  # how far the pace between two ends may leave the tracked one
@@ -65,8 +65,10 @@ def _pace_to(fleet: Fleet, pace: Pace, live: dict[int, Live], coming: list[tuple
     prefill = float(np.maximum(running["prompt"] - running["computed"], 0).sum())
     prefill += 0.25 * float(requests["prompt"][requests["state"] == WAITING].sum())  # what hits leave to compute
     left = float(requests["prompt"][slot] + requests["output"][slot] - requests["tokens"][slot])
-    work = np.array([left, prefill, left * running.size, left * float(running["tokens"].sum()), 0.0])
-    modelled = float(coefficients(fleet.settings.step_time) @ work)
+    step_time = fleet.settings.step_time
+    linear = left * step_time.linear_seconds(float(running.size))
+    work = np.array([left, prefill, left * running.size, left * float(running["tokens"].sum()), 0.0, linear])
+    modelled = float(step_time.coefficients() @ work)
     if modelled <= 0.0:
         return pace.factor
     low, high = _PACE_SLACK

@@ -14,7 +14,7 @@ import numpy as np
 from kavier_twin.simulation.kernels.compile import kernel
 from kavier_twin.simulation.kernels.flow import computed_now, next_end
 from kavier_twin.simulation.kernels.requests import account, add_blocks, block_key, register
-from kavier_twin.simulation.kernels.scheduler import ADMISSIBLE, NO_MEMORY, add_work, itl_bin, judge
+from kavier_twin.simulation.kernels.scheduler import ADMISSIBLE, NO_MEMORY, add_work, itl_bin, judge, linear_seconds
 from kavier_twin.simulation.state import ITL_BIN_RATIO, ITL_SMALLEST_SECONDS
 
 _FAR = 1 << 40
@@ -61,11 +61,12 @@ def _add_latencies(counts, first, slope, steps, sequences):
 
 
 @kernel
-def _add_work(replica, steps, sequences, context):
+def _add_work(replica, steps, sequences, context, linear):
     """Work of `steps` decode steps, the first of which reads `context` tokens."""
     replica.work[0] += steps
     replica.work[2] += float(steps) * sequences
     replica.work[3] += float(steps) * context + sequences * (0.5 * steps * (steps - 1.0))
+    replica.work[5] += steps * linear
 
 
 @kernel
@@ -129,7 +130,13 @@ def jump(state, number, until):
     origin = batch.end if ahead else replica.now
     if ahead and (batch.count > 0 or batch.flowing != flowing or origin > until):
         return False
-    first = engine.fixed + engine.per_decode_sequence * flowing + engine.per_context_token * replica.flow_context
+    linear = linear_seconds(engine, flowing)
+    first = (
+        engine.fixed
+        + engine.per_decode_sequence * flowing
+        + engine.per_context_token * replica.flow_context
+        + engine.linear_scale * linear
+    )
     slope = engine.per_context_token * flowing
     steps = next_end(state, number) - 1 - replica.scheduled_batches
     if steps <= 0:
@@ -179,9 +186,10 @@ def jump(state, number, until):
         add_work(replica.work, batch.work)
         batch.work[2] = flowing
         batch.work[3] = context + float(steps - 1) * flowing
+        batch.work[5] = linear
         state.itl_counts[number, itl_bin(batch.end - replica.last_completion)] += flowing
         batch.end = origin + span(first, slope, float(steps))
-    _add_work(replica, steps - ahead, flowing, context)
+    _add_work(replica, steps - ahead, flowing, context, linear)
     _add_latencies(state.itl_counts[number], first, slope, steps - ahead, flowing)
     replica.steps += steps
     replica.computed_tokens += steps * flowing

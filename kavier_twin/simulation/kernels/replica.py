@@ -21,7 +21,7 @@ from kavier_twin.simulation.kernels.requests import (
     take_cells,
     withdraw,
 )
-from kavier_twin.simulation.kernels.scheduler import complete, schedule
+from kavier_twin.simulation.kernels.scheduler import complete, linear_seconds, schedule
 from kavier_twin.simulation.state import FINISHED, PRIVATE, RUNNING
 
 _PRIVATE = np.uint64(PRIVATE)
@@ -233,7 +233,9 @@ def finish_now(state, number, slot, time):
 def _expected_finish(replica, engine, request, time):
     """When a request that is behind would end: its remaining tokens at the pace of a decode step of today's batch."""
     left = request.prompt + request.output - request.tokens
-    return time + left * (engine.fixed + engine.per_decode_sequence * max(1, replica.running))
+    running = max(1, replica.running)
+    step = engine.fixed + engine.per_decode_sequence * running + engine.linear_scale * linear_seconds(engine, running)
+    return time + left * step
 
 
 @kernel

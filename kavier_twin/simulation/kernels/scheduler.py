@@ -57,13 +57,31 @@ def step_seconds(engine, work):
         + engine.per_decode_sequence * work[2]
         + engine.per_context_token * work[3]
         + engine.per_prefill_attention * work[4]
+        + engine.linear_scale * work[5]
     )
+
+
+@kernel
+def linear_seconds(engine, tokens):
+    """Seconds of the linear layers in a step of so many tokens: `settings.StepTime.linear_layers`."""
+    at, last = engine.knot_tokens, engine.knots - 1
+    if last < 0:
+        return 0.0
+    if tokens <= at[0] or last == 0:
+        return engine.knot_seconds[0]
+    right = 1
+    while right < last and at[right] < tokens:
+        right += 1
+    left = right - 1
+    slope = (engine.knot_seconds[right] - engine.knot_seconds[left]) / (at[right] - at[left])
+    return engine.knot_seconds[left] + slope * (tokens - at[left])
 
 
 @kernel
 def shortest_step(engine):
     """No step that does anything is shorter: a single token."""
-    return engine.fixed + min(engine.per_prefill_token, engine.per_decode_sequence)
+    token = min(engine.per_prefill_token, engine.per_decode_sequence)
+    return engine.fixed + token + engine.linear_scale * linear_seconds(engine, 1.0)
 
 
 @kernel
@@ -429,6 +447,7 @@ def schedule(state, number):
     batch.work[2] = decodes
     batch.work[3] = context
     batch.work[4] = attention
+    batch.work[5] = linear_seconds(engine, prefill_tokens + decodes) if count + flowing > 0 else 0.0
     if count + flowing > 0:
         replica.steps += 1
         replica.computed_tokens += prefill_tokens + decodes
