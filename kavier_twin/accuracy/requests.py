@@ -11,14 +11,14 @@ import numpy as np
 
 from connectors.traces import Trace, TraceError, read_trace
 from connectors.traces.recording import read_steps
-from kavier_twin.accuracy.drift import WINDOW_SECONDS, Drift, drift
+from kavier_twin.accuracy.drift import WINDOW_SECONDS, MachineClock, machine_clock
 from kavier_twin.accuracy.prior import PLENTY_OF_BLOCKS, Deployment, engine_settings, from_catalogue
 from kavier_twin.accuracy.result import HIT_RATIO, Pair, SetResult, Trial, per_token, request_pairs
 from kavier_twin.catalog.errors import CatalogError
 from kavier_twin.errors import UserError
 from kavier_twin.scenario import observed_of
-from kavier_twin.simulation.fleet import Fleet
-from kavier_twin.simulation.settings import COEFFICIENTS, FleetSettings, StepTime
+from kavier_twin.simulation.fleet import simulate
+from kavier_twin.simulation.settings import FleetSettings
 from kavier_twin.simulation.state import FINISHED, Records
 from kavier_twin.twin.calibration import CalibrationError, Observed, calibrate, single_engine, with_frontend
 
@@ -54,33 +54,36 @@ def run_requests(path: Path, name: str, tell: Callable[[str], None]) -> SetResul
         outcomes = _replay(FleetSettings(engine=prior.engine, step_time=prior.step_time), observed, 0.0)
         trials.append(_trial("from the catalogue alone", "nothing", trace, observed, outcomes, ~fitted))
     engine = engine_settings(deployment, blocks, str(path))
-    tell("calibrating")
-    known = Observed(
-        observed.workload,
-        np.where(fitted, observed.ttft_seconds, math.nan),
-        np.where(fitted, observed.e2e_seconds, math.nan),
-    )
-    try:
+
+    def calibrated(basis: str, clock: MachineClock | None) -> None:
+        tell(basis)
+        told = observed if clock is None else _by_clock(observed, clock)
         found = calibrate(
             single_engine(engine),
-            known,
+            told._replace(
+                ttft_seconds=np.where(fitted, told.ttft_seconds, math.nan),
+                e2e_seconds=np.where(fitted, told.e2e_seconds, math.nan),
+            ),
             prior=prior.step_time if prior else None,
             floor=prior.floor if prior else None,
         )
+        settings = FleetSettings(engine=engine, step_time=found.step_time)
+        outcomes = _replay(settings, told, found.frontend_seconds)
+        if clock is not None:
+            for name in ("arrival", "first_token", "finish"):
+                outcomes[name] = clock.wall(outcomes[name])
+        trials.append(_trial(basis, _FIRST, trace, observed, outcomes, ~fitted))
+        if found.undetermined:
+            notes.append(f"{basis.capitalize()}: the first third did not determine {', '.join(found.undetermined)}.")
+
+    try:
+        calibrated("calibrated", None)
+        clock = _clock(trace)
+        if clock is not None:
+            notes.append(_describe(clock))
+            calibrated("calibrated, corrected for the machine's drift", clock)
     except CalibrationError as error:
         notes.append(f"Not calibrated: {error}.")
-        return SetResult(name, _measured(trace), tuple(trials), tuple(notes))
-    settings = FleetSettings(engine=engine, step_time=found.step_time)
-    tell("predicting the rest")
-    outcomes = _replay(settings, observed, found.frontend_seconds)
-    trials.append(_trial("calibrated", _FIRST, trace, observed, outcomes, ~fitted))
-    if found.undetermined:
-        notes.append(f"The first third did not determine {', '.join(found.undetermined)}.")
-    speed = _drift(trace, float(observed.workload.arrival[fitted][-1]))
-    if speed is not None:
-        notes.append(_describe(speed))
-        outcomes = _replay(settings, observed, found.frontend_seconds, speed)
-        trials.append(_trial("calibrated, machine's drift corrected", _FIRST, trace, observed, outcomes, ~fitted))
     return SetResult(name, _measured(trace), tuple(trials), tuple(notes))
 
 
@@ -106,24 +109,21 @@ def _measured(trace: Trace) -> str:
     return f"{len(trace.records):,} requests of a real server, each with its own times"
 
 
-def _replay(settings: FleetSettings, observed: Observed, frontend_seconds: float, speed: Drift | None = None) -> Records:
+def _replay(settings: FleetSettings, observed: Observed, frontend_seconds: float) -> Records:
     """Outcomes in the order of the requests."""
-    workload = with_frontend(observed.workload, frontend_seconds)
-    fleet = Fleet(settings, start_seconds=float(min(0.0, workload.delivered[0])))
-    if speed is not None:
-        _follow(fleet, settings.step_time, speed)
-    fleet.feed(workload)
-    fleet.run()
-    outcomes = fleet.collect()
+    outcomes = simulate(settings, with_frontend(observed.workload, frontend_seconds)).collect()
     return outcomes[np.argsort(outcomes["index"], kind="stable")]
 
 
-def _follow(fleet: Fleet, step_time: StepTime, speed: Drift) -> None:
-    """Every step lasts as many times longer as the machine was slower at the time."""
-    for start, factor in zip(speed.start_seconds.tolist(), speed.factor.tolist(), strict=True):
-        scaled = (factor * step_time.coefficients()).tolist()
-        overrides = {f"step_time.{name}": value for name, value in zip(COEFFICIENTS, scaled, strict=True)}
-        fleet.switch_policy(overrides, max(start, fleet.now_seconds))
+def _by_clock(observed: Observed, clock: MachineClock) -> Observed:
+    """The same requests, all times by the machine's clock."""
+    arrival = observed.workload.arrival
+    start = clock.machine(arrival)
+    return Observed(
+        observed.workload._replace(arrival=start, delivered=start),
+        clock.machine(arrival + observed.ttft_seconds) - start,
+        clock.machine(arrival + observed.e2e_seconds) - start,
+    )
 
 
 def _trial(basis: str, fitted_on: str, trace: Trace, observed: Observed, outcomes: Records, tested: Any) -> Trial:
@@ -147,20 +147,21 @@ def _trial(basis: str, fitted_on: str, trace: Trace, observed: Observed, outcome
     return Trial(basis, fitted_on, _LAST, tuple(pairs), scatter)
 
 
-def _drift(trace: Trace, reference_seconds: float) -> Drift | None:
+def _clock(trace: Trace) -> MachineClock | None:
     started = trace.settings.get("started_unix")
     if not isinstance(started, int | float):
         return None
     try:
-        return drift(read_steps(trace.path.parent), float(started), reference_seconds)
+        return machine_clock(read_steps(trace.path.parent), float(started))
     except TraceError:
         return None
 
 
-def _describe(speed: Drift) -> str:
-    low, high = float(speed.factor.min()), float(speed.factor.max())
+def _describe(clock: MachineClock) -> str:
+    slow, fast = np.quantile(clock.factor, (0.95, 0.05)).tolist()
     return (
-        f"The machine's own speed drifted: decode-only steps of equal size lasted {low:.2f} to {high:.2f} times what "
-        f"they did during the first third (windows of {WINDOW_SECONDS:g} s, from the server's step log). The "
-        "correction scales the simulated steps by that, and uses no request's timing."
+        f"The machine's own speed drifted: for a tenth of the time decode-only steps of equal size lasted less than "
+        f"{fast:.2f} or more than {slow:.2f} times their mean (windows of {WINDOW_SECONDS:g} s of the server's step "
+        "log). The correction calibrates and predicts by a clock that runs with that speed; it uses the step log of "
+        "the whole run, but no request's timing beyond the first third."
     )
