@@ -23,28 +23,51 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "hidden_size": ("hidden_size", "d_model", "n_embd", "n_embed"),
     "attention_heads": ("num_attention_heads", "n_heads", "n_head"),
     "kv_heads": (
-        "num_key_value_heads", "attn_config.kv_n_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num",
+        "num_key_value_heads",
+        "attn_config.kv_n_heads",
+        "num_kv_heads",
+        "n_head_kv",
+        "multi_query_group_num",
     ),
     "head_dim": ("head_dim", "kv_channels", "attention_head_dim"),
     "intermediate_size": (
-        "intermediate_size_mlp", "intermediate_size", "ffn_hidden_size", "n_inner", "ffn_dim",
+        "intermediate_size_mlp",
+        "dense_intermediate_size",
+        "intermediate_size",
+        "ffn_hidden_size",
+        "n_inner",
+        "ffn_dim",
         "ffn_config.ffn_hidden_size",
     ),
     "vocab_size": ("padded_vocab_size", "vocab_size"),
     "max_model_len": ("max_position_embeddings", "max_seq_len", "n_positions", "seq_length", "max_sequence_length"),
     "experts": (
-        "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "ffn_config.moe_num_experts",
+        "num_local_experts",
+        "num_experts",
+        "n_routed_experts",
+        "moe_num_experts",
+        "ffn_config.moe_num_experts",
     ),
     "experts_per_token": (
-        "num_experts_per_tok", "experts_per_token", "num_experts_per_token", "moe_top_k", "moe_k",
+        "num_experts_per_tok",
+        "experts_per_token",
+        "num_experts_per_token",
+        "moe_top_k",
+        "moe_k",
         "ffn_config.moe_top_k",
     ),
     "expert_intermediate_size": (
-        "moe_intermediate_size", "expert_intermediate_size", "ffn_config.ffn_hidden_size", "intermediate_size",
+        "moe_intermediate_size",
+        "expert_intermediate_size",
+        "ffn_config.ffn_hidden_size",
+        "intermediate_size",
     ),
     "shared_experts": ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"),
     "dtype": ("dtype", "torch_dtype"),
 }
+
+
+_SHARED_EXPERT_SIZES = ("shared_expert_intermediate_size", "shared_intermediate_size", "share_expert_dim")
 
 
 @dataclass(frozen=True)
@@ -89,9 +112,17 @@ FAMILIES: dict[str, Family] = {
     "starcoder2": Family(gated=False, norm_bias=True, qkv_bias=True, out_bias=True, tied=True),
 }
 
-# State-space and linear-attention layers keep a state instead of a growing cache: another engine than the one simulated.
-_UNSUPPORTED_LAYERS = {"linear_attention", "mamba", "mamba2", "ssm", "recurrent", "conv"}
-_UNSUPPORTED_FAMILIES = {"mamba", "mamba2", "falcon_mamba", "jamba", "bamba", "nemotron_h", "rwkv", "zamba2", "lfm2"}
+# What is refused rather than read wrongly: layers that keep a state instead of a growing cache (state-space, linear
+# attention), and fields that give layers sizes of their own, which one shape for all layers cannot tell.
+_STATE_LAYERS = {"linear_attention", "mamba", "mamba2", "ssm", "recurrent", "conv"}
+_STATE_FAMILIES = {"mamba", "mamba2", "falcon_mamba", "jamba", "bamba", "nemotron_h", "rwkv", "zamba2", "lfm2"}
+_FOREIGN_FIELDS = (
+    "linear_attn_config",
+    "block_configs",
+    "compress_ratios",
+    "swa_num_key_value_heads",
+    "global_head_dim",
+)
 
 
 class _Config:
@@ -138,11 +169,14 @@ def read_config(raw: Mapping[str, Any], origin: str) -> ModelShape:
         raise CatalogError(f"{origin}: a JSON object is needed")
     config = _Config(raw, origin)
     layer_types = [str(kind) for kind in config.get("layer_types") or config.get("layers_block_type") or []]
-    foreign = sorted(_UNSUPPORTED_LAYERS.intersection(layer_types))
-    if config.family_name in _UNSUPPORTED_FAMILIES:
-        foreign.append(config.family_name)
+    states = sorted(_STATE_LAYERS.intersection(layer_types)) + sorted(
+        _STATE_FAMILIES.intersection({config.family_name})
+    )
+    if states:
+        raise CatalogError(f"{origin}: {states[0]}: layers that keep a state instead of a cache are not simulated")
+    foreign = next((field for field in _FOREIGN_FIELDS if config.get(field)), None)
     if foreign:
-        raise CatalogError(f"{origin}: layers that keep a state instead of a cache are not simulated: {foreign[0]}")
+        raise CatalogError(f"{origin}: {foreign}: models whose layers differ in size or kind are not simulated")
     try:
         return _shape(config, layer_types)
     except ValidationError as error:
@@ -227,7 +261,10 @@ def _experts(config: _Config, layers: int) -> Experts | None:
     size = config.number("expert_intermediate_size")
     if config.get("intermediate_size_mlp") is not None:  # Llama 4: the experts' size is the plain one
         size = int(config.get("intermediate_size"))
-    shared = config.get("shared_expert_intermediate_size") or config.get("shared_intermediate_size")
+    shared = next(
+        (value for name in _SHARED_EXPERT_SIZES if (value := config.get(name)) is not None),
+        None,
+    )
     if shared is None:
         default = 1 if config.family_name in ("llama4", "llama4_text") else 0
         shared = config.number("shared_experts", default=default) * size
@@ -243,11 +280,11 @@ def _experts(config: _Config, layers: int) -> Experts | None:
 def _layers_with_experts(config: _Config, layers: int) -> int:
     if config.get("moe_layers") is not None:
         return len(config.get("moe_layers"))
+    every = config.get("moe_layer_freq")
+    if isinstance(every, list):  # one flag per layer
+        return sum(map(bool, every))
     first = int(config.get("first_k_dense_replace") or 0)
-    step = int(
-        config.get("moe_layer_freq") if isinstance(config.get("moe_layer_freq"), int)
-        else config.get("interleave_moe_layer_step") or config.get("decoder_sparse_step") or 1
-    )
+    step = int(every or config.get("interleave_moe_layer_step") or config.get("decoder_sparse_step") or 1)
     dense = set(config.get("mlp_only_layers") or ())
     # DeepSeek counts from layer 0, Qwen and Llama 4 take the last of each `step`.
     offset = 0 if config.get("first_k_dense_replace") is not None else step - 1
@@ -287,7 +324,7 @@ def _quantization(config: _Config) -> Quantization | None:
         return None
     method = str(raw.get("quant_method") or raw.get("quant_algo") or "").lower()
     algorithm = str(raw.get("quant_algo") or "").lower()
-    if method in ("fp8", "fbgemm_fp8") or algorithm == "fp8":
+    if method in ("fp8", "fbgemm_fp8") or algorithm.startswith("fp8"):
         return Quantization(name="fp8", bits_per_weight=8.0, compute="fp8")
     if method == "mxfp4":
         return Quantization(name="mxfp4", bits_per_weight=4.25, compute="bf16", experts_only=True)
@@ -325,7 +362,9 @@ def _compressed_tensors(raw: Mapping[str, Any], origin: str) -> Quantization:
     compute: ComputeType = ("fp4" if floating else "bf16") if bits == 4 else ("fp8" if floating else "int8")
     scale_bits = 8 / group if floating and bits == 4 and group > 0 else 0.0
     return Quantization(
-        name=f"compressed-tensors-{'fp' if floating else 'int'}{bits}", bits_per_weight=bits + scale_bits, compute=compute
+        name=f"compressed-tensors-{'fp' if floating else 'int'}{bits}",
+        bits_per_weight=bits + scale_bits,
+        compute=compute,
     )
 
 

@@ -38,8 +38,9 @@ class Gpu(BaseModel):
     """One card. Its numbers are peaks of its data sheet; what is reached of them is the roofline's matter.
 
     `memory_bytes` is what is soldered on, `usable_memory_bytes` what the driver reports as the device's total, of
-    which vLLM takes its share. Link speeds are those of one direction. `compute_share` and `bandwidth_share` override
-    the roofline's default shares of the peaks, where somebody measured them. `sources` names each field's source.
+    which vLLM takes its share. Link speeds are those of one direction. `compute_share`, `bandwidth_share` and `bend`
+    (kavier_twin/simulation/roofline.py) go before the roofline's defaults where somebody measured them on the card.
+    `sources` names each field's source.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -58,13 +59,15 @@ class Gpu(BaseModel):
     max_watts: PositiveNumber
     compute_share: Share | None = None
     bandwidth_share: Share | None = None
+    bend: Annotated[float, Field(ge=1.0, le=10.0)] | None = None
     sources: Mapping[str, str]
 
     @model_validator(mode="after")
     def _is_plausible(self) -> Gpu:
         plain = {"name", "aliases", "vendor", "architecture", "sources"}
         unsourced = sorted(
-            field for field in set(type(self).model_fields) - plain
+            field
+            for field in set(type(self).model_fields) - plain
             if getattr(self, field) is not None and not self.sources.get(field)
         )
         if unsourced:

@@ -30,9 +30,9 @@ class Quantization(BaseModel):
     experts_only: bool = False
 
 
-# Bits with scales: INT4 one 16-bit scale per 128 weights (GPTQ and AWQ as usually published); MXFP4 one 8-bit scale per
-# 32 (OCP Microscaling Formats v1.0); NVFP4 one 8-bit scale per 16 (NVIDIA). Weight-only types compute in 16 bits, and so
-# does MXFP4 in vLLM with 16-bit activations (vllm/model_executor/layers/quantization/mxfp4.py).
+# Bits with scales. INT4: one 16-bit scale per 128 weights (GPTQ and AWQ as usually published); MXFP4: one 8-bit scale
+# per 32 (OCP Microscaling Formats v1.0); NVFP4: one 8-bit scale per 16 (NVIDIA). Weight-only types compute in 16 bits,
+# as MXFP4 does in vLLM with 16-bit activations (vllm/model_executor/layers/quantization/mxfp4.py).
 QUANTIZATIONS: dict[str, Quantization] = {
     kind.name: kind
     for kind in (

@@ -14,12 +14,25 @@ from kavier_twin.catalog.errors import CatalogError
 from kavier_twin.catalog.model import ModelShape
 
 
-def _read(text: str, origin: str) -> ModelShape:
+def _read(text: str, origin: str, quantization: object = None) -> ModelShape:
     try:
         raw = json.loads(text)
     except json.JSONDecodeError as error:
         raise CatalogError(f"{origin}: not JSON: {error}") from None
+    if quantization and isinstance(raw, dict):
+        raw = {"quantization_config": quantization, **raw}
     return read_config(raw, origin)
+
+
+def _quantization_beside(file: Path) -> object:
+    """NVIDIA's Model Optimizer may say how it quantised in a file of its own beside `config.json`."""
+    beside = file.with_name("hf_quant_config.json")
+    if not beside.is_file():
+        return None
+    try:
+        return json.loads(beside.read_text(encoding="utf-8")).get("quantization")
+    except (OSError, json.JSONDecodeError, AttributeError) as error:
+        raise CatalogError(f"{beside}: cannot be read: {error}") from None
 
 
 @cache
@@ -54,7 +67,7 @@ def find_model(name: str) -> ModelShape:
     if name.endswith(".json") or (path.is_dir() and (path / "config.json").is_file()):
         file = path / "config.json" if path.is_dir() else path
         try:
-            return _read(file.read_text(encoding="utf-8"), str(file))
+            return _read(file.read_text(encoding="utf-8"), str(file), _quantization_beside(file))
         except OSError as error:
             raise CatalogError(f"{file}: cannot be read: {error.strerror}") from None
     known = _index().get(_key(name))
