@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from connectors.traces import Trace, TraceError, read_trace
 from connectors.traces.recording import read_steps
 from kavier_twin.accuracy.drift import WINDOW_SECONDS, MachineClock, machine_clock
-from kavier_twin.accuracy.prior import PLENTY_OF_BLOCKS, Deployment, engine_settings, from_catalogue
+from kavier_twin.accuracy.prior import FRONTEND_SECONDS, PLENTY_OF_BLOCKS, Server, engine_settings, from_catalogue, gpus_named_in
 from kavier_twin.accuracy.result import HIT_RATIO, Pair, SetResult, Trial, per_token, request_pairs
+from kavier_twin.catalog.deployment import Deployment
 from kavier_twin.catalog.errors import CatalogError
 from kavier_twin.errors import UserError
 from kavier_twin.scenario import observed_of
@@ -23,6 +25,7 @@ from kavier_twin.simulation.state import FINISHED, Records
 from kavier_twin.twin.calibration import CalibrationError, Observed, calibrate, single_engine, with_frontend
 
 SHARE = 1 / 3
+_TIMED_BY_ENGINE = ("llmservingsim",)  # formats whose times are the engine's own: no frontend in them
 _LAST = "the last two thirds of the requests"
 _FIRST = "the first third of the requests, by arrival"
 
@@ -37,23 +40,25 @@ def run_requests(path: Path, name: str, tell: Callable[[str], None]) -> SetResul
     measured = np.isfinite(observed.ttft_seconds) & np.isfinite(observed.e2e_seconds)
     if not measured.any():
         raise UserError(f"{path}: no request tells its TTFT and end-to-end latency")
-    deployment, notes = _deployment(path, trace)
+    server, notes = _server(path, trace)
     fitted = np.arange(measured.size) < round(SHARE * measured.size)
     trials = []
-    blocks = PLENTY_OF_BLOCKS
     prior = None
     try:
-        prior = from_catalogue(deployment, str(path))
+        prior = from_catalogue(server, str(path))
     except CatalogError as error:
         notes.append(f"Nothing predicted from the catalogue: {error}.")
-        if "num_gpu_blocks" not in deployment.engine:
+        if "num_gpu_blocks" not in server.engine:
             notes.append("The number of KV blocks is not known: taken as so many that memory never decides.")
+        engine = engine_settings({"num_gpu_blocks": PLENTY_OF_BLOCKS, **server.engine}, str(path))
     else:
-        blocks = prior.engine.num_gpu_blocks
-        tell("predicting from the catalogue")
-        outcomes = _replay(FleetSettings(engine=prior.engine, step_time=prior.step_time), observed, 0.0)
+        engine = prior.engine
+        if "num_gpu_blocks" not in server.engine:
+            notes.append(f"The number of KV blocks, {engine.num_gpu_blocks:,}, is the catalogue's.")
+        tell("from the catalogue")
+        frontend = 0.0 if trace.format in _TIMED_BY_ENGINE else FRONTEND_SECONDS
+        outcomes = _replay(FleetSettings(engine=engine, step_time=prior.step_time), observed, frontend)
         trials.append(_trial("from the catalogue alone", "nothing", trace, observed, outcomes, ~fitted))
-    engine = engine_settings(deployment, blocks, str(path))
 
     def calibrated(basis: str, clock: MachineClock | None) -> None:
         tell(basis)
@@ -87,21 +92,34 @@ def run_requests(path: Path, name: str, tell: Callable[[str], None]) -> SetResul
     return SetResult(name, _measured(trace), tuple(trials), tuple(notes))
 
 
-def _deployment(path: Path, trace: Trace) -> tuple[Deployment, list[str]]:
+def _server(path: Path, trace: Trace) -> tuple[Server, list[str]]:
     engine = trace.settings.get("engine")
     if not isinstance(engine, dict):
         raise UserError(f"{path}: expected `engine`, what the server was configured to do, beside the trace; add it")
     notes = []
     gpu, model = engine.get("gpu"), engine.get("model")
     if gpu is None:
-        gpu = trace.path.parent.name
-        notes.append(f"The data names no GPU; looked for one in the folder's name, {gpu!r}.")
-    return Deployment(
+        found = gpus_named_in(trace.path.parent.name)
+        if found:
+            gpu = found[0]
+            others = f" (it could as well be {', '.join(found[1:])})" if len(found) > 1 else ""
+            notes.append(f"The data names no GPU; the folder's name tells of {gpu}{others}.")
+    try:
+        deployment = Deployment(
+            tensor_parallel_size=engine.get("tensor_parallel_size", 1),
+            quantization=engine.get("quantization"),
+            kv_cache_dtype="fp8" if str(engine.get("kv_cache_dtype")).startswith("fp8") else "auto",
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{path}: engine.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    share = engine.get("gpu_memory_utilization")
+    return Server(
         model=model if isinstance(model, str) else None,
         gpu=gpu if isinstance(gpu, str) else None,
+        deployment=deployment,
         engine=engine,
-        tensor_parallel=int(engine.get("tensor_parallel_size") or 1),
-        gpu_memory_utilization=float(engine.get("gpu_memory_utilization") or 0.9),
+        gpu_memory_utilization=share if isinstance(share, float) else None,
     ), notes
 
 
