@@ -68,21 +68,27 @@ def from_catalogue(server: Server, where: str) -> Prior:
     if server.model is None or server.gpu is None:
         raise CatalogError(f"the data names no {'model' if server.model is None else 'GPU'} of the catalogue")
     model, gpu = find_model(server.model), find_gpu(server.gpu)
-    max_model_len = int(server.engine.get("max_model_len") or model.max_model_len)
-    tokens, sequences = largest_batch(gpu, max_model_len=max_model_len)
-    told = {"max_model_len": max_model_len, "max_num_batched_tokens": tokens, "max_num_seqs": sequences, **server.engine}
-    if "num_gpu_blocks" not in told:
-        told["num_gpu_blocks"] = num_gpu_blocks(
+    tokens, sequences = largest_batch(gpu, max_model_len=model.max_model_len)
+    defaults = {
+        "num_gpu_blocks": PLENTY_OF_BLOCKS,
+        "max_model_len": model.max_model_len,
+        "max_num_batched_tokens": tokens,
+        "max_num_seqs": sequences,
+    }
+    engine = engine_settings(defaults | dict(server.engine), where)
+    if "num_gpu_blocks" not in server.engine:
+        blocks = num_gpu_blocks(
             gpu,
             model,
             server.deployment,
             gpu_memory_utilization=server.gpu_memory_utilization or _GPU_MEMORY_UTILIZATION,
-            block_size=int(told.get("block_size", 16)),
-            max_num_batched_tokens=int(told["max_num_batched_tokens"]),
-            max_num_seqs=int(told["max_num_seqs"]),
+            block_size=engine.block_size,
+            max_num_batched_tokens=engine.max_num_batched_tokens,
+            max_num_seqs=engine.max_num_seqs,
         )
+        engine = engine.model_copy(update={"num_gpu_blocks": blocks})
     expected = step_time(gpu, model, server.deployment)
-    return Prior(engine_settings(told, where), expected, _floor(expected, gpu, server))
+    return Prior(engine, expected, _floor(expected, gpu, server))
 
 
 def engine_settings(told: Mapping[str, Any], where: str) -> EngineSettings:
