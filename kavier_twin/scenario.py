@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from connectors.traces import Trace, TraceError, read_trace
+from kavier_twin.closed_loop_option import ClosedLoop
 from kavier_twin.errors import UserError
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
 from kavier_twin.simulation.workload import take_rows, workload_of
@@ -32,6 +33,7 @@ DEFAULT_FLEET = FleetSettings(
         per_prefill_attention=8.8e-10,
     ),
 )
+_DEFAULT = "the default, Llama-3.1-8B on one H100"
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,18 @@ def load_scenario(
         calibration = _fit(path, engine, observed, calibrate_until)
         fleet = FleetSettings(engine=engine, step_time=calibration.step_time)
         return Scenario(trace, fleet, observed, calibration.frontend_seconds, calibration, "meta.json")
-    return Scenario(trace, DEFAULT_FLEET, observed, 0.0, None, "the default, Llama-3.1-8B on one H100")
+    return Scenario(trace, DEFAULT_FLEET, observed, 0.0, None, _DEFAULT)
+
+
+def closed_loop_scenario(loop: ClosedLoop, fleet_file: Path | None) -> Scenario:
+    """What a closed loop without a trace runs on: requests with nothing in common. Raises UserError."""
+    workload = loop.workload()
+    trace = Trace(Path("closed loop"), "closed-loop", [], [], 0, {}, {}, None, False)
+    nothing = np.full(workload.index.size, math.nan)
+    observed = Observed(workload, nothing, nothing)
+    if fleet_file is not None:
+        return Scenario(trace, read_fleet(fleet_file), observed, 0.0, None, str(fleet_file))
+    return Scenario(trace, DEFAULT_FLEET, observed, 0.0, None, _DEFAULT)
 
 
 def observed_of(trace: Trace) -> Observed:

@@ -97,7 +97,9 @@ def run_concurrency(path: Path, name: str, tell: Callable[[str], None]) -> SetRe
         for kind, found in (("dense models", pairs[False]), ("mixture-of-experts models", pairs[True]))
         if found
     )
-    return SetResult(name, f"{len(rows)} benchmarks of real servers at a fixed concurrency, means", trials, tuple(notes))
+    return SetResult(
+        name, f"{len(rows)} benchmarks of real servers at a fixed concurrency, means", trials, tuple(notes)
+    )
 
 
 def read_rows(path: Path) -> tuple[list[Row], list[str]]:
@@ -137,7 +139,7 @@ def predict(row: Row, where: str) -> tuple[float, float]:
     ramp = float(_closed_loop(settings, row, 0.0)["finish"].max()) / _CYCLES
     outcomes = _closed_loop(settings, row, ramp)
     outcomes = outcomes[np.argsort(outcomes["index"], kind="stable")][users : (_CYCLES - 1) * users]
-    ttft = outcomes["first_token"] - outcomes["arrival"] + FRONTEND_SECONDS
+    ttft = outcomes["first_token"] - outcomes["arrival"]
     decode = outcomes["finish"] - outcomes["first_token"]
     return float(ttft.mean()), float(decode.mean()) / (row.osl - 1)
 
@@ -148,7 +150,8 @@ def _closed_loop(settings: FleetSettings, row: Row, ramp_seconds: float) -> Reco
     start[: row.batch_size] = np.arange(row.batch_size) * ramp_seconds / row.batch_size
     start[row.batch_size :] = ramp_seconds
     workload = make_workload(start, row.isl, row.osl)
-    return simulate_closed_loop(settings, workload, row.batch_size, FRONTEND_SECONDS).collect()
+    fleet = simulate_closed_loop(settings, workload, row.batch_size, frontend_seconds=FRONTEND_SECONDS)
+    return fleet.collect()
 
 
 def _quantization(row: Row) -> str | None:

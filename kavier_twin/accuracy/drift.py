@@ -77,7 +77,7 @@ def machine_clock(steps: Sequence[Mapping[str, Any]], started_unix: float) -> Ma
             steps_in[window, kind] += part / length
             seconds_in[window, kind] += part
             at += part
-    factor = np.ones(count)
+    factor: Floats = np.ones(count)
     known = np.flatnonzero(seconds_in.sum(axis=1) >= _LEAST_SECONDS)
     if not known.size:
         return None
@@ -86,9 +86,9 @@ def machine_clock(steps: Sequence[Mapping[str, Any]], started_unix: float) -> Ma
         found = seconds_in[known].sum(axis=1) / (steps_in[known] * typical).sum(axis=1)
         factor = np.interp(np.arange(count), known, found)
         factor /= factor.mean()
-    wall = WINDOW_SECONDS * np.arange(count + 1)
+    wall = WINDOW_SECONDS * np.arange(count + 1, dtype=np.float64)
     machine = np.concatenate([[0.0], np.cumsum(WINDOW_SECONDS / factor)])
-    return MachineClock(wall, machine, factor)
+    return MachineClock(wall, np.asarray(machine, np.float64), factor)
 
 
 def _ends(clock: Floats, elapsed: Floats) -> Floats:
@@ -112,4 +112,5 @@ def _clock_seconds(clocks: Sequence[str], started_unix: float) -> Floats:
     time = np.array([float(np.dot([3600.0, 60.0, 1.0], [int(part) for part in clock.split(":")])) for clock in clocks])
     days = np.concatenate([[0.0], np.cumsum(np.diff(time) < -0.5 * _DAY_SECONDS)])
     since = time + _DAY_SECONDS * days - start_of_day
-    return since - _TIME_ZONE_SECONDS * np.round(since[0] / _TIME_ZONE_SECONDS)
+    zone = _TIME_ZONE_SECONDS * round(float(since[0]) / _TIME_ZONE_SECONDS)
+    return np.asarray(since - zone, np.float64)

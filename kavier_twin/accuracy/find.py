@@ -70,9 +70,9 @@ def _recognise(path: Path) -> Run | None:
         return run_stages if _has_runs(path) else None
     if path.suffix == ".csv":
         columns = _header(path)
-        if concurrency.COLUMNS <= columns:
+        if columns >= concurrency.COLUMNS:
             return run_concurrency
-        if single.COLUMNS <= columns:
+        if columns >= single.COLUMNS:
             return run_single
     return None
 

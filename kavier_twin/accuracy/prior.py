@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
@@ -117,7 +118,7 @@ def _floor(expected: StepTime, gpu: Gpu, server: Server) -> StepTime:
 def gpus_named_in(text: str) -> list[str]:
     """Cards of the catalogue that a word of a name, such as a folder's, begins: `RTX4090-Llama` tells of `rtx_4090`."""
     words = re.findall(r"[a-z0-9]+", text.lower())
-    words += [first + second for first, second in zip(words, words[1:], strict=False)]
+    words += [first + second for first, second in itertools.pairwise(words)]
     telling = [word for word in words if len(word) > 2 and re.search(r"[a-z]", word) and re.search(r"\d", word)]
     names = {key: re.sub(r"[^a-z0-9]", "", key) for key in gpus()}
     found = {key: max((len(w) for w in telling if name.startswith(w)), default=0) for key, name in names.items()}

@@ -34,7 +34,7 @@ def rows(result: SetResult) -> Iterator[tuple[str, ...]]:
     for trial in result.trials:
         for metric in trial.metrics:
             cells = [_cell(trial, metric, statistic) for statistic in STATISTICS]
-            points = len({pair.point for pair in trial.pairs if pair.metric == metric})
+            points = trial.errors(metric, "mean").size
             yield (f"{trial.basis}, {trial.predicted}", trial.fitted_on, metric, str(points), *cells)
 
 
@@ -67,7 +67,7 @@ def write_report(
             try:
                 plot = _plot(result, path.with_suffix(""))
             except ImportError:
-                missing = "the report has no plots: they need matplotlib; install it with pip install 'kavier-twin[plot]'"
+                missing = "the report has no plots: they need matplotlib, pip install 'kavier-twin[plot]'"
             else:
                 if plot is not None:
                     text.append(f"![predicted against measured]({path.stem}/{plot.name})\n")

@@ -5,16 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import ValidationError
 
 from connectors.traces import Trace, TraceError, read_trace
 from connectors.traces.recording import read_steps
 from kavier_twin.accuracy.drift import WINDOW_SECONDS, MachineClock, machine_clock
-from kavier_twin.accuracy.prior import FRONTEND_SECONDS, PLENTY_OF_BLOCKS, Server, engine_settings, from_catalogue, gpus_named_in
-from kavier_twin.accuracy.result import HIT_RATIO, Pair, SetResult, Trial, per_token, request_pairs
+from kavier_twin.accuracy.prior import (
+    FRONTEND_SECONDS,
+    PLENTY_OF_BLOCKS,
+    Server,
+    engine_settings,
+    from_catalogue,
+    gpus_named_in,
+)
+from kavier_twin.accuracy.result import HIT_RATIO, Latencies, Pair, SetResult, Trial, request_pairs
 from kavier_twin.catalog.deployment import Deployment
 from kavier_twin.catalog.errors import CatalogError
 from kavier_twin.errors import UserError
@@ -144,23 +151,26 @@ def _by_clock(observed: Observed, clock: MachineClock) -> Observed:
     )
 
 
-def _trial(basis: str, fitted_on: str, trace: Trace, observed: Observed, outcomes: Records, tested: Any) -> Trial:
+def _trial(
+    basis: str, fitted_on: str, trace: Trace, observed: Observed, outcomes: Records, tested: npt.NDArray[np.bool_]
+) -> Trial:
     measured = np.isfinite(observed.ttft_seconds) & np.isfinite(observed.e2e_seconds)
     rows = np.flatnonzero(tested & measured & (outcomes["status"] == FINISHED))
-    ttft = (outcomes["first_token"] - outcomes["arrival"])[rows]
-    e2e = (outcomes["finish"] - outcomes["arrival"])[rows]
     output = outcomes["output"][rows].astype(np.float64)
-    real_ttft, real_e2e = observed.ttft_seconds[rows], observed.e2e_seconds[rows]
-    pairs = request_pairs(_LAST, (real_ttft, real_e2e), (ttft, e2e), output)
+    real = Latencies(observed.ttft_seconds[rows], observed.e2e_seconds[rows], output)
+    simulated = Latencies(
+        (outcomes["first_token"] - outcomes["arrival"])[rows], (outcomes["finish"] - outcomes["arrival"])[rows], output
+    )
+    pairs = request_pairs(_LAST, real, simulated)
     hits = [row for row in rows if trace.records[row].cached_tokens is not None]
     if hits:
         prompts = float(sum(trace.records[row].prompt_tokens for row in hits))
-        real = sum(trace.records[row].cached_tokens or 0 for row in hits) / prompts
-        pairs.append(Pair(_LAST, HIT_RATIO, "mean", real, float(outcomes["cached"][hits].sum()) / prompts))
+        cached = sum(trace.records[row].cached_tokens or 0 for row in hits) / prompts
+        pairs.append(Pair(_LAST, HIT_RATIO, "mean", cached, float(outcomes["cached"][hits].sum()) / prompts))
     scatter = {
-        "TTFT": (real_ttft, ttft),
-        "TPOT": (per_token(real_ttft, real_e2e, output), per_token(ttft, e2e, output)),
-        "e2e": (real_e2e, e2e),
+        "TTFT": (real.ttft, simulated.ttft),
+        "TPOT": (real.tpot, simulated.tpot),
+        "e2e": (real.e2e, simulated.e2e),
     }
     return Trial(basis, fitted_on, _LAST, tuple(pairs), scatter)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -120,21 +119,28 @@ def distribution_pairs(point: str, metric: str, measured: Floats, predicted: Flo
     ]
 
 
-def request_pairs(point: str, measured: Sequence[Floats], predicted: Sequence[Floats], output: Floats) -> list[Pair]:
-    """TTFT, TPOT and e2e of requests from their TTFT and e2e (seconds) and their output tokens."""
+class Latencies(NamedTuple):
+    """Of the same requests in the same order: seconds, and output tokens."""
+
+    ttft: Floats
+    e2e: Floats
+    output: Floats
+
+    @property
+    def tpot(self) -> Floats:
+        """Time per output token after the first, seconds (NaN for a single token)."""
+        return np.where(self.output > 1.0, (self.e2e - self.ttft) / np.maximum(self.output - 1.0, 1.0), np.nan)
+
+
+def request_pairs(point: str, measured: Latencies, predicted: Latencies) -> list[Pair]:
+    """TTFT, TPOT and e2e of requests of which all were measured."""
     pairs = []
-    several = output > 1
-    for metric, real, simulated, rows in (
-        ("TTFT", measured[0], predicted[0], np.ones(output.size, np.bool_)),
-        ("TPOT", per_token(*measured, output), per_token(*predicted, output), several),
-        ("e2e", measured[1], predicted[1], np.ones(output.size, np.bool_)),
+    for metric, real, simulated in (
+        ("TTFT", measured.ttft, predicted.ttft),
+        ("TPOT", measured.tpot, predicted.tpot),
+        ("e2e", measured.e2e, predicted.e2e),
     ):
-        rows = rows & np.isfinite(real) & np.isfinite(simulated)
-        if rows.any():
-            pairs += distribution_pairs(point, metric, real[rows], simulated[rows])
+        known = np.isfinite(real) & np.isfinite(simulated)
+        if known.any():
+            pairs += distribution_pairs(point, metric, real[known], simulated[known])
     return pairs
-
-
-def per_token(ttft: Floats, e2e: Floats, output: Floats) -> Floats:
-    """Time per output token after the first, seconds (NaN for a single token)."""
-    return np.where(output > 1, (e2e - ttft) / np.maximum(output - 1.0, 1.0), np.nan)

@@ -98,14 +98,18 @@ def read_points(path: Path) -> list[Point]:
         size = _number(row, "prompt_size", where)
         if size not in requests:
             raise UserError(f"{where}: no request {size:g} in {REQUESTS_FILE}; add it")
-        kavier = [_number(row, f"kavier_{what}", where) if row.get(f"kavier_{what}") else 0.0 for what in _PHASES]
         points.append(
-            Point(int(size), *(_number(row, f"reality_{what}", where) for what in _PHASES), *requests[size], *kavier)
+            Point(
+                size=int(size),
+                prefill_seconds=_number(row, "reality_prefill", where),
+                decode_seconds=_number(row, "reality_decode", where),
+                decode_prompt=requests[size][0],
+                decode_output=requests[size][1],
+                kavier_prefill=_number(row, "kavier_prefill", where) if row.get("kavier_prefill") else 0.0,
+                kavier_decode=_number(row, "kavier_decode", where) if row.get("kavier_decode") else 0.0,
+            )
         )
     return sorted(points)
-
-
-_PHASES = ("prefill", "decode")
 
 
 def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:

@@ -99,9 +99,7 @@ def _print(console: Console, results: list[SetResult]) -> None:
             console.print(f"  {note}", style="dim", highlight=False, markup=False)
 
 
-def _document(
-    folder: Path, results: list[SetResult], failed: list[Skipped], skipped: list[Skipped]
-) -> dict[str, Any]:
+def _document(folder: Path, results: list[SetResult], failed: list[Skipped], skipped: list[Skipped]) -> dict[str, Any]:
     return {
         "folder": str(folder),
         "sets": [result.document() for result in results],

@@ -14,8 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from connectors.traces import FORMATS
+from kavier_twin.closed_loop_option import FORM, ClosedLoop, parse_closed_loop
 from kavier_twin.errors import UserError
-from kavier_twin.scenario import Scenario, load_scenario
+from kavier_twin.scenario import Scenario, closed_loop_scenario, load_scenario
+from kavier_twin.simulation.closed_loop import simulate_closed_loop
 from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.kpis import Counters, Distribution, Kpis, Slo, kpis
 from kavier_twin.simulation.policies import POLICY_NAMES, PolicyError, apply_overrides, parse_override
@@ -32,6 +34,7 @@ _EXAMPLES = f"""examples:
   kavier-twin simulate mooncake.jsonl --fleet fleet.yaml --policy replicas=8 --policy router=prefix_aware
   kavier-twin simulate recording/ --policy prefix_caching=false --slo ttft_seconds=0.5 --json
   kavier-twin simulate recording/ --pin
+  kavier-twin simulate --closed-loop users=64,prompt=1024,output=128,requests=640
 
 policy settings (a number with x multiplies the fleet's own, e.g. num_gpu_blocks=0.5x):
   {", ".join(POLICY_NAMES)}
@@ -47,7 +50,7 @@ def add_parser(commands: Any) -> None:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("trace", type=Path, metavar="TRACE", help="a trace file, golden run or recording")
+    parser.add_argument("trace", type=Path, metavar="TRACE", nargs="?", help="a trace file, golden run or recording")
     parser.add_argument("--format", choices=sorted(FORMATS), help="the trace's format (default: found by its content)")
     parser.add_argument(
         "--fleet", type=Path, metavar="FLEET.yaml", help="the fleet: engine, step_time, replicas, router"
@@ -57,6 +60,13 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--reference", action="store_true", help="step through every engine step instead of jumping")
     parser.add_argument("--pin", action="store_true", help="each request also ends when it really ended (recordings)")
+    parser.add_argument(
+        "--closed-loop",
+        metavar="NAME=VALUE,...",
+        help="load from users who wait for an answer before they ask again, in place of arrival times: users (how "
+        "many), think (seconds, or exponential:MEAN), ramp (seconds within which they start), and, without a TRACE to "
+        f"take them from, prompt and output (tokens, or LOW-HIGH), requests, seed; such as {FORM}",
+    )
     parser.add_argument(
         "--calibrate-until",
         type=float,
@@ -79,22 +89,35 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             "--pin and --reference exclude each other: a pinned run follows the recording, not the step clock"
         )
+    loop = None if args.closed_loop is None else parse_closed_loop(args.closed_loop)
+    if loop is None and args.trace is None:
+        raise UserError("nothing to simulate: give a TRACE, or --closed-loop")
+    if loop is not None and args.trace is not None and (loop.prompt or loop.output):
+        raise UserError("--closed-loop: prompt and output are the TRACE's; leave them or the TRACE out")
+    if loop is not None and args.pin:
+        raise UserError("--pin and --closed-loop exclude each other: a pinned run follows the recording's arrivals")
     slo = _slo(args.slo)
     console = Console(stderr=True)
     with console.status("reading the trace; compiled kernels are cached after the first run"):
-        scenario = load_scenario(
-            args.trace, trace_format=args.format, fleet_file=args.fleet, calibrate_until=args.calibrate_until
-        )
+        if loop is not None and args.trace is None:
+            scenario = closed_loop_scenario(loop, args.fleet)
+        else:
+            scenario = load_scenario(
+                args.trace, trace_format=args.format, fleet_file=args.fleet, calibrate_until=args.calibrate_until
+            )
         try:
             fleet_settings = apply_overrides(scenario.fleet, dict(map(parse_override, args.policy)))
         except PolicyError as error:
             raise UserError(f"--policy: {error}") from None
     _report_rejected_lines(console, scenario)
-    with console.status(f"simulating {len(scenario.trace.records):,} requests"):
-        fleet = _simulate(scenario, fleet_settings, reference=args.reference, pin=args.pin)
+    with console.status(f"simulating {scenario.observed.workload.index.size:,} requests"):
+        if loop is not None:
+            fleet = _simulate_loop(scenario, fleet_settings, loop, reference=args.reference)
+        else:
+            fleet = _simulate(scenario, fleet_settings, reference=args.reference, pin=args.pin)
     outcomes = fleet.collect()
     outcomes = outcomes[np.argsort(outcomes["index"], kind="stable")]
-    start = float(scenario.observed.workload.arrival[0])
+    start = float(outcomes["arrival"].min())
     result = kpis(
         outcomes,
         None,
@@ -126,6 +149,22 @@ def _simulate(scenario: Scenario, settings: FleetSettings, *, reference: bool, p
     fleet.feed(workload)
     fleet.run()
     return fleet
+
+
+def _simulate_loop(scenario: Scenario, settings: FleetSettings, loop: ClosedLoop, *, reference: bool) -> Fleet:
+    workload = loop.started(scenario.observed.workload)
+    think = loop.think_seconds(workload.index.size)
+    try:
+        return simulate_closed_loop(
+            settings,
+            workload,
+            loop.users,
+            think,
+            frontend_seconds=scenario.frontend_seconds,
+            stepping=reference,
+        )
+    except ValueError as error:
+        raise UserError(f"--closed-loop: {error}") from None
 
 
 def _slo(texts: list[str]) -> Slo | None:

@@ -22,13 +22,15 @@ def simulate_closed_loop(
     users: int,
     think_seconds: npt.ArrayLike = 0.0,
     *,
+    frontend_seconds: float = 0.0,
     stepping: bool = False,
 ) -> Fleet:
     """Run a workload in a closed loop on a cold fleet, to its end.
 
     The first `users` requests arrive when the workload says; every later one `think_seconds` (a number, or one a
     request) after a request ended, in the order of the workload: whoever is free takes the next. The arrival times
-    that the workload gives for those are not used; `Fleet.collect` tells the true ones. Deterministic.
+    that the workload gives for those are not used; `Fleet.collect` tells the true ones. A request reaches the router
+    `frontend_seconds` after its arrival. Deterministic.
     Raises ValueError without users or requests, for a negative or endless think time, and for a request that the
     engine could never serve (a real user would get an error instead of an answer).
     """
@@ -42,14 +44,19 @@ def simulate_closed_loop(
     users = min(users, requests)
     # The kernel writes arrivals; the caller's arrays stay as they are.
     arrival = workload.arrival.copy()
-    workload = workload._replace(arrival=arrival, delivered=arrival.copy())
+    workload = workload._replace(arrival=arrival, delivered=arrival + frontend_seconds)
     pending = np.zeros(requests, np.int64)
     pending[:users] = np.arange(users)
     progress = np.zeros(4, np.int64)
     progress[kernels.NEXT_ROW] = progress[kernels.LAST] = users
     places = np.full((requests, 2), -1, np.int32)
     fleet = Fleet(settings, stepping=stepping, start_seconds=min(0.0, float(arrival[0])))
-    while (status := kernels.run_closed_loop(fleet.state, workload, think, pending, progress, places)) != OK:
+    while True:
+        status = kernels.run_closed_loop(
+            fleet.state, workload, think, float(frontend_seconds), pending, progress, places
+        )
+        if status == OK:
+            break
         fleet.grow(status)
         progress[kernels.SEEN] = fleet.state.fleet["outcomes"][0]
     fleet.run()  # nothing is left to do; the clock is brought up to the last end

@@ -55,7 +55,7 @@ def _earliest_end(state, number):
 
 
 @kernel
-def _send_next(state, workload, think, pending, progress):
+def _send_next(state, workload, think, frontend_seconds, pending, progress):
     """The users whose requests ended will send their next ones, if there are more."""
     for at in range(progress[SEEN], state.fleet[0].outcomes):
         row = progress[NEXT_ROW]
@@ -63,7 +63,7 @@ def _send_next(state, workload, think, pending, progress):
             progress[NEXT_ROW] += 1
             time = state.outcomes[at].finish + think[row]
             workload.arrival[row] = time
-            workload.delivered[row] = time
+            workload.delivered[row] = time + frontend_seconds
             place = progress[LAST]
             while place > progress[FIRST] and workload.arrival[pending[place - 1]] > time:
                 pending[place] = pending[place - 1]
@@ -74,19 +74,19 @@ def _send_next(state, workload, think, pending, progress):
 
 
 @kernel
-def run_closed_loop(state, workload, think, pending, progress, places):
+def run_closed_loop(state, workload, think, frontend_seconds, pending, progress, places):
     """Send all requests of the workload and run until the last has ended.
 
     `pending` [rows] begins with the rows whose arrival is known, by arrival. The arrival of every other row is
-    written when the request before it ended, `think[row]` seconds later. `places` is for `arrive`. Returns a status:
-    any but OK names what must grow before calling again.
+    written when the request before it ended, `think[row]` seconds later; it reaches the router `frontend_seconds` after
+    that. `places` is for `arrive`. Returns a status: any but OK names what must grow before calling again.
     """
     while True:
-        _send_next(state, workload, think, pending, progress)
-        row, arrival = np.int64(-1), np.inf
+        _send_next(state, workload, think, frontend_seconds, pending, progress)
+        row, due = np.int64(-1), np.inf
         if progress[FIRST] < progress[LAST]:
             row = pending[progress[FIRST]]
-            arrival = workload.arrival[row]
+            due = workload.delivered[row]
         first, second, number = np.inf, np.inf, -1
         for other in range(state.replicas.size):
             end = _earliest_end(state, other)
@@ -94,7 +94,7 @@ def run_closed_loop(state, workload, think, pending, progress, places):
                 first, second, number = end, first, other
             elif end < second:
                 second = end
-        if arrival <= first:
+        if due <= first:
             if row < 0:
                 return OK
             _, status, _ = arrive(state, workload, row, row + 1, places)
@@ -102,4 +102,4 @@ def run_closed_loop(state, workload, think, pending, progress, places):
                 return status
             progress[FIRST] += 1
         else:
-            advance_until_end(state, number, min(second, arrival))
+            advance_until_end(state, number, min(second, due))
