@@ -53,7 +53,7 @@ def load_scenario(
 ) -> Scenario:
     """Read a trace and find its fleet: `fleet_file`, else what lies beside the trace, else the default.
 
-    A recording without a fleet file has its step times fitted on its first part, `calibrate_until` of its duration.
+    A recorded run without a fleet file has its step times fitted on its first part, `calibrate_until` of its duration.
     Raises UserError.
     """
     try:
@@ -70,7 +70,7 @@ def load_scenario(
             step_time=_checked(StepTime, settings.get("step_seconds"), f"{path}: scenario.json: step_seconds"),
         )
         return Scenario(trace, fleet, observed, 0.0, None, "scenario.json")
-    if trace.format == "recording":
+    if trace.format in ("recording", "llmservingsim"):
         engine = _engine(trace.settings.get("engine"), f"{path}: meta.json")
         calibration = _fit(path, engine, observed, calibrate_until)
         fleet = FleetSettings(engine=engine, step_time=calibration.step_time)

@@ -19,7 +19,7 @@ from kavier_twin.accuracy.prior import FRONTEND_SECONDS, Server, from_catalogue
 from kavier_twin.accuracy.result import Pair, SetResult, Trial
 from kavier_twin.catalog.deployment import Deployment
 from kavier_twin.catalog.errors import CatalogError
-from kavier_twin.catalog.model import QUANTIZATIONS
+from kavier_twin.catalog.model import QUANTIZATIONS, QuantizationName
 from kavier_twin.catalog.models import find_model
 from kavier_twin.errors import UserError
 from kavier_twin.simulation.closed_loop import simulate_closed_loop
@@ -29,6 +29,7 @@ from kavier_twin.simulation.workload import make_workload
 
 COLUMNS = frozenset({"model_path", "system", "isl", "osl", "batch_size", "silicon_ttft_ms", "silicon_tpot_ms"})
 _CYCLES = 5  # requests that each user sends; the first and the last are not counted: users come and go then
+_SPREAD, _TOGETHER = "users starting one by one", "users starting together"
 
 
 def _one(value: object) -> object:
@@ -67,25 +68,30 @@ class Row(BaseModel):
 def run_concurrency(path: Path, name: str, tell: Callable[[str], None]) -> SetResult:
     """Raises UserError where the table cannot be read."""
     rows, notes = read_rows(path)
-    pairs: dict[bool, list[Pair]] = {False: [], True: []}
+    pairs: dict[tuple[str, str], list[Pair]] = {}
     left_out: dict[str, int] = {}
     for number, row in enumerate(rows):
         tell(f"{number + 1} of {len(rows)}: {row.label}")
         try:
-            ttft, tpot = predict(row, str(path))
+            kind = "dense models" if find_model(row.model_path).experts is None else "mixture-of-experts models"
+            predicted = predict(row, str(path))
         except (CatalogError, ValueError) as error:
             left_out[str(error)] = left_out.get(str(error), 0) + 1
             continue
-        pairs[find_model(row.model_path).experts is not None] += [
-            Pair(row.label, "TTFT", "mean", row.silicon_ttft_ms / 1e3, ttft),
-            Pair(row.label, "TPOT", "mean", row.silicon_tpot_ms / 1e3, tpot),
-        ]
+        for start, (ttft, tpot) in predicted.items():
+            pairs.setdefault((kind, start), []).extend(
+                [
+                    Pair(row.label, "TTFT", "mean", row.silicon_ttft_ms / 1e3, ttft),
+                    Pair(row.label, "TPOT", "mean", row.silicon_tpot_ms / 1e3, tpot),
+                ]
+            )
     notes += [f"{count} rows left out: {reason}." for reason, count in left_out.items()]
     notes.append(
-        f"Each user sends {_CYCLES} requests; the first and the last are not counted. Users start one after the other "
-        "within the time of one request, so that they do not stay in step: how the benchmark started them is not told, "
-        "nor vLLM's batch limits, which are taken to be its defaults for the GPU."
+        f"Each user sends {_CYCLES} requests; the first and the last are not counted. How the benchmark started its "
+        "users is not told, and TTFT hangs on it: users who start together stay bunched, and wait for each other's "
+        "prefills; users who start one after the other do not. Both are given; the first row is what is predicted."
     )
+    notes.append("vLLM's limits on a batch are not told either: taken to be its defaults for the GPU.")
     queued = sum(row.silicon_ttft_ms > row.silicon_tpot_ms * (row.osl - 1) for row in rows)
     if queued:
         notes.append(
@@ -93,13 +99,11 @@ def run_concurrency(path: Path, name: str, tell: Callable[[str], None]) -> SetRe
             "requests than there were users. Where that was a limit of its configuration, the table does not tell it."
         )
     trials = tuple(
-        Trial("from the catalogue alone", "nothing", kind, tuple(found))
-        for kind, found in (("dense models", pairs[False]), ("mixture-of-experts models", pairs[True]))
-        if found
+        Trial(f"from the catalogue alone, {start}", "nothing", kind, tuple(found))
+        for (kind, start), found in sorted(pairs.items())
     )
-    return SetResult(
-        name, f"{len(rows)} benchmarks of real servers at a fixed concurrency, means", trials, tuple(notes)
-    )
+    measured = f"{len(rows)} benchmarks of real servers at a fixed concurrency, means"
+    return SetResult(name, measured, trials, tuple(notes))
 
 
 def read_rows(path: Path) -> tuple[list[Row], list[str]]:
@@ -121,42 +125,46 @@ def read_rows(path: Path) -> tuple[list[Row], list[str]]:
     return rows, [f"{len(wrong)} malformed rows left out, the first is {wrong[0]}."] if wrong else []
 
 
-def predict(row: Row, where: str) -> tuple[float, float]:
-    """Mean TTFT and TPOT, seconds. Raises CatalogError, or ValueError where the requests do not fit the server."""
+def predict(row: Row, where: str) -> dict[str, tuple[float, float]]:
+    """Mean TTFT and TPOT in seconds, by how the users start.
+
+    Raises CatalogError, or ValueError where the requests do not fit the server.
+    """
     if row.pp_size > 1:
         raise CatalogError("pipeline parallelism is not modelled")
     deployment = Deployment(
         tensor_parallel_size=row.tp_size,
         data_parallel_size=row.attention_dp_size,
         enable_expert_parallel=row.moe_ep_size > 1,
-        quantization=_quantization(row),  # type: ignore[arg-type]  # pydantic checks it
+        quantization=_quantization(row),
     )
     prior = from_catalogue(Server(row.model_path, row.system, deployment, {}), where)
     settings = FleetSettings(
         engine=prior.engine, step_time=prior.step_time, replicas=row.attention_dp_size, router="round_robin"
     )
-    users = row.batch_size
-    ramp = float(_closed_loop(settings, row, 0.0)["finish"].max()) / _CYCLES
-    outcomes = _closed_loop(settings, row, ramp)
-    outcomes = outcomes[np.argsort(outcomes["index"], kind="stable")][users : (_CYCLES - 1) * users]
-    ttft = outcomes["first_token"] - outcomes["arrival"]
-    decode = outcomes["finish"] - outcomes["first_token"]
-    return float(ttft.mean()), float(decode.mean()) / (row.osl - 1)
+    together = _closed_loop(settings, row, 0.0)
+    spread = _closed_loop(settings, row, float(together["finish"].max()) / _CYCLES)
+    return {_SPREAD: _means(row, spread), _TOGETHER: _means(row, together)}
 
 
 def _closed_loop(settings: FleetSettings, row: Row, ramp_seconds: float) -> Records:
+    """The users start evenly spread over `ramp_seconds`."""
     requests = _CYCLES * row.batch_size
-    start = np.zeros(requests)
-    start[: row.batch_size] = np.arange(row.batch_size) * ramp_seconds / row.batch_size
-    start[row.batch_size :] = ramp_seconds
+    start = np.minimum(np.arange(requests) / row.batch_size, 1.0) * ramp_seconds
     workload = make_workload(start, row.isl, row.osl)
-    fleet = simulate_closed_loop(settings, workload, row.batch_size, frontend_seconds=FRONTEND_SECONDS)
-    return fleet.collect()
+    outcomes = simulate_closed_loop(settings, workload, row.batch_size, frontend_seconds=FRONTEND_SECONDS).collect()
+    return outcomes[np.argsort(outcomes["index"], kind="stable")]
 
 
-def _quantization(row: Row) -> str | None:
+def _means(row: Row, outcomes: Records) -> tuple[float, float]:
+    counted = outcomes[row.batch_size : (_CYCLES - 1) * row.batch_size]
+    decode = counted["finish"] - counted["first_token"]
+    return float((counted["first_token"] - counted["arrival"]).mean()), float(decode.mean()) / (row.osl - 1)
+
+
+def _quantization(row: Row) -> QuantizationName | None:
     """The table names types of the matrix products; a model published in a narrow type is served as published."""
     kept = find_model(row.model_path).quantization
     if kept is not None or row.gemm_quant_mode not in QUANTIZATIONS:
         return None
-    return row.gemm_quant_mode
+    return QUANTIZATIONS[row.gemm_quant_mode].name  # type: ignore[return-value]  # its keys are the names

@@ -124,8 +124,8 @@ def test_users_wait_and_think(loop: Loop) -> None:
 def test_without_thinking_all_users_are_always_waiting() -> None:
     count, users = 60, 7
     workload = make_workload(np.zeros(count), 64, np.random.default_rng(3).integers(5, 50, count))
-    loop = Loop(FleetSettings(engine=EngineSettings(num_gpu_blocks=500), step_time=STEP_TIME), workload, users, 0.0, 0.0)
-    outcomes = loop.run()
+    fleet = FleetSettings(engine=EngineSettings(num_gpu_blocks=500), step_time=STEP_TIME)
+    outcomes = Loop(fleet, workload, users, np.zeros(count), 0.0).run()
     for time in np.linspace(0.001, float(outcomes["arrival"].max()), 200):
         assert ((outcomes["arrival"] <= time) & (outcomes["finish"] > time)).sum() == users
 
