@@ -12,9 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from connectors.traces import FORMATS
 from kavier_twin.errors import UserError
+from kavier_twin.footprint_file import fleet_with_carbon_read
 from kavier_twin.forecast.forecaster import ForecastSettings
+from kavier_twin.hardware import FleetFile
 from kavier_twin.simulation.policies import PolicyError, apply_overrides
-from kavier_twin.simulation.settings import FleetSettings, StepTime
+from kavier_twin.simulation.settings import StepTime
 from kavier_twin.twin.mirror import MirrorSettings
 
 DEFAULT_HOST: Final = "127.0.0.1"
@@ -32,19 +34,18 @@ class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class PoolFleet(FleetSettings):
-    """The pool's engines. Without `step_time` the mirror fits it to the stream, and says so until it has."""
+class PoolFleet(FleetFile):
+    """The pool's engines. Without `step_time` the mirror fits it to the stream, and says so until it has.
+
+    With `hardware` it starts from what the data sheets say, and stays there where the stream cannot tell.
+    """
 
     step_time: StepTime = CRUDE_STEP_TIME
 
     @property
     def calibrated(self) -> bool:
         """Whether the step time was given."""
-        return "step_time" in self.model_fields_set
-
-    def settings(self) -> FleetSettings:
-        """As the simulation takes it."""
-        return FleetSettings(**{name: getattr(self, name) for name in FleetSettings.model_fields})
+        return "step_time" in self.model_fields_set and self.step_time != self.prior
 
 
 class MirrorConfig(_Settings):
@@ -131,6 +132,12 @@ def check_settings(content: dict[str, Any], path: Path) -> Settings:
     if settings is not None:
         settings = _with_absolute_paths(settings, path.resolve().parent)
         problems += _path_problems(settings)
+        try:
+            settings = settings.model_copy(
+                update={"fleet": fleet_with_carbon_read(settings.fleet, path.resolve().parent)}
+            )
+        except UserError as error:
+            problems.append(f"fleet.footprint.carbon.file: {error}")
     if problems or settings is None:
         lines = "\n".join(f"  {path}: {problem}" for problem in problems)
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"

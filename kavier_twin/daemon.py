@@ -13,6 +13,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from threading import Event, Lock, Thread
 from types import FrameType
 from typing import Any, Final
@@ -106,7 +107,9 @@ class Daemon:
         return cls(
             settings.fleet.settings(),
             sources,
-            mirror=settings.mirror.settings(settings.pool),
+            mirror=replace(
+                settings.mirror.settings(settings.pool), prior=settings.fleet.prior, floor=settings.fleet.floor
+            ),
             forecast=settings.forecast,
             calibrated=settings.fleet.calibrated,
             host=settings.http.host,
@@ -275,6 +278,7 @@ class Daemon:
             sources=states,
             forecasts={"succeeded": self._forecaster.cycles, "failed": self._forecaster.failures},
             outlook=self._outlook,
+            currency=mirror.fleet.settings.footprint.currency if mirror.fleet.settings.footprint else "",
             notes=self._notes,
         )
 

@@ -14,6 +14,7 @@ class AzureReader(CsvReader):
 
     name = "azure"
     expected = "CSV with the header TIMESTAMP,ContextTokens,GeneratedTokens"
+    numbered = True
     needed = frozenset({"timestamp", "contexttokens", "generatedtokens"})
     relative_times = True
 

@@ -21,6 +21,7 @@ class BurstGptReader(CsvReader):
 
     name = "burstgpt"
     expected = "CSV with the columns Timestamp, Model, Request tokens, Response tokens"
+    numbered = True
     needed = frozenset({"timestamp", "model", "request tokens", "response tokens"})
     relative_times = True
 

@@ -72,10 +72,7 @@ def run_requests(path: Path, name: str, tell: Callable[[str], None]) -> SetResul
         told = observed if clock is None else _by_clock(observed, clock)
         found = calibrate(
             single_engine(engine),
-            told._replace(
-                ttft_seconds=np.where(fitted, told.ttft_seconds, math.nan),
-                e2e_seconds=np.where(fitted, told.e2e_seconds, math.nan),
-            ),
+            _only(told, fitted),
             prior=prior.step_time if prior else None,
             floor=prior.floor if prior else None,
         )
@@ -140,6 +137,17 @@ def _replay(settings: FleetSettings, observed: Observed, frontend_seconds: float
     return outcomes[np.argsort(outcomes["index"], kind="stable")]
 
 
+def _only(observed: Observed, fitted: npt.NDArray[np.bool_]) -> Observed:
+    """The same load, of which only these requests were measured."""
+    queue = observed.queue_seconds
+    return Observed(
+        observed.workload,
+        np.where(fitted, observed.ttft_seconds, math.nan),
+        np.where(fitted, observed.e2e_seconds, math.nan),
+        None if queue is None else np.where(fitted, queue, math.nan),
+    )
+
+
 def _by_clock(observed: Observed, clock: MachineClock) -> Observed:
     """The same requests, all times by the machine's clock."""
     arrival = observed.workload.arrival
@@ -162,7 +170,7 @@ def _trial(
         (outcomes["first_token"] - outcomes["arrival"])[rows], (outcomes["finish"] - outcomes["arrival"])[rows], output
     )
     pairs = request_pairs(_LAST, real, simulated)
-    hits = [row for row in rows if trace.records[row].cached_tokens is not None]
+    hits = [row for row in rows.tolist() if trace.records[row].cached_tokens is not None]
     if hits:
         prompts = float(sum(trace.records[row].prompt_tokens for row in hits))
         cached = sum(trace.records[row].cached_tokens or 0 for row in hits) / prompts

@@ -132,6 +132,7 @@ class TwinView:
     sources: tuple[SourceState, ...] = ()
     forecasts: Mapping[str, int] = field(default_factory=dict)  # result -> cycles
     outlook: Outlook | None = None
+    currency: str = ""  # of costs, ISO 4217; empty where no footprint is told
     notes: tuple[str, ...] = ()  # what a reader of these figures must know
 
     def not_ready(self) -> list[str]:

@@ -50,6 +50,7 @@ def new_state(settings: FleetSettings, *, stepping: bool = False) -> FleetState:
     state.replicas["free_blocks"] = engine.num_gpu_blocks - 1
     state.replicas["quiet_until"] = -np.inf
     state.replicas["hold_until"] = -np.inf
+    state.replicas["left"] = np.inf
     state.replicas["accepting"] = 1
     state.replicas["alive"] = 1
     for number in range(replicas):

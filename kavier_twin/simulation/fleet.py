@@ -8,13 +8,14 @@ is still to come is plain data (`_arrivals`, `_actions`), so a fork is a copy of
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import simpy
+from numpy.lib import recfunctions as rfn
 
 from kavier_twin.simulation import build
 from kavier_twin.simulation import state as layout
@@ -24,6 +25,7 @@ from kavier_twin.simulation.kernels import replica as replica_kernels
 from kavier_twin.simulation.kernels import requests as request_kernels
 from kavier_twin.simulation.kernels import reshape
 from kavier_twin.simulation.policies import Override, apply_overrides
+from kavier_twin.simulation.power import Reading
 from kavier_twin.simulation.settings import FleetSettings
 from kavier_twin.simulation.state import FleetState, Records
 from kavier_twin.simulation.workload import Workload, concatenate, take_rows
@@ -49,9 +51,16 @@ class Samples:
     running: list[int] = field(default_factory=list)
     waiting: list[int] = field(default_factory=list)
     kv_usage_ratio: list[float] = field(default_factory=list)
+    readings: list[Reading] = field(default_factory=list)  # what energy follows from
 
     def copy(self) -> Samples:
-        return Samples(list(self.time_seconds), list(self.running), list(self.waiting), list(self.kv_usage_ratio))
+        return Samples(
+            list(self.time_seconds),
+            list(self.running),
+            list(self.waiting),
+            list(self.kv_usage_ratio),
+            list(self.readings),
+        )
 
 
 class Live(NamedTuple):
@@ -90,6 +99,7 @@ class Fleet:
             self.state.replicas["now"] = start_seconds
             self.state.replicas["accounted"] = start_seconds
             self.state.replicas["last_completion"] = start_seconds
+            self.state.replicas["joined"] = start_seconds
 
     # --- what is to come ------------------------------------------------------------------------------------------
 
@@ -264,6 +274,7 @@ class Fleet:
         self.samples.running.append(int(running))
         self.samples.waiting.append(int(waiting))
         self.samples.kv_usage_ratio.append(used / usable if usable else 0.0)
+        self.samples.readings.append(Reading.of(self.state, self.now_seconds))
 
     # --- forks ----------------------------------------------------------------------------------------------------
 
@@ -299,8 +310,13 @@ class Fleet:
         else:
             replicas["accepting"][action.replica] = 0
             if action.kind == "leave":
-                replicas["leaving"][action.replica] = 1
+                self._let_go(action.replica)
         self._retire()
+
+    def _let_go(self, number: int) -> None:
+        """The replica is gone once empty."""
+        self.state.replicas["leaving"][number] = 1
+        self.state.replicas["left"][number] = min(self.now_seconds, self.state.replicas["left"][number])
 
     def _retire(self) -> None:
         """Replicas that were to leave and are empty are gone."""
@@ -310,7 +326,7 @@ class Fleet:
 
     def _join(self) -> None:
         fresh = build.new_state(self.settings.model_copy(update={"replicas": 1}), stepping=self._stepping)
-        for name in ("now", "accounted", "last_completion"):
+        for name in ("now", "accounted", "last_completion", "joined"):
             fresh.replicas[name] = self.now_seconds
         self.state = build.with_replica(self.state, fresh)
 
@@ -322,6 +338,7 @@ class Fleet:
                 replica_kernels.abandon(self.state, number, live.slot, self.now_seconds)
         self.state.replicas["in_flight"][number] = 0
         self.state.replicas["alive"][number] = 0
+        self.state.replicas["left"][number] = self.now_seconds
         self.requeued += again.index.size
         self.deliver(again, 0, again.index.size)
 
@@ -378,7 +395,7 @@ class Fleet:
             self._join()
         for number in alive[new.replicas :] if "replicas" in overrides else []:
             self.state.replicas["accepting"][number] = 0
-            self.state.replicas["leaving"][number] = 1
+            self._let_go(number)
         self._retire()
 
 
@@ -393,3 +410,41 @@ def simulate(
     fleet.feed(workload)
     fleet.run()
     return fleet
+
+
+def simulate_parts(
+    settings: FleetSettings, parts: Iterable[Workload], *, stepping: bool = False, sample_seconds: float = 0.0
+) -> tuple[Fleet, Records]:
+    """Run a workload that comes in parts, each later than the one before, holding one part at a time.
+
+    Returns the fleet and the outcomes in the order in which they ended, without their work vectors: half the memory.
+    """
+    fleet: Fleet | None = None
+    ended: list[Records] = []
+    for part in parts:
+        if part.arrival.size == 0:
+            continue
+        start = float(part.delivered[0])
+        if fleet is None:
+            fleet = Fleet(settings, stepping=stepping, start_seconds=min(0.0, start))
+            if sample_seconds > 0.0:
+                fleet.sample_every(sample_seconds)
+        fleet.run(start)
+        ended.append(_without_work(fleet.collect()))
+        fleet.feed(part)
+    if fleet is None:
+        fleet = Fleet(settings, stepping=stepping)
+    fleet.run()
+    ended.append(_without_work(fleet.collect()))
+    joined = np.empty(sum(rows.size for rows in ended), ended[0].dtype)
+    end = joined.size
+    while ended:  # letting go of each part, so that not all are held twice
+        rows = ended.pop()
+        joined[end - rows.size : end] = rows
+        end -= rows.size
+    return fleet, joined
+
+
+def _without_work(outcomes: Records) -> Records:
+    kept = [name for name in layout.OUTCOME.names or () if name not in ("prefill_work", "decode_work")]
+    return rfn.repack_fields(outcomes[kept])

@@ -18,7 +18,7 @@ from kavier_twin.simulation.settings import COEFFICIENTS, EngineSettings, FleetS
 Override = bool | int | float | str
 
 _ENGINE = frozenset(EngineSettings.model_fields)
-_FLEET = frozenset(FleetSettings.model_fields) - {"engine", "step_time"}
+_FLEET = frozenset(FleetSettings.model_fields) - {"engine", "step_time", "footprint"}
 _STEP_TIME = frozenset(f"step_time.{name}" for name in COEFFICIENTS)
 POLICY_NAMES = tuple(sorted(_ENGINE | _FLEET | _STEP_TIME))
 
@@ -70,7 +70,7 @@ def apply_overrides(settings: FleetSettings, overrides: Mapping[str, Override]) 
     `num_gpu_blocks` is given too) and attention reads half the bytes. Raises PolicyError.
     """
     engine = settings.engine.model_dump()
-    fleet = settings.model_dump(exclude={"engine", "step_time"})
+    fleet = {name: getattr(settings, name) for name in _FLEET}
     step_time = settings.step_time.model_dump()
     for name, value in overrides.items():
         if name in _ENGINE:
@@ -90,7 +90,9 @@ def apply_overrides(settings: FleetSettings, overrides: Mapping[str, Override]) 
         if "step_time.per_context_token" not in overrides:
             step_time["per_context_token"] /= factor
     try:
-        return FleetSettings(engine=EngineSettings(**engine), step_time=StepTime(**step_time), **fleet)
+        return FleetSettings(
+            engine=EngineSettings(**engine), step_time=StepTime(**step_time), footprint=settings.footprint, **fleet
+        )
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise PolicyError(f"policy value out of range: {problems}") from None

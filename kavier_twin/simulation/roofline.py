@@ -12,7 +12,10 @@ A step is a row of kernels, each under its roofline (Williams, Waterman and Patt
 
 The shares are those of kernels, not of served requests: their defaults are medians over NVIDIA's measured operators
 (AIConfigurator 0.12.0, Apache-2.0: `systems/data/*/{gemm,attention,moe,comm}` of six GPUs under vLLM), so that measured
-requests remain free to test against. Only `seconds_per_step` cannot be seen in operators; see there.
+requests remain free to test against. The host's work cannot be seen in operators. `seconds_per_step` is an estimate:
+some hundred small kernels and copies. The two `_synchronous` ones are a straight line through what five runs of
+AIConfigurator's measured requests (vLLM 0.12, Qwen3-32B on eight H100, 1024 tokens in and out, 8 to 128 at once) take
+beyond this roofline; its other 217 runs, all H100, RTX and A10 measurements were not used.
 """
 
 from __future__ import annotations
@@ -58,6 +61,10 @@ class Roofline(BaseModel):
     """Products of many small experts, relative to the peak: 0.21 (A100) to 0.41 (L40S) in 16 bits."""
     seconds_per_step: Seconds = 0.5e-3
     """Preparing inputs, sampling, and what of the scheduler is not hidden behind the GPU."""
+    seconds_per_step_synchronous: Seconds = 0.7e-3
+    """Scheduling and handling outputs, on top of the above, where asynchronous scheduling does not hide them."""
+    seconds_per_sequence_synchronous: Seconds = 46e-6
+    """The same for each sequence."""
     seconds_per_layer: Seconds = 41e-6
     """Launches and tails: four matrix products of 3.6 us, attention 12 us, five small kernels of 3 us."""
     seconds_per_narrow_layer: Seconds = 14e-6
@@ -139,6 +146,7 @@ def step_time(
     return StepTime(
         fixed=(
             reach.seconds_per_step
+            + (0.0 if deployment.async_scheduling else reach.seconds_per_step_synchronous)
             + model.layers * reach.seconds_per_layer
             + (model.layers * reach.seconds_per_narrow_layer if narrow else 0.0)
             + (model.experts.layers * reach.seconds_per_expert_layer if model.experts else 0.0)
@@ -148,6 +156,7 @@ def step_time(
         per_prefill_token=attention.per_prefill_token,
         per_decode_sequence=(
             reach.seconds_per_sequence
+            + (0.0 if deployment.async_scheduling else reach.seconds_per_sequence_synchronous)
             + 2.0 * head / rates.operations(model.dtype, reach.compute_share)
             + attention.per_decode_sequence
         ),

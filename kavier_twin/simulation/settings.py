@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from kavier_twin.simulation.footprint import Footprint
 from kavier_twin.simulation.state import MAX_KNOTS
 
 Positive = Annotated[int, Field(ge=1)]
@@ -111,10 +112,11 @@ class EngineSettings(_Settings):
 
 
 class FleetSettings(_Settings):
-    """A pool of identical engines behind one router."""
+    """A pool of identical engines behind one router. `footprint`, where told, is what energy and cost follow from."""
 
     replicas: Annotated[int, Field(ge=1, le=100_000)] = 1
     engine: EngineSettings
     step_time: StepTime
     router: RouterPolicy = "prefix_aware"
     router_max_imbalance: Annotated[int, Field(ge=0)] = 8
+    footprint: Footprint | None = None

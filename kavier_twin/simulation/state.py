@@ -116,6 +116,8 @@ REPLICA = _record(
     ("last_completion", np.float64),
     ("hold_until", np.float64),  # reality is behind: nothing is scheduled before
     ("quiet_until", np.float64),  # its number of live requests cannot change by itself before
+    ("joined", np.float64),  # when it joined
+    ("left", np.float64),  # when it failed or was asked to leave; infinite while it is to stay
     ("running", np.int32),
     ("waiting", np.int32),
     ("free_blocks", np.int32),

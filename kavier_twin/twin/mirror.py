@@ -21,7 +21,14 @@ from kavier_twin.simulation.kpis import Counters
 from kavier_twin.simulation.settings import FleetSettings, StepTime
 from kavier_twin.simulation.state import FREE, WAITING
 from kavier_twin.simulation.workload import Workload, covered_tokens, make_workload, workload_of
-from kavier_twin.telemetry import EngineSample, RequestFinished, RequestRecord, RequestSeen, TelemetryRecord
+from kavier_twin.telemetry import (
+    CarbonSample,
+    EngineSample,
+    RequestFinished,
+    RequestRecord,
+    RequestSeen,
+    TelemetryRecord,
+)
 from kavier_twin.twin.calibration import Calibration, CalibrationError, Observed, calibrate
 from kavier_twin.twin.fidelity import Fidelity
 from kavier_twin.twin.pace import Pace
@@ -42,6 +49,8 @@ class MirrorSettings:
     recent_requests: int = 5_000
     calibrate_after_requests: int = 100
     recalibrate_every_requests: int = 200
+    prior: StepTime | None = None  # where calibration stays unless the stream says otherwise (`fit`)
+    floor: StepTime | None = None  # what it cannot go below
     give_up_seconds: float = 3_600.0  # a request without a finish record for so long is dropped
 
 
@@ -85,6 +94,10 @@ class Mirror:
             self.last_sample = record
             self.ingested["accepted"] += 1
             return
+        if isinstance(record, CarbonSample):
+            self._take_carbon(record)
+            self.ingested["accepted"] += 1
+            return
         if isinstance(record, RequestRecord):
             self.ingested[self._stream.offer(record.seen())] += 1
             finished = record.finished()
@@ -92,6 +105,15 @@ class Mirror:
                 self.ingested[self._stream.offer(finished)] += 1
             return
         self.ingested[self._stream.offer(record)] += 1
+
+    def _take_carbon(self, sample: CarbonSample) -> None:
+        """What the grid emits now takes the place of what the settings say, for forecasts from here on."""
+        footprint = self.fleet.settings.footprint
+        if footprint is not None:
+            unix_seconds = footprint.time_zero.timestamp() + sample.time_seconds
+            carbon = footprint.carbon.with_point(unix_seconds, sample.gco2_per_kwh)
+            footprint = footprint.model_copy(update={"carbon": carbon})
+            self.fleet.settings = self.fleet.settings.model_copy(update={"footprint": footprint})
 
     def advance(self, now_seconds: float | None = None) -> int:
         """Process what is due. `now_seconds` (event time) lets time pass where no record comes. Returns events."""
@@ -272,7 +294,9 @@ class Mirror:
         self._finished_at_calibration = self.finished
         entries = [entry for entry in self._recent if entry.finished is not None]
         try:
-            calibration = calibrate(self.fleet.settings, _observed(entries))
+            calibration = calibrate(
+                self.fleet.settings, _observed(entries), prior=self.settings.prior, floor=self.settings.floor
+            )
         except CalibrationError:
             return
         self.use(calibration.step_time, calibration.frontend_seconds)
