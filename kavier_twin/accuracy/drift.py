@@ -55,11 +55,13 @@ def machine_clock(steps: Sequence[Mapping[str, Any]], started_unix: float) -> Ma
     seconds agree (iterative proportional fitting), which counts every stall in full. A window with less decoding than
     _LEAST_SECONDS has the speed of its neighbours.
     """
+    if not steps:
+        return None
     try:
         elapsed = np.array([float(row["elapsed_ms"]) for row in steps]) / 1e3
         size = np.array([0 if row["prefill_requests"] else int(row["decode_requests"]) for row in steps])
         end = _ends(_clock_seconds([str(row["clock"]) for row in steps], started_unix), elapsed)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError, OSError):  # the last two: a time out of any calendar
         return None
     decode = (size > 0) & (elapsed > 0.0) & (end - elapsed >= 0.0)
     if not decode.any():
