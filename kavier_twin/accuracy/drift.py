@@ -15,9 +15,10 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
-WINDOW_SECONDS = 10.0  # some hundred steps: shorter ones would take a stall for a speed
-_LEAST_SECONDS = 0.25  # of decode-only steps in a window
+WINDOW_SECONDS = 1.0  # what the log's clock resolves
+NEIGHBOURHOOD_SECONDS = 20.0  # some hundred steps: what they took together is a speed, not one stall
 _ROUNDS = 20
+_SLOWEST = 0.01  # of a window's length passes on the machine's clock at least: it never stands still
 _TIME_ZONE_SECONDS = 900.0  # time zones differ from UTC by multiples of a quarter of an hour
 _DAY_SECONDS = 86_400.0
 
@@ -26,15 +27,15 @@ class MachineClock(NamedTuple):
     """A clock that runs as fast as the machine does: by it, equal work always lasts equally long.
 
     The machine's time at `wall_seconds[i]` (since the start of the recording) is `machine_seconds[i]`, linear in
-    between; in window i a step lasts `factor[i]` times what it lasts on average.
+    between; around window i steps last `speed[i]` times what they last on average.
     """
 
     wall_seconds: Floats  # [n + 1]
     machine_seconds: Floats  # [n + 1]
-    factor: Floats  # [n]
+    speed: Floats  # [n]
 
     def machine(self, wall_seconds: Floats) -> Floats:
-        """Machine time of wall time; after the log's end at the speed of the last window."""
+        """Machine time of wall time; after the log's end as in its last window."""
         return _along(wall_seconds, self.wall_seconds, self.machine_seconds)
 
     def wall(self, machine_seconds: Floats) -> Floats:
@@ -51,9 +52,10 @@ def _along(at: Floats, x: Floats, y: Floats) -> Floats:
 def machine_clock(steps: Sequence[Mapping[str, Any]], started_unix: float) -> MachineClock | None:
     """The machine's clock from the lines of a steps.jsonl; None if it has too few decode-only steps.
 
-    A step of k requests in window w is taken to last a_k f_w: a and f are fitted in turn, each so that the sums of
-    seconds agree (iterative proportional fitting), which counts every stall in full. A window with less decoding than
-    _LEAST_SECONDS has the speed of its neighbours.
+    A step of k requests at speed f is taken to last a_k f: a, and f of the neighbourhood of each window, are fitted in
+    turn so that the sums of seconds agree (iterative proportional fitting). Then, in each window, the time that
+    decode-only steps took counts as what such steps usually take: a stall that hit one of them is known, and told of
+    no other step. The rest of the window (prefills, pauses) passed at the speed of the neighbourhood.
     """
     if not steps:
         return None
@@ -69,28 +71,41 @@ def machine_clock(steps: Sequence[Mapping[str, Any]], started_unix: float) -> Ma
     end, elapsed = end[decode], elapsed[decode]
     _, size = np.unique(size[decode], return_inverse=True)
     count = int(end.max() / WINDOW_SECONDS) + 1
-    # [windows, sizes]: how many steps of each size, and their seconds; a step on a border counts by its parts.
-    steps_in, seconds_in = np.zeros((count, size.max() + 1)), np.zeros((count, size.max() + 1))
-    for stop, length, kind in zip(end.tolist(), elapsed.tolist(), size.tolist(), strict=True):
-        at = stop - length
-        while at < stop - 1e-12:
-            window = min(count - 1, int(at / WINDOW_SECONDS + 1e-12))
-            part = min(stop, WINDOW_SECONDS * (window + 1)) - at if window < count - 1 else stop - at
-            steps_in[window, kind] += part / length
-            seconds_in[window, kind] += part
-            at += part
-    factor: Floats = np.ones(count)
-    known = np.flatnonzero(seconds_in.sum(axis=1) >= _LEAST_SECONDS)
-    if not known.size:
-        return None
+    steps_in, seconds_in = _by_window(end, elapsed, size, count)
+    speed: Floats = np.ones(count)
     for _ in range(_ROUNDS):
-        typical = seconds_in.sum(axis=0) / (steps_in * factor[:, None]).sum(axis=0)
-        found = seconds_in[known].sum(axis=1) / (steps_in[known] * typical).sum(axis=1)
-        factor = np.interp(np.arange(count), known, found)
-        factor /= factor.mean()
+        usual = seconds_in.sum(axis=0) / (steps_in * speed[:, None]).sum(axis=0)
+        speed = _around(seconds_in.sum(axis=1)) / _around(steps_in @ usual)
+        # Where nobody decoded for so long, nothing is known: as before.
+        for quiet in np.flatnonzero(~np.isfinite(speed)):
+            speed[quiet] = speed[quiet - 1] if quiet else 1.0
+        speed /= speed.mean()
+    rest = np.maximum(WINDOW_SECONDS - seconds_in.sum(axis=1), 0.0)
+    passed = np.maximum(steps_in @ usual + rest / speed, _SLOWEST * WINDOW_SECONDS)
     wall = WINDOW_SECONDS * np.arange(count + 1, dtype=np.float64)
-    machine = np.concatenate([[0.0], np.cumsum(WINDOW_SECONDS / factor)])
-    return MachineClock(wall, np.asarray(machine, np.float64), factor)
+    return MachineClock(wall, np.concatenate([[0.0], np.cumsum(passed)]), speed)
+
+
+def _by_window(end: Floats, elapsed: Floats, size: npt.NDArray[np.int64], count: int) -> tuple[Floats, Floats]:
+    """[windows, sizes]: how many steps of each size, and their seconds. A step over a border counts by its parts."""
+    steps, seconds = np.zeros((count, int(size.max()) + 1)), np.zeros((count, int(size.max()) + 1))
+    for stop, length, kind in zip(end.tolist(), elapsed.tolist(), size.tolist(), strict=True):
+        first, last = int((stop - length) / WINDOW_SECONDS), min(count - 1, int(stop / WINDOW_SECONDS))
+        for window in range(first, last + 1):
+            begins, ends = WINDOW_SECONDS * window, WINDOW_SECONDS * (window + 1)
+            part = max(0.0, min(stop, ends) - max(stop - length, begins))
+            steps[window, kind] += part / length
+            seconds[window, kind] += part
+    return steps, seconds
+
+
+def _around(values: Floats) -> Floats:
+    """Of each window the sum over its neighbourhood; NaN where it is zero."""
+    reach = round(0.5 * NEIGHBOURHOOD_SECONDS / WINDOW_SECONDS)
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    at = np.arange(values.size)
+    sums = total[np.minimum(at + reach + 1, values.size)] - total[np.maximum(at - reach, 0)]
+    return np.where(sums > 1e-9, sums, np.nan)
 
 
 def _ends(clock: Floats, elapsed: Floats) -> Floats:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from connectors.traces import Trace, TraceError, read_trace
 from connectors.traces.recording import read_steps
-from kavier_twin.accuracy.drift import WINDOW_SECONDS, MachineClock, machine_clock
+from kavier_twin.accuracy.drift import NEIGHBOURHOOD_SECONDS, MachineClock, machine_clock
 from kavier_twin.accuracy.prior import (
     FRONTEND_SECONDS,
     PLENTY_OF_BLOCKS,
@@ -194,10 +194,10 @@ def _clock(trace: Trace) -> MachineClock | None:
 
 
 def _describe(clock: MachineClock) -> str:
-    slow, fast = np.quantile(clock.factor, (0.95, 0.05)).tolist()
+    slow, fast = np.quantile(clock.speed, (0.95, 0.05)).tolist()
     return (
-        f"The machine's own speed drifted: for a tenth of the time decode-only steps of equal size lasted less than "
-        f"{fast:.2f} or more than {slow:.2f} times their mean (windows of {WINDOW_SECONDS:g} s of the server's step "
-        "log). The correction calibrates and predicts by a clock that runs with that speed; it uses the step log of "
-        "the whole run, but no request's timing beyond the first third."
+        "The machine's own speed drifted: for a tenth of the time decode-only steps of equal size lasted less than "
+        f"{fast:.2f} or more than {slow:.2f} times their mean (the server's step log, {NEIGHBOURHOOD_SECONDS:g} s at a "
+        "time). The correction calibrates and predicts by a clock that runs as the machine did. It uses the step log "
+        "of the whole run, but no request's timing beyond the first third."
     )
