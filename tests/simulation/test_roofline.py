@@ -94,7 +94,11 @@ def test_no_coefficient_is_beyond_the_dense_peak(data: st.DataObject) -> None:
     model = data.draw(st.sampled_from(sorted(models().values(), key=lambda shape: shape.name)))
     deployment = data.draw(deployments(model))
     roofline = data.draw(st.none() | rooflines)
-    assert_within_peaks(gpu, model, deployment, step_time(gpu, model, deployment, roofline))
+    found, peak = step_time(gpu, model, deployment, roofline), step_time(gpu, model, deployment, Roofline.peak())
+    assert_within_peaks(gpu, model, deployment, found)
+    assert_within_peaks(gpu, model, deployment, peak)
+    assert (found.coefficients() >= (1.0 - 1e-9) * peak.coefficients()).all()
+    assert all(a[1] >= (1.0 - 1e-9) * b[1] for a, b in zip(found.linear_layers, peak.linear_layers, strict=True))
 
 
 def test_every_card_runs_every_model_within_its_peaks() -> None:
@@ -108,11 +112,7 @@ def test_every_card_runs_every_model_within_its_peaks() -> None:
 def test_the_ends_of_the_roofline() -> None:
     """A few tokens cost reading the weights, many cost computing; at full shares nothing else is left."""
     gpu, model = find_gpu("h100_sxm"), find_model("Llama-3.1-8B")
-    ideal = Roofline(
-        compute_share=1.0, bandwidth_share=1.0, attention_share=1.0, bend=10.0, seconds_per_step=1e-9,
-        seconds_per_layer=0.0, seconds_per_sequence=0.0,
-    )  # fmt: skip
-    found = step_time(gpu, model, None, ideal)
+    found = step_time(gpu, model, None, Roofline.peak())
     layers = model.attention_parameters + model.dense_mlp_parameters
     assert found.linear_seconds(1) == pytest.approx(2 * layers / 3.35e12, rel=0.01)
     # Beside the products, activations move between them.
