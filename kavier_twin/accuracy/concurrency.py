@@ -8,9 +8,10 @@ prompts share nothing.
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -47,6 +48,7 @@ class Row(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
 
+    backend_version: str = ""
     model_path: str
     system: str
     isl: Positive
@@ -59,6 +61,12 @@ class Row(BaseModel):
     moe_ep_size: Degree = 1
     silicon_ttft_ms: Milliseconds
     silicon_tpot_ms: Milliseconds
+
+    @property
+    def engine(self) -> dict[str, Any]:
+        """What follows from vLLM's version: asynchronous scheduling is the default since 0.14."""
+        found = re.match(r"(\d+)\.(\d+)", self.backend_version)
+        return {"async_scheduling": False} if found and (int(found[1]), int(found[2])) < (0, 14) else {}
 
     @property
     def label(self) -> str:
@@ -78,8 +86,8 @@ def run_concurrency(path: Path, name: str, tell: Callable[[str], None]) -> SetRe
         except (CatalogError, ValueError) as error:
             left_out[str(error)] = left_out.get(str(error), 0) + 1
             continue
-        for start, (ttft, tpot) in predicted.items():
-            pairs.setdefault((kind, start), []).extend(
+        for basis, (ttft, tpot) in predicted.items():
+            pairs.setdefault((basis, kind), []).extend(
                 [
                     Pair(row.label, "TTFT", "mean", row.silicon_ttft_ms / 1e3, ttft),
                     Pair(row.label, "TPOT", "mean", row.silicon_tpot_ms / 1e3, tpot),
@@ -98,10 +106,7 @@ def run_concurrency(path: Path, name: str, tell: Callable[[str], None]) -> SetRe
             f"In {queued} rows the measured TTFT is longer than all the decoding after it: the server let in fewer "
             "requests than there were users. Where that was a limit of its configuration, the table does not tell it."
         )
-    trials = tuple(
-        Trial(f"from the catalogue alone, {start}", "nothing", kind, tuple(found))
-        for (kind, start), found in sorted(pairs.items())
-    )
+    trials = tuple(Trial(basis, "nothing", kind, tuple(found)) for (basis, kind), found in pairs.items())
     measured = f"{len(rows)} benchmarks of real servers at a fixed concurrency, means"
     return SetResult(name, measured, trials, tuple(notes))
 
@@ -126,7 +131,7 @@ def read_rows(path: Path) -> tuple[list[Row], list[str]]:
 
 
 def predict(row: Row, where: str) -> dict[str, tuple[float, float]]:
-    """Mean TTFT and TPOT in seconds, by how the users start.
+    """Mean TTFT and TPOT in seconds, by what the step times follow from and how the users start.
 
     Raises CatalogError, or ValueError where the requests do not fit the server.
     """
@@ -138,13 +143,17 @@ def predict(row: Row, where: str) -> dict[str, tuple[float, float]]:
         enable_expert_parallel=row.moe_ep_size > 1,
         quantization=_quantization(row),
     )
-    prior = from_catalogue(Server(row.model_path, row.system, deployment, {}), where)
-    settings = FleetSettings(
-        engine=prior.engine, step_time=prior.step_time, replicas=row.attention_dp_size, router="round_robin"
-    )
-    together = _closed_loop(settings, row, 0.0)
-    spread = _closed_loop(settings, row, float(together["finish"].max()) / _CYCLES)
-    return {_SPREAD: _means(row, spread), _TOGETHER: _means(row, together)}
+    prior = from_catalogue(Server(row.model_path, row.system, deployment, row.engine), where)
+    predicted = {}
+    for basis, step_time in prior.step_times.items():
+        settings = FleetSettings(
+            engine=prior.engine, step_time=step_time, replicas=row.attention_dp_size, router="round_robin"
+        )
+        together = _closed_loop(settings, row, 0.0)
+        spread = _closed_loop(settings, row, float(together["finish"].max()) / _CYCLES)
+        predicted[f"{basis}, {_SPREAD}"] = _means(row, spread)
+        predicted[f"{basis}, {_TOGETHER}"] = _means(row, together)
+    return predicted
 
 
 def _closed_loop(settings: FleetSettings, row: Row, ramp_seconds: float) -> Records:

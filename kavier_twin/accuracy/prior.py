@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import cache
 from itertools import pairwise
 from typing import Any, Final, NamedTuple
 
@@ -15,7 +16,9 @@ from kavier_twin.catalog.gpu import find_gpu, gpus
 from kavier_twin.catalog.models import find_model
 from kavier_twin.errors import UserError
 from kavier_twin.hardware import Hardware
+from kavier_twin.simulation.roofline import step_time
 from kavier_twin.simulation.settings import EngineSettings, StepTime
+from kavier_twin.simulation.silicon import SiliconUnavailable, silicon_step_time
 
 # From a client over HTTP to the engine and back, where nothing was measured.
 FRONTEND_SECONDS: Final = 0.005
@@ -23,6 +26,10 @@ FRONTEND_SECONDS: Final = 0.005
 PLENTY_OF_BLOCKS: Final = 1 << 18
 # vLLM's default was 0.9 before 0.92 came with version 0.22; data sets that tell nothing are older.
 _GPU_MEMORY_UTILIZATION: Final = 0.9
+
+
+CATALOGUE: Final = "from the catalogue alone"
+OPERATORS: Final = "from measured operators"
 
 
 class Server(NamedTuple):
@@ -36,11 +43,16 @@ class Server(NamedTuple):
 
 
 class Prior(NamedTuple):
-    """The engine with its blocks, its step times, and the least that each coefficient can be at the GPU's peak."""
+    """The engine with its blocks, its step times by what they follow from, and what no step can be faster than."""
 
     engine: EngineSettings
-    step_time: StepTime
+    step_times: dict[str, StepTime]  # the better the later
     floor: StepTime
+
+    @property
+    def best(self) -> StepTime:
+        """Where calibration starts."""
+        return list(self.step_times.values())[-1]
 
 
 def from_catalogue(server: Server, where: str) -> Prior:
@@ -62,7 +74,23 @@ def from_catalogue(server: Server, where: str) -> Prior:
     told = told_settings(server.engine)
     engine_settings({"num_gpu_blocks": PLENTY_OF_BLOCKS, **told}, where)  # what is told is sound
     engine = engine_settings(hardware.engine(told), where)
-    return Prior(engine, hardware.step_time(engine.kv_cache_dtype), hardware.floor(engine.kv_cache_dtype))
+    deployment = hardware.deployment(engine.kv_cache_dtype).model_copy(
+        update={"async_scheduling": engine.async_scheduling}
+    )
+    step_times = {CATALOGUE: step_time(hardware.card, hardware.shape, deployment)}
+    measured = _measured(server.gpu, server.model, deployment)
+    if measured is not None:
+        step_times[OPERATORS] = measured
+    return Prior(engine, step_times, hardware.floor(engine.kv_cache_dtype))
+
+
+@cache
+def _measured(gpu: str, model: str, deployment: Deployment) -> StepTime | None:
+    """From the database of measured operators, None where it is not installed or does not know them."""
+    try:
+        return silicon_step_time(find_gpu(gpu), find_model(model), deployment).step_time
+    except SiliconUnavailable:
+        return None
 
 
 def told_settings(engine: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,9 @@ _INTRODUCTION = """# Accuracy
 How far the simulation's seconds are from measured ones. Written by `kavier-twin accuracy`; run it again to renew it.
 
 - *From the catalogue alone*: step times and KV blocks follow from the GPU's data sheet and the model's shape; nothing
-  of the data set was fitted. *Calibrated*: the coefficients were fitted to the part named, and judged on the rest.
+  of the data set was fitted. *From measured operators*: nor here, but step times follow from NVIDIA's database of
+  single operators on the card (extra `silicon`), where it knows card and model. *Calibrated*: the coefficients were
+  fitted to the part named, starting from the better of both, and judged on the rest.
 - An error is predicted / measured - 1, of the statistic that heads the column. Where a data set has several points
   (stages, rows of a table), it is the median of the errors' sizes, and behind "avg" their average.
 - The error of a hit ratio is a difference in percentage points.

@@ -64,8 +64,9 @@ def run_requests(path: Path, name: str, tell: Callable[[str], None]) -> SetResul
             notes.append(f"The number of KV blocks, {engine.num_gpu_blocks:,}, is the catalogue's.")
         tell("from the catalogue")
         frontend = 0.0 if trace.format in _TIMED_BY_ENGINE else FRONTEND_SECONDS
-        outcomes = _replay(FleetSettings(engine=engine, step_time=prior.step_time), observed, frontend)
-        trials.append(_trial("from the catalogue alone", "nothing", trace, observed, outcomes, ~fitted))
+        for basis, step_time in prior.step_times.items():
+            outcomes = _replay(FleetSettings(engine=engine, step_time=step_time), observed, frontend)
+            trials.append(_trial(basis, "nothing", trace, observed, outcomes, ~fitted))
 
     def calibrated(basis: str, clock: MachineClock | None) -> None:
         tell(basis)
@@ -73,7 +74,7 @@ def run_requests(path: Path, name: str, tell: Callable[[str], None]) -> SetResul
         found = calibrate(
             single_engine(engine),
             _only(told, fitted),
-            prior=prior.step_time if prior else None,
+            prior=prior.best if prior else None,
             floor=prior.floor if prior else None,
         )
         settings = FleetSettings(engine=engine, step_time=found.step_time)

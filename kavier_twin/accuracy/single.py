@@ -60,7 +60,7 @@ def run_single(path: Path, name: str, tell: Callable[[str], None]) -> SetResult:
     else:
         third = max(1, len(points) // 3)
         trials = [
-            _trial("from the catalogue alone", "nothing", points, prior, prior.step_time),
+            *(_trial(basis, "nothing", points, prior, step_time) for basis, step_time in prior.step_times.items()),
             _trial(
                 "calibrated",
                 f"the {third} smallest sizes",
@@ -156,10 +156,10 @@ def _trial(basis: str, fitted_on: str, points: list[Point], prior: Prior, step_t
 
 def _fitted(points: list[Point], prior: Prior) -> StepTime:
     """The prior, moved to where these requests put it."""
-    prefill = _alone(prior, prior.step_time, [p.size for p in points], [1] * len(points))
-    decode = _alone(prior, prior.step_time, [p.decode_prompt for p in points], [p.decode_output for p in points])
+    prefill = _alone(prior, prior.best, [p.size for p in points], [1] * len(points))
+    decode = _alone(prior, prior.best, [p.decode_prompt for p in points], [p.decode_output for p in points])
     work = np.concatenate([prefill["prefill_work"], decode["prefill_work"] + decode["decode_work"]])
     seconds = np.array([p.prefill_seconds for p in points] + [p.decode_seconds for p in points])
     floor = at_least(prior.floor)[:-1]
-    found = fit(work, seconds, prior=prior.step_time.coefficients(), floor=floor)
-    return prior.step_time.with_coefficients(found.values)
+    found = fit(work, seconds, prior=prior.best.coefficients(), floor=floor)
+    return prior.best.with_coefficients(found.values)

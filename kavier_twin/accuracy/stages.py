@@ -25,9 +25,6 @@ from kavier_twin.simulation.state import Records
 from kavier_twin.simulation.workload import Workload, make_workload
 from kavier_twin.twin.calibration import calibrate_means, with_frontend
 
-_ALONE = "from the catalogue alone"
-_CALIBRATED = "calibrated"
-
 
 class _Read(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -108,8 +105,7 @@ def read_stages(path: Path) -> StagesFile:
 def run_stages(path: Path, name: str, tell: Callable[[str], None]) -> SetResult:
     """Every run from the catalogue alone; the stages after the first also with its means fitted."""
     runs = read_stages(path).runs
-    alone: dict[bool, list[Pair]] = {False: [], True: []}
-    fitted: list[Pair] = []
+    pairs: dict[tuple[str, str, str], list[Pair]] = {}
     notes = []
     for run in runs:
         tell(run.id)
@@ -119,27 +115,24 @@ def run_stages(path: Path, name: str, tell: Callable[[str], None]) -> SetResult:
             notes.append(f"{run.id} left out: {error}.")
             continue
         workload, stage_of = make_load(run, prior.engine.block_size)
-        outcomes = _outcomes(prior, prior.step_time, workload, FRONTEND_SECONDS)
-        for number in range(len(run.stages)):
-            alone[run.overloaded] += _pairs(run, number, outcomes[stage_of == number])
+        kind = "the overloaded runs" if run.overloaded else "all stages of the runs that were not overloaded"
+        for basis, step_time in prior.step_times.items():
+            outcomes = _outcomes(prior, step_time, workload, FRONTEND_SECONDS)
+            found = pairs.setdefault((basis, "nothing", kind), [])
+            for number in range(len(run.stages)):
+                found += _pairs(run, number, outcomes[stage_of == number])
         if run.overloaded:
             notes.append(_overload(run))
         elif len(run.stages) > 1:
-            fitted += _after_the_first(run, prior, workload, stage_of)
+            fitted_on = "mean TTFT and e2e of each run's first stage"
+            found = pairs.setdefault(("calibrated", fitted_on, "the later stages"), [])
+            found += _after_the_first(run, prior, workload, stage_of)
     notes.append(
         "Prompts are the same few, cycled: nearly all of their tokens are prefix hits, so TTFT is the frontend, the "
         f"wait for the step under way, and a step. The frontend is assumed to take {1e3 * FRONTEND_SECONDS:g} ms where "
         "nothing was fitted."
     )
-    trials = [
-        Trial(basis, fitted_on, on, tuple(pairs))
-        for basis, fitted_on, on, pairs in (
-            (_ALONE, "nothing", "all stages of the runs that were not overloaded", alone[False]),
-            (_ALONE, "nothing", "the overloaded runs", alone[True]),
-            (_CALIBRATED, "mean TTFT and e2e of each run's first stage", "the later stages", fitted),
-        )
-        if pairs
-    ]
+    trials = [Trial(*what, tuple(found)) for what, found in pairs.items()]
     return SetResult(name, f"{len(runs)} load tests of real servers, summaries by stage", tuple(trials), tuple(notes))
 
 
@@ -202,10 +195,10 @@ def _outcomes(prior: Prior, step_time: StepTime, workload: Workload, frontend_se
 
 
 def _after_the_first(run: Run, prior: Prior, workload: Workload, stage_of: np.ndarray) -> list[Pair]:
-    settings = FleetSettings(engine=prior.engine, step_time=prior.step_time)
+    settings = FleetSettings(engine=prior.engine, step_time=prior.best)
     first = make_load(run.model_copy(update={"stages": run.stages[:1]}), prior.engine.block_size)[0]
     stage = run.stages[0]
-    found = calibrate_means(settings, first, stage.ttft_s.mean, stage.e2e_s.mean, prior=prior.step_time)
+    found = calibrate_means(settings, first, stage.ttft_s.mean, stage.e2e_s.mean, prior=prior.best)
     outcomes = _outcomes(prior, found.step_time, workload, found.frontend_seconds)
     pairs = []
     for number in range(1, len(run.stages)):

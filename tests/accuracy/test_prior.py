@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kavier_twin.accuracy.prior import Server, from_catalogue, gpus_named_in
+from kavier_twin.accuracy.prior import CATALOGUE, Server, from_catalogue, gpus_named_in
 from kavier_twin.catalog.deployment import Deployment
 from kavier_twin.catalog.errors import CatalogError
 from kavier_twin.errors import UserError
@@ -38,7 +38,7 @@ def test_what_the_data_tells_goes_before_the_catalogue() -> None:
 def test_no_coefficient_lies_below_the_hardwares_peak(tensor_parallel: int) -> None:
     server = SERVER._replace(deployment=Deployment(tensor_parallel_size=tensor_parallel))
     prior = from_catalogue(server, "here")
-    assert (prior.floor.coefficients() <= prior.step_time.coefficients()).all()
+    assert (prior.floor.coefficients() <= prior.step_times[CATALOGUE].coefficients()).all()
     # 8 B parameters in 16 bits at 989.5 TFLOPS: 2,048 tokens cannot take less.
     linear = prior.floor.linear_scale * prior.floor.linear_seconds(2048.0)
     assert 0.5 < linear / (2 * 7.5e9 / tensor_parallel * 2048 / 989.5e12) < 2.0
