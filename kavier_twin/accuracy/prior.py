@@ -16,9 +16,9 @@ from kavier_twin.catalog.gpu import find_gpu, gpus
 from kavier_twin.catalog.models import find_model
 from kavier_twin.errors import UserError
 from kavier_twin.hardware import Hardware
+from kavier_twin.silicon import SiliconUnavailable, silicon_step_time
 from kavier_twin.simulation.roofline import step_time
 from kavier_twin.simulation.settings import EngineSettings, StepTime
-from kavier_twin.simulation.silicon import SiliconUnavailable, silicon_step_time
 
 # From a client over HTTP to the engine and back, where nothing was measured.
 FRONTEND_SECONDS: Final = 0.005

@@ -22,6 +22,7 @@ _EXAMPLE = """an example of a settings file:
     footprint: {pue: 1.2, carbon: 210, price_per_gpu_hour: 2.5, currency: EUR}  # for energy, carbon and cost
   sources:
     - {type: trace_file, path: requests.jsonl, follow: true}
+  checkpoints: {directory: state}  # a restart goes on where the last run stood
   forecast:
     every_seconds: 30
     horizons_seconds: [60, 300]

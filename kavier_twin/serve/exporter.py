@@ -143,6 +143,18 @@ def _stream(view: TwinView) -> Iterator[Metric]:
     yield _gauge(
         "buffered_records", "Records taken in and waiting for the watermark now.", view.pool, view.buffered_records
     )
+    if view.checkpoint_unix_seconds is not None:
+        yield _gauge(
+            "checkpoint_timestamp_seconds",
+            "Unix time at which the twin's state was last written to disk.",
+            view.pool,
+            view.checkpoint_unix_seconds,
+        )
+        failures = CounterMetricFamily(
+            f"{PREFIX}_checkpoint_failures", "Times that the state could not be written to disk.", labels=["pool"]
+        )
+        failures.add_metric([view.pool], view.checkpoint_failures)
+        yield failures
     yield _gauge(
         "last_record_timestamp_seconds",
         "Unix time at which the newest record was taken in.",

@@ -17,13 +17,14 @@ import numpy.typing as npt
 import simpy
 from numpy.lib import recfunctions as rfn
 
-from kavier_twin.simulation import build
+from kavier_twin.simulation import build, future
 from kavier_twin.simulation import state as layout
 from kavier_twin.simulation.kernels import fleet as kernels
 from kavier_twin.simulation.kernels import flow as flow_kernels
 from kavier_twin.simulation.kernels import replica as replica_kernels
 from kavier_twin.simulation.kernels import requests as request_kernels
 from kavier_twin.simulation.kernels import reshape
+from kavier_twin.simulation.kernels.eviction import switch
 from kavier_twin.simulation.policies import Override, apply_overrides
 from kavier_twin.simulation.power import Reading
 from kavier_twin.simulation.settings import FleetSettings
@@ -115,6 +116,12 @@ class Fleet:
         rest = self._pending()
         self._arrivals = workload if rest is None else concatenate(rest, workload)
         self._next_row = 0
+        self.foresee(self._arrivals)
+
+    def foresee(self, workload: Workload | None) -> None:
+        """Tell Belady's policy all requests to come; nothing under any other. `feed` does it."""
+        if self.settings.engine.eviction == "belady":
+            self.state = future.with_future(self.state, workload, self.now_seconds)
 
     def join(self, time_seconds: float) -> None:
         """A new replica with a cold cache joins."""
@@ -356,18 +363,24 @@ class Fleet:
         """Switch to these overrides now. What a live vLLM would do only after a restart is done in place.
 
         A smaller cache drops its least recently used blocks; another block size clears the cache and preempts all.
+        Another eviction policy takes over what is cached, in the order in which the present one would evict it; so
+        does the same policy in a pool of another size, which knows nothing of the past either.
         """
         old, new = self.settings, apply_overrides(self.settings, overrides)
         replicas = range(self.state.replicas.size)
         disruptive = new.engine.async_scheduling != old.engine.async_scheduling or (
             new.engine.block_size != old.engine.block_size or new.engine.num_gpu_blocks != old.engine.num_gpu_blocks
         )
+        pool = ("eviction", "num_gpu_blocks", "block_size")
+        reorder = any(getattr(new.engine, name) != getattr(old.engine, name) for name in pool)
         for number in replicas:
             if disruptive:
                 self._room_for_outcomes()
                 replica_kernels.settle(self.state, number)
             else:
                 flow_kernels.dissolve_flow(self.state, number)
+            if reorder and old.engine.eviction != "lru":
+                switch.unload(self.state, number)
         if new.engine.block_size != old.engine.block_size:
             for number in replicas:
                 while self.state.replicas["running"][number] > 0:
@@ -387,9 +400,13 @@ class Fleet:
             self.state.requests["known"] = self.state.requests["covered"] // new.engine.block_size
             for live in self.live():  # smaller blocks need longer block tables
                 self.set_output(live, int(self.state.requests["output"][live.replica, live.slot]))
+        if reorder:
+            self.state = build.with_eviction(self.state, new.engine, self.now_seconds)
         self.state.fleet["router"] = build.ROUTERS[new.router]
         self.state.fleet["max_imbalance"] = new.router_max_imbalance
         self.settings = new
+        if reorder:
+            self.foresee(self._pending())
         alive = [number for number in replicas if self.state.replicas["accepting"][number]]
         for _ in range(new.replicas - len(alive) if "replicas" in overrides else 0):
             self._join()

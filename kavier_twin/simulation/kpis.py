@@ -73,6 +73,7 @@ class Counters:
     output_tokens: int
     preemptions: int
     evictions: int
+    stranded_tokens: int  # cached but not hit, an ancestor being gone; not counted with LRU
     busy_seconds: float
     running_seconds: float
     waiting_seconds: float
@@ -96,6 +97,7 @@ class Counters:
                 "output_tokens",
                 "preemptions",
                 "evictions",
+                "stranded_tokens",
                 "busy_seconds",
                 "running_seconds",
                 "waiting_seconds",

@@ -14,6 +14,9 @@ from kavier_twin.simulation.state import MAX_KNOTS
 
 Positive = Annotated[int, Field(ge=1)]
 Coefficient = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+EvictionPolicy = Literal[
+    "lru", "fifo", "lfu", "cost_aware", "belady", "ttl", "pinned", "slru", "arc", "sieve", "s3fifo"
+]
 RouterPolicy = Literal["round_robin", "least_loaded", "session_affinity", "prefix_aware"]
 
 # StepTime's coefficients in the order of `state.WORK`.
@@ -109,6 +112,10 @@ class EngineSettings(_Settings):
     watermark: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     scheduler_reserve_full_isl: bool = True
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    eviction: EvictionPolicy = "lru"  # vLLM has LRU only; for the others see docs/policies.md
+    eviction_ttl_seconds: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 300.0
+    eviction_pinned_tokens: Annotated[int, Field(ge=0)] = 1024
+    eviction_pinned_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.25
 
 
 class FleetSettings(_Settings):

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kavier_twin import silicon
 from kavier_twin.catalog.deployment import Deployment
 from kavier_twin.catalog.gpu import find_gpu, gpus
 from kavier_twin.catalog.models import find_model
-from kavier_twin.simulation import silicon
-from kavier_twin.simulation.prior import prior
+from kavier_twin.prior import prior
+from kavier_twin.silicon import SYSTEMS, SiliconUnavailable, silicon_step_time
 from kavier_twin.simulation.roofline import step_time
-from kavier_twin.simulation.silicon import SYSTEMS, SiliconUnavailable, silicon_step_time
 
 installed = pytest.mark.skipif(
     find_spec(silicon.PACKAGE) is None, reason=f"{silicon.DISTRIBUTION} is missing: install the extra `silicon`"
