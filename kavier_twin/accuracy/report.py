@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from kavier_twin.accuracy.find import Skipped
 from kavier_twin.accuracy.result import HIT_RATIO, STATISTICS, SetResult, Trial, summary
 from kavier_twin.errors import UserError
 
-HEADER = ("prediction", "fitted on", "metric", "points", *STATISTICS)
+HEADER = ("metric", "points", *STATISTICS)
 
 _INTRODUCTION = """# Accuracy
 
@@ -31,13 +32,11 @@ How far the simulation's seconds are from measured ones. Written by `kavier-twin
 """
 
 
-def rows(result: SetResult) -> Iterator[tuple[str, ...]]:
-    """A data set's errors as rows under HEADER."""
-    for trial in result.trials:
-        for metric in trial.metrics:
-            cells = [_cell(trial, metric, statistic) for statistic in STATISTICS]
-            points = trial.errors(metric, "mean").size
-            yield (f"{trial.basis}, {trial.predicted}", trial.fitted_on, metric, str(points), *cells)
+def rows(trial: Trial) -> Iterator[tuple[str, ...]]:
+    """A prediction's errors as rows under HEADER."""
+    for metric in trial.metrics:
+        cells = [_cell(trial, metric, statistic) for statistic in STATISTICS]
+        yield (metric, str(trial.errors(metric, "mean").size), *cells)
 
 
 def _cell(trial: Trial, metric: str, statistic: str) -> str:
@@ -87,8 +86,10 @@ def write_report(
 
 def _section(result: SetResult) -> str:
     lines = [f"## {result.name}\n", f"{result.measured}.\n"]
-    lines += [f"| {' | '.join(HEADER)} |", f"|{'---|' * len(HEADER)}"]
-    lines += [f"| {' | '.join(row)} |" for row in rows(result)]
+    lines += [f"| prediction | fitted on | {' | '.join(HEADER)} |", f"|{'---|' * (2 + len(HEADER))}"]
+    for trial in result.trials:
+        what = f"{trial.basis}, {trial.predicted} | {trial.fitted_on}"
+        lines += [f"| {what} | {' | '.join(row)} |" for row in rows(trial)]
     if result.notes:
         lines += ["", *(f"- {note}" for note in result.notes)]
     return "\n".join(lines) + "\n"
@@ -107,7 +108,8 @@ def _plot(result: SetResult, folder: Path) -> Path | None:
     metrics = [m for m in dict.fromkeys(m for trial in result.trials for m in trial.points()) if m != HIT_RATIO]
     if not metrics:
         return None
-    figure = figures.Figure(figsize=(4.0 * len(metrics), 4.0), layout="constrained")
+    height = 4.0 + 0.3 * math.ceil(len(result.trials) / 2)  # the legend has two columns
+    figure = figures.Figure(figsize=(4.0 * len(metrics), height), layout="constrained")
     for metric, axes in zip(metrics, np.atleast_1d(figure.subplots(1, len(metrics))), strict=True):
         seen = []
         for trial in result.trials:
@@ -115,14 +117,14 @@ def _plot(result: SetResult, folder: Path) -> Path | None:
             shown = (measured > 0.0) & (predicted > 0.0)
             if shown.any():
                 axes.scatter(
-                    measured[shown], predicted[shown], s=8, alpha=0.5, label=f"{trial.basis}\n{trial.predicted}"
+                    measured[shown], predicted[shown], s=8, alpha=0.5, label=f"{trial.basis}: {trial.predicted}"
                 )
                 seen += [measured[shown], predicted[shown]]
         if seen:
             ends = [float(np.concatenate(seen).min()), float(np.concatenate(seen).max())]
             axes.plot(ends, ends, color="black", linewidth=0.8)
         axes.set(title=metric, xlabel="measured, s", ylabel="predicted, s", xscale="log", yscale="log")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", fontsize="small")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", fontsize="x-small", ncols=2)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{re.sub(r'[^A-Za-z0-9.]+', '-', result.name)}.png"
     figure.savefig(path, dpi=80, metadata={"Software": None})

@@ -27,7 +27,7 @@ from kavier_twin.catalog.errors import CatalogError
 from kavier_twin.errors import UserError
 from kavier_twin.scenario import observed_of
 from kavier_twin.simulation.fleet import simulate
-from kavier_twin.simulation.settings import FleetSettings
+from kavier_twin.simulation.settings import EngineSettings, FleetSettings
 from kavier_twin.simulation.state import FINISHED, Records
 from kavier_twin.twin.calibration import CalibrationError, Observed, calibrate, single_engine, with_frontend
 
@@ -68,12 +68,16 @@ def run_requests(path: Path, name: str, tell: Callable[[str], None]) -> SetResul
             outcomes = _replay(FleetSettings(engine=engine, step_time=step_time), observed, frontend)
             trials.append(_trial(basis, "nothing", trace, observed, outcomes, ~fitted))
 
+    servable = _servable(engine, observed)
+    if not servable.all():
+        notes.append(f"{int((~servable).sum())} requests were served that the engine as told could not: left out.")
+
     def calibrated(basis: str, clock: MachineClock | None) -> None:
         tell(basis)
         told = observed if clock is None else _by_clock(observed, clock)
         found = calibrate(
             single_engine(engine),
-            _only(told, fitted),
+            _only(told, fitted & servable),
             prior=prior.best if prior else None,
             floor=prior.floor if prior else None,
         )
@@ -136,6 +140,13 @@ def _replay(settings: FleetSettings, observed: Observed, frontend_seconds: float
     """Outcomes in the order of the requests."""
     outcomes = simulate(settings, with_frontend(observed.workload, frontend_seconds)).collect()
     return outcomes[np.argsort(outcomes["index"], kind="stable")]
+
+
+def _servable(engine: EngineSettings, observed: Observed) -> npt.NDArray[np.bool_]:
+    """Requests that fit the engine's context and cache."""
+    prompt, output = observed.workload.prompt, observed.workload.output
+    blocks = -(-np.minimum(prompt + output, engine.max_model_len) // engine.block_size)
+    return np.asarray((prompt < engine.max_model_len) & (blocks < engine.num_gpu_blocks), np.bool_)
 
 
 def _only(observed: Observed, fitted: npt.NDArray[np.bool_]) -> Observed:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from kavier_twin.accuracy.find import Skipped, find
@@ -91,10 +92,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _print(console: Console, results: list[SetResult]) -> None:
     for result in results:
-        table = Table(*HEADER, title=f"{result.name}: {result.measured}", title_justify="left")
-        for row in rows(result):
-            table.add_row(*row)
-        console.print(table)
+        console.print(f"[bold]{escape(result.name)}[/]: {escape(result.measured)}", highlight=False)
+        for trial in result.trials:
+            table = Table(*HEADER)
+            for row in rows(trial):
+                table.add_row(*row)
+            what = f"{trial.basis}, {trial.predicted}; fitted on: {trial.fitted_on}"
+            console.print(what, highlight=False, markup=False)
+            console.print(table)
         for note in result.notes:
             console.print(f"  {note}", style="dim", highlight=False, markup=False)
 

@@ -107,6 +107,18 @@ def test_what_is_not_data_and_what_is_broken_do_not_stop_the_rest(
     assert "`pictures`" in text
 
 
+def test_requests_that_the_engine_as_told_could_not_serve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are counted and left out; the others are calibrated on and compared."""
+    folder = tmp_path / "short"
+    shutil.copytree(RECORDINGS / "chat-400", folder)
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["engine"]["max_model_len"] = 1000
+    (folder / "meta.json").write_text(json.dumps(meta))
+    (result,) = accuracy(capsys, folder, tmp_path / "accuracy.md")["sets"]
+    assert any("that the engine as told could not" in note for note in result["notes"])
+    assert set(trial(result, "calibrated")["errors"]) == {"TTFT", "TPOT", "e2e", "hit ratio"}
+
+
 def test_models_unknown_to_the_catalogue_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.json").write_text(json.dumps(stages("nobody/unheard-of-7b")))
     rows = "model_path,system,isl,osl,batch_size,silicon_ttft_ms,silicon_tpot_ms"
