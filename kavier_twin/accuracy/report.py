@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -108,7 +107,7 @@ def _plot(result: SetResult, folder: Path) -> Path | None:
     metrics = [m for m in dict.fromkeys(m for trial in result.trials for m in trial.points()) if m != HIT_RATIO]
     if not metrics:
         return None
-    height = 4.0 + 0.3 * math.ceil(len(result.trials) / 2)  # the legend has two columns
+    height = 4.0 + 0.2 * len(result.trials)  # the legend has a line for each
     figure = figures.Figure(figsize=(4.0 * len(metrics), height), layout="constrained")
     for metric, axes in zip(metrics, np.atleast_1d(figure.subplots(1, len(metrics))), strict=True):
         seen = []
@@ -124,7 +123,7 @@ def _plot(result: SetResult, folder: Path) -> Path | None:
             ends = [float(np.concatenate(seen).min()), float(np.concatenate(seen).max())]
             axes.plot(ends, ends, color="black", linewidth=0.8)
         axes.set(title=metric, xlabel="measured, s", ylabel="predicted, s", xscale="log", yscale="log")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", fontsize="x-small", ncols=2)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", fontsize="x-small")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{re.sub(r'[^A-Za-z0-9.]+', '-', result.name)}.png"
     figure.savefig(path, dpi=80, metadata={"Software": None})
