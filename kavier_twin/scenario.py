@@ -48,6 +48,7 @@ DEFAULT_FLEET = FleetFile.model_validate(
         "footprint": {"price_per_gpu_hour": 2.5, "currency": "USD"},
     }
 ).settings()
+_DEFAULT = "the default, Llama-3.1-8B on one H100 SXM at 2.5 USD an hour"
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def load_scenario(
 ) -> Scenario:
     """Read a trace and find its fleet: `fleet_file`, else what lies beside the trace, else the default.
 
-    A recording without a fleet file has its step times fitted on its first part, `calibrate_until` of its duration:
+    A recorded run without a fleet file has its step times fitted on its first part, `calibrate_until` of its duration:
     to its requests' timings, to vLLM's log of its steps, or to its counters (which tell nothing of the frontend).
     Raises UserError.
     """
@@ -102,12 +103,20 @@ def load_scenario(
             step_time=_checked(StepTime, settings.get("step_seconds"), f"{path}: scenario.json: step_seconds"),
         )
         return Scenario(trace, fleet, 0.0, None, "scenario.json")
-    if trace.format == "recording":
+    if trace.format in ("recording", "llmservingsim"):
         engine = _engine(trace.settings.get("engine"), f"{path}: meta.json")
         calibration = _fit(trace, engine, calibrate_until, calibrate_from)
         fleet = FleetSettings(engine=engine, step_time=calibration.step_time)
         return Scenario(trace, fleet, calibration.frontend_seconds, calibration, "meta.json", calibrate_from)
-    return Scenario(trace, DEFAULT_FLEET, 0.0, None, "the default, Llama-3.1-8B on one H100 SXM at 2.5 USD an hour")
+    return Scenario(trace, DEFAULT_FLEET, 0.0, None, _DEFAULT)
+
+
+def without_trace(name: str, fleet_file: Path | None) -> Scenario:
+    """A fleet for a load that is not a trace's, with no requests of its own. Raises UserError."""
+    nothing = Trace(Path(name), name, RequestTable(), [], 0, {}, {}, None, False)
+    if fleet_file is not None:
+        return Scenario(nothing, read_fleet(fleet_file), 0.0, None, str(fleet_file))
+    return Scenario(nothing, DEFAULT_FLEET, 0.0, None, _DEFAULT)
 
 
 def observed_of(trace: Trace) -> Observed:

@@ -11,6 +11,7 @@ from connectors.traces.base import open_bytes as _open_bytes
 from connectors.traces.burstgpt import BurstGptReader
 from connectors.traces.golden import GoldenReader
 from connectors.traces.kavier import KavierParquetReader, KavierReader
+from connectors.traces.llmservingsim import LlmServingSimReader
 from connectors.traces.mooncake import MooncakeReader
 from connectors.traces.recording import RecordingReader
 from connectors.traces.table import RequestTable
@@ -26,6 +27,7 @@ FORMATS: dict[str, type[Reader]] = {
         MooncakeReader,
         GoldenReader,
         RecordingReader,
+        LlmServingSimReader,
         AzureReader,
         BurstGptReader,
         KavierReader,
@@ -129,14 +131,17 @@ def find_reader(head: Head) -> type[Reader] | None:
 
 def _open_directory(path: Path, named: type[Reader] | None) -> Reader:
     readers = [named] if named else list(FORMATS.values())
-    wanted = []
+    wanted, found = [], []
     for reader in readers:
         if reader.trace_file is None or reader.settings_file is None:
             continue
         wanted.append(f"{reader.name}: {reader.trace_file} (or .gz) and {reader.settings_file}")
         for name in (reader.trace_file, f"{reader.trace_file}.gz"):
             if (path / name).is_file() and (path / reader.settings_file).is_file():
-                return reader(path / name)
+                found.append((reader, path / name))
+    if found:  # formats that name their files alike are told apart by content; damaged content is the first one's
+        reader, file = next((pair for pair in found if pair[0].recognises(_head(pair[1]))), found[0])
+        return reader(file)
     if not wanted:
         raise TraceError(f"{path}: a directory, but the format {readers[0].name} is a file; give the file's path")
     raise TraceError(f"{path}: a directory without the files of a trace; expected {'; '.join(wanted)}")

@@ -15,9 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from connectors.traces import FORMATS
+from kavier_twin.closed_loop_option import FORM, ClosedLoop, parse_closed_loop
 from kavier_twin.errors import UserError
 from kavier_twin.export_opendc import write_opendc
-from kavier_twin.scenario import CalibrateFrom, Scenario, load_scenario, read_footprint
+from kavier_twin.scenario import CalibrateFrom, Scenario, load_scenario, read_footprint, without_trace
+from kavier_twin.simulation.closed_loop import simulate_closed_loop
 from kavier_twin.simulation.fleet import Fleet, simulate_parts
 from kavier_twin.simulation.impact import Impact, impact_of_run
 from kavier_twin.simulation.kpis import Counters, Distribution, Kpis, Slo, kpis
@@ -36,6 +38,7 @@ _EXAMPLES = f"""examples:
   kavier-twin simulate mooncake.jsonl --fleet fleet.yaml --policy replicas=8 --policy router=prefix_aware
   kavier-twin simulate recording/ --policy prefix_caching=false --slo ttft_seconds=0.5 --json
   kavier-twin simulate recording/ --pin
+  kavier-twin simulate --closed-loop users=64,prompt=1024,output=128,requests=640
 
 policy settings (a number with x multiplies the fleet's own, e.g. num_gpu_blocks=0.5x):
   {", ".join(POLICY_NAMES)}
@@ -51,7 +54,7 @@ def add_parser(commands: Any) -> None:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("trace", type=Path, metavar="TRACE", help="a trace file, golden run or recording")
+    parser.add_argument("trace", type=Path, metavar="TRACE", nargs="?", help="a trace file, golden run or recording")
     parser.add_argument("--format", choices=sorted(FORMATS), help="the trace's format (default: found by its content)")
     parser.add_argument(
         "--fleet", type=Path, metavar="FLEET.yaml", help="the fleet: engine, step_time, replicas, router"
@@ -67,6 +70,13 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--reference", action="store_true", help="step through every engine step instead of jumping")
     parser.add_argument("--pin", action="store_true", help="each request also ends when it really ended (recordings)")
+    parser.add_argument(
+        "--closed-loop",
+        metavar="NAME=VALUE,...",
+        help="load from users who wait for an answer before they ask again, in place of arrival times: users (how "
+        "many), think (seconds, or exponential:MEAN), ramp (seconds within which they start), and, without a TRACE to "
+        f"take them from, prompt and output (tokens, or LOW-HIGH), requests, seed; such as {FORM}",
+    )
     parser.add_argument(
         "--calibrate-until",
         type=float,
@@ -103,16 +113,20 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.export is not None and args.export[0] != "opendc":
         raise UserError(f"--export {args.export[0]}: expected opendc, for example --export opendc workload/")
+    loop = _loop(args)
     slo = _slo(args.slo)
     console = Console(stderr=True)
     with console.status("reading the trace; compiled kernels are cached after the first run"):
-        scenario = load_scenario(
-            args.trace,
-            trace_format=args.format,
-            fleet_file=args.fleet,
-            calibrate_until=args.calibrate_until,
-            calibrate_from=args.calibrate_from,
-        )
+        if args.trace is None:
+            scenario = without_trace("closed-loop", args.fleet)
+        else:
+            scenario = load_scenario(
+                args.trace,
+                trace_format=args.format,
+                fleet_file=args.fleet,
+                calibrate_until=args.calibrate_until,
+                calibrate_from=args.calibrate_from,
+            )
         try:
             fleet_settings = apply_overrides(scenario.fleet, dict(map(parse_override, args.policy)))
             if args.footprint is not None:
@@ -120,9 +134,12 @@ def run(args: argparse.Namespace) -> int:
         except PolicyError as error:
             raise UserError(f"--policy: {error}") from None
     _report_rejected_lines(console, scenario)
-    with console.status(f"simulating {len(scenario.trace.records):,} requests"):
-        fleet, outcomes = simulate_scenario(scenario, fleet_settings, reference=args.reference, pin=args.pin)
-    start = scenario.trace.records[0].time_seconds
+    with console.status("simulating"):
+        if loop is not None:
+            fleet, outcomes = _simulate_loop(scenario, fleet_settings, loop, reference=args.reference)
+        else:
+            fleet, outcomes = simulate_scenario(scenario, fleet_settings, reference=args.reference, pin=args.pin)
+    start = float(outcomes["arrival"].min())
     result = kpis(
         outcomes,
         None,
@@ -156,6 +173,38 @@ def simulate_scenario(
     records = scenario.trace.records
     span = records[-1].time_seconds - records[0].time_seconds
     return simulate_parts(settings, scenario.parts(), stepping=reference, sample_seconds=span / _SAMPLES)
+
+
+def _loop(args: argparse.Namespace) -> ClosedLoop | None:
+    if args.closed_loop is None:
+        if args.trace is None:
+            raise UserError("nothing to simulate: give a TRACE, or --closed-loop")
+        return None
+    loop = parse_closed_loop(args.closed_loop)
+    if args.trace is not None and (loop.prompt or loop.output):
+        raise UserError("--closed-loop: prompt and output are the TRACE's; leave them or the TRACE out")
+    if args.pin:
+        raise UserError("--pin and --closed-loop exclude each other: a pinned run follows the recording's arrivals")
+    return loop
+
+
+def _simulate_loop(
+    scenario: Scenario, settings: FleetSettings, loop: ClosedLoop, *, reference: bool
+) -> tuple[Fleet, Records]:
+    workload = loop.started(scenario.observed.workload) if scenario.trace.records else loop.workload()
+    think = loop.think_seconds(workload.index.size)
+    try:
+        fleet = simulate_closed_loop(
+            settings,
+            workload,
+            loop.users,
+            think,
+            frontend_seconds=scenario.frontend_seconds,
+            stepping=reference,
+        )
+    except ValueError as error:
+        raise UserError(f"--closed-loop: {error}") from None
+    return fleet, fleet.collect()
 
 
 def _slo(texts: list[str]) -> Slo | None:

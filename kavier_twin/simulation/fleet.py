@@ -206,10 +206,11 @@ class Fleet:
                 self._lose(workload, row)
                 row += 1
             elif status != request_kernels.OK:
-                self._grow(status)
+                self.grow(status)
         return places[start:stop]
 
-    def _grow(self, status: int) -> None:
+    def grow(self, status: int) -> None:
+        """Make room for what a kernel found no room for: `status` is what it returned."""
         if status == request_kernels.GROW_SLOTS:
             self.state = build.with_more_slots(self.state)
         elif status == request_kernels.GROW_ARENA:
@@ -228,10 +229,10 @@ class Fleet:
         """
         number, slot = live.replica, live.slot
         while replica_kernels.set_output(self.state, number, slot, output_tokens, True) != request_kernels.OK:
-            self._grow(request_kernels.GROW_ARENA)
+            self.grow(request_kernels.GROW_ARENA)
         if chain is not None:
             while replica_kernels.learn_chain(self.state, number, slot, chain, covered) != request_kernels.OK:
-                self._grow(request_kernels.GROW_ARENA)
+                self.grow(request_kernels.GROW_ARENA)
         self._room_for_outcomes()
         replica_kernels.finish_now(self.state, number, slot, self.now_seconds)
         return self.state.outcomes[int(self.state.fleet["outcomes"][0]) - 1].copy()
@@ -241,12 +242,12 @@ class Fleet:
         while (
             replica_kernels.set_output(self.state, live.replica, live.slot, output_tokens, False) != request_kernels.OK
         ):
-            self._grow(request_kernels.GROW_ARENA)
+            self.grow(request_kernels.GROW_ARENA)
 
     def _room_for_outcomes(self) -> None:
         fleet = self.state.fleet[0]
         if fleet["outcomes"] + fleet["live"] + 1 > self.state.outcomes.size:
-            self._grow(request_kernels.GROW_OUTCOMES)
+            self.grow(request_kernels.GROW_OUTCOMES)
 
     # --- what can be seen -----------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -192,3 +193,43 @@ def test_a_recording_is_calibrated_from_what_there_is(source: str, capsys: pytes
     assert (found["frontend_seconds"] > 0.0) == (source == "requests")
     for coefficient in found["coefficients"].values():
         assert coefficient["standard_deviation"] is None or coefficient["standard_deviation"] >= 0.0
+
+
+def test_a_closed_loop_needs_no_trace(capsys: pytest.CaptureFixture[str]) -> None:
+    """Four users of whom nobody thinks keep four requests live until the last ones are sent."""
+    loop = "users=4,prompt=100-200,output=50,requests=80"
+    result = as_json(capsys, "--closed-loop", loop)
+    assert (result["requests"], result["finished"], result["output_tokens"]) == (80, 80, 80 * 50)
+    assert result["running_mean"] + result["waiting_mean"] == pytest.approx(4.0, rel=0.02)
+    thinking = as_json(capsys, "--closed-loop", f"{loop},think=exponential:3,seed=1")
+    assert thinking["requests_per_second"] < 0.5 * result["requests_per_second"]
+
+
+def test_a_closed_loop_over_the_requests_of_a_trace(capsys: pytest.CaptureFixture[str]) -> None:
+    """As the recording, but for the times: the same prompts find the same prefixes."""
+    result = as_json(capsys, str(RECORDING), "--closed-loop", "users=8")
+    given = as_json(capsys, str(RECORDING))
+    assert result["prompt_tokens"] == given["prompt_tokens"]
+    assert result["prefix_cache_hit_ratio"] == pytest.approx(given["prefix_cache_hit_ratio"], abs=0.1)
+    assert result["running_mean"] + result["waiting_mean"] > 7.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        ([], "give a TRACE, or --closed-loop"),
+        (["--closed-loop", "users=2"], "prompt and output are needed"),
+        (["--closed-loop", "users=2,prompt=9-3,output=1"], "prompt: .*LOW-HIGH"),
+        (["--closed-loop", "users=0,prompt=9,output=1"], "users: "),
+        (["--closed-loop", "users=2,prompt=9,output=1,colour=3"], "colour: "),
+        (["--closed-loop", "two"], "expected NAME=VALUE"),
+        (["--closed-loop", "users=2,prompt=900000,output=1"], "never be served"),
+        ([str(RECORDING), "--closed-loop", "users=2,prompt=9"], "are the TRACE's"),
+        ([str(RECORDING), "--closed-loop", "users=2", "--pin"], "exclude each other"),
+    ],
+)
+def test_closed_loops_that_cannot_be(arguments: list[str], what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulate", *arguments]) == 1
+    err = capsys.readouterr().err
+    assert re.search(what, err)
+    assert err.count("\n") == 1

@@ -28,6 +28,16 @@ RECORDING = {
     "hash_ids": [2**64 - 1],
     "token_times": [1.25, 1.5, 2.0],
 }
+BENCH = {
+    "request_id": "bench-0",
+    "input_toks": 40,
+    "output_toks": 8,
+    "arrival_time": 1787267980.08,
+    "queued_ts": 27536.5,
+    "scheduled_ts": 27536.75,
+    "first_token_ts": 27537.0,
+    "last_token_ts": 27539.5,
+}
 REQUEST = {"kind": "request", "id": "a", "time_seconds": 3.0, "prompt_tokens": 4, "output_tokens": 2}
 SCENARIO = {"hash_block_tokens": 16, "hash_ids_cover": "prompt+output", "engine": {"block_size": 16}}
 META = {"block_tokens": 32, "engine": {"block_size": 32}}
@@ -40,6 +50,7 @@ EXAMPLES: dict[str, tuple[str | None, str]] = {
     "mooncake": (None, json.dumps(MOONCAKE)),
     "golden": (None, json.dumps(GOLDEN)),
     "recording": (None, json.dumps(RECORDING)),
+    "llmservingsim": (None, json.dumps(BENCH)),
     "telemetry": (None, json.dumps(REQUEST)),
     "azure": (AZURE, "2023-11-16 18:15:46.6805900,374,44"),
     "burstgpt": (BURST, "5,ChatGPT,472,18,490,Conversation log"),
@@ -237,6 +248,38 @@ def test_recording(tmp_path: Path) -> None:
         assert (silent.ttft_seconds, silent.e2e_seconds) == (None, None)
 
 
+def test_llmservingsim(tmp_path: Path) -> None:
+    """A directory with a recording's file names, told apart from one by what the files say."""
+    path = write(tmp_path / "requests.jsonl", BENCH, BENCH | {"request_id": "b", "queued_ts": 27530.5})
+    meta = {
+        "model": "a/model",
+        "engine_kwargs": {"max_num_seqs": 128, "max_model_len": None, "kv_cache_dtype": "auto"},
+        "resolved_config": {"scheduler_config": {"async_scheduling": True, "policy": "fcfs"}, "cache_config": None},
+        "kv_cache": {"num_gpu_blocks": 2588, "block_size": 16, "enable_prefix_caching": False},
+        "hardware": {"device_name": "a GPU"},
+    }
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    for given_path in (path, tmp_path):
+        trace = read_trace(given_path)
+        assert (trace.format, trace.hash_block_tokens) == ("llmservingsim", None)
+        early, late = trace.records
+        assert (early.id, early.time_seconds, late.id, late.time_seconds) == ("b", 0.0, "bench-0", 6.0)
+        assert (late.ttft_seconds, late.e2e_seconds, late.queue_seconds) == (0.5, 3.0, 0.25)
+        assert trace.settings["engine"] == {
+            "model": "a/model",
+            "gpu": "a GPU",
+            "max_num_seqs": 128,
+            "kv_cache_dtype": "auto",
+            "async_scheduling": True,
+            "scheduling_policy": "fcfs",
+            "num_gpu_blocks": 2588,
+            "block_size": 16,
+            "prefix_caching": False,
+        }
+    (tmp_path / "meta.json").write_text('{"kv_cache": null, "hardware": 3, "engine_kwargs": []}')
+    assert read_trace(tmp_path).settings["engine"] == {}
+
+
 def test_side_files_of_a_recording(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(tmp_path / "requests.jsonl", RECORDING, "{", RECORDING | {"id": "x", "token_times": [True]})
     write(tmp_path / "steps.jsonl.gz", {"step": 0}, {"step": 1})
@@ -336,6 +379,8 @@ def test_telemetry_round_trip(tmp_path: Path) -> None:
         ("recording", RECORDING | {"id": "x", "token_times": [0.5]}, "bad-value"),
         ("recording", RECORDING | {"id": ""}, "missing-field"),
         ("recording", RECORDING | {"id": "\ud800"}, "bad-value"),
+        ("llmservingsim", BENCH | {"queued_ts": None}, "missing-field"),
+        ("llmservingsim", BENCH | {"request_id": "c", "first_token_ts": 27536.0}, "bad-value"),
         ("telemetry", "{", "not-json"),
         ("telemetry", "3", "not-an-object"),
         ("telemetry", {"id": "x"}, "missing-field"),

@@ -32,35 +32,51 @@ _PRIVATE = np.uint64(PRIVATE)
 
 
 @kernel
+def _next_event(state, number, until):
+    """Schedule or complete one batch, or jump over many, of those that are due by `until`. Returns whether one was."""
+    replica, engine = state.replicas[number], state.engines[number]
+    depth = 2 if engine.async_scheduling else 1
+    can_schedule = (
+        replica.in_flight < depth
+        and not replica.parked
+        and replica.now >= replica.hold_until
+        and replica.running + replica.waiting > 0
+        and replica.now < until
+    )
+    if can_schedule:
+        if engine.eviction == TTL:
+            ttl.expire(order_of(state, number), replica.now)
+        if engine.stepping or replica.in_flight != depth - 1 or not jump(state, number, until):
+            schedule(state, number)
+    elif replica.in_flight > 0 and state.batches[number, replica.oldest].end <= until:
+        complete(state, number)
+    elif replica.in_flight == 0 and replica.now < replica.hold_until < until:
+        replica.now = replica.hold_until
+    else:
+        return False
+    return True
+
+
+@kernel
 def advance(state, number, until):
     """Run a replica up to `until`: batches that end by then complete, batches that start before then are scheduled.
 
     An arrival at exactly `until` therefore still reaches the scheduling decision of that moment, as in vLLM.
     """
     replica, engine = state.replicas[number], state.engines[number]
-    depth = 2 if engine.async_scheduling else 1
-    while True:
-        can_schedule = (
-            replica.in_flight < depth
-            and not replica.parked
-            and replica.now >= replica.hold_until
-            and replica.running + replica.waiting > 0
-            and replica.now < until
-        )
-        if can_schedule:
-            if engine.eviction == TTL:
-                ttl.expire(order_of(state, number), replica.now)
-            if engine.stepping or replica.in_flight != depth - 1 or not jump(state, number, until):
-                schedule(state, number)
-        elif replica.in_flight > 0 and state.batches[number, replica.oldest].end <= until:
-            complete(state, number)
-        elif replica.in_flight == 0 and replica.now < replica.hold_until < until:
-            replica.now = replica.hold_until
-        else:
-            break
+    while _next_event(state, number, until):
+        pass
     account(replica, engine, min(until, max(replica.now, until)) if until < np.inf else replica.now)
     if engine.eviction == TTL:
         ttl.expire(order_of(state, number), until if until < np.inf else replica.now)
+
+
+@kernel
+def advance_until_end(state, number, until):
+    """Run a replica up to `until`, or to the moment one of its requests ends if that comes before."""
+    ended = state.fleet[0].outcomes
+    while state.fleet[0].outcomes == ended and _next_event(state, number, until):
+        pass
 
 
 @kernel

@@ -80,6 +80,13 @@ def linear_seconds(engine, tokens):
 
 
 @kernel
+def shortest_step(engine):
+    """No step that does anything is shorter: a single token."""
+    token = min(engine.per_prefill_token, engine.per_decode_sequence)
+    return engine.fixed + token + engine.linear_scale * linear_seconds(engine, 1.0)
+
+
+@kernel
 def add_work(total, work):
     """total += work"""
     for part in range(total.size):

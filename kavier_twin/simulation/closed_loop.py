@@ -1,0 +1,76 @@
+"""Load from a fixed number of users, each of whom waits for an answer before asking again.
+
+That is how a benchmark at a fixed concurrency loads a server (vLLM's `--max-concurrency`, AIPerf's `--concurrency`):
+arrivals depend on how fast the server is, so no list of arrival times can stand for it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from kavier_twin.simulation.fleet import Fleet
+from kavier_twin.simulation.kernels import closed_loop as kernels
+from kavier_twin.simulation.kernels.requests import OK
+from kavier_twin.simulation.settings import EngineSettings, FleetSettings
+from kavier_twin.simulation.workload import Workload
+
+
+def simulate_closed_loop(
+    settings: FleetSettings,
+    workload: Workload,
+    users: int,
+    think_seconds: npt.ArrayLike = 0.0,
+    *,
+    frontend_seconds: float = 0.0,
+    stepping: bool = False,
+) -> Fleet:
+    """Run a workload in a closed loop on a cold fleet, to its end.
+
+    The first `users` requests arrive when the workload says; every later one `think_seconds` (a number, or one a
+    request) after a request ended, in the order of the workload: whoever is free takes the next. The arrival times
+    that the workload gives for those are not used; `Fleet.collect` tells the true ones. A request reaches the router
+    `frontend_seconds` after its arrival. Deterministic.
+    Raises ValueError without users or requests, for a negative or endless think time, and for a request that the
+    engine could never serve (a real user would get an error instead of an answer).
+    """
+    requests = workload.index.size
+    think = np.ascontiguousarray(np.broadcast_to(np.asarray(think_seconds, np.float64), (requests,)))
+    if users < 1 or requests == 0:
+        raise ValueError(f"{users} users and {requests} requests: expected at least one of each")
+    if not (np.isfinite(think) & (think >= 0.0)).all():
+        raise ValueError("think times must be finite and not negative")
+    _refuse_unservable(settings.engine, workload)
+    users = min(users, requests)
+    # The kernel writes arrivals; the caller's arrays stay as they are.
+    arrival = workload.arrival.copy()
+    workload = workload._replace(arrival=arrival, delivered=arrival + frontend_seconds)
+    pending = np.zeros(requests, np.int64)
+    pending[:users] = np.arange(users)
+    progress = np.zeros(4, np.int64)
+    progress[kernels.NEXT_ROW] = progress[kernels.LAST] = users
+    places = np.full((requests, 2), -1, np.int32)
+    fleet = Fleet(settings, stepping=stepping, start_seconds=min(0.0, float(arrival[0])))
+    while True:
+        status = kernels.run_closed_loop(
+            fleet.state, workload, think, float(frontend_seconds), pending, progress, places
+        )
+        if status == OK:
+            break
+        fleet.grow(status)
+        progress[kernels.SEEN] = fleet.state.fleet["outcomes"][0]
+    fleet.run()  # nothing is left to do; the clock is brought up to the last end
+    return fleet
+
+
+def _refuse_unservable(engine: EngineSettings, workload: Workload) -> None:
+    output = np.minimum(workload.output, engine.max_model_len - workload.prompt)
+    blocks = -(-(workload.prompt + output) // engine.block_size)
+    bad = np.flatnonzero((workload.prompt >= engine.max_model_len) | (blocks > engine.num_gpu_blocks - 1))
+    if bad.size:
+        row = int(bad[0])
+        raise ValueError(
+            f"request {row} of {int(workload.prompt[row])} prompt and {int(workload.output[row])} output tokens can "
+            f"never be served: max_model_len is {engine.max_model_len}, and {engine.num_gpu_blocks - 1} blocks of "
+            f"{engine.block_size} tokens are usable"
+        )
