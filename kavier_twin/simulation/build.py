@@ -8,6 +8,7 @@ import numpy as np
 
 from kavier_twin.simulation import state as layout
 from kavier_twin.simulation.kernels import reshape
+from kavier_twin.simulation.kernels.chunks import clear as clear_table
 from kavier_twin.simulation.settings import COEFFICIENTS, EngineSettings, FleetSettings, StepTime
 from kavier_twin.simulation.state import FleetState, Records
 from kavier_twin.simulation.workload import Workload
@@ -41,6 +42,7 @@ def new_state(settings: FleetSettings, *, stepping: bool = False) -> FleetState:
         explicit=np.zeros((replicas, slots), np.int32),
         flow=np.zeros((replicas, slots), np.int32),
         phases=_empty_phases(replicas, engine.block_size),
+        **_tier_arrays(engine, replicas, slots),
         itl_counts=np.zeros((replicas, layout.ITL_BINS), np.int64),
         outcomes=np.zeros(outcomes, layout.OUTCOME),
     )
@@ -55,6 +57,74 @@ def new_state(settings: FleetSettings, *, stepping: bool = False) -> FleetState:
     for number in range(replicas):
         write_engine(state.engines[number : number + 1], engine, settings.step_time, stepping=stepping)
         link_free_list(state.blocks[number], engine.num_gpu_blocks)
+        _write_tier(state, number, engine)
+    return state
+
+
+def _tier_arrays(engine: EngineSettings, replicas: int, slots: int) -> dict[str, np.ndarray]:
+    """The arrays of `FleetState` that tiers need, of one cell a replica where there are none."""
+    host, disk = engine.host_tier, engine.disk_tier
+    chunks = engine.chunks_in(host.capacity_gib) if host is not None else 0
+    held = 3 * chunks if host is not None and host.eviction_policy == "arc" else chunks  # with ghosts
+    on_disk = engine.chunks_in(disk.capacity_gib) if disk is not None else 0
+    tracked = host.max_tracker_size if host is not None and host.store_threshold >= 2 else 0
+    arrays: dict[str, np.ndarray] = {"tiers": np.zeros(replicas, layout.TIER)}
+    for table, buckets, size in (
+        ("host", "host_buckets", held),
+        ("disk", "disk_buckets", on_disk),
+        ("offers", "offer_buckets", tracked),
+    ):
+        arrays[table] = np.zeros((replicas, layout.RINGS + size if size else 1), layout.CHUNK)
+        arrays[buckets] = np.zeros((replicas, _bucket_count(size) if size else 1), np.int32)
+    arrays["fences"] = np.full((replicas, engine.num_gpu_blocks if chunks else 1), -1, np.int64)
+    arrays["loading"] = np.zeros((replicas, slots if chunks else 1), np.int32)
+    arrays["ended"] = np.zeros((replicas, slots if chunks else 1), np.int32)
+    return arrays
+
+
+def _write_tier(state: FleetState, number: int, engine: EngineSettings) -> None:
+    """Cold tiers for one replica."""
+    host, disk, tier = engine.host_tier, engine.disk_tier, state.tiers[number]
+    tier["wake"] = np.inf
+    tier["awaited_store"] = -1
+    if host is None:
+        return
+    tier["chunks"] = engine.chunks_in(host.capacity_gib)
+    tier["blocks_per_chunk"] = host.blocks_per_chunk
+    tier["store_threshold"] = host.store_threshold
+    tier["tracked"] = host.max_tracker_size
+    tier["arc"] = host.eviction_policy == "arc"
+    tier["prompt_only"] = host.offload_prompt_only
+    tier["block_bytes"] = engine.kv_bytes_per_token * engine.block_size
+    tier["host_latency"] = host.latency_seconds
+    tier["host_rate"] = host.bytes_per_second
+    if disk is not None:
+        tier["disk_chunks"] = engine.chunks_in(disk.capacity_gib)
+        tier["disk_latency"] = disk.latency_seconds
+        tier["read_rate"] = disk.read_bytes_per_second
+        tier["write_rate"] = disk.write_bytes_per_second
+    for table, buckets in (
+        (state.host, state.host_buckets),
+        (state.disk, state.disk_buckets),
+        (state.offers, state.offer_buckets),
+    ):
+        if table.shape[1] > 1:
+            clear_table(table[number], buckets[number])
+
+
+def with_tiers(state: FleetState, old: EngineSettings, new: EngineSettings) -> FleetState:
+    """Every (settled) replica with the tiers of `new`, holding of what they held what still fits."""
+    before = state
+    state = state._replace(**_tier_arrays(new, state.replicas.size, state.requests.shape[1]))
+    tokens = [
+        engine.block_size * engine.host_tier.blocks_per_chunk for engine in (old, new) if engine.host_tier is not None
+    ]
+    for number in range(state.replicas.size):
+        _write_tier(state, number, new)
+        if len(tokens) == 2 and tokens[0] == tokens[1]:
+            reshape.carry_over(before, state, number)
+    for name in ("stored", "stores", "probed"):
+        state.requests[name] = 0
     return state
 
 
@@ -84,7 +154,9 @@ def write_engine(row: Records, engine: EngineSettings, step_time: StepTime, *, s
     row["chunked_prefill"] = engine.enable_chunked_prefill
     row["reserve_full_isl"] = engine.scheduler_reserve_full_isl
     row["priority_policy"] = engine.scheduling_policy == "priority"
-    row["stepping"] = stepping
+    # What decodes write through has to be offered step by step.
+    decodes_stored = engine.host_tier is not None and not engine.host_tier.offload_prompt_only
+    row["stepping"] = stepping or decodes_stored
     for name in COEFFICIENTS:
         row[name] = getattr(step_time, name)
     row["knots"] = len(step_time.linear_layers)
@@ -116,6 +188,8 @@ def with_more_slots(state: FleetState) -> FleetState:
         entries=_wider(state.entries, new),
         explicit=_wider(state.explicit, new),
         flow=_wider(state.flow, new),
+        loading=_wider(state.loading, new) if state.loading.shape[1] > 1 else state.loading,
+        ended=_wider(state.ended, new) if state.ended.shape[1] > 1 else state.ended,
     )
 
 

@@ -304,7 +304,8 @@ class Fleet:
     def _retire(self) -> None:
         """Replicas that were to leave and are empty are gone."""
         replicas = self.state.replicas
-        empty = (replicas["running"] == 0) & (replicas["waiting"] == 0) & (replicas["in_flight"] == 0)
+        waiting = replicas["waiting"] + replicas["loading"]
+        empty = (replicas["running"] == 0) & (waiting == 0) & (replicas["in_flight"] == 0)
         replicas["alive"][(replicas["leaving"] == 1) & empty] = 0
 
     def _join(self) -> None:
@@ -338,16 +339,23 @@ class Fleet:
         """Switch to these overrides now. What a live vLLM would do only after a restart is done in place.
 
         A smaller cache drops its least recently used blocks; another block size clears the cache and preempts all.
+        Tiers keep what still fits, as long as their chunks hold the same tokens; transfers under way are done at once.
         """
         old, new = self.settings, apply_overrides(self.settings, overrides)
         replicas = range(self.state.replicas.size)
         disruptive = new.engine.async_scheduling != old.engine.async_scheduling or (
             new.engine.block_size != old.engine.block_size or new.engine.num_gpu_blocks != old.engine.num_gpu_blocks
         )
+        new_tiers = (disruptive and old.engine.host_tier is not None) or (
+            new.engine.host_tier != old.engine.host_tier
+            or new.engine.disk_tier != old.engine.disk_tier
+            or (new.engine.host_tier is not None and new.engine.chunk_bytes != old.engine.chunk_bytes)
+        )
         for number in replicas:
-            if disruptive:
+            if disruptive or new_tiers:
                 self._room_for_outcomes()
                 replica_kernels.settle(self.state, number)
+                replica_kernels.settle_tiers(self.state, number)
             else:
                 flow_kernels.dissolve_flow(self.state, number)
         if new.engine.block_size != old.engine.block_size:
@@ -367,8 +375,12 @@ class Fleet:
         if new.engine.block_size != old.engine.block_size:
             self.state = build.with_block_size(self.state, new.engine.block_size)
             self.state.requests["known"] = self.state.requests["covered"] // new.engine.block_size
-            for live in self.live():  # smaller blocks need longer block tables
+        if new_tiers:
+            self.state = build.with_tiers(self.state, old.engine, new.engine)
+        if new_tiers or new.engine.block_size != old.engine.block_size:
+            for live in self.live():  # smaller blocks need longer block tables, tiers room for marks
                 self.set_output(live, int(self.state.requests["output"][live.replica, live.slot]))
+                request_kernels.clear_marks(self.state, live.replica, live.slot)
         self.state.fleet["router"] = build.ROUTERS[new.router]
         self.state.fleet["max_imbalance"] = new.router_max_imbalance
         self.settings = new

@@ -2,10 +2,12 @@
 
 import numpy as np
 
+from kavier_twin.simulation.kernels import queue
 from kavier_twin.simulation.kernels.blocks import insert, remove, touch
 from kavier_twin.simulation.kernels.compile import kernel
 from kavier_twin.simulation.kernels.flow import dissolve_flow, leave, list_explicit
 from kavier_twin.simulation.kernels.jump import jump
+from kavier_twin.simulation.kernels.loads import break_off, observe
 from kavier_twin.simulation.kernels.requests import (
     GROW_ARENA,
     OK,
@@ -13,7 +15,9 @@ from kavier_twin.simulation.kernels.requests import (
     add_blocks,
     block_key,
     cell_class,
+    cells_needed,
     close,
+    count_hits,
     dissolve,
     give_cells,
     lookup,
@@ -22,7 +26,9 @@ from kavier_twin.simulation.kernels.requests import (
     withdraw,
 )
 from kavier_twin.simulation.kernels.scheduler import complete, linear_seconds, schedule
-from kavier_twin.simulation.state import FINISHED, PRIVATE, RUNNING
+from kavier_twin.simulation.kernels.stores import rest
+from kavier_twin.simulation.kernels.transfers import observe_disk
+from kavier_twin.simulation.state import FINISHED, LOADING, PRIVATE, RUNNING
 
 _PRIVATE = np.uint64(PRIVATE)
 
@@ -40,7 +46,7 @@ def advance(state, number, until):
             replica.in_flight < depth
             and not replica.parked
             and replica.now >= replica.hold_until
-            and replica.running + replica.waiting > 0
+            and replica.running + replica.waiting + replica.loading > 0
             and replica.now < until
         )
         if can_schedule:
@@ -50,6 +56,9 @@ def advance(state, number, until):
             complete(state, number)
         elif replica.in_flight == 0 and replica.now < replica.hold_until < until:
             replica.now = replica.hold_until
+        elif replica.in_flight == 0 and replica.parked and state.tiers[number].wake < until:
+            replica.now = max(replica.now, state.tiers[number].wake)
+            replica.parked = 0
         else:
             break
     account(replica, engine, min(until, max(replica.now, until)) if until < np.inf else replica.now)
@@ -58,9 +67,9 @@ def advance(state, number, until):
 @kernel
 def _refit(state, number, slot, chain_length, output):
     """Give a live request room for a longer hash chain or output. Returns OK or GROW_ARENA (then nothing changed)."""
-    engine, arena = state.engines[number], state.arena[number]
+    engine, arena, tier = state.engines[number], state.arena[number], state.tiers[number]
     request = state.requests[number][slot]
-    cells = chain_length + (request.prompt + output + engine.block_size - 1) // engine.block_size
+    cells = cells_needed(engine, tier, chain_length, request.prompt + output)
     size = max(request.cell_class, cell_class(cells))
     if size != request.cell_class or chain_length != request.chain_length:
         target = take_cells(state.replicas[number], arena, state.arena_free[number], size)
@@ -71,6 +80,13 @@ def _refit(state, number, slot, chain_length, output):
             arena[target + link] = arena[source + link]
         for block in range(request.blocks):
             arena[target + chain_length + block] = arena[source + request.chain_length + block]
+        if tier.chunks > 0:
+            room = (1 << np.int64(size)) - chain_length - request.blocks
+            kept = (1 << np.int64(request.cell_class)) - request.chain_length - request.blocks
+            for mark in range(room):
+                end = target + (1 << np.int64(size)) - 1
+                old = source + (1 << np.int64(request.cell_class)) - 1
+                arena[end - mark] = arena[old - mark] if mark < kept else np.uint64(0)
         give_cells(arena, state.arena_free[number], source, request.cell_class)
         request.cells = target
         request.cell_class = size
@@ -180,6 +196,7 @@ def finish_now(state, number, slot, time):
     else:
         expected = request.predicted_finish
     admitted = request.state == RUNNING
+    recall_load(state, number, slot)
     withdraw(state, number, slot)
     request.predicted_finish = expected
     if not admitted:
@@ -194,9 +211,8 @@ def finish_now(state, number, slot, time):
             request.registered = hits
         if request.preemptions == 0:
             request.scheduled = time
-            request.cached = request.blocks * size
-            replica.query_tokens += request.prompt
-            replica.hit_tokens += request.cached
+            if not request.counted:
+                count_hits(replica, request, request.blocks * size)
     final = request.prompt + request.output - 1
     needed = (final + size - 1) // size - request.blocks
     if needed > 0:
@@ -211,6 +227,18 @@ def finish_now(state, number, slot, time):
     close(state, number, slot, FINISHED, time)
     if replica.in_flight == 0:
         replica.now = max(replica.now, time)
+
+
+@kernel
+def recall_load(state, number, slot):
+    """Back to the queue with a request that loads, its blocks freed; others are left as they are."""
+    replica, requests = state.replicas[number], state.requests[number]
+    if requests[slot].state == LOADING:
+        break_off(state, number, slot)
+        by_priority = state.engines[number].priority_policy
+        queue.enqueue(replica, requests, state.waiting[number], by_priority, slot)
+        replica.parked = 0
+        replica.quiet_until = -np.inf
 
 
 @kernel
@@ -232,6 +260,7 @@ def hold(state, number, until):
 def abandon(state, number, slot, time):
     """Drop a live request without a trace: it will start again elsewhere, or be reported lost by the caller."""
     account(state.replicas[number], state.engines[number], time)
+    recall_load(state, number, slot)
     withdraw(state, number, slot)
     dissolve(state, number, slot)
     state.replicas[number].received -= 1
@@ -243,3 +272,16 @@ def settle(state, number):
     dissolve_flow(state, number)
     while state.replicas[number].in_flight > 0:
         complete(state, number)
+
+
+@kernel
+def settle_tiers(state, number):
+    """Let a settled replica's transfers be complete, and its requests that load go back to the queue."""
+    replica, tier, loading = state.replicas[number], state.tiers[number], state.loading[number]
+    if tier.chunks == 0:
+        return
+    while replica.loading > 0:
+        recall_load(state, number, loading[replica.loading - 1])
+    rest(state, number)
+    observe(state, number, np.inf, replica.now)
+    observe_disk(state, number, np.inf)
