@@ -295,6 +295,7 @@ TIER = _record(
     ("offers", np.int64),
     ("next_store", np.int64),
     ("oldest_store", np.int64),  # all with lower numbers are known to be complete
+    ("admitted_from", np.int64),  # requests with this run_order or a higher one are admitted with the batch at hand
     ("awaited_store", np.int64),  # the batch being scheduled writes to blocks that this one still reads
     ("store_free", np.float64),  # when each direction of each link has done what is in its queue
     ("load_free", np.float64),
@@ -345,7 +346,7 @@ class FleetState(NamedTuple):
     disk_buckets: Ints
     offers: Records  # [R, rings + tracked] CHUNK, `refs` counting how often a key was offered
     offer_buckets: Ints
-    fences: npt.NDArray[np.int64]  # [R, N] number of the latest store that reads a block
+    fences: npt.NDArray[np.int64]  # [R, N] the latest store that reads a block (`stores.NO_FENCE`)
     loading: Ints  # [R, S] slots in state LOADING, in the order in which they are served
     ended: Ints  # [R, S] slots of requests that ended; the tiers have not been told yet
     outcomes: Records  # [O] requests that ended and were not collected yet

@@ -12,7 +12,7 @@ from kavier_twin.simulation.kernels.blocks import touch
 from kavier_twin.simulation.kernels.chunks import find, find_resident, move
 from kavier_twin.simulation.kernels.compile import kernel
 from kavier_twin.simulation.kernels.requests import add_blocks, count_hits, free_blocks, lookup, register
-from kavier_twin.simulation.kernels.stores import chunk_key, marks_cell, offer
+from kavier_twin.simulation.kernels.stores import NO_FENCE, chunk_key, marks_cell, offer
 from kavier_twin.simulation.kernels.transfers import observe_copies, observe_disk, submit_read, unpin
 from kavier_twin.simulation.state import (
     FROM_DISK,
@@ -35,7 +35,7 @@ NO_ROOM = 3
 def _promote(state, number, slot, chunk, first):
     """Fetch a chunk from disk into host memory. Returns the first chunk of the request's transfer, 0 on failure."""
     host = state.host[number]
-    stored = offer(state, number, slot, chunk, chunk + 1, -1)
+    stored = offer(state, number, slot, chunk, chunk + 1, NO_FENCE)
     if stored <= 0:
         return 0
     request, arena = state.requests[number][slot], state.arena[number]
@@ -272,6 +272,7 @@ def look(state, number):
     tier.wake = np.inf
     tier.asked = 0
     tier.awaited_store = -1
+    tier.admitted_from = replica.next_run_order
 
 
 @kernel

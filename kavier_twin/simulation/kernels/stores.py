@@ -14,9 +14,17 @@ from kavier_twin.simulation.kernels.chunks import count_offer, find, find_reside
 from kavier_twin.simulation.kernels.compile import kernel
 from kavier_twin.simulation.kernels.requests import give_back
 from kavier_twin.simulation.kernels.tier_eviction import enter, learn_miss, make_room, renew
-from kavier_twin.simulation.kernels.transfers import decide_store, next_done, store_done, submit_loads, submit_stores
+from kavier_twin.simulation.kernels.transfers import (
+    decide_store,
+    next_done,
+    store_done,
+    store_uid,
+    submit_loads,
+    submit_stores,
+)
 from kavier_twin.simulation.state import INSERTED, MISSED, OFFERED, REUSED, SEEN
 
+NO_FENCE = -1  # else twice the number of the store that reads a block, plus one once its request has ended
 DROPPED = -1  # no room could be made: vLLM's allocation failure
 
 
@@ -61,8 +69,8 @@ def _wanted(tier, tracker, buckets, key):
 
 
 @kernel
-def offer(state, number, slot, first, last, store):
-    """Offer a request's chunks [first, last) to the host tier, read by the store of this number (-1: from disk).
+def offer(state, number, slot, first, last, fence):
+    """Offer a request's chunks [first, last) to the host tier; `fence` for their blocks, NO_FENCE if read from disk.
 
     Those that it takes are about to be written, linked in order. Returns the first of them (its `count` says how
     many), 0 if there is none, DROPPED if there is no room for all.
@@ -110,10 +118,10 @@ def offer(state, number, slot, first, last, store):
             else:
                 host[tail].link = chunk_at
             tail = chunk_at
-            if store >= 0:
+            if fence != NO_FENCE:
                 table = request.cells + request.chain_length + chunk * tier.blocks_per_chunk
                 for block in range(tier.blocks_per_chunk):
-                    fences[np.int64(arena[table + block])] = store
+                    fences[np.int64(arena[table + block])] = fence
     if not room:
         return DROPPED
     host[head].count = count
@@ -121,7 +129,7 @@ def offer(state, number, slot, first, last, store):
 
 
 @kernel
-def _store(state, number, slot, computed):
+def _store(state, number, slot, computed, ended):
     """Offer the full chunks of a request's first `computed` tokens that were not offered yet."""
     replica, tier, request = state.replicas[number], state.tiers[number], state.requests[number][slot]
     host = state.host[number]
@@ -131,7 +139,7 @@ def _store(state, number, slot, computed):
     last = tokens // (tier.blocks_per_chunk * state.engines[number].block_size)
     if last <= request.stored:
         return
-    job = offer(state, number, slot, request.stored, last, tier.next_store)
+    job = offer(state, number, slot, request.stored, last, 2 * tier.next_store + ended)
     if job == DROPPED:
         replica.dropped_stores += 1
         return
@@ -154,7 +162,7 @@ def tell_ended(state, number):
     host, buckets, ended = state.host[number], state.host_buckets[number], state.ended[number]
     for place in range(tier.ended):
         request = requests[ended[place]]
-        _store(state, number, ended[place], max(request.prompt, request.tokens - 1))
+        _store(state, number, ended[place], max(request.prompt, request.tokens - 1), 1)
     for place in range(tier.ended):
         slot = ended[place]
         request = requests[slot]
@@ -169,52 +177,90 @@ def tell_ended(state, number):
 
 
 @kernel
-def write_through(state, number, entries, count):
-    """Offer what the batch just scheduled computes, then tell the tier about the requests that ended before."""
-    for at in range(count):
-        slot = entries[at].slot
-        _store(state, number, slot, state.requests[number][slot].computed)
-    tell_ended(state, number)
-
-
-@kernel
 def owes_store(tier, request, block_size):
     """Whether a request has chunks to offer even where it computes no more of its prompt: a store was dropped."""
     return tier.chunks > 0 and request.stored < request.prompt // (tier.blocks_per_chunk * block_size)
 
 
 @kernel
-def await_stores(state, number, entries, count):
-    """Note which store the batch just scheduled must wait for: it writes to blocks that a store still reads."""
+def _fencing(fence):
+    """The store that must be complete before a block with this fence is written, -1 = none."""
+    return fence >> 1 if fence & 1 else np.int64(-1)
+
+
+@kernel
+def _fence_ended(state, number):
+    """The blocks of requests that ended may be handed out while stores still read them: from now on their fences count.
+
+    Those of a live request are its own, and what preempts it waits for its stores.
+    """
+    tier, requests, arena = state.tiers[number], state.requests[number], state.arena[number]
+    host, fences, ended = state.host[number], state.fences[number], state.ended[number]
+    for place in range(tier.ended):
+        request = requests[ended[place]]
+        if request.stores == 0:
+            continue
+        table = request.cells + request.chain_length
+        store, own = np.int64(-1), False
+        for at in range(request.stored * tier.blocks_per_chunk):
+            block = np.int64(arena[table + at])
+            if fences[block] >> 1 < tier.oldest_store:
+                continue
+            if fences[block] >> 1 != store:
+                store = fences[block] >> 1
+                own = store_uid(tier, host, store) == request.uid
+            if own:
+                fences[block] |= 1
+
+
+@kernel
+def _await_stores(state, number, entries, count, least):
+    """Note which store, numbered `least` or above, the batch just scheduled must wait for: it writes what that reads."""
     replica, tier, requests = state.replicas[number], state.tiers[number], state.requests[number]
+    if least == tier.next_store:
+        return
+    awaited = np.int64(-1)
     arena, fences, size = state.arena[number], state.fences[number], state.engines[number].block_size
     for at in range(count):
         request = requests[entries[at].slot]
         table = request.cells + request.chain_length
-        for block in range((request.computed - entries[at].tokens + size - 1) // size, request.blocks):
-            tier.awaited_store = max(tier.awaited_store, fences[np.int64(arena[table + block])])
+        # vLLM takes the blocks that a request was admitted with for new ones, prefix hits included.
+        admitted = request.run_order >= tier.admitted_from
+        kept = 0 if admitted else (request.computed - entries[at].tokens + size - 1) // size
+        for block in range(kept, request.blocks):
+            awaited = max(awaited, _fencing(fences[np.int64(arena[table + block])]))
     slot = state.phases[number][(replica.scheduled_batches + 1) % size].first
     while slot >= 0:
         request = requests[slot]
         newest = np.int64(arena[request.cells + request.chain_length + request.blocks - 1])
-        tier.awaited_store = max(tier.awaited_store, fences[newest])
+        awaited = max(awaited, _fencing(fences[newest]))
         slot = request.flow_next
     for place in range(replica.loading):
         request = requests[state.loading[number][place]]
         if request.load_done == np.inf:
             table = request.cells + request.chain_length
-            for block in range(request.registered, request.blocks):
-                tier.awaited_store = max(tier.awaited_store, fences[np.int64(arena[table + block])])
+            for block in range(request.blocks):
+                awaited = max(awaited, _fencing(fences[np.int64(arena[table + block])]))
+    if awaited >= least:
+        tier.awaited_store = max(tier.awaited_store, awaited)
 
 
 @kernel
 def hand_over(state, number, entries, count, start):
-    """What the connector does with the batch just scheduled, to begin at `start`. Returns when it may begin."""
+    """What the connector does with the batch just scheduled, to begin at `start`. Returns when it may begin.
+
+    What the batch computes is offered, then what requests left behind that ended before.
+    """
     replica, tier, host = state.replicas[number], state.tiers[number], state.host[number]
     submit_stores(replica, tier, host, start, tier.next_store)
-    write_through(state, number, entries, count)
-    if tier.oldest_store < tier.next_store:
-        await_stores(state, number, entries, count)
+    _fence_ended(state, number)
+    _await_stores(state, number, entries, count, tier.oldest_store)
+    for at in range(count):
+        slot = entries[at].slot
+        _store(state, number, slot, state.requests[number][slot].computed, 0)
+    new = tier.next_store
+    tell_ended(state, number)
+    _await_stores(state, number, entries, count, new)
     if tier.awaited_store < tier.oldest_store:
         return start
     submit_stores(replica, tier, host, start, tier.awaited_store + 1)
@@ -225,6 +271,7 @@ def hand_over(state, number, entries, count, start):
 def rest(state, number):
     """Nothing is in flight and nothing can be scheduled now: submit what is decided, tell what ended."""
     replica, tier = state.replicas[number], state.tiers[number]
+    _fence_ended(state, number)
     tell_ended(state, number)
     submit_stores(replica, tier, state.host[number], replica.now, tier.next_store)
     submit_loads(state, number, replica.now)

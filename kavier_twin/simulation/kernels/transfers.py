@@ -186,6 +186,18 @@ def store_done(tier, host, number):
 
 
 @kernel
+def store_uid(tier, host, number):
+    """The request whose store has this number, -1 if it is complete."""
+    for first in (tier.stores_first, tier.decided_first):
+        job = first
+        while job != 0:
+            if host[job].number == number:
+                return host[job].uid
+            job = host[job].after
+    return np.int64(-1)
+
+
+@kernel
 def next_done(state, number):
     """When the next transfer under way is complete, infinity if there is none."""
     replica, tier, host = state.replicas[number], state.tiers[number], state.host[number]
