@@ -12,6 +12,7 @@ from simulation.scenarios import Player, Scenario, examples, outcomes_by_index, 
 EXACT = (
     "running",
     "waiting",
+    "loading",
     "free_blocks",
     "accepting",
     "alive",
@@ -23,6 +24,14 @@ EXACT = (
     "rejected",
     "query_tokens",
     "hit_tokens",
+    "external_query_tokens",
+    "host_hit_tokens",
+    "disk_hit_tokens",
+    "loaded_bytes",
+    "stored_bytes",
+    "read_bytes",
+    "written_bytes",
+    "dropped_stores",
     "prompt_tokens",
     "computed_tokens",
     "output_tokens",
@@ -31,7 +40,7 @@ EXACT = (
 )
 INTEGRALS = ("busy_seconds", "running_seconds", "waiting_seconds", "used_block_seconds")
 TIMES = ("scheduled", "first_token", "finish")
-DECISIONS = ("index", "session", "replica", "status", "prompt", "output", "cached", "preemptions")
+DECISIONS = ("index", "session", "replica", "status", "prompt", "output", "cached", "external", "preemptions")
 
 
 def assert_same_outcomes(fast: Fleet, reference: Fleet) -> None:
@@ -53,8 +62,19 @@ def assert_same_state(fast: Fleet, reference: Fleet) -> None:
         np.testing.assert_allclose(ours.replicas[name], theirs.replicas[name], rtol=1e-6, atol=1e-9, err_msg=name)
     np.testing.assert_array_equal(ours.blocks, theirs.blocks)
     np.testing.assert_array_equal(ours.buckets, theirs.buckets)
+    for table in ("host", "disk", "offers"):
+        for name in ("key", "ring", "prev", "next", "refs", "loads"):
+            np.testing.assert_array_equal(
+                getattr(ours, table)[name], getattr(theirs, table)[name], err_msg=f"{table} {name}"
+            )
+    np.testing.assert_allclose(ours.tiers["target"], theirs.tiers["target"], err_msg="ARC's target")
     for number in range(ours.replicas.size):
-        for lists, length in (("running", "running"), ("waiting", "waiting"), ("slots", "free_slots")):
+        for lists, length in (
+            ("running", "running"),
+            ("waiting", "waiting"),
+            ("loading", "loading"),
+            ("slots", "free_slots"),
+        ):
             count = int(ours.replicas[number][length])
             np.testing.assert_array_equal(
                 getattr(ours, lists)[number, :count], getattr(theirs, lists)[number, :count], err_msg=lists
@@ -68,6 +88,10 @@ def assert_same_state(fast: Fleet, reference: Fleet) -> None:
             "blocks",
             "registered",
             "cached",
+            "external",
+            "stored",
+            "stores",
+            "arrived",
             "preemptions",
             "sequence",
         ):
