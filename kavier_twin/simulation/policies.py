@@ -26,7 +26,7 @@ from kavier_twin.simulation.settings import (
 
 Override = bool | int | float | str
 
-_TIERS = {"host_tier": HostTier, "disk_tier": DiskTier}
+_TIERS: dict[str, type[BaseModel]] = {"host_tier": HostTier, "disk_tier": DiskTier}
 _ENGINE = frozenset(EngineSettings.model_fields) - _TIERS.keys()
 _FLEET = frozenset(FleetSettings.model_fields) - {"engine", "step_time"}
 _STEP_TIME = frozenset(f"step_time.{name}" for name in COEFFICIENTS)

@@ -310,6 +310,7 @@ TIER = _record(
     ("reads_last", np.int32),
     ("writes_first", np.int32),  # copies to disk
     ("writes_last", np.int32),
+    ("begun", np.int32),  # the batch being scheduled begins loads
     ("asked", np.int32),  # the disk tier was asked in the batch being scheduled
     ("ended", np.int32),  # requests that ended since the last batch was scheduled
     ("resting", np.int32),  # nothing is in flight: the engine does nothing but look for completed transfers

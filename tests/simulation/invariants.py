@@ -218,7 +218,9 @@ def check_arena(state: FleetState, number: int) -> None:
         marks = marked_chunks(state, number, request)
         used = int(request["chain_length"]) + int(request["blocks"]) + marks
         assert used <= cells, f"slot {slot} uses {used} cells of {cells}"
-        to_come = int(request["chain_length"]) + blocks_for(int(request["prompt"]) + int(request["output"]), size) + marks
+        to_come = (
+            int(request["chain_length"]) + blocks_for(int(request["prompt"]) + int(request["output"]), size) + marks
+        )
         assert to_come <= cells, f"slot {slot} will use {to_come} cells of {cells}"
     for slot in state.ended[number, : int(state.tiers[number]["ended"])].tolist():
         request = state.requests[number, slot]
@@ -394,7 +396,9 @@ def transfers(cache: Records, first: int) -> list[list[int]]:
             chunks.append(at)
             assert len(chunks) < cache.size, "the list of a transfer's chunks does not end"
             at = int(cache[at]["link"])
-        assert len(chunks) == int(cache[first]["count"]), f"{len(chunks)} chunks in a transfer of {cache[first]['count']}"
+        assert len(chunks) == int(cache[first]["count"]), (
+            f"{len(chunks)} chunks in a transfer of {cache[first]['count']}"
+        )
         jobs.append(chunks)
         first = int(cache[first]["after"])
     return jobs
@@ -402,7 +406,7 @@ def transfers(cache: Records, first: int) -> list[list[int]]:
 
 def check_tiers(state: FleetState, number: int) -> None:
     """Chunks and their pins are those of the transfers under way; a tier holds no more than it can."""
-    tier, replica, requests = state.tiers[number], state.replicas[number], state.requests[number]
+    tier, replica = state.tiers[number], state.replicas[number]
     if not tier["chunks"]:
         assert int(replica["loading"]) == 0
         return
@@ -430,7 +434,7 @@ def check_tiers(state: FleetState, number: int) -> None:
     numbers = [int(host[job[0]]["number"]) for job in stores + decided]
     assert numbers == list(range(int(tier["oldest_store"]), int(tier["next_store"]))), f"stores open: {numbers}"
     written = [chunk for job in decided + stores + reads for chunk in job]
-    assert sorted(written) == resident[host["refs"][resident] < 0].tolist(), "written without a transfer, or the reverse"
+    assert sorted(written) == resident[host["refs"][resident] < 0].tolist(), "written by no transfer, or the reverse"
     pins: Counter[int] = Counter(chunk for job in writes for chunk in job)
     open_stores = Counter(int(host[job[0]]["uid"]) for job in stores + decided)
     size = int(state.engines[number]["block_size"])
@@ -550,7 +554,9 @@ class Books:
             assert times[3] == times[0] or failed, f"{who} was refused at {times[3]}"  # at its second arrival
             assert outcome["output"] == outcome["cached"] == 0
         assert 0 <= outcome["cached"] < outcome["prompt"], f"{who}: {outcome['cached']} of {outcome['prompt']} cached"
-        assert 0 <= outcome["external"] <= outcome["prompt"] - outcome["cached"], f"{who}: {outcome['external']} external"
+        assert 0 <= outcome["external"] <= outcome["prompt"] - outcome["cached"], (
+            f"{who}: {outcome['external']} external"
+        )
 
     def _check_past(self, live: dict[int, Any], fresh: Records, failed: bool) -> None:
         """What was known at the last stop still holds; what is new happened after it."""

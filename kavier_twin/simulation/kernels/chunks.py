@@ -51,32 +51,52 @@ def move(cache, chunk, ring):
 
 
 @kernel
-def put(cache, buckets, key, ring):
-    """Enter a key that is not in the table as the most recently used of `ring`. The caller knows a record is vacant."""
-    chunk = cache[VACANT].next
-    move(cache, chunk, ring)
+def _link(cache, buckets, chunk, key):
     bucket = _bucket(buckets, key)
     cache[chunk].key = key
     cache[chunk].chain = buckets[bucket]
     buckets[bucket] = chunk
+
+
+@kernel
+def _unlink(cache, buckets, chunk):
+    bucket = _bucket(buckets, cache[chunk].key)
+    at = buckets[bucket]
+    if at == chunk:
+        buckets[bucket] = cache[chunk].chain
+        return
+    while cache[at].chain != chunk:
+        at = cache[at].chain
+    cache[at].chain = cache[chunk].chain
+
+
+@kernel
+def put(cache, buckets, key, ring):
+    """Enter a key that is not in the table as the most recently used of `ring`. The caller knows a record is vacant."""
+    chunk = cache[VACANT].next
+    move(cache, chunk, ring)
+    _link(cache, buckets, chunk, key)
     return chunk
 
 
 @kernel
 def drop(cache, buckets, chunk):
     """Take a chunk out of the table."""
-    bucket = _bucket(buckets, cache[chunk].key)
-    at = buckets[bucket]
-    if at == chunk:
-        buckets[bucket] = cache[chunk].chain
-    else:
-        while cache[at].chain != chunk:
-            at = cache[at].chain
-        cache[at].chain = cache[chunk].chain
+    _unlink(cache, buckets, chunk)
     cache[chunk].key = np.uint64(0)
     cache[chunk].chain = 0
     cache[chunk].refs = 0
     move(cache, chunk, VACANT)
+
+
+@kernel
+def rename(cache, buckets, old, new):
+    """The content with key `old` turns out to be that of key `new`, unless something has that key already."""
+    chunk = find(cache, buckets, old)
+    if chunk == 0 or find(cache, buckets, new) != 0:
+        return
+    _unlink(cache, buckets, chunk)
+    _link(cache, buckets, chunk, new)
 
 
 @kernel

@@ -138,7 +138,11 @@ def jump(state, number, until):
     if tier.chunks > 0:
         # A batch that has to tell the tiers something, or where somebody may be admitted from them, is a step.
         open_seats = replica.running < engine.max_num_seqs and flowing < engine.max_num_batched_tokens
-        if tier.decided_first != 0 or tier.ended > 0 or (open_seats and (replica.waiting > 0 or may_go_on(state, number))):
+        if (
+            tier.decided_first != 0
+            or tier.ended > 0
+            or (open_seats and (replica.waiting > 0 or may_go_on(state, number)))
+        ):
             return False
         until = min(until, next_done(state, number))
         if origin > until:

@@ -126,7 +126,7 @@ def begin_load(state, number, slot):
     Returns NOTHING (compute it), DEFERRED, BEGUN or NO_ROOM. The caller takes it out of the queue where it began.
     """
     replica, engine, tier = state.replicas[number], state.engines[number], state.tiers[number]
-    requests, blocks, buckets = state.requests[number], state.blocks[number], state.buckets[number]
+    blocks, buckets = state.blocks[number], state.buckets[number]
     arena, request, size = state.arena[number], state.requests[number][slot], engine.block_size
     if request.stores > 0:
         return DEFERRED
@@ -199,6 +199,7 @@ def _tokens_from_disk(tier, request, arena, local, block_size):
 def _join_loading(state, number, slot):
     """To the end of the requests that load; under the priority policy to its place among them."""
     replica, requests, loading = state.replicas[number], state.requests[number], state.loading[number]
+    state.tiers[number].begun = 1
     requests[slot].state = LOADING
     requests[slot].arrived = 0
     requests[slot].load_done = np.inf
@@ -271,6 +272,7 @@ def look(state, number):
     observe_disk(state, number, replica.now)
     tier.wake = np.inf
     tier.asked = 0
+    tier.begun = 0
     tier.awaited_store = -1
     tier.admitted_from = replica.next_run_order
 

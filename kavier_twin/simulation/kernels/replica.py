@@ -3,7 +3,8 @@
 import numpy as np
 
 from kavier_twin.simulation.kernels import queue
-from kavier_twin.simulation.kernels.blocks import insert, remove, touch
+from kavier_twin.simulation.kernels.blocks import insert, private_key, remove, touch
+from kavier_twin.simulation.kernels.chunks import rename
 from kavier_twin.simulation.kernels.compile import kernel
 from kavier_twin.simulation.kernels.flow import dissolve_flow, leave, list_explicit
 from kavier_twin.simulation.kernels.jump import jump
@@ -26,7 +27,7 @@ from kavier_twin.simulation.kernels.requests import (
     withdraw,
 )
 from kavier_twin.simulation.kernels.scheduler import complete, linear_seconds, schedule
-from kavier_twin.simulation.kernels.stores import rest
+from kavier_twin.simulation.kernels.stores import chunk_key, rest
 from kavier_twin.simulation.kernels.transfers import observe_disk
 from kavier_twin.simulation.state import FINISHED, LOADING, PRIVATE, RUNNING
 
@@ -137,6 +138,7 @@ def learn_chain(state, number, slot, chain, covered):
         return status
     for link in range(chain.size):
         arena[request.cells + link] = chain[link]
+    recall_load(state, number, slot)
     first = request.known
     request.covered = covered
     request.known = covered // engine.block_size
@@ -146,6 +148,14 @@ def learn_chain(state, number, slot, chain, covered):
         if blocks[block].key != _PRIVATE:
             remove(blocks, buckets, block)
         insert(blocks, buckets, block, block_key(request, arena, at, engine.block_size))
+    tier = state.tiers[number]
+    if tier.chunks > 0:
+        for chunk in range(first // tier.blocks_per_chunk, request.known // tier.blocks_per_chunk):
+            key = chunk_key(tier, request, arena, chunk, engine.block_size)
+            private = private_key(request.uid, (chunk + 1) * tier.blocks_per_chunk - 1)
+            rename(state.host[number], state.host_buckets[number], private, key)
+            if tier.disk_chunks > 0:
+                rename(state.disk[number], state.disk_buckets[number], private, key)
     return OK
 
 

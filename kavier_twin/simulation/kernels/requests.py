@@ -289,7 +289,7 @@ def cells_needed(engine, tier, chain_length, tokens):
 
 @kernel
 def clear_marks(state, number, slot):
-    """No chunk is marked yet. A request's marks lie at the end of its piece, behind all else: see `stores.marks_cell`."""
+    """No chunk is marked yet. Marks lie at the end of a request's piece, behind all else: see `stores.marks_cell`."""
     request, arena = state.requests[number][slot], state.arena[number]
     for cell in range(request.chain_length + request.blocks, 1 << np.int64(request.cell_class)):
         arena[request.cells + cell] = _ZERO

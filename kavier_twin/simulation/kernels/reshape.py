@@ -92,7 +92,7 @@ def resize_pool(state, number, blocks, buckets, new_count, names, working):
 
 @kernel
 def carry_over(before, state, number):
-    """Fill a replica's cold tiers with what they held `before` (no transfer under way), the latest used first to fit."""
+    """Fill a replica's cold tiers with what still fits of what they held `before`, with no transfer under way."""
     tier = state.tiers[number]
     tier.idle += _refill(before.host[number], state.host[number], state.host_buckets[number], tier.chunks)
     if before.tiers[number].disk_chunks > 0 and tier.disk_chunks > 0:

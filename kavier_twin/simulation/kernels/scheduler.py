@@ -511,7 +511,8 @@ def schedule(state, number):
         if others:
             count = _admit_waiting(state, number, entries, count, budget)
     flowing = replica.flowing
-    if count == 0 and flowing == 0 and not preempted and not _something_in_flight(state, number):
+    news = tier.chunks > 0 and (tier.begun or tier.decided_first != 0 or tier.ended > 0)  # an empty batch carries it
+    if count == 0 and flowing == 0 and not preempted and not news and not _something_in_flight(state, number):
         # Live requests, but none can go on: held ones that wait for their ends. Something from outside wakes us.
         replica.parked = 1
         if tier.chunks > 0:

@@ -19,7 +19,6 @@ from kavier_twin.simulation.kernels.transfers import (
     next_done,
     store_done,
     store_uid,
-    submit_loads,
     submit_stores,
 )
 from kavier_twin.simulation.state import INSERTED, MISSED, OFFERED, REUSED, SEEN
@@ -157,7 +156,7 @@ def _store(state, number, slot, computed, ended):
 @kernel
 def tell_ended(state, number):
     """Tell the host tier about the requests that ended, and give back their slots and cells."""
-    replica, tier, requests = state.replicas[number], state.tiers[number], state.requests[number]
+    tier, requests = state.tiers[number], state.requests[number]
     arena, size = state.arena[number], state.engines[number].block_size
     host, buckets, ended = state.host[number], state.host_buckets[number], state.ended[number]
     for place in range(tier.ended):
@@ -215,7 +214,7 @@ def _fence_ended(state, number):
 
 @kernel
 def _await_stores(state, number, entries, count, least):
-    """Note which store, numbered `least` or above, the batch just scheduled must wait for: it writes what that reads."""
+    """Note which store from `least` on the batch just scheduled must wait for: it writes to what that reads."""
     replica, tier, requests = state.replicas[number], state.tiers[number], state.requests[number]
     if least == tier.next_store:
         return
@@ -269,12 +268,11 @@ def hand_over(state, number, entries, count, start):
 
 @kernel
 def rest(state, number):
-    """Nothing is in flight and nothing can be scheduled now: submit what is decided, tell what ended."""
+    """Nothing is in flight and nothing can be scheduled: look for completed transfers from now on."""
     replica, tier = state.replicas[number], state.tiers[number]
     _fence_ended(state, number)
     tell_ended(state, number)
     submit_stores(replica, tier, state.host[number], replica.now, tier.next_store)
-    submit_loads(state, number, replica.now)
     tier.resting = 1
     tier.wake = next_done(state, number)
     if tier.asked:
