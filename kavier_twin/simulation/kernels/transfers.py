@@ -2,10 +2,9 @@
 
 Each direction of a link serves one transfer at a time, in order (vLLM 0.32 `v1/kv_offload/cpu/gpu_worker.py`: the
 stream of a transfer waits for that of the one before and for the model's work submitted so far). A store is submitted
-before
-the model's step that follows the one that decided it, a load behind the step that decided it. A transfer takes the
-link's latency plus its bytes at the link's rate. A worker looks for completed copies when it starts a batch, and the
-scheduler learns of them when that batch ends (`kv_connector/v1/offloading/worker.py`); disk transfers it asks for
+before the model's step that follows the one that decided it, a load behind the step that decided it. A transfer takes
+the link's latency plus its bytes at the link's rate. A worker looks for completed copies when it starts a batch, and
+the scheduler learns of them when that batch ends (`kv_connector/v1/offloading/worker.py`); disk transfers it asks for
 itself whenever it schedules (`v1/kv_offload/tiering/manager.py`).
 
 A transfer's chunks are linked, and its first chunk carries what describes it.
