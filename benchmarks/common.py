@@ -57,15 +57,19 @@ def shared_prefix_workload(
     groups: int,
     shared_tokens: int,
     seed: int = 1,
+    first: int = 0,
 ) -> Workload:
-    """Poisson arrivals; each prompt begins with the prefix of one of `groups` and goes on with content of its own."""
+    """Poisson arrivals; each prompt begins with the prefix of one of `groups` and goes on with content of its own.
+
+    Requests count from `first`: two parts of one workload share prefixes, not what is their own.
+    """
     rng = np.random.default_rng(seed)
     blocks, shared = prompt_tokens // BLOCK_TOKENS, shared_tokens // BLOCK_TOKENS
     group = rng.integers(0, groups, requests)
     chain = np.empty((requests, blocks), np.uint64)
     chain[:, :shared] = group[:, None] * shared + np.arange(shared) + 1
     own = requests * (blocks - shared)
-    chain[:, shared:] = (1 << 32) + np.arange(own).reshape(requests, blocks - shared)
+    chain[:, shared:] = (1 << 32) + first * (blocks - shared) + np.arange(own).reshape(requests, blocks - shared)
     return make_workload(
         np.cumsum(rng.exponential(1.0 / rate_per_second, requests)),
         prompt_tokens,

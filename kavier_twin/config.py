@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from connectors.traces import FORMATS
+from kavier_twin.checkpoints import EVERY_SECONDS, KEEP
 from kavier_twin.errors import UserError
+from kavier_twin.footprint_file import fleet_with_carbon_read
 from kavier_twin.forecast.forecaster import ForecastSettings
+from kavier_twin.hardware import FleetFile
 from kavier_twin.simulation.policies import PolicyError, apply_overrides
-from kavier_twin.simulation.settings import FleetSettings, StepTime
+from kavier_twin.simulation.settings import StepTime
 from kavier_twin.twin.mirror import MirrorSettings
 
 DEFAULT_HOST: Final = "127.0.0.1"
@@ -32,19 +35,27 @@ class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class PoolFleet(FleetSettings):
-    """The pool's engines. Without `step_time` the mirror fits it to the stream, and says so until it has."""
+class PoolFleet(FleetFile):
+    """The pool's engines. Without `step_time` the mirror fits it to the stream, and says so until it has.
+
+    With `hardware` it starts from what the data sheets say, and stays there where the stream cannot tell.
+    """
 
     step_time: StepTime = CRUDE_STEP_TIME
+
+    @model_validator(mode="after")
+    def _nobody_knows_the_future(self) -> PoolFleet:
+        if self.engine.eviction == "belady":
+            raise ValueError(
+                "engine.eviction=belady needs to know the future, which a live pool does not; use it in "
+                "forecast.policies, whose futures are known"
+            )
+        return self
 
     @property
     def calibrated(self) -> bool:
         """Whether the step time was given."""
-        return "step_time" in self.model_fields_set
-
-    def settings(self) -> FleetSettings:
-        """As the simulation takes it."""
-        return FleetSettings(**{name: getattr(self, name) for name in FleetSettings.model_fields})
+        return "step_time" in self.model_fields_set and self.step_time != self.prior
 
 
 class MirrorConfig(_Settings):
@@ -86,6 +97,14 @@ class HttpConfig(_Settings):
     port: Annotated[int, Field(ge=0, le=65535)] = DEFAULT_PORT
 
 
+class CheckpointConfig(_Settings):
+    """Where the twin's state is kept across restarts, and how often it is written."""
+
+    directory: Path
+    every_seconds: PositiveSeconds = EVERY_SECONDS
+    keep: Annotated[int, Field(ge=1, le=100)] = KEEP
+
+
 class Settings(_Settings):
     """Everything the daemon is told."""
 
@@ -96,6 +115,7 @@ class Settings(_Settings):
     sources: Annotated[tuple[TraceFile, ...], Field(min_length=1)]
     http: HttpConfig = HttpConfig()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    checkpoints: CheckpointConfig | None = None  # without it a restart begins anew
     dead_letters: Path | None = None  # where rejected lines are noted (file, line, reason; never their text)
 
 
@@ -131,6 +151,12 @@ def check_settings(content: dict[str, Any], path: Path) -> Settings:
     if settings is not None:
         settings = _with_absolute_paths(settings, path.resolve().parent)
         problems += _path_problems(settings)
+        try:
+            settings = settings.model_copy(
+                update={"fleet": fleet_with_carbon_read(settings.fleet, path.resolve().parent)}
+            )
+        except UserError as error:
+            problems.append(f"fleet.footprint.carbon.file: {error}")
     if problems or settings is None:
         lines = "\n".join(f"  {path}: {problem}" for problem in problems)
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
@@ -141,7 +167,10 @@ def check_settings(content: dict[str, Any], path: Path) -> Settings:
 def _with_absolute_paths(settings: Settings, directory: Path) -> Settings:
     sources = tuple(source.model_copy(update={"path": directory / source.path}) for source in settings.sources)
     letters = directory / settings.dead_letters if settings.dead_letters else None
-    return settings.model_copy(update={"sources": sources, "dead_letters": letters})
+    checkpoints = settings.checkpoints and settings.checkpoints.model_copy(
+        update={"directory": directory / settings.checkpoints.directory}
+    )
+    return settings.model_copy(update={"sources": sources, "dead_letters": letters, "checkpoints": checkpoints})
 
 
 def _path_problems(settings: Settings) -> list[str]:
@@ -151,6 +180,10 @@ def _path_problems(settings: Settings) -> list[str]:
             problems.append(f"sources.{number}.path: {source.path} does not exist; correct it, or set follow: true")
         elif not source.path.parent.is_dir():
             problems.append(f"sources.{number}.path: the directory {source.path.parent} does not exist; create it")
+    if settings.checkpoints and not settings.checkpoints.directory.is_dir():
+        problems.append(
+            f"checkpoints.directory: the directory {settings.checkpoints.directory} does not exist; create it"
+        )
     if settings.dead_letters and not settings.dead_letters.parent.is_dir():
         problems.append(f"dead_letters: the directory {settings.dead_letters.parent} does not exist; create it")
     return problems

@@ -3,85 +3,144 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from connectors.traces import Trace, TraceError, read_trace
+from connectors.traces.table import RequestTable
+from kavier_twin.engine_logs import counted, logged_steps
 from kavier_twin.errors import UserError
+from kavier_twin.footprint_file import fleet_with_carbon_read, with_carbon_read
+from kavier_twin.hardware import FleetFile, Hardware
+from kavier_twin.simulation.footprint import Footprint
+from kavier_twin.simulation.roofline import step_time
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
-from kavier_twin.simulation.workload import take_rows, workload_of
-from kavier_twin.twin.calibration import Calibration, CalibrationError, Observed, calibrate, single_engine
+from kavier_twin.simulation.workload import Workload, make_workload, take_rows
+from kavier_twin.twin.calibration import (
+    Calibration,
+    CalibrationError,
+    Observed,
+    calibrate,
+    single_engine,
+    with_frontend,
+)
+from kavier_twin.twin.step_log import calibrate_counters, calibrate_steps
 
+CalibrateFrom = Literal["requests", "steps", "metrics"]
 Model = TypeVar("Model", bound=BaseModel)
 
-# Llama-3.1-8B in bf16 on one H100 SXM 80 GB: blocks from 0.92 x 80 GiB less 15 GiB of weights and 2 GiB of
-# activations at 2 MiB a block; step times from its data sheet (989 TFLOPS dense bf16, 3.35 TB/s) at 60 % of either.
-DEFAULT_FLEET = FleetSettings(
-    engine=EngineSettings(num_gpu_blocks=28_000),
-    step_time=StepTime(
-        fixed=0.008,
-        per_prefill_token=2.7e-5,
-        per_decode_sequence=2.7e-5,
-        per_context_token=6.5e-8,
-        per_prefill_attention=8.8e-10,
-    ),
-)
+_PART = 20_000  # requests that are arrays at once
+
+DEFAULT_HARDWARE = Hardware(gpu="H100 SXM 80GB", model="meta-llama/Llama-3.1-8B")
+# A GPU-hour costs what on-demand offers of an H100 SXM asked in 2026: 1.9 to 2.9 USD.
+# The data sheet's step times, also where measured operators are installed: the default is the same everywhere.
+DEFAULT_FLEET = FleetFile.model_validate(
+    {
+        "hardware": DEFAULT_HARDWARE.model_dump(),
+        "step_time": step_time(DEFAULT_HARDWARE.card, DEFAULT_HARDWARE.shape),
+        "footprint": {"price_per_gpu_hour": 2.5, "currency": "USD"},
+    }
+).settings()
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """What `simulate` runs. `observed` carries NaN where the trace measured nothing."""
+    """What `simulate` runs."""
 
     trace: Trace
     fleet: FleetSettings
-    observed: Observed
     frontend_seconds: float
     calibration: Calibration | None
     fleet_source: str  # where the fleet came from, for the report
+    calibrated_from: CalibrateFrom = "requests"
+
+    @cached_property
+    def observed(self) -> Observed:
+        """All requests at once, with NaN where the trace measured nothing."""
+        return observed_of(self.trace)
+
+    def parts(self) -> Iterator[Workload]:
+        """The requests as the engine gets them, some at a time."""
+        count = len(self.trace.records)
+        for start in range(0, count, _PART):
+            part = workload_part(self.trace.records, start, min(start + _PART, count))
+            yield with_frontend(part, self.frontend_seconds)
 
 
 def load_scenario(
-    path: Path, *, trace_format: str | None = None, fleet_file: Path | None = None, calibrate_until: float = 0.33
+    path: Path,
+    *,
+    trace_format: str | None = None,
+    fleet_file: Path | None = None,
+    calibrate_until: float = 0.33,
+    calibrate_from: CalibrateFrom = "requests",
 ) -> Scenario:
     """Read a trace and find its fleet: `fleet_file`, else what lies beside the trace, else the default.
 
-    A recording without a fleet file has its step times fitted on its first part, `calibrate_until` of its duration.
+    A recording without a fleet file has its step times fitted on its first part, `calibrate_until` of its duration:
+    to its requests' timings, to vLLM's log of its steps, or to its counters (which tell nothing of the frontend).
     Raises UserError.
     """
     try:
         trace = read_trace(path, trace_format)
     except TraceError as error:
         raise UserError(str(error)) from None
-    observed = observed_of(trace)
     if fleet_file is not None:
-        return Scenario(trace, read_fleet(fleet_file), observed, 0.0, None, str(fleet_file))
+        fleet, source = _read_fleet(fleet_file)
+        return Scenario(trace, fleet, 0.0, None, f"{fleet_file}, step times: {source}")
     if trace.format == "golden":
         settings = trace.settings
         fleet = FleetSettings(
             engine=_engine(settings.get("engine"), f"{path}: scenario.json"),
             step_time=_checked(StepTime, settings.get("step_seconds"), f"{path}: scenario.json: step_seconds"),
         )
-        return Scenario(trace, fleet, observed, 0.0, None, "scenario.json")
+        return Scenario(trace, fleet, 0.0, None, "scenario.json")
     if trace.format == "recording":
         engine = _engine(trace.settings.get("engine"), f"{path}: meta.json")
-        calibration = _fit(path, engine, observed, calibrate_until)
+        calibration = _fit(trace, engine, calibrate_until, calibrate_from)
         fleet = FleetSettings(engine=engine, step_time=calibration.step_time)
-        return Scenario(trace, fleet, observed, calibration.frontend_seconds, calibration, "meta.json")
-    return Scenario(trace, DEFAULT_FLEET, observed, 0.0, None, "the default, Llama-3.1-8B on one H100")
+        return Scenario(trace, fleet, calibration.frontend_seconds, calibration, "meta.json", calibrate_from)
+    return Scenario(trace, DEFAULT_FLEET, 0.0, None, "the default, Llama-3.1-8B on one H100 SXM at 2.5 USD an hour")
 
 
 def observed_of(trace: Trace) -> Observed:
     """The trace's requests as arrays, with what was measured of them."""
+    count = len(trace.records)
+    queue = trace.records.latency("queue_seconds", 0, count)
     return Observed(
-        workload=workload_of(trace.records),
-        ttft_seconds=np.array([math.nan if r.ttft_seconds is None else r.ttft_seconds for r in trace.records]),
-        e2e_seconds=np.array([math.nan if r.e2e_seconds is None else r.e2e_seconds for r in trace.records]),
+        workload=workload_part(trace.records, 0, count),
+        ttft_seconds=trace.records.latency("ttft_seconds", 0, count),
+        e2e_seconds=trace.records.latency("e2e_seconds", 0, count),
+        queue_seconds=queue if np.isfinite(queue).any() else None,
+    )
+
+
+def workload_part(records: RequestTable, start: int, stop: int) -> Workload:
+    """The requests [start, stop) of a trace as arrays, numbered by their place in it."""
+    prompt, output = records.column("prompt_tokens", start, stop), records.column("output_tokens", start, stop)
+    block_tokens = records.column("block_tokens", start, stop)
+    chain, chain_starts = records.hashes(start, stop)
+    hashed = np.diff(chain_starts) * block_tokens
+    known = prompt + records.column("covers_output", start, stop) * output
+    session, index = records.column("session", start, stop), np.arange(start, stop)
+    return make_workload(
+        records.times(start, stop),
+        prompt,
+        output,
+        chain=chain,
+        chain_starts=chain_starts,
+        hash_tokens=block_tokens,
+        covered=np.minimum(hashed, known),
+        priority=records.rest("priority", start, stop),
+        session=np.where(session < 0, -1 - index, session),  # without one, each is a session of its own
+        index=index,
     )
 
 
@@ -101,25 +160,48 @@ def first_part(observed: Observed, share: float) -> Observed:
     )
 
 
-def _fit(path: Path, engine: EngineSettings, observed: Observed, share: float) -> Calibration:
+def _fit(trace: Trace, engine: EngineSettings, share: float, source: CalibrateFrom) -> Calibration:
     try:
-        return calibrate(single_engine(engine), first_part(observed, share))
+        if source == "steps":
+            return calibrate_steps(logged_steps(trace.path.parent, engine, share))
+        if source == "metrics":
+            return calibrate_counters(counted(trace.path.parent, engine, share))
+        return calibrate(single_engine(engine), first_part(observed_of(trace), share))
     except CalibrationError as error:
         raise UserError(
-            f"{path}: cannot fit step times on the first {share:.0%}: {error}. "
+            f"{trace.path}: cannot fit step times on the first {share:.0%}: {error}. "
             "Raise --calibrate-until, or give step times with --fleet FLEET.yaml"
         ) from None
+    except TraceError as error:
+        raise UserError(str(error)) from None
 
 
 def read_fleet(path: Path) -> FleetSettings:
-    """A fleet file: the YAML form of FleetSettings. Raises UserError that lists every problem."""
+    """A fleet file: the YAML form of FleetSettings, or of the hardware that it follows from.
+
+    Raises UserError that lists every problem.
+    """
+    return _read_fleet(path)[0]
+
+
+def _read_fleet(path: Path) -> tuple[FleetSettings, str]:
+    """The fleet, and where its step times come from."""
+    told = _checked(FleetFile, _yaml(path), str(path))
+    return fleet_with_carbon_read(told.settings(), path.resolve().parent), told.step_time_source
+
+
+def read_footprint(path: Path) -> Footprint:
+    """A footprint file: the YAML form of Footprint. Raises UserError that lists every problem."""
+    return with_carbon_read(_checked(Footprint, _yaml(path), str(path)), path.resolve().parent)
+
+
+def _yaml(path: Path) -> Any:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    return _checked(FleetSettings, content, str(path))
 
 
 def _engine(settings: Any, where: str) -> EngineSettings:

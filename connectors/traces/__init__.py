@@ -13,8 +13,9 @@ from connectors.traces.golden import GoldenReader
 from connectors.traces.kavier import KavierParquetReader, KavierReader
 from connectors.traces.mooncake import MooncakeReader
 from connectors.traces.recording import RecordingReader
+from connectors.traces.table import RequestTable
 from connectors.traces.telemetry import TelemetryReader
-from kavier_twin.telemetry import TelemetryRecord
+from kavier_twin.telemetry import RequestRecord, TelemetryRecord
 
 __all__ = ["FORMATS", "RejectedLine", "Trace", "TraceError", "find_reader", "open_reader", "read_trace"]
 
@@ -46,17 +47,9 @@ def read_trace(path: str | os.PathLike[str], format: str | None = None) -> Trace
     try:
         reader = open_reader(Path(path), format)
         rejections = Rejections(reader.path)
-        rows: list[tuple[int, TelemetryRecord]] = []
-
-        def take(line: int, row: object) -> None:
-            record = reader.parse(row)
-            if record is not None:
-                rows.append((line, record))
-
-        reader.each_row(take, rejections.add)
+        records = _read(reader, rejections)
     except OSError as error:
         raise TraceError(f"{path}: cannot be read ({error.strerror or error}); check the file and its disk") from None
-    records = list(reader.requests(rows, rejections.add))
     rejected = sorted(rejections.examples, key=lambda example: example.line)
     if not records:
         first = rejected[0] if rejected else None
@@ -65,10 +58,8 @@ def read_trace(path: str | os.PathLike[str], format: str | None = None) -> Trace
             f"{reader.path}: no request found as {reader.name} ({what}); expected {reader.expected}; "
             "correct the file, or name its format"
         )
-    records.sort(key=lambda record: record.time_seconds)
-    start = records[0].time_seconds
-    if reader.relative_times and start != 0.0:  # the first in the file was not the first to arrive
-        records = [record.model_copy(update={"time_seconds": record.time_seconds - start}) for record in records]
+    # The first in the file may not be the first to arrive.
+    records.by_arrival(from_zero=reader.relative_times)
     return Trace(
         path=reader.path,
         format=reader.name,
@@ -80,6 +71,35 @@ def read_trace(path: str | os.PathLike[str], format: str | None = None) -> Trace
         hash_block_tokens=reader.hash_block_tokens,
         hashes_cover_output=reader.hashes_cover_output,
     )
+
+
+def _read(reader: Reader, rejections: Rejections) -> RequestTable:
+    """Every request of a file, each id once, in the order of the file."""
+    records = RequestTable()
+    if isinstance(reader, TelemetryReader):  # a request may be told by two lines, in any order
+        rows: list[tuple[int, TelemetryRecord]] = []
+
+        def keep(line: int, row: bytes) -> None:
+            rows.append((line, reader.parse(row)))
+
+        reader.each_row(keep, rejections.add)
+        for record in reader.requests(rows, rejections.add):
+            records.append(record)
+        return records
+    seen: set[str] = set()
+
+    def take(line: int, row: object) -> None:
+        record = reader.parse(row)
+        if not isinstance(record, RequestRecord):
+            return
+        if not reader.numbered:
+            if record.id in seen:
+                raise Malformed("duplicate-id", "an earlier line has the same id")
+            seen.add(record.id)
+        records.append(record)
+
+    reader.each_row(take, rejections.add)
+    return records
 
 
 def open_reader(path: Path, format: str | None = None) -> Reader:

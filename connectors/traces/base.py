@@ -8,7 +8,7 @@ import json
 import math
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, ClassVar, cast
 
 from pydantic import ValidationError
 
+from connectors.traces.table import RequestTable
 from kavier_twin.telemetry import RequestRecord, TelemetryRecord
 
 MAX_LINE_BYTES = 16 * 2**20
@@ -63,7 +64,7 @@ class Trace:
 
     path: Path
     format: str
-    records: list[RequestRecord]
+    records: RequestTable
     rejected: list[RejectedLine]
     rejected_count: int
     rejected_by_reason: dict[str, int]
@@ -96,8 +97,8 @@ class Rejections:
 class LineReader:
     """Hands out the complete lines of a byte stream, also of one that still grows."""
 
-    def __init__(self, stream: BinaryIO) -> None:
-        self.line = 0  # number of the line handed out last, from 1
+    def __init__(self, stream: BinaryIO, line: int = 0) -> None:
+        self.line = line  # number of the line handed out last, from 1
         self._stream = stream
         self._tail = bytearray()
         self._too_long = False
@@ -122,6 +123,11 @@ class LineReader:
             if piece.endswith(b"\n"):
                 return self._take()
         return None
+
+    @property
+    def pending_bytes(self) -> int:
+        """Read already, of a line that is not complete."""
+        return len(self._tail)
 
     def rest(self) -> bytes | None:
         """What stands after the last newline, taken as a line, or None if nothing does."""
@@ -334,6 +340,8 @@ class Reader(ABC):
     """Where the trace is a directory: its file of requests, and the file of settings that must lie beside it."""
     settings_file: ClassVar[str | None] = None
     by_lines: ClassVar[bool] = True
+    numbered: ClassVar[bool] = False
+    """Whether a request's id is its index in the file: no two can be the same."""
     relative_times: ClassVar[bool] = False
     """Whether times count from the first request (the source has a calendar's time, or starts anywhere)."""
 
@@ -362,19 +370,13 @@ class Reader(ABC):
     def restart(self) -> None:  # noqa: B027 (most formats say nothing at the beginning)
         """The file begins anew (it was rotated or cut): what only its beginning says is to be read again."""
 
-    def requests(
-        self, rows: Iterable[tuple[int, TelemetryRecord]], reject: Callable[[int, Malformed], None]
-    ) -> Iterator[RequestRecord]:
-        """The requests of a whole file from its (line, record) pairs, each id once."""
-        seen: set[str] = set()
-        for line, record in rows:
-            if not isinstance(record, RequestRecord):
-                continue
-            if record.id in seen:
-                reject(line, Malformed("duplicate-id", "an earlier line has the same id"))
-                continue
-            seen.add(record.id)
-            yield record
+    def save(self) -> dict[str, Any]:
+        """What earlier lines taught, as JSON types."""
+        return {"index": self._index}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """What `save` gave."""
+        self._index = saved["index"]
 
     def next_index(self) -> int:
         """The index of this row, from 0."""
@@ -415,6 +417,13 @@ class CsvReader(Reader):
 
     def restart(self) -> None:
         self._columns = None
+
+    def save(self) -> dict[str, Any]:
+        return {**super().save(), "columns": self._columns}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        super().restore(saved)
+        self._columns = saved["columns"]
 
     def parse(self, row: bytes) -> TelemetryRecord | None:
         if self._columns is None:

@@ -26,6 +26,7 @@ class GoldenReader(JsonReader):
 
     name = "golden"
     expected = 'JSON lines {"arrival_seconds", "prompt_tokens", "output_tokens", "hash_ids"} beside a scenario.json'
+    numbered = True
     marks = frozenset({"arrival_seconds", "prompt_tokens", "output_tokens"})
     trace_file = "trace.jsonl"
     settings_file = "scenario.json"

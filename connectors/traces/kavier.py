@@ -33,6 +33,7 @@ class KavierReader(CsvReader):
 
     name = "kavier"
     expected = "CSV with the header session_id,turn_id,ts,num_input_tokens,num_output_tokens"
+    numbered = True
     needed = NEEDED
 
     def record(self, index: int, row: dict[str, str]) -> RequestRecord:
@@ -50,6 +51,7 @@ class KavierParquetReader(Reader):
 
     name = "kavier-parquet"
     expected = "Parquet with the columns session_id, turn_id, ts, num_input_tokens, num_output_tokens"
+    numbered = True
     by_lines = False
 
     @classmethod

@@ -16,6 +16,7 @@ class MooncakeReader(JsonReader):
 
     name = "mooncake"
     expected = 'JSON lines {"timestamp": ms, "input_length", "output_length", "hash_ids"}'
+    numbered = True
     marks = frozenset({"timestamp", "input_length", "output_length"})
 
     def __init__(self, path: Path) -> None:

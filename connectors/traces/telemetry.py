@@ -9,6 +9,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from connectors.traces.base import Head, Malformed, Reader, covered, decode, describe, request
 from kavier_twin.telemetry import (
+    CarbonSample,
     EngineSample,
     RequestFinished,
     RequestRecord,
@@ -17,7 +18,7 @@ from kavier_twin.telemetry import (
 )
 
 RECORD: TypeAdapter[TelemetryRecord] = TypeAdapter(
-    Annotated[RequestSeen | RequestFinished | RequestRecord | EngineSample, Field(discriminator="kind")]
+    Annotated[RequestSeen | RequestFinished | RequestRecord | EngineSample | CarbonSample, Field(discriminator="kind")]
 )
 
 
@@ -46,7 +47,7 @@ class TelemetryReader(Reader):
         begun: dict[str, tuple[int, RequestSeen]] = {}
         ended: dict[str, tuple[int, RequestFinished]] = {}
         for line, record in rows:
-            if isinstance(record, EngineSample):
+            if isinstance(record, EngineSample | CarbonSample):
                 continue
             if record.id in (ended if isinstance(record, RequestFinished) else begun):
                 reject(line, Malformed("duplicate-id", "an earlier line has the same kind and id"))

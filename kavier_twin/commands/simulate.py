@@ -6,8 +6,9 @@ import argparse
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from rich.console import Console
@@ -15,17 +16,19 @@ from rich.table import Table
 
 from connectors.traces import FORMATS
 from kavier_twin.errors import UserError
-from kavier_twin.scenario import Scenario, load_scenario
-from kavier_twin.simulation.fleet import Fleet
+from kavier_twin.scenario import CalibrateFrom, Scenario, load_scenario, read_footprint
+from kavier_twin.simulation.fleet import Fleet, simulate_parts
+from kavier_twin.simulation.impact import Impact, impact_of_run
 from kavier_twin.simulation.kpis import Counters, Distribution, Kpis, Slo, kpis
 from kavier_twin.simulation.policies import POLICY_NAMES, PolicyError, apply_overrides, parse_override
 from kavier_twin.simulation.settings import FleetSettings
 from kavier_twin.simulation.state import FINISHED, REJECTED_KV_CAPACITY, REJECTED_LENGTH, Records
-from kavier_twin.twin.calibration import with_frontend
 from kavier_twin.twin.pinned import replay_pinned
 
 _SAMPLES = 200  # points of the series over time
 _SLOS = ("ttft_seconds", "tpot_seconds", "e2e_seconds")
+
+_FITTED_ON = {"requests": "requests that ended", "steps": "logged steps", "metrics": "scrapes with decoding"}
 
 _EXAMPLES = f"""examples:
   kavier-twin simulate golden/chat-async --requests out.jsonl
@@ -55,6 +58,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--policy", action="append", default=[], metavar="NAME=VALUE", help="override a setting; may be repeated"
     )
+    parser.add_argument(
+        "--footprint",
+        type=Path,
+        metavar="FOOTPRINT.yaml",
+        help="what energy, carbon and cost follow from: power (idle_watts, max_watts), pue, carbon, price_per_gpu_hour",
+    )
     parser.add_argument("--reference", action="store_true", help="step through every engine step instead of jumping")
     parser.add_argument("--pin", action="store_true", help="each request also ends when it really ended (recordings)")
     parser.add_argument(
@@ -63,6 +72,12 @@ def add_parser(commands: Any) -> None:
         default=0.33,
         metavar="SHARE",
         help="fit step times on this first share of a recording (default 0.33)",
+    )
+    parser.add_argument(
+        "--calibrate-from",
+        choices=get_args(CalibrateFrom),
+        default="requests",
+        help="fit to a recording's request timings (default), its log of steps, or its scrapes of /metrics",
     )
     parser.add_argument(
         "--slo", action="append", default=[], metavar="NAME=SECONDS", help=f"objective for goodput: {', '.join(_SLOS)}"
@@ -83,18 +98,22 @@ def run(args: argparse.Namespace) -> int:
     console = Console(stderr=True)
     with console.status("reading the trace; compiled kernels are cached after the first run"):
         scenario = load_scenario(
-            args.trace, trace_format=args.format, fleet_file=args.fleet, calibrate_until=args.calibrate_until
+            args.trace,
+            trace_format=args.format,
+            fleet_file=args.fleet,
+            calibrate_until=args.calibrate_until,
+            calibrate_from=args.calibrate_from,
         )
         try:
             fleet_settings = apply_overrides(scenario.fleet, dict(map(parse_override, args.policy)))
+            if args.footprint is not None:
+                fleet_settings = fleet_settings.model_copy(update={"footprint": read_footprint(args.footprint)})
         except PolicyError as error:
             raise UserError(f"--policy: {error}") from None
     _report_rejected_lines(console, scenario)
     with console.status(f"simulating {len(scenario.trace.records):,} requests"):
-        fleet = _simulate(scenario, fleet_settings, reference=args.reference, pin=args.pin)
-    outcomes = fleet.collect()
-    outcomes = outcomes[np.argsort(outcomes["index"], kind="stable")]
-    start = float(scenario.observed.workload.arrival[0])
+        fleet, outcomes = simulate_scenario(scenario, fleet_settings, reference=args.reference, pin=args.pin)
+    start = scenario.trace.records[0].time_seconds
     result = kpis(
         outcomes,
         None,
@@ -102,6 +121,7 @@ def run(args: argparse.Namespace) -> int:
         start_seconds=start,
         samples=fleet.samples if fleet.samples.time_seconds else None,
         slo=slo,
+        impact=impact_of_run(fleet, start),
     )
     if args.requests is not None:
         _write_requests(args.requests, outcomes)
@@ -112,20 +132,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _simulate(scenario: Scenario, settings: FleetSettings, *, reference: bool, pin: bool) -> Fleet:
-    observed = scenario.observed
+def simulate_scenario(
+    scenario: Scenario, settings: FleetSettings, *, reference: bool = False, pin: bool = False
+) -> tuple[Fleet, Records]:
+    """The fleet at the end, sampled over time, and the outcomes in the order in which they ended. Raises UserError."""
     if pin:
-        if not np.isfinite(observed.e2e_seconds).any():
+        if not np.isfinite(scenario.observed.e2e_seconds).any():
             raise UserError(f"{scenario.trace.path}: --pin needs a recording that tells when each request ended")
-        return replay_pinned(settings, observed, scenario.frontend_seconds)
-    workload = with_frontend(observed.workload, scenario.frontend_seconds)
-    fleet = Fleet(settings, stepping=reference, start_seconds=float(min(0.0, workload.arrival[0])))
-    span = float(workload.arrival[-1] - workload.arrival[0])
-    if span > 0.0:
-        fleet.sample_every(span / _SAMPLES)
-    fleet.feed(workload)
-    fleet.run()
-    return fleet
+        fleet = replay_pinned(settings, scenario.observed, scenario.frontend_seconds)
+        return fleet, fleet.collect()
+    records = scenario.trace.records
+    span = records[-1].time_seconds - records[0].time_seconds
+    return simulate_parts(settings, scenario.parts(), stepping=reference, sample_seconds=span / _SAMPLES)
 
 
 def _slo(texts: list[str]) -> Slo | None:
@@ -161,7 +179,8 @@ def _write_requests(path: Path, outcomes: Records) -> None:
     temporary = path.with_name(path.name + ".part")
     try:
         with temporary.open("w", encoding="utf-8") as file:
-            for row in outcomes:
+            for at in np.argsort(outcomes["index"], kind="stable"):
+                row = outcomes[at]
                 done = row["status"] == FINISHED
                 line = {
                     "index": int(row["index"]),
@@ -202,13 +221,22 @@ def _document(scenario: Scenario, fleet: Fleet, outcomes: Records, result: Kpis)
             "waiting": fleet.samples.waiting,
             "kv_usage_ratio": fleet.samples.kv_usage_ratio,
         },
-        "fleet": fleet.settings.model_dump(),
+        "fleet": fleet.settings.model_dump(mode="json", exclude={"footprint": {"carbon": {"points"}}}),
         "calibration": None
         if calibration is None
         else {
+            "fitted_to": scenario.calibrated_from,
             "requests": calibration.requests,
             "frontend_seconds": calibration.frontend_seconds,
             "step_time": calibration.step_time.model_dump(),
+            "coefficients": {
+                name: {
+                    "value": found.value,
+                    "standard_deviation": found.deviation if math.isfinite(found.deviation) else None,
+                    "determined": found.determined,
+                }
+                for name, found in calibration.coefficients.items()
+            },
         },
     }
 
@@ -221,8 +249,13 @@ def _print(console: Console, scenario: Scenario, fleet: FleetSettings, outcomes:
     )
     if scenario.calibration is not None:
         console.print(
-            f"step times fitted on the first {scenario.calibration.requests} requests that ended", style="dim"
+            f"step times fitted on the first {scenario.calibration.requests} {_FITTED_ON[scenario.calibrated_from]}",
+            style="dim",
         )
+        if scenario.calibration.undetermined:
+            console.print(
+                f"not determined by these: {', '.join(scenario.calibration.undetermined)}", style="dim", highlight=False
+            )
     latencies = Table("seconds", "mean", "p50", "p90", "p95", "p99", title=None)
     for name, values in (
         ("TTFT", result.ttft),
@@ -254,7 +287,26 @@ def _print(console: Console, scenario: Scenario, fleet: FleetSettings, outcomes:
         )
     if result.goodput_ratio is not None:
         facts.add_row("goodput", f"{result.goodput_requests_per_second:.3f} requests/s ({result.goodput_ratio:.1%})")
+    if result.impact is not None:
+        for name, text in _impact_rows(result.impact):
+            facts.add_row(name, text)
     console.print(facts)
+    if result.impact is not None and result.impact.assumed:
+        console.print(f"assumed: {'; '.join(result.impact.assumed)}", style="dim")
+
+
+def _impact_rows(impact: Impact) -> Iterator[tuple[str, str]]:
+    """Energy, carbon and cost for a person: what is not known is left out."""
+    yield "power", f"{impact.power_mean_watts:,.0f} W mean, PUE included"
+    yield (
+        "energy",
+        f"{impact.energy_watt_hours_per_million_tokens:,.1f} Wh ({impact.energy_joules_per_million_tokens:,.0f} J) per "
+        f"million tokens, {impact.energy_joules_per_million_output_tokens:,.0f} J per million output tokens",
+    )
+    if math.isfinite(impact.carbon_grams_per_million_tokens):
+        yield "carbon", f"{impact.carbon_grams_per_million_tokens:,.2f} gCO2 per million tokens"
+    if math.isfinite(impact.cost_per_million_tokens):
+        yield "cost", f"{impact.cost_per_million_tokens:,.4f} {impact.currency} per million tokens"
 
 
 def _peaks(result: Kpis) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
 from kavier_twin.simulation import state as layout
 from kavier_twin.simulation.kernels import reshape
 from kavier_twin.simulation.kernels.chunks import clear as clear_table
+from kavier_twin.simulation.kernels.eviction import switch
 from kavier_twin.simulation.settings import COEFFICIENTS, EngineSettings, FleetSettings, StepTime
 from kavier_twin.simulation.state import FleetState, Records
 from kavier_twin.simulation.workload import Workload
@@ -18,6 +20,19 @@ ROUTERS = {
     "least_loaded": layout.LEAST_LOADED,
     "session_affinity": layout.SESSION_AFFINITY,
     "prefix_aware": layout.PREFIX_AWARE,
+}
+EVICTIONS = {
+    "lru": layout.LRU,
+    "fifo": layout.FIFO,
+    "lfu": layout.LFU,
+    "cost_aware": layout.COST_AWARE,
+    "belady": layout.BELADY,
+    "ttl": layout.TTL,
+    "pinned": layout.PINNED,
+    "slru": layout.SLRU,
+    "arc": layout.ARC,
+    "sieve": layout.SIEVE,
+    "s3fifo": layout.S3FIFO,
 }
 
 
@@ -44,6 +59,7 @@ def new_state(settings: FleetSettings, *, stepping: bool = False) -> FleetState:
         phases=_empty_phases(replicas, engine.block_size),
         **_tier_arrays(engine, replicas, slots),
         itl_counts=np.zeros((replicas, layout.ITL_BINS), np.int64),
+        **_empty_eviction(replicas, engine),
         outcomes=np.zeros(outcomes, layout.OUTCOME),
     )
     state.fleet["router"] = ROUTERS[settings.router]
@@ -52,6 +68,7 @@ def new_state(settings: FleetSettings, *, stepping: bool = False) -> FleetState:
     state.replicas["free_blocks"] = engine.num_gpu_blocks - 1
     state.replicas["quiet_until"] = -np.inf
     state.replicas["hold_until"] = -np.inf
+    state.replicas["left"] = np.inf
     state.replicas["accepting"] = 1
     state.replicas["alive"] = 1
     for number in range(replicas):
@@ -61,25 +78,26 @@ def new_state(settings: FleetSettings, *, stepping: bool = False) -> FleetState:
     return state
 
 
+def _table_sizes(engine: EngineSettings) -> list[int]:
+    """Records in the tables of `FleetState.chunks`: host tier (under arc with its ghosts), disk tier, offered keys."""
+    host, disk = engine.host_tier, engine.disk_tier
+    if host is None:
+        return [0, 0, 0]
+    chunks = engine.chunks_in(host.capacity_gib) * (3 if host.eviction_policy == "arc" else 1)
+    on_disk = engine.chunks_in(disk.capacity_gib) if disk is not None else 0
+    tracked = host.max_tracker_size if host.store_threshold >= 2 else 0
+    return [layout.RINGS + size if size else 0 for size in (chunks, on_disk, tracked)]
+
+
 def _tier_arrays(engine: EngineSettings, replicas: int, slots: int) -> dict[str, np.ndarray]:
     """The arrays of `FleetState` that tiers need, of one cell a replica where there are none."""
-    host, disk = engine.host_tier, engine.disk_tier
-    chunks = engine.chunks_in(host.capacity_gib) if host is not None else 0
-    held = 3 * chunks if host is not None and host.eviction_policy == "arc" else chunks  # with ghosts
-    on_disk = engine.chunks_in(disk.capacity_gib) if disk is not None else 0
-    tracked = host.max_tracker_size if host is not None and host.store_threshold >= 2 else 0
-    arrays: dict[str, np.ndarray] = {"tiers": np.zeros(replicas, layout.TIER)}
-    for table, buckets, size in (
-        ("host", "host_buckets", held),
-        ("disk", "disk_buckets", on_disk),
-        ("offers", "offer_buckets", tracked),
-    ):
-        arrays[table] = np.zeros((replicas, layout.RINGS + size if size else 1), layout.CHUNK)
-        arrays[buckets] = np.zeros((replicas, _bucket_count(size) if size else 1), np.int32)
-    arrays["fences"] = np.full((replicas, engine.num_gpu_blocks if chunks else 1), -1, np.int64)
-    arrays["loading"] = np.zeros((replicas, slots if chunks else 1), np.int32)
-    arrays["ended"] = np.zeros((replicas, slots if chunks else 1), np.int32)
-    return arrays
+    tiered = engine.host_tier is not None
+    return {
+        "tiers": np.zeros(replicas, layout.TIER),
+        "chunks": np.zeros((replicas, max(1, sum(_table_sizes(engine)))), layout.CHUNK),
+        "fences": np.full((replicas, engine.num_gpu_blocks if tiered else 1), -1, np.int64),
+        "tier_slots": np.zeros((replicas, 2, slots if tiered else 1), np.int32),
+    }
 
 
 def _write_tier(state: FleetState, number: int, engine: EngineSettings) -> None:
@@ -89,6 +107,8 @@ def _write_tier(state: FleetState, number: int, engine: EngineSettings) -> None:
     tier["awaited_store"] = -1
     if host is None:
         return
+    sizes = _table_sizes(engine)
+    tier["disk_at"], tier["offers_at"] = sizes[0], sizes[0] + sizes[1]
     tier["chunks"] = engine.chunks_in(host.capacity_gib)
     tier["blocks_per_chunk"] = host.blocks_per_chunk
     tier["store_threshold"] = host.store_threshold
@@ -103,13 +123,17 @@ def _write_tier(state: FleetState, number: int, engine: EngineSettings) -> None:
         tier["disk_latency"] = disk.latency_seconds
         tier["read_rate"] = disk.read_bytes_per_second
         tier["write_rate"] = disk.write_bytes_per_second
-    for table, buckets in (
-        (state.host, state.host_buckets),
-        (state.disk, state.disk_buckets),
-        (state.offers, state.offer_buckets),
-    ):
-        if table.shape[1] > 1:
-            clear_table(table[number], buckets[number])
+    for table in chunk_tables(state, number):
+        if table.size:
+            clear_table(table)
+
+
+def chunk_tables(state: FleetState, number: int) -> list[Records]:
+    """A replica's tables of host tier, disk tier and offered keys, empty where there are none."""
+    tier = state.tiers[number]
+    disk_at, offers_at = int(tier["disk_at"]), int(tier["offers_at"])
+    chunks = state.chunks[number] if tier["chunks"] else state.chunks[number, :0]
+    return [chunks[:disk_at], chunks[disk_at:offers_at], chunks[offers_at:]]
 
 
 def with_tiers(state: FleetState, old: EngineSettings, new: EngineSettings) -> FleetState:
@@ -157,12 +181,57 @@ def write_engine(row: Records, engine: EngineSettings, step_time: StepTime, *, s
     # What decodes write through has to be offered step by step.
     decodes_stored = engine.host_tier is not None and not engine.host_tier.offload_prompt_only
     row["stepping"] = stepping or decodes_stored
+    row["eviction"] = EVICTIONS[engine.eviction]
+    row["eviction_ttl_seconds"] = engine.eviction_ttl_seconds
+    row["eviction_pinned_blocks"] = engine.eviction_pinned_tokens // engine.block_size
+    row["eviction_pinned_most"] = int(engine.eviction_pinned_share * (engine.num_gpu_blocks - 1))
+    budget = engine.max_num_batched_tokens
+    whole = step_time.fixed + step_time.linear_scale * step_time.linear_seconds(budget)
+    row["prefill_token_seconds"] = whole / budget + step_time.per_prefill_token
     for name in COEFFICIENTS:
         row[name] = getattr(step_time, name)
     row["knots"] = len(step_time.linear_layers)
     for at, (tokens, seconds) in enumerate(step_time.linear_layers):
         row["knot_tokens"][..., at] = tokens
         row["knot_seconds"][..., at] = seconds
+
+
+def _empty_eviction(replicas: int, engine: EngineSettings) -> dict[str, Any]:
+    """The arrays of an eviction policy with nothing in them; as good as none for LRU, which needs none."""
+    policy, blocks = engine.eviction, engine.num_gpu_blocks
+    heap = policy in ("fifo", "lfu", "cost_aware", "belady")
+    ghosts = policy in ("arc", "s3fifo")
+    arrays: dict[str, Any] = {
+        "eviction": np.zeros(replicas, layout.EVICTION),
+        "nodes": np.zeros((replicas, 1 if policy == "lru" else blocks + layout.QUEUES), layout.NODE),
+        "heap": np.zeros((replicas, blocks if heap else 1), np.int32),
+        "ghosts": np.zeros((replicas, blocks + 2 if ghosts else 1), layout.GHOST),
+        "ghost_buckets": np.zeros((replicas, _bucket_count(blocks) if ghosts else 1), np.int32),
+        "oracle": np.zeros(1, layout.ORACLE),
+        "uses": np.zeros(1, layout.USE),
+    }
+    arrays["nodes"]["place"] = -1
+    _close_rings(arrays["nodes"], layout.QUEUES if policy != "lru" else 0)
+    _close_rings(arrays["ghosts"], 2 if ghosts else 0)
+    if ghosts:
+        arrays["ghosts"]["next"][:, 1 : blocks - 1] = np.arange(2, blocks)
+        arrays["eviction"]["spare_ghost"] = 1
+    return arrays
+
+
+def _close_rings(rows: Records, rings: int) -> None:
+    """Each of the last `rings` rows is the sentinel of an empty ring."""
+    for at in range(rows.shape[1] - rings, rows.shape[1]):
+        rows["prev"][:, at] = rows["next"][:, at] = at
+
+
+def with_eviction(state: FleetState, engine: EngineSettings, time_seconds: float) -> FleetState:
+    """The fleet, whose engines are written and whose evictable blocks stand in the free lists, under its policy."""
+    state = state._replace(**_empty_eviction(state.replicas.size, engine))
+    if engine.eviction != "lru":
+        for number in range(state.replicas.size):
+            switch.load(state, number, time_seconds)
+    return state
 
 
 def _wider(array: np.ndarray, size: int) -> np.ndarray:
@@ -188,8 +257,7 @@ def with_more_slots(state: FleetState) -> FleetState:
         entries=_wider(state.entries, new),
         explicit=_wider(state.explicit, new),
         flow=_wider(state.flow, new),
-        loading=_wider(state.loading, new) if state.loading.shape[1] > 1 else state.loading,
-        ended=_wider(state.ended, new) if state.ended.shape[1] > 1 else state.ended,
+        tier_slots=_wider(state.tier_slots, new) if state.tier_slots.shape[2] > 1 else state.tier_slots,
     )
 
 
@@ -213,7 +281,7 @@ def with_replica(state: FleetState, fresh: FleetState) -> FleetState:
     columns = {}
     for name, array in state._asdict().items():
         added = getattr(fresh, name)
-        if name in ("fleet", "outcomes"):
+        if name in ("fleet", "oracle", "uses", "outcomes"):
             columns[name] = array
         else:
             columns[name] = np.concatenate([array, added])

@@ -8,22 +8,25 @@ is still to come is plain data (`_arrivals`, `_actions`), so a fork is a copy of
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import simpy
+from numpy.lib import recfunctions as rfn
 
-from kavier_twin.simulation import build
+from kavier_twin.simulation import build, future
 from kavier_twin.simulation import state as layout
 from kavier_twin.simulation.kernels import fleet as kernels
 from kavier_twin.simulation.kernels import flow as flow_kernels
 from kavier_twin.simulation.kernels import replica as replica_kernels
 from kavier_twin.simulation.kernels import requests as request_kernels
 from kavier_twin.simulation.kernels import reshape
+from kavier_twin.simulation.kernels.eviction import switch
 from kavier_twin.simulation.policies import Override, apply_overrides
+from kavier_twin.simulation.power import Reading
 from kavier_twin.simulation.settings import FleetSettings
 from kavier_twin.simulation.state import FleetState, Records
 from kavier_twin.simulation.workload import Workload, concatenate, take_rows
@@ -49,9 +52,16 @@ class Samples:
     running: list[int] = field(default_factory=list)
     waiting: list[int] = field(default_factory=list)
     kv_usage_ratio: list[float] = field(default_factory=list)
+    readings: list[Reading] = field(default_factory=list)  # what energy follows from
 
     def copy(self) -> Samples:
-        return Samples(list(self.time_seconds), list(self.running), list(self.waiting), list(self.kv_usage_ratio))
+        return Samples(
+            list(self.time_seconds),
+            list(self.running),
+            list(self.waiting),
+            list(self.kv_usage_ratio),
+            list(self.readings),
+        )
 
 
 class Live(NamedTuple):
@@ -90,6 +100,7 @@ class Fleet:
             self.state.replicas["now"] = start_seconds
             self.state.replicas["accounted"] = start_seconds
             self.state.replicas["last_completion"] = start_seconds
+            self.state.replicas["joined"] = start_seconds
 
     # --- what is to come ------------------------------------------------------------------------------------------
 
@@ -105,6 +116,12 @@ class Fleet:
         rest = self._pending()
         self._arrivals = workload if rest is None else concatenate(rest, workload)
         self._next_row = 0
+        self.foresee(self._arrivals)
+
+    def foresee(self, workload: Workload | None) -> None:
+        """Tell Belady's policy all requests to come; nothing under any other. `feed` does it."""
+        if self.settings.engine.eviction == "belady":
+            self.state = future.with_future(self.state, workload, self.now_seconds)
 
     def join(self, time_seconds: float) -> None:
         """A new replica with a cold cache joins."""
@@ -263,6 +280,7 @@ class Fleet:
         self.samples.running.append(int(running))
         self.samples.waiting.append(int(waiting))
         self.samples.kv_usage_ratio.append(used / usable if usable else 0.0)
+        self.samples.readings.append(Reading.of(self.state, self.now_seconds))
 
     # --- forks ----------------------------------------------------------------------------------------------------
 
@@ -298,8 +316,13 @@ class Fleet:
         else:
             replicas["accepting"][action.replica] = 0
             if action.kind == "leave":
-                replicas["leaving"][action.replica] = 1
+                self._let_go(action.replica)
         self._retire()
+
+    def _let_go(self, number: int) -> None:
+        """The replica is gone once empty."""
+        self.state.replicas["leaving"][number] = 1
+        self.state.replicas["left"][number] = min(self.now_seconds, self.state.replicas["left"][number])
 
     def _retire(self) -> None:
         """Replicas that were to leave and are empty are gone."""
@@ -310,7 +333,7 @@ class Fleet:
 
     def _join(self) -> None:
         fresh = build.new_state(self.settings.model_copy(update={"replicas": 1}), stepping=self._stepping)
-        for name in ("now", "accounted", "last_completion"):
+        for name in ("now", "accounted", "last_completion", "joined"):
             fresh.replicas[name] = self.now_seconds
         self.state = build.with_replica(self.state, fresh)
 
@@ -322,6 +345,7 @@ class Fleet:
                 replica_kernels.abandon(self.state, number, live.slot, self.now_seconds)
         self.state.replicas["in_flight"][number] = 0
         self.state.replicas["alive"][number] = 0
+        self.state.replicas["left"][number] = self.now_seconds
         self.requeued += again.index.size
         self.deliver(again, 0, again.index.size)
 
@@ -340,6 +364,8 @@ class Fleet:
 
         A smaller cache drops its least recently used blocks; another block size clears the cache and preempts all.
         Tiers keep what still fits, as long as their chunks hold the same tokens; transfers under way are done at once.
+        Another eviction policy takes over what is cached, in the order in which the present one would evict it; so
+        does the same policy in a pool of another size, which knows nothing of the past either.
         """
         old, new = self.settings, apply_overrides(self.settings, overrides)
         replicas = range(self.state.replicas.size)
@@ -351,6 +377,8 @@ class Fleet:
             or new.engine.disk_tier != old.engine.disk_tier
             or (new.engine.host_tier is not None and new.engine.chunk_bytes != old.engine.chunk_bytes)
         )
+        pool = ("eviction", "num_gpu_blocks", "block_size")
+        reorder = any(getattr(new.engine, name) != getattr(old.engine, name) for name in pool)
         for number in replicas:
             if disruptive or new_tiers:
                 self._room_for_outcomes()
@@ -358,6 +386,8 @@ class Fleet:
                 replica_kernels.settle_tiers(self.state, number)
             else:
                 flow_kernels.dissolve_flow(self.state, number)
+            if reorder and old.engine.eviction != "lru":
+                switch.unload(self.state, number)
         if new.engine.block_size != old.engine.block_size:
             for number in replicas:
                 while self.state.replicas["running"][number] > 0:
@@ -381,15 +411,19 @@ class Fleet:
             for live in self.live():  # smaller blocks need longer block tables, tiers room for marks
                 self.set_output(live, int(self.state.requests["output"][live.replica, live.slot]))
                 request_kernels.clear_marks(self.state, live.replica, live.slot)
+        if reorder:
+            self.state = build.with_eviction(self.state, new.engine, self.now_seconds)
         self.state.fleet["router"] = build.ROUTERS[new.router]
         self.state.fleet["max_imbalance"] = new.router_max_imbalance
         self.settings = new
+        if reorder:
+            self.foresee(self._pending())
         alive = [number for number in replicas if self.state.replicas["accepting"][number]]
         for _ in range(new.replicas - len(alive) if "replicas" in overrides else 0):
             self._join()
         for number in alive[new.replicas :] if "replicas" in overrides else []:
             self.state.replicas["accepting"][number] = 0
-            self.state.replicas["leaving"][number] = 1
+            self._let_go(number)
         self._retire()
 
 
@@ -404,3 +438,41 @@ def simulate(
     fleet.feed(workload)
     fleet.run()
     return fleet
+
+
+def simulate_parts(
+    settings: FleetSettings, parts: Iterable[Workload], *, stepping: bool = False, sample_seconds: float = 0.0
+) -> tuple[Fleet, Records]:
+    """Run a workload that comes in parts, each later than the one before, holding one part at a time.
+
+    Returns the fleet and the outcomes in the order in which they ended, without their work vectors: half the memory.
+    """
+    fleet: Fleet | None = None
+    ended: list[Records] = []
+    for part in parts:
+        if part.arrival.size == 0:
+            continue
+        start = float(part.delivered[0])
+        if fleet is None:
+            fleet = Fleet(settings, stepping=stepping, start_seconds=min(0.0, start))
+            if sample_seconds > 0.0:
+                fleet.sample_every(sample_seconds)
+        fleet.run(start)
+        ended.append(_without_work(fleet.collect()))
+        fleet.feed(part)
+    if fleet is None:
+        fleet = Fleet(settings, stepping=stepping)
+    fleet.run()
+    ended.append(_without_work(fleet.collect()))
+    joined = np.empty(sum(rows.size for rows in ended), ended[0].dtype)
+    end = joined.size
+    while ended:  # letting go of each part, so that not all are held twice
+        rows = ended.pop()
+        joined[end - rows.size : end] = rows
+        end -= rows.size
+    return fleet, joined
+
+
+def _without_work(outcomes: Records) -> Records:
+    kept = [name for name in layout.OUTCOME.names or () if name not in ("prefill_work", "decode_work")]
+    return rfn.repack_fields(outcomes[kept])

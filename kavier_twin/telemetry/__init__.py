@@ -2,6 +2,7 @@
 
 from kavier_twin.telemetry.records import (
     SCHEMA_VERSION,
+    CarbonSample,
     EngineSample,
     RequestFinished,
     RequestRecord,
@@ -11,6 +12,7 @@ from kavier_twin.telemetry.records import (
 
 __all__ = [
     "SCHEMA_VERSION",
+    "CarbonSample",
     "EngineSample",
     "RequestFinished",
     "RequestRecord",

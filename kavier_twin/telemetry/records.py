@@ -148,4 +148,13 @@ class EngineSample(Record):
     preemptions: Annotated[float, Field(ge=0)] | None = None
 
 
-TelemetryRecord = RequestSeen | RequestFinished | RequestRecord | EngineSample
+class CarbonSample(Record):
+    """Carbon intensity of the pool's electricity from this moment on, grams of CO2 per kilowatt-hour."""
+
+    kind: Literal["carbon_sample"] = "carbon_sample"
+    time_seconds: EventTime
+    pool: Identifier = "default"
+    gco2_per_kwh: Annotated[float, Field(ge=0, le=10_000)]
+
+
+TelemetryRecord = RequestSeen | RequestFinished | RequestRecord | EngineSample | CarbonSample

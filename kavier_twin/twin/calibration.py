@@ -11,6 +11,7 @@ With a prior (the catalogue's roofline) the data moves only the coefficients it 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -29,6 +30,8 @@ Floats = npt.NDArray[np.float64]
 MINIMUM_REQUESTS = 30
 FRONTEND = "frontend_seconds"
 _ROUNDS = 8
+_SECANTS = 4
+_LARGEST_FACTOR = 0.1  # of the logarithm of the factor by which the mean latency may correct the steps'
 _SMALLEST_FIXED_SECONDS = 1e-6
 # Requests reach the engine within this time in any deployment worth the name; it is where calibration starts from.
 _FRONTEND_PRIOR_SECONDS = 0.005
@@ -60,7 +63,7 @@ class Calibration:
 
     step_time: StepTime
     frontend_seconds: float
-    requests: int
+    requests: int  # (or steps, or scrapes) that it was fitted to
     mean_ttft_ratio: float  # predicted / observed
     mean_e2e_ratio: float
     coefficients: dict[str, Coefficient] = field(default_factory=dict)
@@ -138,9 +141,9 @@ def _alternate(
     for round_number in range(_ROUNDS):
         outcomes = _simulate(fleet, start, current, observed.workload)
         rows, seconds = rows_of(outcomes, float(current[-1]))
-        found = fit(rows, seconds, prior=_with_frontend(prior), floor=_at_least(floor))
+        found = fit(rows, seconds, prior=_with_frontend(prior), floor=at_least(floor))
         current = found.values if round_number == 0 and prior is None else 0.5 * (current + found.values)
-    outcomes = _simulate(fleet, start, current, observed.workload)
+    current, outcomes = _match_latency(fleet, start, current, observed)
     return Calibration(
         step_time=_step_time(start, current),
         frontend_seconds=float(current[-1]),
@@ -149,6 +152,29 @@ def _alternate(
         mean_e2e_ratio=_mean_ratio(outcomes["finish"] - outcomes["arrival"], observed.e2e_seconds),
         coefficients=named(found, current, (*COEFFICIENTS, FRONTEND), start),
     )
+
+
+def _match_latency(
+    fleet: FleetSettings, layers: StepTime, values: Floats, observed: Observed
+) -> tuple[Floats, Records]:
+    """One common factor on the engine's coefficients, so that the mean end-to-end latency agrees, queues included.
+
+    A queue multiplies a small error of the step time; it also shows it more clearly than the steps do. Secant steps on
+    the logarithms; the best of all tried is taken.
+    """
+    tried: list[tuple[float, float, Floats, Records]] = []  # log factor, log of predicted / observed
+    factor = 0.0
+    for _ in range(_SECANTS):
+        scaled = np.append(values[:-1] * math.exp(factor), values[-1])
+        outcomes = _simulate(fleet, layers, scaled, observed.workload)
+        error = math.log(_mean_ratio(outcomes["finish"] - outcomes["arrival"], observed.e2e_seconds))
+        tried.append((factor, error, scaled, outcomes))
+        elasticity = 1.0
+        if len(tried) > 1 and factor != tried[-2][0]:
+            elasticity = max(0.5, (error - tried[-2][1]) / (factor - tried[-2][0]))
+        factor = min(_LARGEST_FACTOR, max(-_LARGEST_FACTOR, factor - error / elasticity))
+    _, _, best, outcomes = min(tried, key=lambda attempt: abs(attempt[1]))
+    return best, outcomes
 
 
 def named(found: Fit, values: Floats, names: tuple[str, ...], layers: StepTime) -> dict[str, Coefficient]:
@@ -181,7 +207,8 @@ def _with_frontend(prior: StepTime | None) -> Floats | None:
     return None if prior is None else np.append(prior.coefficients(), np.nan)
 
 
-def _at_least(floor: StepTime | None) -> Floats:
+def at_least(floor: StepTime | None) -> Floats:
+    """The least that each coefficient and the frontend's seconds may be."""
     values = np.zeros(len(COEFFICIENTS) + 1) if floor is None else np.append(floor.coefficients(), 0.0)
     values[0] = max(values[0], _SMALLEST_FIXED_SECONDS)  # a step costs something, whatever the data says
     return values

@@ -3,7 +3,8 @@
 A duration is modelled as work times coefficients. Its variance grows with its mean (quasi-likelihood, Wedderburn 1974):
 each row is weighted by 1 / (dispersion x expected duration), re-weighted a few times, under which predicted and
 observed means agree (an L1 or relative-error fit would follow the median and be biased low, since stalls make the
-noise lopsided). Rows far outside the noise lose weight (Huber 1964). A prior adds one Gaussian row a coefficient, so
+noise lopsided). Rows far outside the noise lose weight (Huber 1964), and in the end all coefficients are scaled so
+that the means agree again. A prior adds one Gaussian row a coefficient, so
 that what the data cannot tell stays at the prior (ridge regression, maximum a posteriori).
 """
 
@@ -23,6 +24,7 @@ Bools = npt.NDArray[np.bool_]
 PRIOR_SHARE = 0.5
 PRIOR_SHARE_OF_ZERO = 0.05
 _OUTLIER_SIGMAS = 6.0
+_LONGEST_STALL = 20.0  # times the expected duration
 _REWEIGHTINGS = 8
 _SMALLEST_SECONDS = 1e-6
 _SMALLEST_DISPERSION = 1e-9
@@ -68,6 +70,9 @@ def fit(rows: Floats, seconds: Floats, *, prior: Floats | None = None, floor: Fl
         trust = np.minimum(1.0, _OUTLIER_SIGMAS * sigma / np.maximum(np.abs(residual), 1e-30))
         freedom = max(1, seconds.size - int((values > lower).sum()))
         dispersion = max(float((trust * residual**2).sum()) / freedom, _SMALLEST_DISPERSION)
+    # Stalls are part of what requests live through: the mean counts them, each up to a limit.
+    total = float(np.minimum(seconds, _LONGEST_STALL * expected).sum())
+    values = np.maximum(lower, values * total / float(expected.sum()))
     weight = np.sqrt(trust / (dispersion * expected))
     information = (scaled * weight[:, None]).T @ (scaled * weight[:, None])
     deviations = _deviations(information + np.diag(strength**2))

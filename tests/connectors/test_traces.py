@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from connectors.traces import FORMATS, Trace, TraceError, base, read_trace
 from connectors.traces.recording import read_kv_events, read_metrics, read_steps, token_times
-from kavier_twin.telemetry import EngineSample, RequestFinished, RequestRecord, RequestSeen
+from kavier_twin.telemetry import CarbonSample, EngineSample, RequestFinished, RequestRecord, RequestSeen
 
 MOONCAKE = {"timestamp": 1500, "input_length": 1000, "output_length": 5, "hash_ids": [7, 8]}
 GOLDEN = {"arrival_seconds": 0.5, "prompt_tokens": 40, "output_tokens": 8, "hash_ids": [1, 2, 3]}
@@ -228,6 +228,7 @@ def test_telemetry_joins_arrivals_with_their_ends(tmp_path: Path) -> None:
         end.model_dump(mode="json") | {"id": "unheard"},
         {"kind": "request_seen", "id": "back", "time_seconds": 9.0, "prompt_tokens": 4},
         {"kind": "request_finished", "id": "back", "time_seconds": 8.0, "output_tokens": 4},
+        CarbonSample(time_seconds=1.0, gco2_per_kwh=200.0).model_dump(mode="json"),
     ]
     trace = read_trace(write(tmp_path / "t", *lines))
     assert trace.format == "telemetry"

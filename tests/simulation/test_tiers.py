@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from kavier_twin.simulation import state as layout
+from kavier_twin.simulation.build import chunk_tables
 from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.kpis import Counters, kpis
 from kavier_twin.simulation.policies import PolicyError, apply_overrides, parse_override, vllm_flags
@@ -97,7 +98,7 @@ def test_a_smaller_host_tier_keeps_what_was_used_last() -> None:
     fleet = Fleet(TIERED)
     fleet.feed(returning(20, 320, 1.0))
     fleet.run(50.0)
-    host = fleet.state.host[0]
+    host = chunk_tables(fleet.state, 0)[0]
     held = int(host["refs"][layout.RECENT])
     order, at = [], int(host[layout.RECENT]["next"])
     while at != layout.RECENT:
@@ -107,9 +108,9 @@ def test_a_smaller_host_tier_keeps_what_was_used_last() -> None:
     fork = fleet.fork()
     fork.apply({"host_tier.capacity_gib": 100 * 2**21 / 2**30})
     check_state(fork.state)
-    kept = fork.state.host[0]
+    kept = chunk_tables(fork.state, 0)[0]
     assert sorted(kept["key"][kept["key"] != 0].tolist()) == sorted(order[-100:])
     fork.apply({"host_tier.capacity_gib": 0})
     check_state(fork.state)
-    assert fork.state.host.size == 1
-    assert int(fleet.state.host[0]["refs"][layout.RECENT]) == held  # a fork is independent
+    assert fork.state.chunks.size == 1
+    assert int(host["refs"][layout.RECENT]) == held  # a fork is independent

@@ -8,7 +8,14 @@ import pytest
 from kavier_twin.simulation.fleet import simulate
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
 from kavier_twin.simulation.workload import make_workload
-from kavier_twin.twin.calibration import CalibrationError, Observed, calibrate, single_engine, with_frontend
+from kavier_twin.twin.calibration import (
+    CalibrationError,
+    Observed,
+    calibrate,
+    calibrate_means,
+    single_engine,
+    with_frontend,
+)
 
 TRUE = StepTime(
     fixed=0.011, per_prefill_token=6e-5, per_decode_sequence=3e-4, per_context_token=2e-7, per_prefill_attention=2e-9
@@ -47,3 +54,31 @@ def test_means_agree_under_noise() -> None:
 def test_too_little_is_refused() -> None:
     with pytest.raises(CalibrationError, match="at least 30"):
         calibrate(single_engine(ENGINE), observed(10, 0.0, 3))
+
+
+def test_an_overloaded_start_predicts_the_rest() -> None:
+    """Requests outlive the first third: all are load, only the first third is measured; queues tell the pace too."""
+    truth = observed(400, 0.05, 4)
+    crowded = truth.workload._replace(arrival=truth.workload.arrival / 8, delivered=truth.workload.arrival / 8)
+    fleet = FleetSettings(engine=ENGINE.model_copy(update={"max_num_seqs": 16}), step_time=TRUE)
+    outcomes = simulate(fleet, crowded).collect()
+    outcomes = outcomes[np.argsort(outcomes["index"])]
+    ttft, e2e = outcomes["first_token"] - outcomes["arrival"], outcomes["finish"] - outcomes["arrival"]
+    late = np.arange(400) >= 133
+    found = calibrate(fleet, Observed(crowded, np.where(late, np.nan, ttft), np.where(late, np.nan, e2e)))
+    again = simulate(
+        fleet.model_copy(update={"step_time": found.step_time}), with_frontend(crowded, found.frontend_seconds)
+    )
+    rest = again.collect()
+    rest = rest[np.argsort(rest["index"])][late]
+    assert (rest["finish"] - rest["arrival"]).mean() == pytest.approx(e2e[late].mean(), rel=0.02)
+
+
+def test_a_runs_means_scale_the_prior() -> None:
+    slower = TRUE.with_coefficients(TRUE.coefficients() * 1.3)
+    truth = observed(400, 0.0, 5)
+    found = calibrate_means(
+        single_engine(ENGINE), truth.workload, truth.ttft_seconds.mean(), truth.e2e_seconds.mean(), prior=slower
+    )
+    assert found.mean_e2e_ratio == pytest.approx(1.0, abs=0.01)
+    assert found.mean_ttft_ratio == pytest.approx(1.0, abs=0.1)

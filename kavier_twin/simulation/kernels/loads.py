@@ -8,16 +8,25 @@ Follows vLLM 0.32 `distributed/kv_transfer/kv_connector/v1/offloading/scheduler.
 import numpy as np
 
 from kavier_twin.simulation.kernels import queue
-from kavier_twin.simulation.kernels.blocks import touch
-from kavier_twin.simulation.kernels.chunks import find, find_resident, move
+from kavier_twin.simulation.kernels.chunks import disk_of, find, find_resident, host_of, move
 from kavier_twin.simulation.kernels.compile import kernel
-from kavier_twin.simulation.kernels.requests import add_blocks, count_hits, free_blocks, lookup, register
+from kavier_twin.simulation.kernels.eviction.order import order_of
+from kavier_twin.simulation.kernels.eviction.stranded import stranded_blocks
+from kavier_twin.simulation.kernels.requests import (
+    add_blocks,
+    count_hits,
+    free_blocks,
+    lookup,
+    register,
+    take_hits,
+)
 from kavier_twin.simulation.kernels.stores import NO_FENCE, chunk_key, marks_cell, offer
 from kavier_twin.simulation.kernels.transfers import observe_copies, observe_disk, submit_read, unpin
 from kavier_twin.simulation.state import (
     FROM_DISK,
     INSERTED,
     LOADING,
+    LRU,
     PREEMPTED,
     RECENT,
     REUSED,
@@ -34,7 +43,7 @@ NO_ROOM = 3
 @kernel
 def _promote(state, number, slot, chunk, first):
     """Fetch a chunk from disk into host memory. Returns the first chunk of the request's transfer, 0 on failure."""
-    host = state.host[number]
+    host = host_of(state, number)
     stored = offer(state, number, slot, chunk, chunk + 1, NO_FENCE)
     if stored <= 0:
         return 0
@@ -54,8 +63,7 @@ def _promote(state, number, slot, chunk, first):
 def _search(state, number, slot, local):
     """Tokens that the tiers can add to `local` tokens found in the GPU's cache, -1 if that has to be waited for."""
     replica, tier, request = state.replicas[number], state.tiers[number], state.requests[number][slot]
-    host, buckets, arena = state.host[number], state.host_buckets[number], state.arena[number]
-    disk, disk_buckets = state.disk[number], state.disk_buckets[number]
+    host, disk, arena = host_of(state, number), disk_of(state, number), state.arena[number]
     block_size = state.engines[number].block_size
     chunk_tokens = tier.blocks_per_chunk * block_size
     first, last = local // chunk_tokens, request.tokens // chunk_tokens
@@ -64,7 +72,7 @@ def _search(state, number, slot, local):
     hits, deferred, asked, read = first, False, False, 0
     for chunk in range(first, last):
         key = chunk_key(tier, request, arena, chunk, block_size)
-        held = find_resident(host, buckets, key)
+        held = find_resident(host, key)
         if held != 0:
             hits += 1
             deferred = deferred or host[held].refs < 0
@@ -74,7 +82,7 @@ def _search(state, number, slot, local):
         if not request.probed:
             asked = True
             continue
-        copy = find(disk, disk_buckets, key)
+        copy = find(disk, key)
         if copy == 0:
             break
         started = _promote(state, number, slot, chunk, read)
@@ -97,7 +105,7 @@ def _search(state, number, slot, local):
     if state.engines[number].prefix_caching:
         for chunk in range(first, hits):
             # Somebody loads it already: soon it will be in the GPU's cache.
-            if host[find_resident(host, buckets, chunk_key(tier, request, arena, chunk, block_size))].loads > 0:
+            if host[find_resident(host, chunk_key(tier, request, arena, chunk, block_size))].loads > 0:
                 return -1
     return tokens
 
@@ -113,7 +121,7 @@ def _reserved_blocks(state, number):
             whole = (min(request.tokens, engine.max_model_len) + size - 1) // size
             total += max(0, whole - request.blocks)
     for place in range(replica.loading):
-        request = requests[state.loading[number][place]]
+        request = requests[state.tier_slots[number, 0][place]]
         whole = (min(request.tokens, engine.max_model_len) + size - 1) // size
         total += max(0, whole - request.blocks)
     return total
@@ -146,12 +154,11 @@ def begin_load(state, number, slot):
     needed = tokens // size
     if needed + evictable + watermark > replica.free_blocks - _reserved_blocks(state, number):
         return NO_ROOM
-    table = request.cells + request.chain_length
-    for block in range(hits):
-        touch(replica, blocks, np.int64(arena[table + block]))
-    request.blocks = hits
-    request.registered = hits
-    add_blocks(replica, request, blocks, buckets, arena, needed)
+    order = order_of(state, number)
+    if engine.eviction != LRU and engine.prefix_caching and request.preemptions == 0 and not request.counted:
+        replica.stranded_tokens += size * stranded_blocks(request, blocks, buckets, arena, size, hits)
+    take_hits(request, order, arena, hits)
+    add_blocks(request, order, arena, needed)
     request.computed = hits * size + tokens
     _pin(state, number, slot, hits)
     if request.preemptions == 0 and not request.counted:
@@ -170,12 +177,12 @@ def begin_load(state, number, slot):
 def _pin(state, number, slot, hits):
     """The chunks to load stay where they are until they are loaded."""
     tier, request, arena = state.tiers[number], state.requests[number][slot], state.arena[number]
-    host, buckets, size = state.host[number], state.host_buckets[number], state.engines[number].block_size
+    host, size = host_of(state, number), state.engines[number].block_size
     request.load_first = hits // tier.blocks_per_chunk
     request.load_last = request.computed // (size * tier.blocks_per_chunk)
     request.stored = request.load_last
     for chunk in range(request.load_first, request.load_last):
-        held = find_resident(host, buckets, chunk_key(tier, request, arena, chunk, size))
+        held = find_resident(host, chunk_key(tier, request, arena, chunk, size))
         if host[held].refs == 0:
             tier.idle -= 1
         host[held].refs += 1
@@ -198,7 +205,7 @@ def _tokens_from_disk(tier, request, arena, local, block_size):
 @kernel
 def _join_loading(state, number, slot):
     """To the end of the requests that load; under the priority policy to its place among them."""
-    replica, requests, loading = state.replicas[number], state.requests[number], state.loading[number]
+    replica, requests, loading = state.replicas[number], state.requests[number], state.tier_slots[number, 0]
     state.tiers[number].begun = 1
     requests[slot].state = LOADING
     requests[slot].arrived = 0
@@ -215,7 +222,7 @@ def _join_loading(state, number, slot):
 @kernel
 def leave_loading(state, number, slot):
     """Take a request out of those that load. What it holds is the caller's."""
-    replica, loading = state.replicas[number], state.loading[number]
+    replica, loading = state.replicas[number], state.tier_slots[number, 0]
     place = 0
     while loading[place] != slot:
         place += 1
@@ -227,9 +234,9 @@ def leave_loading(state, number, slot):
 @kernel
 def _unpin_load(state, number, slot):
     tier, request, arena = state.tiers[number], state.requests[number][slot], state.arena[number]
-    host, buckets, size = state.host[number], state.host_buckets[number], state.engines[number].block_size
+    host, size = host_of(state, number), state.engines[number].block_size
     for chunk in range(request.load_first, request.load_last):
-        unpin(tier, host, find_resident(host, buckets, chunk_key(tier, request, arena, chunk, size)), True)
+        unpin(tier, host, find_resident(host, chunk_key(tier, request, arena, chunk, size)), True)
 
 
 @kernel
@@ -239,7 +246,7 @@ def break_off(state, number, slot):
     leave_loading(state, number, slot)
     if not request.arrived:
         _unpin_load(state, number, slot)
-    free_blocks(state.replicas[number], request, state.blocks[number], state.arena[number])
+    free_blocks(request, order_of(state, number), state.arena[number])
     request.computed = 0
     request.state = PREEMPTED if request.preemptions > 0 else WAITING
 
@@ -247,7 +254,7 @@ def break_off(state, number, slot):
 @kernel
 def observe_loads(state, number, until):
     """The scheduler learns of the loads complete by `until`."""
-    replica, requests, loading = state.replicas[number], state.requests[number], state.loading[number]
+    replica, requests, loading = state.replicas[number], state.requests[number], state.tier_slots[number, 0]
     for place in range(replica.loading):
         request = requests[loading[place]]
         if not request.arrived and request.load_done <= until:
@@ -283,7 +290,7 @@ def enter_loaded(state, number, slot):
     engine, request = state.engines[number], state.requests[number][slot]
     if engine.prefix_caching:
         full = request.computed // engine.block_size
-        register(request, state.blocks[number], state.buckets[number], state.arena[number], engine.block_size, full)
+        register(request, order_of(state, number), state.arena[number], engine.block_size, full)
     # The last token goes through the model anyway, so that the next can be sampled.
     request.computed = min(request.computed, request.tokens - 1)
 
@@ -291,7 +298,7 @@ def enter_loaded(state, number, slot):
 @kernel
 def may_go_on(state, number):
     """Whether a request that holds blocks already may be scheduled: its load is complete."""
-    replica, requests, loading = state.replicas[number], state.requests[number], state.loading[number]
+    replica, requests, loading = state.replicas[number], state.requests[number], state.tier_slots[number, 0]
     for place in range(replica.loading):
         if requests[loading[place]].arrived:
             return True

@@ -3,9 +3,12 @@
 import numpy as np
 
 from kavier_twin.simulation.kernels import queue
-from kavier_twin.simulation.kernels.blocks import insert, private_key, remove, touch
-from kavier_twin.simulation.kernels.chunks import rename
+from kavier_twin.simulation.kernels.blocks import insert, private_key, remove
+from kavier_twin.simulation.kernels.chunks import disk_of, host_of, rename
 from kavier_twin.simulation.kernels.compile import kernel
+from kavier_twin.simulation.kernels.eviction import ttl
+from kavier_twin.simulation.kernels.eviction.order import order_of
+from kavier_twin.simulation.kernels.eviction.stranded import stranded_blocks
 from kavier_twin.simulation.kernels.flow import dissolve_flow, leave, list_explicit
 from kavier_twin.simulation.kernels.jump import jump
 from kavier_twin.simulation.kernels.loads import break_off, observe
@@ -24,12 +27,13 @@ from kavier_twin.simulation.kernels.requests import (
     lookup,
     register,
     take_cells,
+    take_hits,
     withdraw,
 )
 from kavier_twin.simulation.kernels.scheduler import complete, linear_seconds, schedule
 from kavier_twin.simulation.kernels.stores import chunk_key, rest
 from kavier_twin.simulation.kernels.transfers import observe_disk
-from kavier_twin.simulation.state import FINISHED, LOADING, PRIVATE, RUNNING
+from kavier_twin.simulation.state import FINISHED, LOADING, LRU, PRIVATE, RUNNING, TTL
 
 _PRIVATE = np.uint64(PRIVATE)
 
@@ -51,6 +55,8 @@ def advance(state, number, until):
             and replica.now < until
         )
         if can_schedule:
+            if engine.eviction == TTL:
+                ttl.expire(order_of(state, number), replica.now)
             if engine.stepping or replica.in_flight != depth - 1 or not jump(state, number, until):
                 schedule(state, number)
         elif replica.in_flight > 0 and state.batches[number, replica.oldest].end <= until:
@@ -63,6 +69,8 @@ def advance(state, number, until):
         else:
             break
     account(replica, engine, min(until, max(replica.now, until)) if until < np.inf else replica.now)
+    if engine.eviction == TTL:
+        ttl.expire(order_of(state, number), until if until < np.inf else replica.now)
 
 
 @kernel
@@ -153,9 +161,9 @@ def learn_chain(state, number, slot, chain, covered):
         for chunk in range(first // tier.blocks_per_chunk, request.known // tier.blocks_per_chunk):
             key = chunk_key(tier, request, arena, chunk, engine.block_size)
             private = private_key(request.uid, (chunk + 1) * tier.blocks_per_chunk - 1)
-            rename(state.host[number], state.host_buckets[number], private, key)
+            rename(host_of(state, number), private, key)
             if tier.disk_chunks > 0:
-                rename(state.disk[number], state.disk_buckets[number], private, key)
+                rename(disk_of(state, number), private, key)
     return OK
 
 
@@ -194,7 +202,7 @@ def finish_now(state, number, slot, time):
     """
     replica, engine = state.replicas[number], state.engines[number]
     blocks, buckets, arena = state.blocks[number], state.buckets[number], state.arena[number]
-    request = state.requests[number][slot]
+    request, order = state.requests[number][slot], order_of(state, number)
     if request.flowing:
         leave(state, number, slot)
     size = engine.block_size
@@ -214,11 +222,9 @@ def finish_now(state, number, slot, time):
         request.registered = 0
         if engine.prefix_caching:
             hits, _, _ = lookup(request, blocks, buckets, arena, size)
-            table = request.cells + request.chain_length
-            for block in range(hits):
-                touch(replica, blocks, np.int64(arena[table + block]))
-            request.blocks = hits
-            request.registered = hits
+            if engine.eviction != LRU and request.preemptions == 0:
+                replica.stranded_tokens += size * stranded_blocks(request, blocks, buckets, arena, size, hits)
+            take_hits(request, order, arena, hits)
         if request.preemptions == 0:
             request.scheduled = time
             if not request.counted:
@@ -226,9 +232,9 @@ def finish_now(state, number, slot, time):
     final = request.prompt + request.output - 1
     needed = (final + size - 1) // size - request.blocks
     if needed > 0:
-        add_blocks(replica, request, blocks, buckets, arena, min(needed, replica.free_blocks))
+        add_blocks(request, order, arena, min(needed, replica.free_blocks))
     if engine.prefix_caching:
-        register(request, blocks, buckets, arena, size, min(final // size, request.blocks))
+        register(request, order, arena, size, min(final // size, request.blocks))
     if np.isnan(request.first_token):
         request.first_token = time
         replica.prompt_tokens += request.prompt
@@ -287,7 +293,7 @@ def settle(state, number):
 @kernel
 def settle_tiers(state, number):
     """Let a settled replica's transfers be complete, and its requests that load go back to the queue."""
-    replica, tier, loading = state.replicas[number], state.tiers[number], state.loading[number]
+    replica, tier, loading = state.replicas[number], state.tiers[number], state.tier_slots[number, 0]
     if tier.chunks == 0:
         return
     while replica.loading > 0:

@@ -10,7 +10,7 @@ What a request did with each chunk is noted (`state.SEEN` ...) in cells at the e
 import numpy as np
 
 from kavier_twin.simulation.kernels.blocks import private_key
-from kavier_twin.simulation.kernels.chunks import count_offer, find, find_resident, move
+from kavier_twin.simulation.kernels.chunks import count_offer, find, find_resident, host_of, move, offers_of
 from kavier_twin.simulation.kernels.compile import kernel
 from kavier_twin.simulation.kernels.requests import give_back
 from kavier_twin.simulation.kernels.tier_eviction import enter, learn_miss, make_room, renew
@@ -44,26 +44,26 @@ def marks_cell(request, chunk):
 
 
 @kernel
-def _count_offers(tier, tracker, buckets, request, arena, first, last, block_size):
+def _count_offers(tier, tracker, request, arena, first, last, block_size):
     kept = tracker[0].refs
     for chunk in range(first, last):
-        known = find(tracker, buckets, chunk_key(tier, request, arena, chunk, block_size))
+        known = find(tracker, chunk_key(tier, request, arena, chunk, block_size))
         if known != 0:
             move(tracker, known, 0)
             tracker[known].refs += 1
             kept -= 1
     for chunk in range(first, last):
         key = chunk_key(tier, request, arena, chunk, block_size)
-        if find(tracker, buckets, key) == 0:
-            kept = count_offer(tracker, buckets, key, tier.tracked, kept)
+        if find(tracker, key) == 0:
+            kept = count_offer(tracker, key, tier.tracked, kept)
 
 
 @kernel
-def _wanted(tier, tracker, buckets, key):
+def _wanted(tier, tracker, key):
     """Whether a chunk was offered often enough."""
     if tier.store_threshold < 2:
         return True
-    known = find(tracker, buckets, key)
+    known = find(tracker, key)
     return known != 0 and tracker[known].refs >= tier.store_threshold
 
 
@@ -75,18 +75,18 @@ def offer(state, number, slot, first, last, fence):
     many), 0 if there is none, DROPPED if there is no room for all.
     """
     tier, request, arena = state.tiers[number], state.requests[number][slot], state.arena[number]
-    host, buckets, size = state.host[number], state.host_buckets[number], state.engines[number].block_size
-    tracker, tracked, fences = state.offers[number], state.offer_buckets[number], state.fences[number]
+    host, size = host_of(state, number), state.engines[number].block_size
+    tracker, fences = offers_of(state, number), state.fences[number]
     tier.offers += 1
     stamp = np.int32(tier.offers & 0x7FFFFFFF)
     if tier.store_threshold >= 2:
-        _count_offers(tier, tracker, tracked, request, arena, first, last, size)
+        _count_offers(tier, tracker, request, arena, first, last, size)
     count = 0
     for chunk in range(first, last):
         key, cell = chunk_key(tier, request, arena, chunk, size), marks_cell(request, chunk)
-        held = find_resident(host, buckets, key)
+        held = find_resident(host, key)
         if held == 0:
-            if _wanted(tier, tracker, tracked, key):
+            if _wanted(tier, tracker, key):
                 arena[cell] |= np.uint64(SEEN | OFFERED)
                 count += 1
             continue
@@ -100,9 +100,9 @@ def offer(state, number, slot, first, last, fence):
     for chunk in range(last - 1, first - 1, -1):
         cell = marks_cell(request, chunk)
         if arena[cell] & np.uint64(OFFERED) and not arena[cell] & np.uint64(MISSED):
-            learn_miss(tier, host, buckets, chunk_key(tier, request, arena, chunk, size))
+            learn_miss(tier, host, chunk_key(tier, request, arena, chunk, size))
             arena[cell] |= np.uint64(MISSED)
-    room = make_room(tier, host, buckets, count, stamp)
+    room = make_room(tier, host, count, stamp)
     head, tail = 0, 0
     for chunk in range(first, last):
         cell = marks_cell(request, chunk)
@@ -111,7 +111,7 @@ def offer(state, number, slot, first, last, fence):
         arena[cell] &= ~np.uint64(OFFERED)
         if room:
             arena[cell] |= np.uint64(INSERTED)
-            chunk_at = enter(host, buckets, chunk_key(tier, request, arena, chunk, size))
+            chunk_at = enter(host, chunk_key(tier, request, arena, chunk, size))
             if head == 0:
                 head = chunk_at
             else:
@@ -131,7 +131,7 @@ def offer(state, number, slot, first, last, fence):
 def _store(state, number, slot, computed, ended):
     """Offer the full chunks of a request's first `computed` tokens that were not offered yet."""
     replica, tier, request = state.replicas[number], state.tiers[number], state.requests[number][slot]
-    host = state.host[number]
+    host = host_of(state, number)
     tokens = min(computed, request.tokens)
     if tier.prompt_only:
         tokens = min(tokens, request.prompt)
@@ -158,7 +158,7 @@ def tell_ended(state, number):
     """Tell the host tier about the requests that ended, and give back their slots and cells."""
     tier, requests = state.tiers[number], state.requests[number]
     arena, size = state.arena[number], state.engines[number].block_size
-    host, buckets, ended = state.host[number], state.host_buckets[number], state.ended[number]
+    host, ended = host_of(state, number), state.tier_slots[number, 1]
     for place in range(tier.ended):
         request = requests[ended[place]]
         _store(state, number, ended[place], max(request.prompt, request.tokens - 1), 1)
@@ -168,7 +168,7 @@ def tell_ended(state, number):
         for chunk in range(request.tokens // (tier.blocks_per_chunk * size) - 1, -1, -1):
             marks = arena[marks_cell(request, chunk)]
             if marks & np.uint64(SEEN):
-                held = find_resident(host, buckets, chunk_key(tier, request, arena, chunk, size))
+                held = find_resident(host, chunk_key(tier, request, arena, chunk, size))
                 if held != 0:
                     renew(tier, host, held, np.int64(marks))
         give_back(state, number, slot)
@@ -194,7 +194,7 @@ def _fence_ended(state, number):
     Those of a live request are its own, and what preempts it waits for its stores.
     """
     tier, requests, arena = state.tiers[number], state.requests[number], state.arena[number]
-    host, fences, ended = state.host[number], state.fences[number], state.ended[number]
+    host, fences, ended = host_of(state, number), state.fences[number], state.tier_slots[number, 1]
     for place in range(tier.ended):
         request = requests[ended[place]]
         if request.stores == 0:
@@ -235,7 +235,7 @@ def _await_stores(state, number, entries, count, least):
         awaited = max(awaited, _fencing(fences[newest]))
         slot = request.flow_next
     for place in range(replica.loading):
-        request = requests[state.loading[number][place]]
+        request = requests[state.tier_slots[number, 0][place]]
         if request.load_done == np.inf:
             table = request.cells + request.chain_length
             for block in range(request.blocks):
@@ -250,7 +250,7 @@ def hand_over(state, number, entries, count, start):
 
     What the batch computes is offered, then what requests left behind that ended before.
     """
-    replica, tier, host = state.replicas[number], state.tiers[number], state.host[number]
+    replica, tier, host = state.replicas[number], state.tiers[number], host_of(state, number)
     submit_stores(replica, tier, host, start, tier.next_store)
     _fence_ended(state, number)
     _await_stores(state, number, entries, count, tier.oldest_store)
@@ -272,7 +272,7 @@ def rest(state, number):
     replica, tier = state.replicas[number], state.tiers[number]
     _fence_ended(state, number)
     tell_ended(state, number)
-    submit_stores(replica, tier, state.host[number], replica.now, tier.next_store)
+    submit_stores(replica, tier, host_of(state, number), replica.now, tier.next_store)
     tier.resting = 1
     tier.wake = next_done(state, number)
     if tier.asked:

@@ -24,7 +24,7 @@ def _next_evictable(cache, at, ring, offer):
 
 
 @kernel
-def _evict_lru(tier, cache, buckets, count, offer):
+def _evict_lru(tier, cache, count, offer):
     at = _next_evictable(cache, cache[RECENT].next, RECENT, offer)
     for _ in range(count - 1):
         if at == RECENT:
@@ -36,14 +36,14 @@ def _evict_lru(tier, cache, buckets, count, offer):
     for _ in range(count):
         at = _next_evictable(cache, at, RECENT, offer)
         after = cache[at].next
-        drop(cache, buckets, at)
+        drop(cache, at)
         at = after
     tier.idle -= count
     return True
 
 
 @kernel
-def _evict_arc(tier, cache, buckets, count, offer):
+def _evict_arc(tier, cache, count, offer):
     recent = _next_evictable(cache, cache[RECENT].next, RECENT, offer)
     frequent = _next_evictable(cache, cache[FREQUENT].next, FREQUENT, offer)
     left = cache[RECENT].refs
@@ -70,13 +70,13 @@ def _evict_arc(tier, cache, buckets, count, offer):
         first = cache[first].link
     for ring in (GHOST_RECENT, GHOST_FREQUENT):
         while cache[ring].refs > tier.chunks:
-            drop(cache, buckets, cache[ring].next)
+            drop(cache, cache[ring].next)
     tier.idle -= count
     return True
 
 
 @kernel
-def make_room(tier, cache, buckets, count, offer):
+def make_room(tier, cache, count, offer):
     """Evict until `count` more chunks fit. Returns False, and changes nothing, if they cannot."""
     needed = count - (tier.chunks - residents(cache))
     if needed <= 0:
@@ -84,18 +84,18 @@ def make_room(tier, cache, buckets, count, offer):
     if needed > tier.idle:
         return False
     if tier.arc:
-        return _evict_arc(tier, cache, buckets, needed, offer)
-    return _evict_lru(tier, cache, buckets, needed, offer)
+        return _evict_arc(tier, cache, needed, offer)
+    return _evict_lru(tier, cache, needed, offer)
 
 
 @kernel
-def enter(cache, buckets, key):
+def enter(cache, key):
     """A chunk for this key, about to be written. There is room."""
-    chunk = find(cache, buckets, key)
+    chunk = find(cache, key)
     if chunk != 0:
         move(cache, chunk, RECENT)  # out of a ghost ring
     else:
-        chunk = put(cache, buckets, key, RECENT)
+        chunk = put(cache, key, RECENT)
     cache[chunk].refs = -1
     cache[chunk].loads = 0
     cache[chunk].link = 0
@@ -103,11 +103,11 @@ def enter(cache, buckets, key):
 
 
 @kernel
-def learn_miss(tier, cache, buckets, key):
+def learn_miss(tier, cache, key):
     """A request brings a key that is not there: a ghost hit moves ARC's target."""
     if not tier.arc:
         return
-    ghost = find(cache, buckets, key)
+    ghost = find(cache, key)
     if ghost == 0:
         return
     ring = cache[ghost].ring

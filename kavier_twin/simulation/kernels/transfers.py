@@ -12,7 +12,7 @@ A transfer's chunks are linked, and its first chunk carries what describes it.
 
 import numpy as np
 
-from kavier_twin.simulation.kernels.chunks import drop, find, move, put
+from kavier_twin.simulation.kernels.chunks import disk_of, drop, find, host_of, move, put
 from kavier_twin.simulation.kernels.compile import kernel
 from kavier_twin.simulation.state import RECENT, VACANT
 
@@ -56,7 +56,7 @@ def submit_stores(replica, tier, host, start, before):
 def submit_loads(state, number, start):
     """Submit the loads begun by the batch just scheduled, which ends at `start`."""
     replica, tier, requests = state.replicas[number], state.tiers[number], state.requests[number]
-    loading = state.loading[number]
+    loading = state.tier_slots[number, 0]
     for place in range(replica.loading):
         request = requests[loading[place]]
         if request.load_done == np.inf:
@@ -112,7 +112,7 @@ def _make_ready(tier, host, first):
 
 @kernel
 def _complete_store(state, number, time):
-    tier, host, requests = state.tiers[number], state.host[number], state.requests[number]
+    tier, host, requests = state.tiers[number], host_of(state, number), state.requests[number]
     job = tier.stores_first
     tier.stores_first = host[job].after
     tier.oldest_store = host[job].number + 1
@@ -135,19 +135,19 @@ def unpin(tier, host, chunk, load):
 
 @kernel
 def _complete_write(state, number):
-    replica, tier, host = state.replicas[number], state.tiers[number], state.host[number]
-    disk, buckets = state.disk[number], state.disk_buckets[number]
+    replica, tier, host = state.replicas[number], state.tiers[number], host_of(state, number)
+    disk = disk_of(state, number)
     chunk = tier.writes_first
     tier.writes_first = host[chunk].after
     while chunk != 0:
         unpin(tier, host, chunk, False)
-        copy = find(disk, buckets, host[chunk].key)
+        copy = find(disk, host[chunk].key)
         if copy != 0:
             move(disk, copy, RECENT)  # vLLM does not write a file that exists
         else:
             if disk[VACANT].refs == 0:
-                drop(disk, buckets, disk[RECENT].next)
-            put(disk, buckets, host[chunk].key, RECENT)
+                drop(disk, disk[RECENT].next)
+            put(disk, host[chunk].key, RECENT)
             replica.written_bytes += chunk_bytes(tier)
         chunk = host[chunk].link
 
@@ -155,7 +155,7 @@ def _complete_write(state, number):
 @kernel
 def observe_disk(state, number, until):
     """The scheduler learns of the disk transfers complete by `until`."""
-    tier, host = state.tiers[number], state.host[number]
+    tier, host = state.tiers[number], host_of(state, number)
     while tier.reads_first != 0 and host[tier.reads_first].done <= until:
         job = tier.reads_first
         tier.reads_first = host[job].after
@@ -170,7 +170,7 @@ def observe_copies(state, number, until, time):
 
     Loads: see `loads.observe_loads`.
     """
-    tier, host = state.tiers[number], state.host[number]
+    tier, host = state.tiers[number], host_of(state, number)
     while tier.stores_first != 0 and host[tier.stores_first].done <= until:
         # An engine at rest looks all the time.
         _complete_store(state, number, host[tier.stores_first].done if tier.resting else time)
@@ -200,8 +200,8 @@ def store_uid(tier, host, number):
 @kernel
 def next_done(state, number):
     """When the next transfer under way is complete, infinity if there is none."""
-    replica, tier, host = state.replicas[number], state.tiers[number], state.host[number]
-    requests, loading = state.requests[number], state.loading[number]
+    replica, tier, host = state.replicas[number], state.tiers[number], host_of(state, number)
+    requests, loading = state.requests[number], state.tier_slots[number, 0]
     time = np.inf
     for job in (tier.stores_first, tier.reads_first, tier.writes_first):
         if job != 0:

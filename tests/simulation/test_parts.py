@@ -1,0 +1,44 @@
+"""A workload fed in parts ends as the same workload fed at once."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kavier_twin.simulation.fleet import simulate, simulate_parts
+from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
+from kavier_twin.simulation.workload import make_workload, take_rows
+
+SETTINGS = FleetSettings(
+    replicas=2,
+    engine=EngineSettings(num_gpu_blocks=300, max_num_seqs=8),
+    step_time=StepTime(fixed=0.01, per_prefill_token=3e-5, per_context_token=1e-7),
+)
+
+
+def test_parts_end_as_the_whole() -> None:
+    rng = np.random.default_rng(3)
+    whole = make_workload(
+        np.sort(rng.uniform(0, 60, 300)),
+        rng.integers(50, 400, 300),
+        rng.integers(1, 60, 300),
+        chain=rng.integers(1, 40, 900),
+        chain_starts=np.arange(301) * 3,
+        hash_tokens=16,
+        covered=48,
+    )
+    fleet, outcomes = simulate_parts(
+        SETTINGS, (take_rows(whole, rows) for rows in np.split(np.arange(300), [7, 7, 150]))
+    )
+    expected = simulate(SETTINGS, whole).collect()
+    order, wanted = np.argsort(outcomes["index"]), np.argsort(expected["index"])
+    for name in ("index", "replica", "status", "cached", "preemptions"):
+        np.testing.assert_array_equal(outcomes[name][order], expected[name][wanted], err_msg=name)
+    for name in ("scheduled", "first_token", "finish"):
+        np.testing.assert_allclose(outcomes[name][order], expected[name][wanted], rtol=1e-9, err_msg=name)
+    assert fleet.idle
+
+
+def test_nothing_in_parts_is_nothing() -> None:
+    fleet, outcomes = simulate_parts(SETTINGS, [])
+    assert outcomes.size == 0
+    assert fleet.idle
