@@ -171,7 +171,7 @@ KV_BYTES_PER_TOKEN = 256
 def tiers(draw: st.DrawFn) -> dict[str, Any]:
     """Tiers of a few chunks behind links from far slower to far faster than a step; often none."""
     if draw(st.sampled_from([True, False, False])):
-        return {}
+        return {"kv_bytes_per_token": KV_BYTES_PER_TOKEN}
     disk = draw(st.sampled_from([False, False, True]))
     host = HostTier(
         capacity_gib=PAGE_GIB * draw(st.sampled_from([40, 12, 4, 150])),
