@@ -70,12 +70,16 @@ def _search(state, number, slot, local):
     if last * chunk_tokens - local < chunk_tokens:
         return 0
     hits, deferred, asked, read = first, False, False, 0
+    tier.offers += 1
+    stamp = np.int32(tier.offers & 0x7FFFFFFF)
     for chunk in range(first, last):
         key = chunk_key(tier, request, arena, chunk, block_size)
         held = find_resident(host, key)
         if held != 0:
             hits += 1
             deferred = deferred or host[held].refs < 0
+            # Promoting the rest must not evict it: in vLLM a prompt longer than the host tier would promote for ever.
+            host[held].offer = stamp
             continue
         if tier.disk_chunks == 0:
             break

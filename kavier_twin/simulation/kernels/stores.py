@@ -77,7 +77,8 @@ def offer(state, number, slot, first, last, fence):
     tier, request, arena = state.tiers[number], state.requests[number][slot], state.arena[number]
     host, size = host_of(state, number), state.engines[number].block_size
     tracker, fences = offers_of(state, number), state.fences[number]
-    tier.offers += 1
+    if fence != NO_FENCE:
+        tier.offers += 1  # a promotion goes on with the number that the search for its request took
     stamp = np.int32(tier.offers & 0x7FFFFFFF)
     if tier.store_threshold >= 2:
         _count_offers(tier, tracker, request, arena, first, last, size)
