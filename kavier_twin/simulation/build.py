@@ -8,6 +8,7 @@ import numpy as np
 
 from kavier_twin.simulation import state as layout
 from kavier_twin.simulation.kernels import reshape
+from kavier_twin.simulation.kernels.chunks import clear as clear_table
 from kavier_twin.simulation.kernels.eviction import switch
 from kavier_twin.simulation.settings import COEFFICIENTS, EngineSettings, FleetSettings, StepTime
 from kavier_twin.simulation.state import FleetState, Records
@@ -55,6 +56,7 @@ def new_state(settings: FleetSettings, *, stepping: bool = False) -> FleetState:
         explicit=np.zeros((replicas, slots), np.int32),
         flow=np.zeros((replicas, slots), np.int32),
         phases=_empty_phases(replicas, engine.block_size),
+        **_tier_arrays(engine, replicas, slots),
         itl_counts=np.zeros((replicas, layout.ITL_BINS), np.int64),
         nodes=_empty_nodes(replicas, engine),
         future=np.zeros(1, layout.FUTURE),
@@ -73,6 +75,81 @@ def new_state(settings: FleetSettings, *, stepping: bool = False) -> FleetState:
     for number in range(replicas):
         write_engine(state.engines[number : number + 1], engine, settings.step_time, stepping=stepping)
         link_free_list(state.blocks[number], engine.num_gpu_blocks)
+        _write_tier(state, number, engine)
+    return state
+
+
+def _table_sizes(engine: EngineSettings) -> list[int]:
+    """Records in the tables of `FleetState.chunks`: host tier (under arc with its ghosts), disk tier, offered keys."""
+    host, disk = engine.host_tier, engine.disk_tier
+    if host is None:
+        return [0, 0, 0]
+    chunks = engine.chunks_in(host.capacity_gib) * (3 if host.eviction_policy == "arc" else 1)
+    on_disk = engine.chunks_in(disk.capacity_gib) if disk is not None else 0
+    tracked = host.max_tracker_size if host.store_threshold >= 2 else 0
+    return [layout.RINGS + size if size else 0 for size in (chunks, on_disk, tracked)]
+
+
+def _tier_arrays(engine: EngineSettings, replicas: int, slots: int) -> dict[str, np.ndarray]:
+    """The arrays of `FleetState` that tiers need, of one cell a replica where there are none."""
+    tiered = engine.host_tier is not None
+    return {
+        "tiers": np.zeros(replicas, layout.TIER),
+        "chunks": np.zeros((replicas, max(1, sum(_table_sizes(engine)))), layout.CHUNK),
+        "fences": np.full((replicas, engine.num_gpu_blocks if tiered else 1), -1, np.int64),
+        "tier_slots": np.zeros((replicas, 2, slots if tiered else 1), np.int32),
+    }
+
+
+def _write_tier(state: FleetState, number: int, engine: EngineSettings) -> None:
+    """Cold tiers for one replica."""
+    host, disk, tier = engine.host_tier, engine.disk_tier, state.tiers[number]
+    tier["wake"] = np.inf
+    tier["awaited_store"] = -1
+    if host is None:
+        return
+    sizes = _table_sizes(engine)
+    tier["disk_at"], tier["offers_at"] = sizes[0], sizes[0] + sizes[1]
+    tier["chunks"] = engine.chunks_in(host.capacity_gib)
+    tier["blocks_per_chunk"] = host.blocks_per_chunk
+    tier["store_threshold"] = host.store_threshold
+    tier["tracked"] = host.max_tracker_size
+    tier["arc"] = host.eviction_policy == "arc"
+    tier["prompt_only"] = host.offload_prompt_only
+    tier["block_bytes"] = engine.kv_bytes_per_token * engine.block_size
+    tier["host_latency"] = host.latency_seconds
+    tier["host_rate"] = host.bytes_per_second
+    if disk is not None:
+        tier["disk_chunks"] = engine.chunks_in(disk.capacity_gib)
+        tier["disk_latency"] = disk.latency_seconds
+        tier["read_rate"] = disk.read_bytes_per_second
+        tier["write_rate"] = disk.write_bytes_per_second
+    for table in chunk_tables(state, number):
+        if table.size:
+            clear_table(table)
+
+
+def chunk_tables(state: FleetState, number: int) -> list[Records]:
+    """A replica's tables of host tier, disk tier and offered keys, empty where there are none."""
+    tier = state.tiers[number]
+    disk_at, offers_at = int(tier["disk_at"]), int(tier["offers_at"])
+    chunks = state.chunks[number] if tier["chunks"] else state.chunks[number, :0]
+    return [chunks[:disk_at], chunks[disk_at:offers_at], chunks[offers_at:]]
+
+
+def with_tiers(state: FleetState, old: EngineSettings, new: EngineSettings) -> FleetState:
+    """Every (settled) replica with the tiers of `new`, holding of what they held what still fits."""
+    before = state
+    state = state._replace(**_tier_arrays(new, state.replicas.size, state.requests.shape[1]))
+    tokens = [
+        engine.block_size * engine.host_tier.blocks_per_chunk for engine in (old, new) if engine.host_tier is not None
+    ]
+    for number in range(state.replicas.size):
+        _write_tier(state, number, new)
+        if len(tokens) == 2 and tokens[0] == tokens[1]:
+            reshape.carry_over(before, state, number)
+    for name in ("stored", "stores", "probed"):
+        state.requests[name] = 0
     return state
 
 
@@ -102,7 +179,9 @@ def write_engine(row: Records, engine: EngineSettings, step_time: StepTime, *, s
     row["chunked_prefill"] = engine.enable_chunked_prefill
     row["reserve_full_isl"] = engine.scheduler_reserve_full_isl
     row["priority_policy"] = engine.scheduling_policy == "priority"
-    row["stepping"] = stepping
+    # What decodes write through has to be offered step by step.
+    decodes_stored = engine.host_tier is not None and not engine.host_tier.offload_prompt_only
+    row["stepping"] = stepping or decodes_stored
     row["eviction"] = EVICTIONS[engine.eviction]
     row["eviction_ttl_seconds"] = engine.eviction_ttl_seconds
     row["eviction_pinned_blocks"] = engine.eviction_pinned_tokens // engine.block_size
@@ -175,6 +254,7 @@ def with_more_slots(state: FleetState) -> FleetState:
         entries=_wider(state.entries, new),
         explicit=_wider(state.explicit, new),
         flow=_wider(state.flow, new),
+        tier_slots=_wider(state.tier_slots, new) if state.tier_slots.shape[2] > 1 else state.tier_slots,
     )
 
 

@@ -328,7 +328,8 @@ class Fleet:
     def _retire(self) -> None:
         """Replicas that were to leave and are empty are gone."""
         replicas = self.state.replicas
-        empty = (replicas["running"] == 0) & (replicas["waiting"] == 0) & (replicas["in_flight"] == 0)
+        waiting = replicas["waiting"] + replicas["loading"]
+        empty = (replicas["running"] == 0) & (waiting == 0) & (replicas["in_flight"] == 0)
         replicas["alive"][(replicas["leaving"] == 1) & empty] = 0
 
     def _join(self) -> None:
@@ -363,6 +364,7 @@ class Fleet:
         """Switch to these overrides now. What a live vLLM would do only after a restart is done in place.
 
         A smaller cache drops its least recently used blocks; another block size clears the cache and preempts all.
+        Tiers keep what still fits, as long as their chunks hold the same tokens; transfers under way are done at once.
         Another eviction policy takes over what is cached, in the order in which the present one would evict it; so
         does the same policy in a pool of another size, which knows nothing of the past either.
         """
@@ -371,12 +373,18 @@ class Fleet:
         disruptive = new.engine.async_scheduling != old.engine.async_scheduling or (
             new.engine.block_size != old.engine.block_size or new.engine.num_gpu_blocks != old.engine.num_gpu_blocks
         )
+        new_tiers = (disruptive and old.engine.host_tier is not None) or (
+            new.engine.host_tier != old.engine.host_tier
+            or new.engine.disk_tier != old.engine.disk_tier
+            or (new.engine.host_tier is not None and new.engine.chunk_bytes != old.engine.chunk_bytes)
+        )
         pool = ("eviction", "num_gpu_blocks", "block_size")
         reorder = any(getattr(new.engine, name) != getattr(old.engine, name) for name in pool)
         for number in replicas:
-            if disruptive:
+            if disruptive or new_tiers:
                 self._room_for_outcomes()
                 replica_kernels.settle(self.state, number)
+                replica_kernels.settle_tiers(self.state, number)
             else:
                 flow_kernels.dissolve_flow(self.state, number)
             if reorder and old.engine.eviction != "lru":
@@ -398,8 +406,12 @@ class Fleet:
         if new.engine.block_size != old.engine.block_size:
             self.state = build.with_block_size(self.state, new.engine.block_size)
             self.state.requests["known"] = self.state.requests["covered"] // new.engine.block_size
-            for live in self.live():  # smaller blocks need longer block tables
+        if new_tiers:
+            self.state = build.with_tiers(self.state, old.engine, new.engine)
+        if new_tiers or new.engine.block_size != old.engine.block_size:
+            for live in self.live():  # smaller blocks need longer block tables, tiers room for marks
                 self.set_output(live, int(self.state.requests["output"][live.replica, live.slot]))
+                request_kernels.clear_marks(self.state, live.replica, live.slot)
         if reorder:
             self.state = build.with_eviction(self.state, new.engine, self.now_seconds)
         self.state.fleet["router"] = build.ROUTERS[new.router]

@@ -68,6 +68,14 @@ class Counters:
     steps: int
     query_tokens: int
     hit_tokens: int
+    external_query_tokens: int
+    host_hit_tokens: int
+    disk_hit_tokens: int
+    loaded_bytes: int
+    stored_bytes: int
+    read_bytes: int
+    written_bytes: int
+    dropped_stores: int
     prompt_tokens: int
     computed_tokens: int
     output_tokens: int
@@ -92,6 +100,14 @@ class Counters:
                 "steps",
                 "query_tokens",
                 "hit_tokens",
+                "external_query_tokens",
+                "host_hit_tokens",
+                "disk_hit_tokens",
+                "loaded_bytes",
+                "stored_bytes",
+                "read_bytes",
+                "written_bytes",
+                "dropped_stores",
                 "prompt_tokens",
                 "computed_tokens",
                 "output_tokens",
@@ -129,6 +145,14 @@ class Kpis:
     queue: Distribution
     prefix_cache_hit_ratio: float
     prefix_cache_hit_tokens: int
+    external_cache_hit_ratio: float  # of the tokens that the GPU's cache did not have: vllm:external_prefix_cache_*
+    host_hit_tokens: int
+    disk_hit_tokens: int
+    offload_loaded_bytes: int
+    offload_stored_bytes: int
+    disk_read_bytes: int
+    disk_written_bytes: int
+    offload_dropped_stores: int
     prompt_tokens: int
     output_tokens: int
     prompt_tokens_per_second: float
@@ -182,6 +206,7 @@ def kpis(
     several = done["output"] > 1
     tpot = np.where(several, (done["finish"] - done["first_token"]) / np.maximum(done["output"] - 1, 1), np.nan)
     queries = delta("query_tokens")
+    external = delta("host_hit_tokens") + delta("disk_hit_tokens")
     block_seconds = after.usable_blocks * duration
     good = good_requests(done, slo) if slo is not None else None
     return Kpis(
@@ -196,6 +221,14 @@ def kpis(
         queue=Distribution.of(done["scheduled"] - done["arrival"]),
         prefix_cache_hit_ratio=delta("hit_tokens") / queries if queries else 0.0,
         prefix_cache_hit_tokens=delta("hit_tokens"),
+        external_cache_hit_ratio=external / asked if (asked := delta("external_query_tokens")) else 0.0,
+        host_hit_tokens=delta("host_hit_tokens"),
+        disk_hit_tokens=delta("disk_hit_tokens"),
+        offload_loaded_bytes=delta("loaded_bytes"),
+        offload_stored_bytes=delta("stored_bytes"),
+        disk_read_bytes=delta("read_bytes"),
+        disk_written_bytes=delta("written_bytes"),
+        offload_dropped_stores=delta("dropped_stores"),
         prompt_tokens=delta("prompt_tokens"),
         output_tokens=delta("output_tokens"),
         prompt_tokens_per_second=delta("prompt_tokens") / duration,

@@ -1,27 +1,38 @@
 """Policies: sparse overrides of a fleet's live settings.
 
 A policy names only what it changes, e.g. {"num_gpu_blocks": "0.5x", "max_num_seqs": 8}. Names are those of
-`EngineSettings` and `FleetSettings` (`replicas`, `router`, ...) and `step_time.<coefficient>`. A number with the
-suffix `x` multiplies the live value. A policy is deployable if `vllm_flags` deploy all of it, else hypothetical
+`EngineSettings` and `FleetSettings` (`replicas`, `router`, ...), `step_time.<coefficient>`, and
+`host_tier.<field>` and `disk_tier.<field>`, where a capacity of 0 takes the tier away. A number with the suffix `x`
+multiplies the live value. A policy is deployable if `vllm_flags` deploy all of it, else hypothetical
 (`hypothetical_reasons`).
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from kavier_twin.simulation.settings import COEFFICIENTS, EngineSettings, FleetSettings, StepTime
+from kavier_twin.simulation.settings import (
+    COEFFICIENTS,
+    DiskTier,
+    EngineSettings,
+    FleetSettings,
+    HostTier,
+    StepTime,
+)
 
 Override = bool | int | float | str
 
-_ENGINE = frozenset(EngineSettings.model_fields)
+_TIERS: dict[str, type[BaseModel]] = {"host_tier": HostTier, "disk_tier": DiskTier}
+_ENGINE = frozenset(EngineSettings.model_fields) - _TIERS.keys()
 _FLEET = frozenset(FleetSettings.model_fields) - {"engine", "step_time", "footprint"}
 _STEP_TIME = frozenset(f"step_time.{name}" for name in COEFFICIENTS)
-POLICY_NAMES = tuple(sorted(_ENGINE | _FLEET | _STEP_TIME))
+_TIER_FIELDS = frozenset(f"{tier}.{name}" for tier, kind in _TIERS.items() for name in kind.model_fields)
+POLICY_NAMES = tuple(sorted(_ENGINE | _FLEET | _STEP_TIME | _TIER_FIELDS))
 
 # vLLM 0.32 flags that deploy an engine setting (facts: `vllm serve --help`; booleans have a --no- form).
 _FLAGS = {
@@ -78,6 +89,11 @@ def apply_overrides(settings: FleetSettings, overrides: Mapping[str, Override]) 
             engine[name] = _resolve(name, engine[name], value)
         elif name in _FLEET:
             fleet[name] = _resolve(name, fleet[name], value)
+        elif name in _TIER_FIELDS:
+            tier, key = name.split(".")
+            fields = engine[tier] = engine[tier] or {}
+            live = fields.get(key, _TIERS[tier].model_fields[key].get_default())
+            fields[key] = _resolve(name, live, value)
         elif name in _STEP_TIME:
             key = name.removeprefix("step_time.")
             step_time[key] = _resolve(name, step_time[key], value)
@@ -88,8 +104,13 @@ def apply_overrides(settings: FleetSettings, overrides: Mapping[str, Override]) 
         factor = 2.0 if halved[1] == "fp8" else 0.5
         if "num_gpu_blocks" not in overrides:
             engine["num_gpu_blocks"] = max(2, int((engine["num_gpu_blocks"] - 1) * factor) + 1)
+        if "kv_bytes_per_token" not in overrides:
+            engine["kv_bytes_per_token"] = max(1, int(engine["kv_bytes_per_token"] / factor))
         if "step_time.per_context_token" not in overrides:
             step_time["per_context_token"] /= factor
+    for tier in _TIERS:
+        if engine[tier] and engine[tier].get("capacity_gib") == 0:
+            engine[tier] = None
     try:
         return FleetSettings(
             engine=EngineSettings(**engine), step_time=StepTime(**step_time), footprint=settings.footprint, **fleet
@@ -143,6 +164,32 @@ def vllm_flags(base: FleetSettings, changed: FleetSettings) -> list[str]:
             flags.append(flag if value else flag.replace("--", "--no-", 1))
         else:
             flags.append(f"{flag} {value}")
+    return flags + _tier_flags(base.engine, changed.engine)
+
+
+def _tier_flags(base: EngineSettings, changed: EngineSettings) -> list[str]:
+    """The flags of vLLM's native offloading (`vllm/config/cache.py`, `vllm/v1/kv_offload/`)."""
+    host, disk = changed.host_tier, changed.disk_tier
+    if (host, disk) == (base.host_tier, base.disk_tier):
+        return []
+    if host is None:
+        return ["(leave out --kv-offloading-size)"]
+    extra: dict[str, Any] = {
+        name: getattr(host, name)
+        for name in (
+            "blocks_per_chunk",
+            "eviction_policy",
+            "store_threshold",
+            "max_tracker_size",
+            "offload_prompt_only",
+        )
+        if getattr(host, name) != HostTier.model_fields[name].default
+    }
+    if disk is not None:
+        extra |= {"spec_name": "TieringOffloadingSpec", "secondary_tiers": [{"type": "fs", "root_dir": "/PATH"}]}
+    flags = [f"--kv-offloading-size {host.capacity_gib:g}", "--kv-offloading-backend native"]
+    if extra:
+        flags.append(f"--kv-transfer-config '{json.dumps({'kv_connector_extra_config': extra})}'")
     return flags
 
 

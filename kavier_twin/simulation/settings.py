@@ -93,6 +93,37 @@ class StepTime(_Settings):
         return StepTime(**named, linear_layers=self.linear_layers)
 
 
+class HostTier(_Settings):
+    """Host memory behind the GPU's KV cache: vLLM's native OffloadingConnector (`v1/kv_offload/cpu/`).
+
+    `capacity_gib` is `--kv-offloading-size`: GiB over all tensor-parallel ranks. A transfer takes `latency_seconds`
+    and its bytes at `bytes_per_second`, each direction on its own. Default: 80 % of the 63 GB/s that PCIe 5.0 x16
+    carries each way (32 GT/s x 16 lanes x 128/130); halve it for PCIe 4.0. 20 us for launching a copy.
+    """
+
+    capacity_gib: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+    blocks_per_chunk: Annotated[int, Field(ge=1, le=65_536)] = 1
+    eviction_policy: Literal["lru", "arc"] = "lru"
+    store_threshold: Annotated[int, Field(ge=0)] = 0
+    max_tracker_size: Annotated[int, Field(ge=1, le=2**24)] = 64_000
+    offload_prompt_only: bool = True
+    bytes_per_second: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 50e9
+    latency_seconds: Coefficient = 20e-6
+
+
+class DiskTier(_Settings):
+    """A disk behind the host tier: vLLM's TieringOffloadingSpec with an `fs` tier (`v1/kv_offload/tiering/`).
+
+    vLLM itself never removes a file; here the least recently used go when `capacity_gib` is full. Defaults: sequential
+    rates of a PCIe 4.0 data centre drive (Samsung PM9A3 U.2, announced: 6.5 GB/s read, 3.5 GB/s write) and 100 us.
+    """
+
+    capacity_gib: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+    read_bytes_per_second: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 6.5e9
+    write_bytes_per_second: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 3.5e9
+    latency_seconds: Coefficient = 100e-6
+
+
 class EngineSettings(_Settings):
     """One vLLM engine. Defaults are vLLM 0.32's for an H100 where they do not follow from model and memory.
 
@@ -116,6 +147,31 @@ class EngineSettings(_Settings):
     eviction_ttl_seconds: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 300.0
     eviction_pinned_tokens: Annotated[int, Field(ge=0)] = 1024
     eviction_pinned_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.25
+    kv_bytes_per_token: Positive = 131_072  # over all ranks; Llama-3.1-8B: 2 x 32 layers x 8 heads x 128 x 2 bytes
+    host_tier: HostTier | None = None
+    disk_tier: DiskTier | None = None
+
+    @model_validator(mode="after")
+    def _tiers_must_fit(self) -> EngineSettings:
+        host, disk = self.host_tier, self.disk_tier
+        if disk is not None and host is None:
+            raise ValueError("disk_tier needs a host_tier: what is read from disk goes through host memory")
+        if disk is not None and host is not None and host.store_threshold >= 2:
+            raise ValueError("host_tier.store_threshold: vLLM has none where there is a disk_tier")
+        for name, tier in (("host_tier", host), ("disk_tier", disk)):
+            if tier is not None and not 1 <= self.chunks_in(tier.capacity_gib) <= 2**28:
+                raise ValueError(f"{name}.capacity_gib must hold 1 to {2**28} chunks of {self.chunk_bytes} bytes")
+        return self
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes a chunk takes in host memory, in whole pages (vLLM `v1/kv_offload/cpu/spec.py`)."""
+        blocks = self.host_tier.blocks_per_chunk if self.host_tier is not None else 1
+        return -(-self.kv_bytes_per_token * self.block_size * blocks // 4096) * 4096
+
+    def chunks_in(self, gib: float) -> int:
+        """Chunks that so much memory holds."""
+        return int(gib * 2**30) // self.chunk_bytes
 
 
 class FleetSettings(_Settings):

@@ -17,6 +17,7 @@ FREE: Final = 0
 WAITING: Final = 1
 RUNNING: Final = 2
 PREEMPTED: Final = 3
+LOADING: Final = 4  # its blocks are allocated and a load from a tier fills them: vLLM's WAITING_FOR_REMOTE_KVS
 
 # --- how a request ended (Outcome.status) -------------------------------------------------------------------------
 FINISHED: Final = 0
@@ -34,6 +35,21 @@ LEAST_LOADED: Final = 1
 SESSION_AFFINITY: Final = 2
 PREFIX_AWARE: Final = 3
 
+# --- rings of a tier's chunks: their numbers are those of the ring's first record, which stands for the ring ---------
+RECENT: Final = 0  # all chunks under lru (from least to most recently used); used once under arc: ARC's T1
+FREQUENT: Final = 1  # T2
+GHOST_RECENT: Final = 2  # B1: keys without content
+GHOST_FREQUENT: Final = 3  # B2
+VACANT: Final = 4
+RINGS: Final = 5
+
+# --- what a request did with a chunk of its own (bits) ------------------------------------------------------------
+SEEN: Final = 1  # its access counts when the request ends
+INSERTED: Final = 2  # it brought the chunk into the host tier
+REUSED: Final = 4  # it found the chunk there
+MISSED: Final = 8  # the eviction policy has learned that it was not there
+FROM_DISK: Final = 16  # the disk tier had it
+OFFERED: Final = 32  # part of the store being decided
 # --- eviction policies (kernels/eviction/); those after LRU are grouped by what keeps their evictable blocks ---------
 LRU: Final = 0  # vLLM's, in the free list itself
 FIFO: Final = 1  # a heap
@@ -106,6 +122,17 @@ REQUEST = _record(
     ("covered", np.int32),  # leading tokens whose content the chain identifies
     ("known", np.int32),  # leading blocks whose content the chain identifies
     ("cached", np.int32),  # prefix hits at first admission, tokens
+    ("external", np.int32),  # tokens the tiers provided at first admission
+    ("counted", np.int32),  # its prefix hits are in the replica's counters
+    ("prefilling", np.int32),  # admitted, but not through its prompt (vLLM's _inflight_prefills)
+    ("probed", np.int32),  # the disk tier was asked for its chunks
+    ("stored", np.int32),  # leading chunks that need not be offered to the host tier any more
+    ("stores", np.int32),  # stores of its chunks not known to be complete
+    ("load_first", np.int32),  # chunks [load_first, load_last) that are being loaded
+    ("load_last", np.int32),
+    ("arrived", np.int32),  # the load is known to be complete
+    ("last_store", np.int64),  # number of its latest store
+    ("load_done", np.float64),  # when its load is complete, seconds; infinity = not submitted yet
     ("preemptions", np.int32),
     ("flowing", np.int32),  # decodes with the flow (kernels/flow.py)
     ("flow_computed", np.int32),  # `computed` when it joined
@@ -180,6 +207,7 @@ REPLICA = _record(
     ("left", np.float64),  # when it failed or was asked to leave; infinite while it is to stay
     ("running", np.int32),
     ("waiting", np.int32),
+    ("loading", np.int32),  # requests that wait holding blocks which a tier fills or has filled
     ("free_blocks", np.int32),
     ("free_slots", np.int32),
     ("in_flight", np.int32),  # batches in flight: at most 1, 2 under asynchronous scheduling
@@ -206,6 +234,14 @@ REPLICA = _record(
     ("rejected", np.int64),
     ("query_tokens", np.int64),  # vllm:prefix_cache_queries
     ("hit_tokens", np.int64),  # vllm:prefix_cache_hits
+    ("external_query_tokens", np.int64),  # vllm:external_prefix_cache_queries
+    ("host_hit_tokens", np.int64),  # vllm:external_prefix_cache_hits, the part that the host tier held
+    ("disk_hit_tokens", np.int64),  # the part that had to be read from disk
+    ("loaded_bytes", np.int64),  # host to GPU
+    ("stored_bytes", np.int64),  # GPU to host
+    ("read_bytes", np.int64),  # disk to host
+    ("written_bytes", np.int64),  # host to disk
+    ("dropped_stores", np.int64),  # vLLM's allocation_failure: no room could be made for a store
     ("prompt_tokens", np.int64),  # vllm:prompt_tokens, credited at the first token
     ("computed_tokens", np.int64),  # tokens that went through the model
     ("output_tokens", np.int64),
@@ -253,6 +289,7 @@ ENGINE = _record(
 
 BATCH = _record(
     ("end", np.float64),
+    ("polled", np.float64),  # transfers that were complete by then are known when it ends
     ("count", np.int32),  # requests listed one by one in `entries`
     ("flowing", np.int32),  # requests that get a token with the flow
     ("work", WORK),
@@ -268,7 +305,8 @@ OUTCOME = _record(
     ("status", np.int32),
     ("prompt", np.int32),
     ("output", np.int32),
-    ("cached", np.int32),
+    ("cached", np.int32),  # tokens hit in the GPU's cache
+    ("external", np.int32),  # tokens that came from the host or disk tier
     ("preemptions", np.int32),
     ("arrival", np.float64),
     ("scheduled", np.float64),
@@ -286,6 +324,68 @@ FLEET = _record(
     ("max_imbalance", np.int64),  # prefix-aware: requests above the least loaded that a match may cost
     ("turn", np.int64),  # round robin
     ("next_rank", np.int64),  # Belady: of the requests that become known next
+)
+
+# One chunk of a tier: the blocks of `blocks_per_chunk`. Also a key that a ghost ring or the offer tracker remembers.
+CHUNK = _record(
+    ("key", np.uint64),  # key of its last block, which identifies all before it
+    ("ring", np.int32),
+    ("prev", np.int32),  # neighbours in the ring
+    ("next", np.int32),
+    ("chain", np.int32),  # next chunk in its hash bucket, 0 = end
+    ("bucket", np.int32),  # first chunk of the hash bucket with this record's number, 0 = none
+    ("refs", np.int32),  # transfers reading it, -1 = being written; the ring's length in a ring's own record
+    ("loads", np.int32),  # of these, loads to the GPU
+    ("offer", np.int32),  # low bits of the number of the last offer it was part of: safe from eviction meanwhile
+    ("link", np.int32),  # next chunk of the same transfer, 0 = last
+    ("count", np.int32),  # the fields from here on describe the transfer and stand in its first chunk: chunks in it
+    ("after", np.int32),  # first chunk of the next transfer in the same queue, 0 = end
+    ("slot", np.int32),  # the request it is for
+    ("uid", np.int64),
+    ("number", np.int64),  # a store's
+    ("done", np.float64),  # when it is complete, seconds
+)
+
+TIER = _record(
+    ("chunks", np.int64),  # capacity of the host tier, 0 = there is none
+    ("disk_chunks", np.int64),
+    ("disk_at", np.int64),  # where the tables of the disk tier and of the offered keys begin
+    ("offers_at", np.int64),
+    ("blocks_per_chunk", np.int64),
+    ("store_threshold", np.int64),
+    ("tracked", np.int64),  # keys whose offers are counted at most
+    ("arc", np.int32),
+    ("prompt_only", np.int32),
+    ("block_bytes", np.int64),
+    ("host_latency", np.float64),  # seconds
+    ("host_rate", np.float64),  # bytes per second, each direction
+    ("disk_latency", np.float64),
+    ("read_rate", np.float64),
+    ("write_rate", np.float64),
+    ("target", np.float64),  # arc: wanted length of RECENT
+    ("idle", np.int64),  # chunks no transfer uses
+    ("offers", np.int64),
+    ("next_store", np.int64),
+    ("oldest_store", np.int64),  # all with lower numbers are known to be complete
+    ("admitted_from", np.int64),  # requests with this run_order or a higher one are admitted with the batch at hand
+    ("awaited_store", np.int64),  # the batch being scheduled writes to blocks that this one still reads
+    ("store_free", np.float64),  # when each direction of each link has done what is in its queue
+    ("load_free", np.float64),
+    ("read_free", np.float64),
+    ("write_free", np.float64),
+    ("wake", np.float64),  # a parked replica looks again then
+    ("decided_first", np.int32),  # queues (first chunks of the first and last transfer): stores to submit
+    ("decided_last", np.int32),
+    ("stores_first", np.int32),  # stores under way
+    ("stores_last", np.int32),
+    ("reads_first", np.int32),  # promotions from disk
+    ("reads_last", np.int32),
+    ("writes_first", np.int32),  # copies to disk
+    ("writes_last", np.int32),
+    ("begun", np.int32),  # the batch being scheduled begins loads
+    ("asked", np.int32),  # the disk tier was asked in the batch being scheduled
+    ("ended", np.int32),  # requests that ended since the last batch was scheduled
+    ("resting", np.int32),  # nothing is in flight: the engine does nothing but look for completed transfers
 )
 
 Records = npt.NDArray[np.void]
@@ -314,6 +414,12 @@ class FleetState(NamedTuple):
     itl_counts: npt.NDArray[np.int64]  # [R, ITL_BINS] histogram of inter-token latencies
     nodes: Records  # [R, N + QUEUES or more] NODE, [R, 1] with LRU
     future: Records  # [F] FUTURE, of the whole fleet, [1] unless Belady's policy knows one
+    tiers: Records  # [R] TIER; the arrays below have one cell a replica where no tier is configured
+    chunks: Records  # [R, all] CHUNK: the tables of host tier, disk tier and offered keys (`refs` counts their offers)
+    fences: npt.NDArray[np.int64]  # [R, N] the latest store that reads a block (`stores.NO_FENCE`)
+    tier_slots: (
+        Ints  # [R, 2, S] slots in state LOADING, as they are served; of those ended that the tiers do not know of
+    )
     outcomes: Records  # [O] requests that ended and were not collected yet
 
 

@@ -186,7 +186,7 @@ class Mirror:
         replicas, engines = self.fleet.state.replicas, self.fleet.state.engines
         usable = int((engines["num_blocks"] - 1).sum())
         used = usable - int(replicas["free_blocks"].sum())
-        return int(replicas["running"].sum()), int(replicas["waiting"].sum()), used / usable
+        return int(replicas["running"].sum()), int((replicas["waiting"] + replicas["loading"]).sum()), used / usable
 
     def snapshot(self) -> Snapshot | None:
         """A fork for the forecaster; None before the first record."""

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from kavier_twin.simulation import state as layout
+from kavier_twin.simulation.build import chunk_tables
 from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.kernels.blocks import find, private_key
 from kavier_twin.simulation.state import FleetState, Records
@@ -29,6 +30,14 @@ GROWING = (  # fields of a replica that never become less, whatever happens to i
     "rejected",
     "query_tokens",
     "hit_tokens",
+    "external_query_tokens",
+    "host_hit_tokens",
+    "disk_hit_tokens",
+    "loaded_bytes",
+    "stored_bytes",
+    "read_bytes",
+    "written_bytes",
+    "dropped_stores",
     "prompt_tokens",
     "computed_tokens",
     "preemptions",
@@ -59,6 +68,7 @@ def check_state(state: FleetState) -> None:
         check_tokens(state, number)
         check_batches(state, number)
         check_flow(state, number)
+        check_tiers(state, number)
     live = int((state.requests["state"] != layout.FREE).sum())
     assert int(state.fleet["live"][0]) == live, f"fleet counts {state.fleet['live'][0]} live requests of {live}"
 
@@ -235,10 +245,14 @@ def check_lists(state: FleetState, number: int) -> None:
     running = state.running[number, : int(replica["running"])].tolist()
     waiting = state.waiting[number, : int(replica["waiting"])].tolist()
     free = state.slots[number, : int(replica["free_slots"])].tolist()
-    assert sorted([*running, *waiting, *free]) == list(range(requests.size)), "a slot is in two lists or in none"
+    loading = state.tier_slots[number, 0, : int(replica["loading"])].tolist()
+    ended = state.tier_slots[number, 1, : int(state.tiers[number]["ended"])].tolist()
+    every = sorted([*running, *waiting, *free, *loading, *ended])
+    assert every == list(range(requests.size)), "a slot is in two lists or in none"
     states = requests["state"]
     assert all(states[slot] == layout.RUNNING for slot in running), "the running list holds one that does not run"
-    assert all(states[slot] == layout.FREE for slot in free), "a free slot holds a live request"
+    assert all(states[slot] == layout.FREE for slot in free + ended), "a free slot holds a live request"
+    assert all(states[slot] == layout.LOADING for slot in loading), "one that does not load is among those that do"
     for slot in waiting:
         request = requests[slot]
         waits = layout.PREEMPTED if request["preemptions"] > 0 else layout.WAITING
@@ -250,7 +264,7 @@ def check_lists(state: FleetState, number: int) -> None:
     assert (np.diff(order) > 0).all(), f"the running list is not in running order: {order}"
     if not replica["alive"]:
         assert not running, "a replica that is gone runs requests"
-        assert not waiting, "a replica that is gone has requests waiting"
+        assert not waiting + loading, "a replica that is gone has requests waiting"
         assert not replica["accepting"], "a replica that is gone accepts requests"
 
 
@@ -277,10 +291,16 @@ def check_arena(state: FleetState, number: int) -> None:
     for slot, request in live_rows(state, number):
         cells = 1 << int(request["cell_class"])
         pieces.append((int(request["cells"]), cells, f"slot {slot}"))
-        used = int(request["chain_length"]) + int(request["blocks"])
+        marks = marked_chunks(state, number, request)
+        used = int(request["chain_length"]) + int(request["blocks"]) + marks
         assert used <= cells, f"slot {slot} uses {used} cells of {cells}"
-        to_come = int(request["chain_length"]) + blocks_for(int(request["prompt"]) + int(request["output"]), size)
+        to_come = (
+            int(request["chain_length"]) + blocks_for(int(request["prompt"]) + int(request["output"]), size) + marks
+        )
         assert to_come <= cells, f"slot {slot} will use {to_come} cells of {cells}"
+    for slot in state.tier_slots[number, 1, : int(state.tiers[number]["ended"])].tolist():
+        request = state.requests[number, slot]
+        pieces.append((int(request["cells"]), 1 << int(request["cell_class"]), f"ended, slot {slot}"))
     for size_class, first in enumerate(state.arena_free[number].tolist()):
         at = first
         while at >= 0:
@@ -407,6 +427,118 @@ def check_flow(state: FleetState, number: int) -> None:
         assert expected <= int(state.batches[number, place]["flowing"])
 
 
+def marked_chunks(state: FleetState, number: int, request: Any) -> int:
+    """Chunks of a request on which it may leave marks: all its full ones, if there is a host tier."""
+    tier, size = state.tiers[number], int(state.engines[number]["block_size"])
+    if not tier["chunks"]:
+        return 0
+    return (int(request["prompt"]) + int(request["output"])) // (int(tier["blocks_per_chunk"]) * size)
+
+
+def check_table(cache: Records) -> dict[int, int]:
+    """The rings of a tier's table and its hash table hold every record once. Returns chunk by key."""
+    seen: list[int] = []
+    for ring in range(layout.RINGS):
+        before, at, members = ring, int(cache[ring]["next"]), []
+        while at != ring:
+            assert int(cache[at]["prev"]) == before
+            assert int(cache[at]["ring"]) == ring, f"chunk {at} says it is in ring {cache[at]['ring']}, not {ring}"
+            members.append(at)
+            before, at = at, int(cache[at]["next"])
+            assert len(members) < cache.size, f"ring {ring} does not close"
+        assert int(cache[ring]["prev"]) == before
+        assert int(cache[ring]["refs"]) == len(members), f"ring {ring}: {len(members)} chunks, counted otherwise"
+        seen += members
+    assert sorted(seen) == list(range(layout.RINGS, cache.size)), "a chunk is in two rings or in none"
+    found: dict[int, int] = {}
+    for first in cache["bucket"].tolist():
+        at = first
+        while at != 0:
+            key = int(cache[at]["key"])
+            assert key not in found, f"key {key} is there twice"
+            found[key] = at
+            at = int(cache[at]["chain"])
+    assert sorted(found.values()) == np.flatnonzero(cache["key"] != 0).tolist(), "a chunk cannot be found"
+    assert (cache["key"][cache["ring"] == layout.VACANT] == 0).all(), "a vacant record holds a key"
+    return found
+
+
+def transfers(cache: Records, first: int) -> list[list[int]]:
+    """The chunks of the transfers of a queue."""
+    jobs = []
+    while first != 0:
+        chunks, at = [], first
+        while at != 0:
+            chunks.append(at)
+            assert len(chunks) < cache.size, "the list of a transfer's chunks does not end"
+            at = int(cache[at]["link"])
+        assert len(chunks) == int(cache[first]["count"]), (
+            f"{len(chunks)} chunks in a transfer of {cache[first]['count']}"
+        )
+        jobs.append(chunks)
+        first = int(cache[first]["after"])
+    return jobs
+
+
+def check_tiers(state: FleetState, number: int) -> None:
+    """Chunks and their pins are those of the transfers under way; a tier holds no more than it can."""
+    tier, replica = state.tiers[number], state.replicas[number]
+    if not tier["chunks"]:
+        assert int(replica["loading"]) == 0
+        return
+    host, disk, offers = chunk_tables(state, number)
+    found = check_table(host)
+    rings = host["refs"][: layout.RINGS]
+    chunks = int(tier["chunks"])
+    assert rings[layout.RECENT] + rings[layout.FREQUENT] <= chunks, "more chunks than the host tier holds"
+    assert max(rings[layout.GHOST_RECENT], rings[layout.GHOST_FREQUENT]) <= chunks
+    assert tier["arc"] or rings[layout.FREQUENT : layout.VACANT].sum() == 0
+    if tier["disk_chunks"]:
+        check_table(disk)
+        assert int(disk["refs"][layout.RECENT]) <= int(tier["disk_chunks"])
+    if tier["store_threshold"] >= 2:
+        check_table(offers)
+    resident = np.flatnonzero(host["ring"] <= layout.FREQUENT)
+    resident = resident[resident >= layout.RINGS]
+    assert int(tier["idle"]) == int((host["refs"][resident] == 0).sum()), "idle chunks miscounted"
+
+    decided, stores = transfers(host, int(tier["decided_first"])), transfers(host, int(tier["stores_first"]))
+    reads, writes = transfers(host, int(tier["reads_first"])), transfers(host, int(tier["writes_first"]))
+    for jobs in (stores, reads, writes):
+        ends = [float(host[job[0]]["done"]) for job in jobs]
+        assert ends == sorted(ends), f"transfers of one link end out of order: {ends}"
+    numbers = [int(host[job[0]]["number"]) for job in stores + decided]
+    assert numbers == list(range(int(tier["oldest_store"]), int(tier["next_store"]))), f"stores open: {numbers}"
+    written = [chunk for job in decided + stores + reads for chunk in job]
+    assert sorted(written) == resident[host["refs"][resident] < 0].tolist(), "written by no transfer, or the reverse"
+    pins: Counter[int] = Counter(chunk for job in writes for chunk in job)
+    open_stores = Counter(int(host[job[0]]["uid"]) for job in stores + decided)
+    size = int(state.engines[number]["block_size"])
+    loads: Counter[int] = Counter()
+    for slot, request in live_rows(state, number):
+        assert int(request["stores"]) == open_stores[int(request["uid"])], f"slot {slot}: stores miscounted"
+        if request["state"] != layout.LOADING:
+            continue
+        held, computed = int(request["blocks"]), int(request["computed"])
+        assert held == blocks_for(computed, size), f"slot {slot} loads {computed} tokens into {held} blocks"
+        assert np.isfinite(request["load_done"]), f"slot {slot}: a load was begun, but not submitted"
+        if not request["arrived"]:
+            for chunk in range(int(request["load_first"]), int(request["load_last"])):
+                block = (chunk + 1) * int(tier["blocks_per_chunk"]) - 1
+                loads[found[content_key(state, number, request, block, size)]] += 1
+    for chunk in resident.tolist():
+        refs = int(host[chunk]["refs"])
+        assert int(host[chunk]["loads"]) == loads[chunk]
+        assert refs == (pins[chunk] + loads[chunk] if refs >= 0 else -1), f"chunk {chunk}: {refs} transfers read it"
+
+
+def content_key(state: FleetState, number: int, request: Any, at: int, block_size: int) -> int:
+    """The key of a request's block, also where only the request itself can know it."""
+    if (at + 1) * block_size - 1 < int(request["covered"]):
+        return expected_key(state, number, request, at, block_size)
+    return int(private_key(int(request["uid"]), at))
+
+
 def check_limits(state: FleetState, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
     """No more requests run, and no more tokens are in a batch, than the largest limits the fleet ever had."""
     for number in range(state.replicas.size):
@@ -498,6 +630,9 @@ class Books:
             assert times[3] == times[0] or failed, f"{who} was refused at {times[3]}"  # at its second arrival
             assert outcome["output"] == outcome["cached"] == 0
         assert 0 <= outcome["cached"] < outcome["prompt"], f"{who}: {outcome['cached']} of {outcome['prompt']} cached"
+        assert 0 <= outcome["external"] <= outcome["prompt"] - outcome["cached"], (
+            f"{who}: {outcome['external']} external"
+        )
 
     def _check_past(self, live: dict[int, Any], fresh: Records, failed: bool) -> None:
         """What was known at the last stop still holds; what is new happened after it."""
@@ -541,8 +676,9 @@ def check_totals(fleet: Fleet, outcomes: Records) -> None:
         assert int(replica["output_tokens"]) == generated, f"{replica['output_tokens']} counted, {generated} generated"
         begun = [rows[np.isfinite(rows["first_token"])] for rows in (ended, live)]
         assert int(replica["prompt_tokens"]) == sum(total("prompt", rows) for rows in begun)
-        admitted = [rows[np.isfinite(rows["scheduled"])] for rows in (ended, live)]
-        assert int(replica["hit_tokens"]) == sum(total("cached", rows) for rows in admitted)
+        assert int(replica["hit_tokens"]) == total("cached", ended) + total("cached", live)
+        external = int(replica["host_hit_tokens"] + replica["disk_hit_tokens"])
+        assert external == total("external", ended) + total("external", live)
         assert int(replica["preemptions"]) == total("preemptions", ended) + total("preemptions", live)
 
 
@@ -552,7 +688,8 @@ def check_work(fleet: Fleet, outcomes: Records) -> None:
     for number in range(state.replicas.size):
         replica = state.replicas[number]
         done = outcomes[(outcomes["replica"] == number) & (outcomes["status"] == layout.FINISHED)]
-        least = int((done["prompt"] - done["cached"] + done["output"] - 1).sum())
+        own = np.maximum(done["prompt"] - done["cached"] - done["external"], 1)  # the last token is never spared
+        least = int((own + done["output"] - 1).sum())
         ended = outcomes[outcomes["replica"] == number]
         live = state.requests[number]["state"] != layout.FREE
         if not live.any() and done.size + int((ended["status"] == layout.REJECTED_LENGTH).sum()) == ended.size:

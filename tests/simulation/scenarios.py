@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from kavier_twin.simulation import state as layout
 from kavier_twin.simulation.fleet import Fleet, Live
 from kavier_twin.simulation.policies import Override
-from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
+from kavier_twin.simulation.settings import DiskTier, EngineSettings, FleetSettings, HostTier, StepTime
 from kavier_twin.simulation.workload import Workload, make_workload
 from real_parts import in_ci
 
@@ -159,7 +159,41 @@ def engines(draw: st.DrawFn, block_size: int, rows: tuple[Row, ...]) -> EngineSe
         eviction_ttl_seconds=draw(st.sampled_from([0.3137, 0.0519, 3.0743])),
         eviction_pinned_tokens=draw(st.sampled_from([64, 0, 10_000])),
         eviction_pinned_share=draw(st.sampled_from([0.25, 1.0, 0.05])),
+        **draw(tiers()),
     )
+
+
+PAGE_GIB = 4096 / 2**30  # with KV_BYTES_PER_TOKEN, a chunk takes few pages whatever the block size
+KV_BYTES_PER_TOKEN = 256
+
+
+@st.composite
+def tiers(draw: st.DrawFn) -> dict[str, Any]:
+    """Tiers of a few chunks behind links from far slower to far faster than a step; often none."""
+    if draw(st.sampled_from([True, False, False])):
+        return {"kv_bytes_per_token": KV_BYTES_PER_TOKEN}
+    disk = draw(st.sampled_from([False, False, True]))
+    host = HostTier(
+        capacity_gib=PAGE_GIB * draw(st.sampled_from([40, 12, 4, 150])),
+        blocks_per_chunk=draw(st.sampled_from([1, 1, 2, 3])),
+        eviction_policy=draw(st.sampled_from(["lru", "arc"])),
+        store_threshold=draw(st.sampled_from([0, 0, 2, 3])) if not disk else 0,
+        max_tracker_size=draw(st.sampled_from([100, 7])),
+        offload_prompt_only=draw(st.sampled_from([True, True, False])),
+        bytes_per_second=draw(st.sampled_from([1.1e6, 1.3e5, 1e12])),
+        latency_seconds=draw(st.sampled_from([0.0007, 0.0, 0.031])),
+    )
+    behind = DiskTier(
+        capacity_gib=PAGE_GIB * draw(st.sampled_from([100, 9])),
+        read_bytes_per_second=draw(st.sampled_from([1.7e6, 2.1e5])),
+        write_bytes_per_second=draw(st.sampled_from([0.9e6, 1.9e5])),
+        latency_seconds=draw(st.sampled_from([0.0013, 0.0])),
+    )
+    return {
+        "kv_bytes_per_token": KV_BYTES_PER_TOKEN,
+        "host_tier": host,
+        "disk_tier": behind if disk else None,
+    }
 
 
 def evictions() -> st.SearchStrategy[str]:
@@ -248,6 +282,12 @@ def policies() -> st.SearchStrategy[dict[str, Override]]:
         st.just({"step_time.fixed": "2x", "step_time.per_context_token": "0.5x"}),
         st.just({"scheduler_reserve_full_isl": False, "long_prefill_token_threshold": 5}),
         st.just({"max_model_len": 80}),
+        st.builds(
+            lambda pages, policy: {"host_tier.capacity_gib": PAGE_GIB * pages, "host_tier.eviction_policy": policy},
+            st.sampled_from([500, 8, 60]),
+            st.sampled_from(["lru", "arc"]),
+        ),
+        st.just({"host_tier.capacity_gib": 0, "disk_tier.capacity_gib": 0}),
     )
 
 

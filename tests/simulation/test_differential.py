@@ -14,6 +14,7 @@ from simulation.scenarios import Player, Scenario, examples, outcomes_by_index, 
 EXACT = (
     "running",
     "waiting",
+    "loading",
     "free_blocks",
     "accepting",
     "alive",
@@ -25,6 +26,14 @@ EXACT = (
     "rejected",
     "query_tokens",
     "hit_tokens",
+    "external_query_tokens",
+    "host_hit_tokens",
+    "disk_hit_tokens",
+    "loaded_bytes",
+    "stored_bytes",
+    "read_bytes",
+    "written_bytes",
+    "dropped_stores",
     "prompt_tokens",
     "computed_tokens",
     "output_tokens",
@@ -34,7 +43,7 @@ EXACT = (
 )
 INTEGRALS = ("busy_seconds", "running_seconds", "waiting_seconds", "used_block_seconds")
 TIMES = ("scheduled", "first_token", "finish")
-DECISIONS = ("index", "session", "replica", "status", "prompt", "output", "cached", "preemptions")
+DECISIONS = ("index", "session", "replica", "status", "prompt", "output", "cached", "external", "preemptions")
 
 
 def assert_same_outcomes(fast: Fleet, reference: Fleet) -> None:
@@ -57,14 +66,23 @@ def assert_same_state(fast: Fleet, reference: Fleet) -> None:
     for name in ("key", "refs", "chain"):
         np.testing.assert_array_equal(ours.blocks[name], theirs.blocks[name], err_msg=name)
     np.testing.assert_array_equal(ours.buckets, theirs.buckets)
+    for name in ("key", "ring", "prev", "next", "refs", "loads"):
+        np.testing.assert_array_equal(ours.chunks[name], theirs.chunks[name], err_msg=f"chunks: {name}")
+    np.testing.assert_allclose(ours.tiers["target"], theirs.tiers["target"], err_msg="ARC's target")
     for number in range(ours.replicas.size):
         assert free_list(ours, number) == free_list(theirs, number)
         assert_same_eviction(ours, theirs, number)
-        for lists, length in (("running", "running"), ("waiting", "waiting"), ("slots", "free_slots")):
+        for lists, length in (
+            ("running", "running"),
+            ("waiting", "waiting"),
+            ("slots", "free_slots"),
+        ):
             count = int(ours.replicas[number][length])
             np.testing.assert_array_equal(
                 getattr(ours, lists)[number, :count], getattr(theirs, lists)[number, :count], err_msg=lists
             )
+        loading = int(ours.replicas[number]["loading"])
+        np.testing.assert_array_equal(ours.tier_slots[number, 0, :loading], theirs.tier_slots[number, 0, :loading])
         live = theirs.requests[number]["state"] != layout.FREE
         for name in (
             "index",
@@ -74,6 +92,10 @@ def assert_same_state(fast: Fleet, reference: Fleet) -> None:
             "blocks",
             "registered",
             "cached",
+            "external",
+            "stored",
+            "stores",
+            "arrived",
             "preemptions",
             "sequence",
         ):

@@ -37,7 +37,7 @@ def _earliest_end(state, number):
     A batch brings a request at most one token and lasts at least `shortest_step`.
     """
     replica, requests = state.replicas[number], state.requests[number]
-    if replica.running + replica.waiting == 0:
+    if replica.running + replica.waiting + replica.loading == 0:
         return np.inf
     batches = np.int64(1) << 40
     if replica.flowing > 0:
@@ -48,6 +48,8 @@ def _earliest_end(state, number):
         batches = min(batches, _left(requests[state.explicit[number, place]]))
     for place in range(replica.waiting):
         batches = min(batches, _left(requests[state.waiting[number, place]]))
+    for place in range(replica.loading):
+        batches = min(batches, _left(requests[state.tier_slots[number, 0, place]]))
     shortest = shortest_step(state.engines[number]) * _ROUNDING
     if replica.in_flight == 0:
         return replica.now + batches * shortest

@@ -63,6 +63,6 @@ def live_requests(state):
     for number in range(state.replicas.size):
         replica = state.replicas[number]
         running += replica.running
-        waiting += replica.waiting
+        waiting += replica.waiting + replica.loading
         used += state.engines[number].num_blocks - 1 - replica.free_blocks
     return running, waiting, np.int64(used)

@@ -6,13 +6,15 @@ k * first + slope * k (k - 1) / 2. A request needs a block every `block_size` st
 at a time, in step order, because the order decides what is evicted and when memory runs out.
 
 The jump stops before the step that completes a request, before the step that runs out of blocks, before the step that
-could let the head of the queue in, and at the time given. The rest is an ordinary step.
+could let the head of the queue in, at the time given, and where a transfer between memory tiers is complete. The rest
+is an ordinary step.
 """
 
 import numpy as np
 
 from kavier_twin.simulation.kernels.compile import kernel
 from kavier_twin.simulation.kernels.flow import computed_now, next_end
+from kavier_twin.simulation.kernels.loads import may_go_on
 from kavier_twin.simulation.kernels.requests import account, add_blocks, block_key, register
 from kavier_twin.simulation.kernels.scheduler import (
     ADMISSIBLE,
@@ -24,6 +26,7 @@ from kavier_twin.simulation.kernels.scheduler import (
     linear_seconds,
     schedule_flow_in_order,
 )
+from kavier_twin.simulation.kernels.transfers import next_done
 from kavier_twin.simulation.state import ITL_BIN_RATIO, ITL_SMALLEST_SECONDS, TTL
 
 _FAR = 1 << 40
@@ -141,6 +144,22 @@ def jump(state, number, until):
     origin = batch.end if ahead else replica.now
     if ahead and (batch.count > 0 or batch.flowing != flowing or origin > until):
         return False
+    tier = state.tiers[number]
+    guarded = False
+    if tier.chunks > 0:
+        # A batch that has to tell the tiers something, or where somebody may be admitted from them, is a step.
+        open_seats = replica.running < engine.max_num_seqs and flowing < engine.max_num_batched_tokens
+        if (
+            tier.decided_first != 0
+            or tier.ended > 0
+            or (open_seats and (replica.waiting > 0 or may_go_on(state, number)))
+        ):
+            return False
+        until = min(until, next_done(state, number))
+        if origin > until:
+            return False
+        # A block that a store still reads may have to be waited for.
+        guarded = tier.oldest_store < tier.next_store
     linear = linear_seconds(engine, flowing)
     first = (
         engine.fixed
@@ -167,7 +186,7 @@ def jump(state, number, until):
             if in_order:
                 schedule_flow_in_order(state, number, batches + 1 + step)
             continue
-        if phase.count > replica.free_blocks:
+        if phase.count > replica.free_blocks or guarded:
             steps = step
             break
         if step > 0:

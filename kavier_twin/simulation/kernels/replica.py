@@ -2,13 +2,16 @@
 
 import numpy as np
 
-from kavier_twin.simulation.kernels.blocks import insert, remove
+from kavier_twin.simulation.kernels import queue
+from kavier_twin.simulation.kernels.blocks import insert, private_key, remove
+from kavier_twin.simulation.kernels.chunks import disk_of, host_of, rename
 from kavier_twin.simulation.kernels.compile import kernel
 from kavier_twin.simulation.kernels.eviction import ttl
 from kavier_twin.simulation.kernels.eviction.order import order_of
 from kavier_twin.simulation.kernels.eviction.stranded import stranded_blocks
 from kavier_twin.simulation.kernels.flow import dissolve_flow, leave, list_explicit
 from kavier_twin.simulation.kernels.jump import jump
+from kavier_twin.simulation.kernels.loads import break_off, observe
 from kavier_twin.simulation.kernels.requests import (
     GROW_ARENA,
     OK,
@@ -16,7 +19,9 @@ from kavier_twin.simulation.kernels.requests import (
     add_blocks,
     block_key,
     cell_class,
+    cells_needed,
     close,
+    count_hits,
     dissolve,
     give_cells,
     lookup,
@@ -26,7 +31,9 @@ from kavier_twin.simulation.kernels.requests import (
     withdraw,
 )
 from kavier_twin.simulation.kernels.scheduler import complete, linear_seconds, schedule
-from kavier_twin.simulation.state import FINISHED, LRU, PRIVATE, RUNNING, TTL
+from kavier_twin.simulation.kernels.stores import chunk_key, rest
+from kavier_twin.simulation.kernels.transfers import observe_disk
+from kavier_twin.simulation.state import FINISHED, LOADING, LRU, PRIVATE, RUNNING, TTL
 
 _PRIVATE = np.uint64(PRIVATE)
 
@@ -40,7 +47,7 @@ def _next_event(state, number, until):
         replica.in_flight < depth
         and not replica.parked
         and replica.now >= replica.hold_until
-        and replica.running + replica.waiting > 0
+        and replica.running + replica.waiting + replica.loading > 0
         and replica.now < until
     )
     if can_schedule:
@@ -52,6 +59,9 @@ def _next_event(state, number, until):
         complete(state, number)
     elif replica.in_flight == 0 and replica.now < replica.hold_until < until:
         replica.now = replica.hold_until
+    elif replica.in_flight == 0 and replica.parked and state.tiers[number].wake < until:
+        replica.now = max(replica.now, state.tiers[number].wake)
+        replica.parked = 0
     else:
         return False
     return True
@@ -82,9 +92,9 @@ def advance_until_end(state, number, until):
 @kernel
 def _refit(state, number, slot, chain_length, output):
     """Give a live request room for a longer hash chain or output. Returns OK or GROW_ARENA (then nothing changed)."""
-    engine, arena = state.engines[number], state.arena[number]
+    engine, arena, tier = state.engines[number], state.arena[number], state.tiers[number]
     request = state.requests[number][slot]
-    cells = chain_length + (request.prompt + output + engine.block_size - 1) // engine.block_size
+    cells = cells_needed(engine, tier, chain_length, request.prompt + output)
     size = max(request.cell_class, cell_class(cells))
     if size != request.cell_class or chain_length != request.chain_length:
         target = take_cells(state.replicas[number], arena, state.arena_free[number], size)
@@ -95,6 +105,13 @@ def _refit(state, number, slot, chain_length, output):
             arena[target + link] = arena[source + link]
         for block in range(request.blocks):
             arena[target + chain_length + block] = arena[source + request.chain_length + block]
+        if tier.chunks > 0:
+            room = (1 << np.int64(size)) - chain_length - request.blocks
+            kept = (1 << np.int64(request.cell_class)) - request.chain_length - request.blocks
+            for mark in range(room):
+                end = target + (1 << np.int64(size)) - 1
+                old = source + (1 << np.int64(request.cell_class)) - 1
+                arena[end - mark] = arena[old - mark] if mark < kept else np.uint64(0)
         give_cells(arena, state.arena_free[number], source, request.cell_class)
         request.cells = target
         request.cell_class = size
@@ -145,6 +162,7 @@ def learn_chain(state, number, slot, chain, covered):
         return status
     for link in range(chain.size):
         arena[request.cells + link] = chain[link]
+    recall_load(state, number, slot)
     first = request.known
     request.covered = covered
     request.known = covered // engine.block_size
@@ -154,6 +172,14 @@ def learn_chain(state, number, slot, chain, covered):
         if blocks[block].key != _PRIVATE:
             remove(blocks, buckets, block)
         insert(blocks, buckets, block, block_key(request, arena, at, engine.block_size))
+    tier = state.tiers[number]
+    if tier.chunks > 0:
+        for chunk in range(first // tier.blocks_per_chunk, request.known // tier.blocks_per_chunk):
+            key = chunk_key(tier, request, arena, chunk, engine.block_size)
+            private = private_key(request.uid, (chunk + 1) * tier.blocks_per_chunk - 1)
+            rename(host_of(state, number), private, key)
+            if tier.disk_chunks > 0:
+                rename(disk_of(state, number), private, key)
     return OK
 
 
@@ -204,6 +230,7 @@ def finish_now(state, number, slot, time):
     else:
         expected = request.predicted_finish
     admitted = request.state == RUNNING
+    recall_load(state, number, slot)
     withdraw(state, number, slot)
     request.predicted_finish = expected
     if not admitted:
@@ -216,9 +243,8 @@ def finish_now(state, number, slot, time):
             take_hits(state, number, request, hits)
         if request.preemptions == 0:
             request.scheduled = time
-            request.cached = request.blocks * size
-            replica.query_tokens += request.prompt
-            replica.hit_tokens += request.cached
+            if not request.counted:
+                count_hits(replica, request, request.blocks * size)
     final = request.prompt + request.output - 1
     needed = (final + size - 1) // size - request.blocks
     if needed > 0:
@@ -233,6 +259,18 @@ def finish_now(state, number, slot, time):
     close(state, number, slot, FINISHED, time)
     if replica.in_flight == 0:
         replica.now = max(replica.now, time)
+
+
+@kernel
+def recall_load(state, number, slot):
+    """Back to the queue with a request that loads, its blocks freed; others are left as they are."""
+    replica, requests = state.replicas[number], state.requests[number]
+    if requests[slot].state == LOADING:
+        break_off(state, number, slot)
+        by_priority = state.engines[number].priority_policy
+        queue.enqueue(replica, requests, state.waiting[number], by_priority, slot)
+        replica.parked = 0
+        replica.quiet_until = -np.inf
 
 
 @kernel
@@ -254,6 +292,7 @@ def hold(state, number, until):
 def abandon(state, number, slot, time):
     """Drop a live request without a trace: it will start again elsewhere, or be reported lost by the caller."""
     account(state.replicas[number], state.engines[number], time)
+    recall_load(state, number, slot)
     withdraw(state, number, slot)
     dissolve(state, number, slot)
     state.replicas[number].received -= 1
@@ -265,3 +304,16 @@ def settle(state, number):
     dissolve_flow(state, number)
     while state.replicas[number].in_flight > 0:
         complete(state, number)
+
+
+@kernel
+def settle_tiers(state, number):
+    """Let a settled replica's transfers be complete, and its requests that load go back to the queue."""
+    replica, tier, loading = state.replicas[number], state.tiers[number], state.tier_slots[number, 0]
+    if tier.chunks == 0:
+        return
+    while replica.loading > 0:
+        recall_load(state, number, loading[replica.loading - 1])
+    rest(state, number)
+    observe(state, number, np.inf, replica.now)
+    observe_disk(state, number, np.inf)

@@ -76,10 +76,11 @@ def account(replica, engine, time):
     """Run the integrals up to `time`. Called before anything they integrate changes."""
     elapsed = time - replica.accounted
     if elapsed > 0.0:
-        if replica.running + replica.waiting > 0:
+        waiting = replica.waiting + replica.loading
+        if replica.running + waiting > 0:
             replica.busy_seconds += elapsed
         replica.running_seconds += elapsed * replica.running
-        replica.waiting_seconds += elapsed * replica.waiting
+        replica.waiting_seconds += elapsed * waiting
         replica.used_block_seconds += elapsed * (engine.num_blocks - 1 - replica.free_blocks)
         replica.accounted = time
 
@@ -273,6 +274,7 @@ def report(fleet, outcomes, replica, request, number, status, time):
     row.prompt = request.prompt
     row.output = request.tokens - request.prompt
     row.cached = request.cached
+    row.external = request.external
     row.preemptions = request.preemptions
     row.arrival = request.arrival
     row.scheduled = request.scheduled
@@ -293,19 +295,63 @@ def close(state, number, slot, status, time):
         replica.finished += 1
     else:
         replica.rejected += 1
-    dissolve(state, number, slot)
+    tier = state.tiers[number]
+    if tier.chunks > 0 and status == FINISHED:
+        # The next batch tells the host tier about it: until then its keys are needed.
+        release_request(state, number, slot)
+        state.tier_slots[number, 1][tier.ended] = slot
+        tier.ended += 1
+    else:
+        dissolve(state, number, slot)
 
 
 @kernel
 def dissolve(state, number, slot):
     """Free a request's blocks, its cells and its slot."""
-    replica, request = state.replicas[number], state.requests[number][slot]
+    release_request(state, number, slot)
+    give_back(state, number, slot)
+
+
+@kernel
+def release_request(state, number, slot):
+    """A request is live no more: free its blocks."""
     state.fleet[0].live -= 1
+    request = state.requests[number][slot]
     free_blocks(state, number, request)
-    give_cells(state.arena[number], state.arena_free[number], request.cells, request.cell_class)
     request.state = FREE
+
+
+@kernel
+def give_back(state, number, slot):
+    """Return the cells and the slot of a request that is live no more."""
+    replica, request = state.replicas[number], state.requests[number][slot]
+    give_cells(state.arena[number], state.arena_free[number], request.cells, request.cell_class)
     state.slots[number][replica.free_slots] = slot
     replica.free_slots += 1
+
+
+@kernel
+def count_hits(replica, request, local):
+    """Enter the prefix hits of a request's first admission into the counters, once."""
+    request.counted = 1
+    request.cached = local
+    replica.query_tokens += request.tokens
+    replica.hit_tokens += local
+
+
+@kernel
+def cells_needed(engine, tier, chain_length, tokens):
+    """Arena cells for a request of so many tokens in all: its chain, its block table, its marks on chunks."""
+    marks = tokens // (tier.blocks_per_chunk * engine.block_size) if tier.chunks > 0 else 0
+    return max(1, chain_length + (tokens + engine.block_size - 1) // engine.block_size + marks)
+
+
+@kernel
+def clear_marks(state, number, slot):
+    """No chunk is marked yet. Marks lie at the end of a request's piece, behind all else: see `stores.marks_cell`."""
+    request, arena = state.requests[number][slot], state.arena[number]
+    for cell in range(request.chain_length + request.blocks, 1 << np.int64(request.cell_class)):
+        arena[request.cells + cell] = _ZERO
 
 
 @kernel
@@ -322,7 +368,7 @@ def push(state, number, workload, row):
     output = max(1, min(workload.output[row], engine.max_model_len - prompt))
     chain_start, chain_end = workload.chain_starts[row], workload.chain_starts[row + 1]
     chain_length = chain_end - chain_start
-    size = cell_class(max(1, chain_length + (prompt + output + engine.block_size - 1) // engine.block_size))
+    size = cell_class(cells_needed(engine, state.tiers[number], chain_length, prompt + output))
     cells = take_cells(replica, arena, state.arena_free[number], size)
     if cells < 0:
         return GROW_ARENA, -1
@@ -356,6 +402,13 @@ def push(state, number, workload, row):
     request.covered = min(workload.covered[row], prompt + output)
     request.known = request.covered // engine.block_size
     request.cached = 0
+    request.external = 0
+    request.counted = 0
+    request.prefilling = 0
+    request.probed = 0
+    request.stored = 0
+    request.stores = 0
+    request.arrived = 0
     request.preemptions = 0
     request.arrival = workload.arrival[row]
     request.scheduled = np.nan
@@ -367,12 +420,14 @@ def push(state, number, workload, row):
         request.work_first_token[part] = np.nan
     for link in range(chain_length):
         arena[cells + link] = workload.chain[chain_start + link]
+    if state.tiers[number].chunks > 0:
+        clear_marks(state, number, slot)
     replica.next_sequence += 1
     replica.next_uid += 1
     replica.received += 1
     replica.quiet_until = -np.inf
     fleet.live += 1
-    if replica.parked or (replica.in_flight == 0 and replica.running + replica.waiting == 0):
+    if replica.parked or (replica.in_flight == 0 and replica.running + replica.waiting + replica.loading == 0):
         replica.now = max(replica.now, time)
         replica.parked = 0
     if prompt >= engine.max_model_len:

@@ -4,9 +4,11 @@ import numpy as np
 
 from kavier_twin.simulation.kernels import queue
 from kavier_twin.simulation.kernels.blocks import allocate, forget, insert
+from kavier_twin.simulation.kernels.chunks import disk_of, host_of, put
 from kavier_twin.simulation.kernels.compile import kernel
 from kavier_twin.simulation.kernels.flow import list_explicit
 from kavier_twin.simulation.kernels.scheduler import preempt
+from kavier_twin.simulation.state import FREQUENT, RECENT
 
 
 @kernel
@@ -86,6 +88,32 @@ def resize_pool(state, number, blocks, buckets, new_count, names, working):
         for at in range(request.blocks):
             arena[table + at] = np.uint64(names[np.int64(arena[table + at])])
     engine.num_blocks = new_count
+
+
+@kernel
+def carry_over(before, state, number):
+    """Fill a replica's cold tiers with what still fits of what they held `before`, with no transfer under way."""
+    tier = state.tiers[number]
+    tier.idle += _refill(host_of(before, number), host_of(state, number), tier.chunks)
+    if before.tiers[number].disk_chunks > 0 and tier.disk_chunks > 0:
+        _refill(disk_of(before, number), disk_of(state, number), tier.disk_chunks)
+
+
+@kernel
+def _refill(old, new, room):
+    """Enter the keys of the table `old` into the empty `new`, at most `room`. Returns how many."""
+    surplus = old[RECENT].refs + old[FREQUENT].refs - room
+    count = 0
+    for ring in (RECENT, FREQUENT):
+        at = old[ring].next
+        while at != ring:
+            if surplus > 0:
+                surplus -= 1
+            else:
+                put(new, old[at].key, RECENT)
+                count += 1
+            at = old[at].next
+    return count
 
 
 @kernel

@@ -13,12 +13,12 @@ from kavier_twin.simulation.state import LEAST_LOADED, PREFIX_AWARE, SESSION_AFF
 def _quiet_until(state, number):
     """A time before which no live request of the replica can end by itself, assuming the shortest possible steps."""
     replica, engine = state.replicas[number], state.engines[number]
-    if replica.running + replica.waiting == 0:
+    if replica.running + replica.waiting + replica.loading == 0:
         return np.inf
     if replica.in_flight == 0:
         return replica.now
     end = state.batches[number, replica.oldest].end
-    if replica.running > replica.flowing or replica.waiting > 0:
+    if replica.running > replica.flowing or replica.waiting + replica.loading > 0:
         return end
     shortest = engine.fixed + engine.per_decode_sequence + engine.per_context_token
     return end + (next_end(state, number) - replica.completed_batches - 1) * shortest
@@ -31,7 +31,7 @@ def load(state, number, time):
     if replica.quiet_until <= time:
         advance(state, number, time)
         replica.quiet_until = _quiet_until(state, number)
-    return replica.running + replica.waiting
+    return replica.running + replica.waiting + replica.loading
 
 
 @kernel
@@ -93,11 +93,11 @@ def _by_prefix(state, workload, row, time):
         if state.replicas[number].accepting:
             advance(state, number, time)
             replica = state.replicas[number]
-            least = min(least, replica.running + replica.waiting)
+            least = min(least, replica.running + replica.waiting + replica.loading)
     best, longest, lightest = -1, -1, 1 << 30
     for number in range(state.replicas.size):
         replica = state.replicas[number]
-        requests = replica.running + replica.waiting
+        requests = replica.running + replica.waiting + replica.loading
         if not replica.accepting or requests > least + state.fleet[0].max_imbalance:
             continue
         match = _cached_blocks(state, number, workload, row)

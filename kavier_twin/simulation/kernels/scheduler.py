@@ -2,7 +2,7 @@
 
 Follows vLLM 0.32 `v1/core/sched/scheduler.py` (`schedule`, `_preempt_request`, `update_from_output`),
 `v1/core/sched/async_scheduler.py` and `v1/core/kv_cache_manager.py` (`allocate_slots`), for full-attention models
-without speculative decoding, encoders or KV connectors.
+without speculative decoding or encoders. KV connectors: `stores.py`, `loads.py`.
 """
 
 import numpy as np
@@ -11,10 +11,21 @@ from kavier_twin.simulation.kernels import queue
 from kavier_twin.simulation.kernels.compile import kernel
 from kavier_twin.simulation.kernels.eviction.stranded import stranded_blocks
 from kavier_twin.simulation.kernels.flow import dissolve_flow, join, list_explicit, next_end, retire
+from kavier_twin.simulation.kernels.loads import (
+    BEGUN,
+    DEFERRED,
+    NOTHING,
+    begin_load,
+    enter_loaded,
+    leave_loading,
+    look,
+    observe,
+)
 from kavier_twin.simulation.kernels.requests import (
     account,
     add_blocks,
     close,
+    count_hits,
     free_blocks,
     leave_batches,
     leave_running,
@@ -23,6 +34,8 @@ from kavier_twin.simulation.kernels.requests import (
     register,
     take_hits,
 )
+from kavier_twin.simulation.kernels.stores import hand_over, owes_store, rest
+from kavier_twin.simulation.kernels.transfers import submit_loads
 from kavier_twin.simulation.state import (
     FINISHED,
     FREE,
@@ -103,7 +116,7 @@ def copy_work(target, work):
 @kernel
 def _threshold(replica, engine):
     # vLLM: a long prefill that is alone has nobody to starve.
-    if replica.running + replica.waiting > 1:
+    if replica.running + replica.waiting + replica.loading > 1:
         return engine.long_prefill_token_threshold
     return 0
 
@@ -145,6 +158,10 @@ def preempt(state, number, slot):
     if engine.prefix_caching:
         publish(request, blocks, state.buckets[number], state.arena[number], engine.block_size)
     free_blocks(state, number, request)
+    tier = state.tiers[number]
+    if tier.chunks > 0 and request.stores > 0:
+        tier.awaited_store = max(tier.awaited_store, request.last_store)
+    request.prefilling = 0
     request.state = PREEMPTED
     request.computed = 0
     request.stale = request.in_flight
@@ -203,7 +220,8 @@ def _schedule_running(state, number, entries, members, exact, budget):
     requests, running = state.requests[number], state.running[number]
     size, caching = engine.block_size, engine.prefix_caching
     threshold = _threshold(replica, engine)
-    count, preempted, place = 0, False, 0
+    connected = engine.async_scheduling and state.tiers[number].chunks > 0
+    count, preempted, gone, place = 0, False, False, 0
     while place < (replica.running if exact else replica.explicit) and budget > 0:
         slot = members[place]
         request = requests[slot]
@@ -220,11 +238,14 @@ def _schedule_running(state, number, entries, members, exact, budget):
             tokens = threshold
         tokens = min(tokens, budget)
         needed = (request.computed + tokens + size - 1) // size - request.blocks
-        gone = False
         while needed > replica.free_blocks:
             at = _victim(replica, engine, requests, running)
             victim = running[at]
-            alone = replica.running == 1
+            if connected and requests[victim].in_flight > 0:
+                # With a connector vLLM does not free blocks that a batch in flight may write: it gets none now.
+                gone = True
+                break
+            alone = replica.running == 1 and replica.loading == 0
             for after in range(at, replica.running - 1):
                 running[after] = running[after + 1]
             replica.running -= 1
@@ -254,7 +275,7 @@ def _schedule_running(state, number, entries, members, exact, budget):
         count = _add_entry(entries, count, slot, tokens)
         budget -= tokens
         place += 1
-    if budget == 0:
+    if budget == 0 or gone:
         for late in range(place, replica.running if exact else replica.explicit):
             request = requests[members[late]]
             if request.tokens > request.prompt and np.isnan(request.stalled_since):
@@ -267,14 +288,24 @@ def _admit_waiting(state, number, entries, count, budget):
     """The waiting pass: head of line first, nobody overtakes. Returns the number of entries."""
     replica, engine = state.replicas[number], state.engines[number]
     requests, blocks, buckets = state.requests[number], state.blocks[number], state.buckets[number]
-    arena, running, waiting = state.arena[number], state.running[number], state.waiting[number]
-    size = engine.block_size
+    arena, waiting = state.arena[number], state.waiting[number]
+    size, tier = engine.block_size, state.tiers[number]
+    queued, deferred = replica.waiting, 0
     while budget > 0 and replica.waiting > 0 and replica.running < engine.max_num_seqs:
         slot = waiting[0]
         request = requests[slot]
-        verdict, tokens, hits, needed, _ = judge(replica, engine, request, blocks, buckets, arena, budget)
+        fetch = begin_load(state, number, slot) if tier.chunks > 0 else NOTHING
+        if fetch == DEFERRED or fetch == BEGUN:
+            queue.remove_at(replica, requests, waiting, engine.priority_policy, 0)
+            if fetch == DEFERRED:
+                deferred += 1
+                waiting[queued - deferred] = slot  # behind the heap, which is shorter by all that were taken out
+            continue
+        verdict, tokens, hits, needed = NO_MEMORY, 0, 0, 0
+        if fetch == NOTHING:
+            verdict, tokens, hits, needed, _ = judge(replica, engine, request, blocks, buckets, arena, budget)
         if verdict != ADMISSIBLE:
-            if verdict == NO_MEMORY and replica.running == 0:
+            if verdict == NO_MEMORY and replica.running + replica.loading == 0:
                 # Every block is free and it still does not fit: it can never run on this engine.
                 queue.remove_at(replica, requests, waiting, engine.priority_policy, 0)
                 leave_batches(state, number, slot)
@@ -289,22 +320,82 @@ def _admit_waiting(state, number, entries, count, budget):
         if engine.prefix_caching:
             register(state, number, request, min(request.computed + tokens, request.tokens) // size)
         queue.remove_at(replica, requests, waiting, engine.priority_policy, 0)
-        running[replica.running] = slot
-        replica.running += 1
-        state.explicit[number][replica.explicit] = slot
-        replica.explicit += 1
-        request.run_order = replica.next_run_order
-        replica.next_run_order += 1
-        request.state = RUNNING
-        if request.preemptions == 0:
-            request.scheduled = replica.now
-            copy_work(request.work_scheduled, replica.work)
-            request.cached = request.computed
-            replica.query_tokens += request.tokens
-            replica.hit_tokens += request.computed
-        count = _add_entry(entries, count, slot, tokens)
+        if request.preemptions == 0 and not request.counted:
+            count_hits(replica, request, request.computed)
+            if tier.chunks > 0:
+                replica.external_query_tokens += request.tokens - request.computed
+        count = _run(state, number, entries, count, slot, tokens)
         budget -= tokens
+    for place in range(queued - deferred, queued):
+        queue.enqueue(replica, requests, waiting, engine.priority_policy, waiting[place])
     return count
+
+
+@kernel
+def _run(state, number, entries, count, slot, tokens):
+    """Let an admitted request run, this many tokens in the batch at hand. Returns the number of entries."""
+    replica, request = state.replicas[number], state.requests[number][slot]
+    state.running[number][replica.running] = slot
+    replica.running += 1
+    state.explicit[number][replica.explicit] = slot
+    replica.explicit += 1
+    request.run_order = replica.next_run_order
+    replica.next_run_order += 1
+    request.state = RUNNING
+    if request.preemptions == 0:
+        request.scheduled = replica.now
+        copy_work(request.work_scheduled, replica.work)
+    if request.computed + tokens < request.tokens:
+        request.prefilling = 1
+    return _add_entry(entries, count, slot, tokens)
+
+
+@kernel
+def _admit_loaded(state, number, entries, count, budget):
+    """The requests that a tier has filled blocks for come before those that wait without any.
+
+    Returns (entries, budget left, whether the others may be looked at).
+    """
+    replica, engine, requests = state.replicas[number], state.engines[number], state.requests[number]
+    loading, size, place, arrived = state.tier_slots[number, 0], engine.block_size, 0, True
+    while place < replica.loading:
+        if budget == 0 or replica.running >= engine.max_num_seqs:
+            return count, budget, False
+        slot = loading[place]
+        request = requests[slot]
+        if not request.arrived:
+            arrived = False
+            place += 1
+            continue
+        enter_loaded(state, number, slot)
+        tokens = request.tokens - request.computed
+        threshold = _threshold(replica, engine)
+        if 0 < threshold < tokens:
+            tokens = threshold
+        if not engine.chunked_prefill and tokens > budget:
+            return count, budget, False
+        tokens = min(tokens, budget)
+        needed = max((request.computed + tokens + size - 1) // size - request.blocks, 0)
+        room = needed
+        if engine.reserve_full_isl:
+            whole = (min(request.tokens, engine.max_model_len) + size - 1) // size
+            room = max(room, whole - request.blocks)
+        if room + (engine.watermark_blocks if replica.running > 0 else 0) > replica.free_blocks:
+            for behind in range(place + 1, replica.loading):
+                arrived = arrived and requests[loading[behind]].arrived
+            if replica.running == 0 and arrived:
+                # Nobody runs, nobody loads: there will never be room.
+                leave_loading(state, number, slot)
+                close(state, number, slot, REJECTED_KV_CAPACITY, replica.now)
+                continue
+            return count, budget, False
+        add_blocks(state, number, request, needed)
+        if engine.prefix_caching:
+            register(state, number, request, min(request.computed + tokens, request.tokens) // size)
+        leave_loading(state, number, slot)
+        count = _run(state, number, entries, count, slot, tokens)
+        budget -= tokens
+    return count, budget, True
 
 
 @kernel
@@ -404,6 +495,8 @@ def _join_flow(state, number, entries, count):
     joined = False
     for at in range(count):
         request = requests[entries[at].slot]
+        if owes_store(state.tiers[number], request, state.engines[number].block_size):
+            continue
         if entries[at].emits and request.prompt + request.output - request.computed > 1:
             join(state, number, entries[at].slot)
             joined = True
@@ -427,6 +520,9 @@ def schedule(state, number):
     """Schedule one batch at the replica's `now` and put it in flight."""
     replica, engine = state.replicas[number], state.engines[number]
     requests = state.requests[number]
+    tier = state.tiers[number]
+    if tier.chunks > 0:
+        look(state, number)
     account(replica, engine, replica.now)
     place = (replica.oldest + replica.in_flight) % 2
     batch, entries = state.batches[number, place], state.entries[number, place]
@@ -443,11 +539,18 @@ def schedule(state, number):
         budget -= replica.flowing
         count, budget, preempted = _schedule_running(state, number, entries, state.explicit[number], False, budget)
     if not preempted:
-        count = _admit_waiting(state, number, entries, count, budget)
+        others = True
+        if replica.loading > 0:
+            count, budget, others = _admit_loaded(state, number, entries, count, budget)
+        if others:
+            count = _admit_waiting(state, number, entries, count, budget)
     flowing = replica.flowing
-    if count == 0 and flowing == 0 and not preempted and not _something_in_flight(state, number):
+    news = tier.chunks > 0 and (tier.begun or tier.decided_first != 0 or tier.ended > 0)  # an empty batch carries it
+    if count == 0 and flowing == 0 and not preempted and not news and not _something_in_flight(state, number):
         # Live requests, but none can go on: held ones that wait for their ends. Something from outside wakes us.
         replica.parked = 1
+        if tier.chunks > 0:
+            rest(state, number)
         return
     prefill_tokens, attention, decodes, context = 0, 0.0, flowing, replica.flow_context
     for at in range(count):
@@ -463,8 +566,19 @@ def schedule(state, number):
         request.computed = before + tokens
         request.in_flight += tokens
         entry.emits = request.computed == request.tokens + request.placeholders
+        if entry.emits:
+            request.prefilling = 0
         if entry.emits and engine.async_scheduling:
             request.placeholders += 1
+    start = replica.now
+    if replica.in_flight > 0:
+        start = max(start, state.batches[number, replica.oldest].end)
+    batch.polled = replica.now
+    if tier.chunks > 0:
+        free_from = hand_over(state, number, entries, count, start)
+        if free_from > start:
+            start = free_from
+            batch.polled = free_from
     replica.scheduled_batches += 1
     replica.flow_context += flowing
     finishing = _retire_finishing(state, number, entries, count)
@@ -479,10 +593,9 @@ def schedule(state, number):
     if count + flowing > 0:
         replica.steps += 1
         replica.computed_tokens += prefill_tokens + decodes
-    start = replica.now
-    if replica.in_flight > 0:
-        start = max(start, state.batches[number, replica.oldest].end)
     batch.end = start + step_seconds(engine, batch.work)
+    if tier.chunks > 0:
+        submit_loads(state, number, batch.end)
     replica.in_flight += 1
     # Short of memory the flow would be dissolved again at once.
     if not engine.stepping and not preempted and replica.free_blocks >= replica.running:
@@ -550,3 +663,7 @@ def complete(state, number):
     replica.now = max(replica.now, time)
     replica.oldest = 1 - replica.oldest
     replica.in_flight -= 1
+    if state.tiers[number].chunks > 0:
+        observe(state, number, batch.polled, time)
+        if replica.in_flight + replica.running + replica.waiting + replica.loading == 0:
+            rest(state, number)
