@@ -39,6 +39,11 @@ _PRIVATE = np.uint64(PRIVATE)
 
 
 @kernel
+def _expire(state, number, time):
+    ttl.expire(order_of(state, number), time)
+
+
+@kernel
 def _next_event(state, number, until):
     """Schedule or complete one batch, or jump over many, of those that are due by `until`. Returns whether one was."""
     replica, engine = state.replicas[number], state.engines[number]
@@ -52,7 +57,7 @@ def _next_event(state, number, until):
     )
     if can_schedule:
         if engine.eviction == TTL:
-            ttl.expire(order_of(state, number), replica.now)
+            _expire(state, number, replica.now)
         if engine.stepping or replica.in_flight != depth - 1 or not jump(state, number, until):
             schedule(state, number)
     elif replica.in_flight > 0 and state.batches[number, replica.oldest].end <= until:
@@ -78,7 +83,7 @@ def advance(state, number, until):
         pass
     account(replica, engine, min(until, max(replica.now, until)) if until < np.inf else replica.now)
     if engine.eviction == TTL:
-        ttl.expire(order_of(state, number), until if until < np.inf else replica.now)
+        _expire(state, number, until if until < np.inf else replica.now)
 
 
 @kernel

@@ -140,6 +140,12 @@ def _register(request, blocks, buckets, arena, block_size, full):
     request.registered = full
 
 
+@kernel
+def _enter_by_policy(state, number, request, old, new):
+    table = request.cells + request.chain_length
+    dispatch.enter_blocks(order_of(state, number), request, state.arena[number], table, old, new)
+
+
 @inlined_kernel
 def register(state, number, request, full):
     """Enter the first `full` blocks into the prefix cache (vLLM `cache_full_blocks`)."""
@@ -154,8 +160,7 @@ def register(state, number, request, full):
             new,
         )
         if state.engines[number].eviction != LRU:
-            table = request.cells + request.chain_length
-            dispatch.enter_blocks(order_of(state, number), request, state.arena[number], table, old, new)
+            _enter_by_policy(state, number, request, old, new)
 
 
 @kernel
@@ -212,14 +217,19 @@ def _take_hits(replica, request, blocks, arena, hits):
         touch(replica, blocks, np.int64(arena[table + number]))
 
 
+@kernel
+def _take_hits_by_policy(state, number, request, hits):
+    table = request.cells + request.chain_length
+    dispatch.hit_blocks(order_of(state, number), request, state.arena[number], table, hits)
+
+
 @inlined_kernel
 def take_hits(state, number, request, hits):
     """Hold the first `hits` blocks, which `lookup` wrote into the block table."""
     if state.engines[number].eviction == LRU:
         _take_hits(state.replicas[number], request, state.blocks[number], state.arena[number], hits)
     else:
-        table = request.cells + request.chain_length
-        dispatch.hit_blocks(order_of(state, number), request, state.arena[number], table, hits)
+        _take_hits_by_policy(state, number, request, hits)
     request.blocks = hits
     request.registered = hits
 
@@ -227,6 +237,13 @@ def take_hits(state, number, request, hits):
 @kernel
 def _add_blocks(replica, request, blocks, buckets, arena, count):
     allocate(replica, blocks, buckets, arena, request.cells + request.chain_length + request.blocks, count)
+    request.blocks += count
+
+
+@kernel
+def _add_blocks_by_policy(state, number, request, count):
+    end = request.cells + request.chain_length + request.blocks
+    dispatch.allocate(order_of(state, number), state.arena[number], end, count)
     request.blocks += count
 
 
@@ -238,9 +255,7 @@ def add_blocks(state, number, request, count):
             state.replicas[number], request, state.blocks[number], state.buckets[number], state.arena[number], count
         )
     else:
-        end = request.cells + request.chain_length + request.blocks
-        dispatch.allocate(order_of(state, number), state.arena[number], end, count)
-        request.blocks += count
+        _add_blocks_by_policy(state, number, request, count)
 
 
 @kernel
@@ -250,14 +265,19 @@ def _free_blocks(replica, request, blocks, arena):
         release(replica, blocks, np.int64(arena[table + number]))
 
 
+@kernel
+def _free_blocks_by_policy(state, number, request):
+    table = request.cells + request.chain_length
+    dispatch.release_blocks(order_of(state, number), state.arena[number], table, request.blocks)
+
+
 @inlined_kernel
 def free_blocks(state, number, request):
     """Return all blocks, the tail of the sequence first."""
     if state.engines[number].eviction == LRU:
         _free_blocks(state.replicas[number], request, state.blocks[number], state.arena[number])
     else:
-        table = request.cells + request.chain_length
-        dispatch.release_blocks(order_of(state, number), state.arena[number], table, request.blocks)
+        _free_blocks_by_policy(state, number, request)
     request.blocks = 0
     request.registered = 0
 
