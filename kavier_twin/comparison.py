@@ -36,7 +36,7 @@ class Point(NamedTuple):
     factor: float  # of the policy's own blocks
     num_gpu_blocks: int
     capacity_tokens: int  # of one replica
-    hit_ratio: float
+    hit_ratio: float  # of prompt tokens, tiers behind the GPU included
     rejected: int  # requests larger than this cache; the hit ratio is of the others
 
 
@@ -111,7 +111,7 @@ def _measure(settings: FleetSettings, workload: Workload) -> Kpis:
 def _point(factor: float, settings: FleetSettings, result: Kpis) -> Point:
     engine = settings.engine
     tokens = (engine.num_gpu_blocks - 1) * engine.block_size
-    return Point(factor, engine.num_gpu_blocks, tokens, result.prefix_cache_hit_ratio, result.rejected)
+    return Point(factor, engine.num_gpu_blocks, tokens, result.cache_hit_ratio, result.rejected)
 
 
 # --- the file of policies -----------------------------------------------------------------------------------------

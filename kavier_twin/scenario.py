@@ -67,11 +67,12 @@ class Scenario:
         """All requests at once, with NaN where the trace measured nothing."""
         return observed_of(self.trace)
 
-    def parts(self) -> Iterator[Workload]:
-        """The requests as the engine gets them, some at a time."""
+    def parts(self, settings: FleetSettings) -> Iterator[Workload]:
+        """The requests as the engine gets them, some at a time; all at once where Belady's policy is to know them."""
         count = len(self.trace.records)
-        for start in range(0, count, _PART):
-            part = workload_part(self.trace.records, start, min(start + _PART, count))
+        size = count if settings.engine.eviction == "belady" else _PART
+        for start in range(0, count, size):
+            part = workload_part(self.trace.records, start, min(start + size, count))
             yield with_frontend(part, self.frontend_seconds)
 
 

@@ -143,7 +143,7 @@ def _draw(figures: Any, path: Path, compared: Sequence[Compared], title: str) ->
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1024:,.3g} Ki")
     axes.set_xlabel("KV capacity of a replica (tokens)")
-    axes.set_ylabel("prefix-cache hit ratio (of prompt tokens)")
+    axes.set_ylabel("hit ratio of prompt tokens (GPU and tiers)")
     axes.set_ylim(bottom=0.0)
     rejecting = any(point.rejected for one in compared for point in one.points)
     axes.set_title(title + ("\nwhite: some requests were larger than the cache" if rejecting else ""))
@@ -194,7 +194,7 @@ def _print(console: Console, scenario: Scenario, compared: Sequence[Compared], p
         result = one.kpis
         row = [
             one.policy.name,
-            f"{result.prefix_cache_hit_ratio:.4f}",
+            f"{result.cache_hit_ratio:.4f}",
             _number(result.ttft.p50, ".3f"),
             _number(result.ttft.p99, ".3f"),
             f"{result.output_tokens_per_second:,.1f}",

@@ -172,7 +172,7 @@ def simulate_scenario(
         return fleet, fleet.collect()
     records = scenario.trace.records
     span = records[-1].time_seconds - records[0].time_seconds
-    return simulate_parts(settings, scenario.parts(), stepping=reference, sample_seconds=span / _SAMPLES)
+    return simulate_parts(settings, scenario.parts(settings), stepping=reference, sample_seconds=span / _SAMPLES)
 
 
 def _loop(args: argparse.Namespace) -> ClosedLoop | None:

@@ -172,6 +172,12 @@ class Kpis:
     goodput_ratio: float | None
     impact: Impact | None  # energy, carbon and cost, where the fleet's footprint is told
 
+    @property
+    def cache_hit_ratio(self) -> float:
+        """Of all prompt tokens, those that the GPU's cache or a tier behind it had."""
+        gpu = self.prefix_cache_hit_ratio
+        return gpu + (1.0 - gpu) * self.external_cache_hit_ratio
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; NaN becomes None."""
         return {name: _plain(value) for name, value in asdict(self).items()}

@@ -59,6 +59,16 @@ def test_policies_change_what_they_say(capsys: pytest.CaptureFixture[str]) -> No
     assert max(small["over_time"]["running"]) <= 8
 
 
+def test_beladys_policy_knows_the_whole_trace(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A trace is simulated in parts, but a bound that knows one part only is none."""
+    arguments = (str(RECORDING), "--policy", "eviction=belady", "--policy", "num_gpu_blocks=150")
+    expected = as_json(capsys, *arguments)["prefix_cache_hit_tokens"]
+    monkeypatch.setattr("kavier_twin.scenario._PART", 20)
+    assert as_json(capsys, *arguments)["prefix_cache_hit_tokens"] == expected
+
+
 def test_goodput(capsys: pytest.CaptureFixture[str]) -> None:
     strict = as_json(capsys, str(RECORDING), "--slo", "ttft_seconds=0.06")
     loose = as_json(capsys, str(RECORDING), "--slo", "ttft_seconds=60")
