@@ -449,7 +449,17 @@ def simulate_parts(
     Returns the fleet and the outcomes in the order in which they ended, without their work vectors: half the memory.
     """
     fleet: Fleet | None = None
-    ended: list[Records] = []
+    ended = _without_work(np.zeros(0, layout.OUTCOME))
+    count = 0
+
+    def take(outcomes: Records) -> None:
+        """Into an array that grows in place: neither parts nor a copy are held beside it."""
+        nonlocal count
+        if count + outcomes.size > ended.size:
+            ended.resize(count + outcomes.size + ended.size // 4, refcheck=False)
+        ended[count : count + outcomes.size] = _without_work(outcomes)
+        count += outcomes.size
+
     for part in parts:
         if part.arrival.size == 0:
             continue
@@ -459,19 +469,13 @@ def simulate_parts(
             if sample_seconds > 0.0:
                 fleet.sample_every(sample_seconds)
         fleet.run(start)
-        ended.append(_without_work(fleet.collect()))
+        take(fleet.collect())
         fleet.feed(part)
     if fleet is None:
         fleet = Fleet(settings, stepping=stepping)
     fleet.run()
-    ended.append(_without_work(fleet.collect()))
-    joined = np.empty(sum(rows.size for rows in ended), ended[0].dtype)
-    end = joined.size
-    while ended:  # letting go of each part, so that not all are held twice
-        rows = ended.pop()
-        joined[end - rows.size : end] = rows
-        end -= rows.size
-    return fleet, joined
+    take(fleet.collect())
+    return fleet, ended[:count]
 
 
 def _without_work(outcomes: Records) -> Records:
