@@ -10,15 +10,15 @@ from pydantic import Field, TypeAdapter, ValidationError
 from connectors.traces.base import Head, Malformed, Reader, covered, decode, describe, request
 from kavier_twin.telemetry import (
     EngineSample,
+    GpuSample,
+    KvEventBatch,
     RequestFinished,
     RequestRecord,
     RequestSeen,
     TelemetryRecord,
 )
 
-RECORD: TypeAdapter[TelemetryRecord] = TypeAdapter(
-    Annotated[RequestSeen | RequestFinished | RequestRecord | EngineSample, Field(discriminator="kind")]
-)
+RECORD: TypeAdapter[TelemetryRecord] = TypeAdapter(Annotated[TelemetryRecord, Field(discriminator="kind")])
 
 
 class TelemetryReader(Reader):
@@ -46,7 +46,7 @@ class TelemetryReader(Reader):
         begun: dict[str, tuple[int, RequestSeen]] = {}
         ended: dict[str, tuple[int, RequestFinished]] = {}
         for line, record in rows:
-            if isinstance(record, EngineSample):
+            if isinstance(record, EngineSample | GpuSample | KvEventBatch):
                 continue
             if record.id in (ended if isinstance(record, RequestFinished) else begun):
                 reject(line, Malformed("duplicate-id", "an earlier line has the same kind and id"))

@@ -21,7 +21,15 @@ from kavier_twin.simulation.kpis import Counters
 from kavier_twin.simulation.settings import FleetSettings, StepTime
 from kavier_twin.simulation.state import FREE, WAITING
 from kavier_twin.simulation.workload import Workload, covered_tokens, make_workload, workload_of
-from kavier_twin.telemetry import EngineSample, RequestFinished, RequestRecord, RequestSeen, TelemetryRecord
+from kavier_twin.telemetry import (
+    EngineSample,
+    GpuSample,
+    KvEventBatch,
+    RequestFinished,
+    RequestRecord,
+    RequestSeen,
+    TelemetryRecord,
+)
 from kavier_twin.twin.calibration import Calibration, CalibrationError, Observed, calibrate
 from kavier_twin.twin.fidelity import Fidelity
 from kavier_twin.twin.pace import Pace
@@ -85,6 +93,7 @@ class Mirror:
         """Take one record in; what became of it is counted in `ingested`."""
         if isinstance(record, EngineSample):
             self.last_sample = record
+        if isinstance(record, EngineSample | GpuSample | KvEventBatch):  # observed beside the simulation
             self.ingested["accepted"] += 1
             return
         if isinstance(record, RequestRecord):
