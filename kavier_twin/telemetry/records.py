@@ -158,6 +158,7 @@ class EngineSample(Record):
     kind: Literal["engine_sample"] = "engine_sample"
     time_seconds: EventTime
     pool: Identifier = "default"
+    namespace: str = ""
     pod: str = ""
     engine: str = ""
     model: str | None = None
