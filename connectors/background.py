@@ -96,7 +96,7 @@ class BackgroundSource(ABC):
         if trouble and trouble != self.trouble:
             log.warning("source %s: %s", self.name, trouble)
         elif self.trouble and not trouble:
-            log.info("source %s: well again", self.name)
+            log.info("source %s: all is well", self.name)
         self.trouble = trouble
 
 

@@ -254,8 +254,8 @@ KvEvent = KvBlocksStored | KvBlocksRemoved | KvCacheCleared
 class KvEventBatch(Record):
     """What one engine step changed in the engine's cache.
 
-    Batches of one publisher come once each and in the order of `sequence`, which starts at 0 with the publisher. A
-    number skipped is a batch that was lost; one that does not rise tells that the publisher started anew.
+    `sequence` counts the batches of one publisher process from 0. `continues` tells that the batch follows the one
+    before it; otherwise batches were lost, or the publisher began anew, and what was known of the cache is void.
     """
 
     kind: Literal["kv_event_batch"] = "kv_event_batch"
@@ -264,6 +264,7 @@ class KvEventBatch(Record):
     pod: str = ""
     engine: str = ""
     sequence: Annotated[int, Field(ge=0)]
+    continues: bool
     events: tuple[Annotated[KvEvent, Field(discriminator="event")], ...]
 
 
