@@ -81,11 +81,13 @@ class HttpClient:
             body = self._read(response, deadline)
         except SecretError as error:
             raise FetchError("no-secret", str(error)) from None
-        except urllib3.exceptions.TimeoutError:
-            raise FetchError("timeout", f"no answer within {seconds:g} s from {_shown(url)}") from None
         except urllib3.exceptions.SSLError as error:
             raise FetchError("tls", f"{_shown(url)}: {error}") from None
         except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+            # A refused connection passes for a kind of timeout in urllib3.
+            refused = isinstance(error, urllib3.exceptions.NewConnectionError)
+            if isinstance(error, urllib3.exceptions.TimeoutError) and not refused:
+                raise FetchError("timeout", f"no answer within {seconds:g} s from {_shown(url)}") from None
             raise FetchError("unreachable", f"{_shown(url)}: {_in_short(error)}") from None
         finally:
             if response is not None:
