@@ -14,7 +14,7 @@ from typing import Any, Final
 
 log = logging.getLogger(__name__)
 
-SETTINGS_FILE: Final = "the settings file"
+TWIN: Final = "the twin's settings"
 MAX_PLACES: Final = 1_000
 
 
@@ -122,7 +122,7 @@ class EngineConfigs:
     """
 
     def __init__(self, configured: Mapping[str, object]) -> None:
-        self._said: dict[str, dict[str, object]] = {SETTINGS_FILE: dict(configured)}
+        self._said: dict[str, dict[str, object]] = {TWIN: dict(configured)}
         self._told: frozenset[str] = frozenset()
         self._lock = Lock()
 
@@ -136,7 +136,7 @@ class EngineConfigs:
                 return
             self._said.pop(where, None)
             if len(self._said) > MAX_PLACES:  # pods come and go for months
-                self._said.pop(next(place for place in self._said if place != SETTINGS_FILE))
+                self._said.pop(next(place for place in self._said if place != TWIN))
             self._said[where] = config.told()
             contradictions = self._contradictions()
             for contradiction in contradictions:
@@ -145,12 +145,12 @@ class EngineConfigs:
             self._told = frozenset(contradictions)
 
     def discovered(self) -> EngineConfig:
-        """What the engines say, the settings file left aside; of contradicting words the first."""
+        """What the engines say, the twin's settings left aside; of contradicting words the first."""
         found: dict[str, Any] = {}
         with self._lock:
             places = list(self._said.items())
         for where, said in places:
-            if where != SETTINGS_FILE:
+            if where != TWIN:
                 found = {**said, **found}
         return EngineConfig(**found)
 
