@@ -22,7 +22,7 @@ class Reading(NamedTuple):
 def parse_exposition(text: str) -> list[Reading]:
     """The readings of a `/metrics` page in the text format. Raises ValueError where it is not in that format."""
     return [
-        Reading(sample.name, sample.labels, sample.value)
+        Reading(sample.name, sample.labels, float(sample.value))
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     ]

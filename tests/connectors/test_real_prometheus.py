@@ -192,21 +192,8 @@ def test_a_live_server_that_scrapes(
 def test_behind_tls_and_a_password(tmp_path: Path, scrapes: list[tuple[float, str]], reading: Any) -> None:
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     options = "-x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
-    subprocess.run(
-        [
-            "openssl",
-            "req",
-            *options.split(),
-            "-addext",
-            "subjectAltName=IP:127.0.0.1",
-            "-keyout",
-            key,
-            "-out",
-            certificate,
-        ],
-        check=True,
-        capture_output=True,
-    )
+    files = ["-keyout", str(key), "-out", str(certificate), "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run([openssl(), "req", *options.split(), *files], check=True, capture_output=True)
     hashed = "$2b$04$oZWEBapsHYAoqjelTh3hleVU60TxnYnZKWX2RIYFs8K3U/35FEeD."  # bcrypt of "open sesame"
     server = RealPrometheus(
         tmp_path,
