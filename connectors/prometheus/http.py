@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlencode
 
 import urllib3
 
 from connectors.secret import Secret, SecretError
 
 _CHUNK_BYTES: Final = 2**16
+_FORM: Final = "application/x-www-form-urlencoded"
 
 
 class FetchError(Exception):
@@ -70,9 +72,8 @@ class HttpClient:
             response = self._pool.request(
                 method,
                 url,
-                fields=dict(fields) if fields is not None else None,
-                encode_multipart=False,
-                headers=self._headers(),
+                body=urlencode(fields) if fields is not None else None,
+                headers=self._headers() | ({} if fields is None else {"content-type": _FORM}),
                 timeout=urllib3.Timeout(connect=seconds, read=seconds),
                 retries=False,
                 redirect=False,  # a redirect could carry the token to another server
