@@ -72,8 +72,8 @@ def test_one_of_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({**PROMETHEUS, "bearer_token": {}}, "sources.0.bearer_token: give either env"),
         ({"type": "vllm_metrics", "engines": []}, "sources.0.engines: "),
         (
-            {"type": "vllm_metrics", "engines": [{"ulr": "x"}]},
-            "sources.0.engines.0.ulr: unknown setting; did you mean url",
+            {"type": "vllm_metrics", "engines": [{"url": "http://a/metrics", "prod": "x"}]},
+            "sources.0.engines.0.prod: unknown setting; did you mean pod?",
         ),
         ({"type": "kv_events", "endpoint": "tcp://*:5557"}, "name the engine's host in place of *"),
         ({"type": "kv_events", "endpoint": "vllm:5557"}, "expected an address like tcp://"),
@@ -104,7 +104,8 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
 
 def test_the_daemon_shows_what_an_engine_says_and_when_it_no_longer_does(tmp_path: Path) -> None:
     page = b'vllm:num_requests_running{engine="0",model_name="m"} 3\nvllm:num_requests_waiting{engine="0"} 2\n'
-    server = Pages(lambda *_: (200, "text/plain", page))
+    status = [200]
+    server = Pages(lambda *_: (status[0], "text/plain", page))
     settings = read(
         tmp_path,
         {"type": "vllm_metrics", "engines": [{"url": f"{server.url}/metrics"}], "interval_seconds": 0.05, "name": "v"},
@@ -115,9 +116,10 @@ def test_the_daemon_shows_what_an_engine_says_and_when_it_no_longer_does(tmp_pat
         wait_until(lambda: daemon.view.records.get("accepted", 0) >= 2)
         (source,) = daemon.view.sources
         assert (source.name, source.trouble, source.ended) == ("v", "", False)
-        server.close()
-        wait_until(lambda: "unreachable" in daemon.view.sources[0].trouble)
+        status[0] = 500
+        wait_until(lambda: "http-500" in daemon.view.sources[0].trouble)
         assert daemon.view.sources[0].last_record_seconds > 0.0
         assert not daemon.failed
     finally:
         daemon.stop()
+        server.close()
