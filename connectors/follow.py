@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from connectors.traces import FORMATS, TraceError, find_reader, open_reader
 from connectors.traces.base import Head, LineReader, Malformed, Reader, open_bytes
@@ -83,6 +83,39 @@ class FollowFile:
 
     def rejected(self) -> Mapping[str, int]:
         return dict(self._rejected)
+
+    def positions(self) -> dict[str, Any]:
+        if self._stream is None or self._lines is None:
+            return {}
+        return {
+            "offset_bytes": self._stream.tell() - self._lines.pending_bytes,
+            "line": self._lines.line,
+            "file": _identity(self._stream),
+            "format": self._reader.name if self._reader else None,
+            "reader": self._reader.save() if self._reader else None,
+            "rejected": self._rejected,
+            "last_record_seconds": self.last_record_seconds,
+        }
+
+    def seek(self, positions: dict[str, Any]) -> None:
+        if not positions:
+            return
+        self._rejected = dict(positions["rejected"])
+        self.last_record_seconds = positions["last_record_seconds"]
+        try:
+            stream = self.path.open("rb") if self._follow else open_bytes(self.path)
+            there = stream.seek(0, os.SEEK_END) if self._follow else positions["offset_bytes"]
+            if _identity(stream) != positions["file"] or there < positions["offset_bytes"]:
+                stream.close()
+                raise OSError("it was replaced or cut since the checkpoint; it is read from its beginning")
+            stream.seek(positions["offset_bytes"])
+        except OSError as error:
+            self._report(error)
+            return
+        if positions["format"] is not None:
+            self._reader = self._reader or FORMATS[positions["format"]](self.path)
+            self._reader.restore(positions["reader"])
+        self._stream, self._lines = stream, LineReader(stream, positions["line"])
 
     def close(self) -> None:
         self.exhausted = True
@@ -178,6 +211,12 @@ class FollowFile:
         if self._stream is not None:
             self._stream.close()
             self._stream = None
+
+
+def _identity(stream: BinaryIO) -> list[int]:
+    """Which file it is, whatever it is called by now."""
+    status = os.fstat(stream.fileno())
+    return [status.st_dev, status.st_ino]
 
 
 class DeadLetters:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from kavier_twin.telemetry import TelemetryRecord
 
@@ -36,3 +36,17 @@ class Source(Protocol):
 
     def close(self) -> None:
         """Let go of files and connections. May be called twice; afterwards `poll` gives nothing."""
+
+
+@runtime_checkable
+class Seekable(Protocol):
+    """A source that can go on where it stood: what a checkpoint needs."""
+
+    def positions(self) -> dict[str, Any]:
+        """Where it stands after the records handed out so far, as JSON types."""
+
+    def seek(self, positions: dict[str, Any]) -> None:
+        """Go on after the records that had been handed out when `positions` was taken. Before the first poll.
+
+        Where that place is gone the source says so in the log and goes on at the nearest one there is.
+        """

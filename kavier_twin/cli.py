@@ -9,7 +9,7 @@ import sys
 from kavier_twin import __version__
 from kavier_twin.errors import UserError
 
-COMMANDS = ("simulate", "demo", "run")
+COMMANDS = ("simulate", "compare", "kavier", "demo", "run", "calibrate_power")
 
 _EXAMPLES = """examples:
   kavier-twin demo                                 watch the twin mirror a recorded vLLM and forecast it
@@ -30,8 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     modules = {}
     for name in COMMANDS:
-        modules[name] = importlib.import_module(f"kavier_twin.commands.{name}")
-        modules[name].add_parser(commands)
+        modules[name.replace("_", "-")] = module = importlib.import_module(f"kavier_twin.commands.{name}")
+        module.add_parser(commands)
     args = parser.parse_args(argv)
     try:
         return int(modules[args.command].run(args))

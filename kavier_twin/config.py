@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from connectors.traces import FORMATS
+from kavier_twin.checkpoints import EVERY_SECONDS, KEEP
 from kavier_twin.errors import UserError
+from kavier_twin.footprint_file import fleet_with_carbon_read
 from kavier_twin.forecast.forecaster import ForecastSettings
 from kavier_twin.hardware import FleetFile
 from kavier_twin.live_sources import SECRET_GIVEN, KvEvents, LiveSource, Prometheus, VllmMetrics
@@ -41,6 +43,15 @@ class PoolFleet(FleetFile):
     """
 
     step_time: StepTime = CRUDE_STEP_TIME
+
+    @model_validator(mode="after")
+    def _nobody_knows_the_future(self) -> PoolFleet:
+        if self.engine.eviction == "belady":
+            raise ValueError(
+                "engine.eviction=belady needs to know the future, which a live pool does not; use it in "
+                "forecast.policies, whose futures are known"
+            )
+        return self
 
     @property
     def calibrated(self) -> bool:
@@ -96,6 +107,14 @@ class HttpConfig(_Settings):
     port: Annotated[int, Field(ge=0, le=65535)] = DEFAULT_PORT
 
 
+class CheckpointConfig(_Settings):
+    """Where the twin's state is kept across restarts, and how often it is written."""
+
+    directory: Path
+    every_seconds: PositiveSeconds = EVERY_SECONDS
+    keep: Annotated[int, Field(ge=1, le=100)] = KEEP
+
+
 class Settings(_Settings):
     """Everything the daemon is told."""
 
@@ -106,6 +125,7 @@ class Settings(_Settings):
     sources: Annotated[tuple[AnySource, ...], Field(min_length=1)]
     http: HttpConfig = HttpConfig()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    checkpoints: CheckpointConfig | None = None  # without it a restart begins anew
     dead_letters: Path | None = None  # where rejected lines are noted (file, line, reason; never their text)
 
 
@@ -135,12 +155,18 @@ def check_settings(content: dict[str, Any], path: Path) -> Settings:
     except ValidationError as error:
         found = error.errors(include_url=False)
         # A list whose entries are all wrong passes for an empty one.
-        beneath = {entry["loc"][:1] for entry in found if len(entry["loc"]) > 1}
+        beneath = {entry["loc"][:depth] for entry in found for depth in range(1, len(entry["loc"]))}
         problems += [_problem(e) for e in found if not (e["type"] == "too_short" and e["loc"] in beneath)]
     problems += _policy_problems(content)
     if settings is not None:
         settings = _with_absolute_paths(settings, path.resolve().parent)
         problems += _path_problems(settings)
+        try:
+            settings = settings.model_copy(
+                update={"fleet": fleet_with_carbon_read(settings.fleet, path.resolve().parent)}
+            )
+        except UserError as error:
+            problems.append(f"fleet.footprint.carbon.file: {error}")
     if problems or settings is None:
         lines = "\n".join(f"  {path}: {problem}" for problem in problems)
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
@@ -156,7 +182,10 @@ def _with_absolute_paths(settings: Settings, directory: Path) -> Settings:
         for source in settings.sources
     )
     letters = directory / settings.dead_letters if settings.dead_letters else None
-    return settings.model_copy(update={"sources": sources, "dead_letters": letters})
+    checkpoints = settings.checkpoints and settings.checkpoints.model_copy(
+        update={"directory": directory / settings.checkpoints.directory}
+    )
+    return settings.model_copy(update={"sources": sources, "dead_letters": letters, "checkpoints": checkpoints})
 
 
 def _path_problems(settings: Settings) -> list[str]:
@@ -168,6 +197,10 @@ def _path_problems(settings: Settings) -> list[str]:
             problems.append(f"sources.{number}.path: {source.path} does not exist; correct it, or set follow: true")
         elif not source.path.parent.is_dir():
             problems.append(f"sources.{number}.path: the directory {source.path.parent} does not exist; create it")
+    if settings.checkpoints and not settings.checkpoints.directory.is_dir():
+        problems.append(
+            f"checkpoints.directory: the directory {settings.checkpoints.directory} does not exist; create it"
+        )
     if settings.dead_letters and not settings.dead_letters.parent.is_dir():
         problems.append(f"dead_letters: the directory {settings.dead_letters.parent} does not exist; create it")
     return problems

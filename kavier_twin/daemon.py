@@ -22,6 +22,7 @@ from connectors.follow import DeadLetters, FollowFile
 from connectors.source import Source
 from connectors.traces import TraceError
 from kavier_twin import __version__
+from kavier_twin.checkpoints import Checkpoints, seekable
 from kavier_twin.config import DEFAULT_HOST, DEFAULT_PORT, Settings
 from kavier_twin.errors import UserError
 from kavier_twin.forecast.forecaster import Forecaster, ForecastSettings
@@ -30,8 +31,8 @@ from kavier_twin.live_sources import LiveSource
 from kavier_twin.serve import assemble
 from kavier_twin.serve.http import AddressError, HttpServer
 from kavier_twin.serve.view import Outlook, SourceState, TwinView
-from kavier_twin.simulation.policies import PolicyError, apply_overrides, vllm_flags
-from kavier_twin.simulation.settings import COEFFICIENTS, EngineSettings, FleetSettings
+from kavier_twin.simulation.policies import PolicyError, apply_overrides, hypothetical_reasons, vllm_flags
+from kavier_twin.simulation.settings import COEFFICIENTS, FleetSettings
 from kavier_twin.telemetry import EngineSample, RequestFinished, RequestRecord, TelemetryRecord
 from kavier_twin.twin.mirror import Mirror, MirrorSettings
 from kavier_twin.twin.snapshot import Snapshot
@@ -67,9 +68,11 @@ class Daemon:
         port: int = DEFAULT_PORT,
         event_clock: Callable[[], float] | None = None,
         notes: Iterable[str] = (),
+        checkpoints: Checkpoints | None = None,
     ) -> None:
         self.failed = False
         self._mirror = Mirror(mirror or MirrorSettings(), fleet, calibrated=calibrated)
+        self._checkpoints = checkpoints
         self._lock = Lock()
         self._forecast = forecast or ForecastSettings()
         self._forecaster = Forecaster(self._forecast)
@@ -82,6 +85,7 @@ class Daemon:
         self._outlook: Outlook | None = None
         self._live = False
         self._drained = False
+        self._behind = False
         self._last_record_unix = math.nan
         self._published = -math.inf
         self._rejects = _RejectLog()
@@ -92,6 +96,7 @@ class Daemon:
         self._publish()
         self.http = _listen(lambda: self._view, host, port) if host is not None else None
         self._thread = Thread(target=self._keep_ingesting, name="ingest", daemon=True)
+        self._restore(fleet)
 
     @classmethod
     def of(cls, settings: Settings) -> Daemon:
@@ -119,7 +124,20 @@ class Daemon:
             calibrated=settings.fleet.calibrated,
             host=settings.http.host,
             port=settings.http.port,
+            checkpoints=Checkpoints(**settings.checkpoints.model_dump()) if settings.checkpoints else None,
         )
+
+    def _restore(self, fleet: FleetSettings) -> None:
+        """Go on where the last run stood."""
+        restored = self._checkpoints.restore(self._mirror.settings, fleet) if self._checkpoints else None
+        if restored is None:
+            return
+        self._mirror = restored.mirror
+        for end in restored.ends:
+            self._ends.hold(end)
+        for key, source in seekable(self._sources):
+            source.seek(restored.positions.get(key, {}))
+        self._publish()
 
     @property
     def view(self) -> TwinView:
@@ -166,9 +184,18 @@ class Daemon:
                     self._stopping.wait(POLL_SECONDS)
                 if time.monotonic() - self._published >= PUBLISH_SECONDS:
                     self._publish()
+                if self._checkpoints and self._checkpoints.due:
+                    self._checkpoint(self._checkpoints)
+            if self._checkpoints:
+                self._checkpoint(self._checkpoints)
         except Exception:
             log.exception("the mirror failed; the daemon ends")
             self.failed = True
+
+    def _checkpoint(self, checkpoints: Checkpoints) -> None:
+        with self._lock:
+            saved = checkpoints.take(self._mirror, self._ends.until(math.inf), self._sources)
+        checkpoints.write(saved)
 
     def _ingest(self) -> bool:
         """Take in what the sources have now. Returns whether there may be more at once."""
@@ -185,17 +212,14 @@ class Daemon:
         with self._lock:
             for record in records:
                 self._take(record)
-            now = None if more else self._event_now()
             newest = self._mirror.newest_seconds
-            for held in self._ends.due(math.inf if ended else max(newest, -math.inf if now is None else now)):
+            for held in self._ends.due(math.inf if ended else newest):
                 self._mirror.ingest(held)
-            if ended and not self._drained:
-                # Nothing comes any more: what is buffered need not wait for the watermark.
-                now = max(self._mirror.newest_seconds, now or -math.inf) + self._mirror.settings.lateness_seconds
-                now = now if math.isfinite(now) else None
-            if not (ended and self._drained and not self._live):
-                self._mirror.advance(now)
+            # Nothing comes any more: what is buffered need not wait for the watermark.
+            last = self._mirror.newest_seconds + self._mirror.settings.lateness_seconds
+            self._mirror.advance(last if ended and math.isfinite(last) else None)
             self._drained = ended
+            self._behind = more
             self._tell_of_calibration()
         return more
 
@@ -212,6 +236,15 @@ class Daemon:
         if isinstance(record, EngineSample):
             self._reported.add(record)
         self._mirror.ingest(record)
+
+    def _present(self) -> Mirror:
+        """The mirror as of now: of a stream whose time is a clock's, moved on to where no record has come yet."""
+        now = None if self._behind else self._event_now()
+        if now is None or now <= self._mirror.time_seconds:
+            return self._mirror
+        present = self._mirror.fork(self._ends.until(now))
+        present.advance(now)
+        return present
 
     def _event_now(self) -> float | None:
         if self._event_clock is not None:
@@ -237,7 +270,7 @@ class Daemon:
 
     def _snapshot(self) -> Snapshot | None:
         with self._lock:
-            return self._mirror.snapshot()
+            return self._present().snapshot()
 
     def _take_forecast(self, forecast: Forecast) -> None:
         if self._outlook is None:
@@ -258,7 +291,7 @@ class Daemon:
         self._published = time.monotonic()
 
     def _seen(self, states: tuple[SourceState, ...]) -> TwinView:
-        mirror = self._mirror
+        mirror = self._present()
         records, dropped = assemble.records(mirror, sum(sum(state.rejected.values()) for state in states))
         step_time = mirror.fleet.settings.step_time
         lag = max(0.0, mirror.newest_seconds - mirror.time_seconds) if math.isfinite(mirror.time_seconds) else math.nan
@@ -281,8 +314,11 @@ class Daemon:
             exact_cache_ratio=mirror.fidelity.exact_cache_ratio(),
             beside=assemble.beside(mirror, self._reported.at(mirror.time_seconds)),
             sources=states,
+            checkpoint_unix_seconds=self._checkpoints.written_unix_seconds if self._checkpoints else None,
+            checkpoint_failures=self._checkpoints.failures if self._checkpoints else 0,
             forecasts={"succeeded": self._forecaster.cycles, "failed": self._forecaster.failures},
             outlook=self._outlook,
+            currency=mirror.fleet.settings.footprint.currency if mirror.fleet.settings.footprint else "",
             notes=self._notes,
         )
 
@@ -333,6 +369,10 @@ class _HeldEnds:
         while self._heap and self._heap[0][0] <= until_seconds:
             found.append(heapq.heappop(self._heap)[2])
         return found
+
+    def until(self, time_seconds: float) -> list[RequestFinished]:
+        """Those up to a time; they stay held."""
+        return [entry[2] for entry in self._heap if entry[0] <= time_seconds]
 
 
 class _EngineSamples:
@@ -402,8 +442,7 @@ def _flags(fleet: FleetSettings, forecast: ForecastSettings) -> dict[str, tuple[
             changed = apply_overrides(fleet, policy.overrides)
         except PolicyError:
             continue
-        deployable = set(policy.overrides) <= set(EngineSettings.model_fields)
-        found[policy.name] = (tuple(vllm_flags(fleet, changed)), deployable)
+        found[policy.name] = (tuple(vllm_flags(fleet, changed)), not hypothetical_reasons(fleet, changed))
     return found
 
 

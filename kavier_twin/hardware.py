@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Annotated, Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from kavier_twin.catalog.deployment import Deployment, check, largest_batch
@@ -13,23 +15,9 @@ from kavier_twin.catalog.gpu import Gpu, find_gpu
 from kavier_twin.catalog.memory import num_gpu_blocks
 from kavier_twin.catalog.model import ModelShape, QuantizationName
 from kavier_twin.catalog.models import find_model
+from kavier_twin.prior import Prior, prior
 from kavier_twin.simulation.roofline import Roofline, step_time
 from kavier_twin.simulation.settings import FleetSettings, StepTime
-
-PEAK = Roofline(
-    compute_share=1.0,
-    bandwidth_share=1.0,
-    bend=10.0,
-    attention_share=1.0,
-    expert_share=1.0,
-    link_share=1.0,
-    seconds_per_step=0.0,
-    seconds_per_layer=0.0,
-    seconds_per_expert_layer=0.0,
-    seconds_per_sequence=0.0,
-    seconds_per_all_reduce=0.0,
-    seconds_per_all_reduce_rank=0.0,
-)
 
 
 class Hardware(BaseModel):
@@ -86,16 +74,29 @@ class Hardware(BaseModel):
         )
 
     def step_time(self, kv_cache_dtype: Any = "auto") -> StepTime:
-        """Step times from the data sheet."""
-        return step_time(self.card, self.shape, self.deployment(kv_cache_dtype))
+        """Step times before anything was observed: from measured operators where there are any, else data sheets."""
+        return _prior(self, kv_cache_dtype).step_time
 
     def floor(self, kv_cache_dtype: Any = "auto") -> StepTime:
         """Coefficients at the dense peak of everything: a calibration below would claim more than the GPU has."""
-        peak = step_time(self.card, self.shape, self.deployment(kv_cache_dtype), PEAK)
+        peak = step_time(self.card, self.shape, self.deployment(kv_cache_dtype), Roofline.peak())
         prior = self.step_time(kv_cache_dtype)
-        pairs = zip(peak.linear_layers, prior.linear_layers, strict=True)
-        scale = min(least / usual for (_, least), (_, usual) in pairs)
-        return peak.model_copy(update={"linear_scale": scale, "linear_layers": prior.linear_layers})
+        scale = max(peak.linear_seconds(tokens) / usual for tokens, usual in prior.linear_layers)
+        least = peak.model_copy(update={"linear_scale": scale}).coefficients()
+        # What measured operators have elsewhere than the data sheet's roofline has no floor of its own.
+        return prior.with_coefficients(np.minimum(least, prior.coefficients()))
+
+    def footprint(self, given: Any) -> Any:
+        """Footprint settings with the card's watts and the GPUs of an engine, `given` ones first; null stays null.
+
+        An engine is one data-parallel rank: it has the GPUs of its tensor parallelism to itself.
+        """
+        if not isinstance(given, Mapping):
+            return given
+        watts = {"idle_watts": self.card.idle_watts, "max_watts": self.card.max_watts}
+        power = given.get("power", {})
+        power = {**watts, **power} if isinstance(power, Mapping) else power
+        return {"gpus_per_replica": self.tensor_parallel_size, **given, "power": power}
 
     def engine(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Engine settings as vLLM would choose them here, `given` ones first. Raises CatalogError if nothing fits."""
@@ -123,8 +124,8 @@ class Hardware(BaseModel):
 
 
 class FleetFile(FleetSettings):
-    """A fleet as a user describes it: with `hardware`, the number of blocks, vLLM's limits and the step times follow
-    where they are not given."""
+    """A fleet as a user describes it: with `hardware`, the number of blocks, vLLM's limits, the step times and the
+    GPUs' power follow where they are not given."""
 
     hardware: Hardware | None = None
 
@@ -137,19 +138,31 @@ class FleetFile(FleetSettings):
             hardware = Hardware.model_validate(content["hardware"])
         except ValidationError:
             # Told when the field itself is checked; what would have followed from it is not missing.
-            return {"engine": {"num_gpu_blocks": 2}, "step_time": {"fixed": 1.0}, **content}
+            stand_in = {"engine": {"num_gpu_blocks": 2}, "step_time": {"fixed": 1.0}, **content}
+            if isinstance(content.get("footprint"), Mapping):
+                stand_in["footprint"] = {"power": {"idle_watts": 0.0, "max_watts": 0.0}, **content["footprint"]}
+            return stand_in
         given = content.get("engine")
         try:
             engine = hardware.engine(given if isinstance(given, Mapping) else {})
         except (CatalogError, TypeError) as error:
             raise ValueError(str(error)) from None
         prior = hardware.step_time(engine.get("kv_cache_dtype", "auto"))
-        return {"step_time": prior, **content, "hardware": hardware, "engine": engine}
+        footprint = hardware.footprint(content.get("footprint", {}))
+        return {"step_time": prior, **content, "hardware": hardware, "engine": engine, "footprint": footprint}
 
     @property
     def prior(self) -> StepTime | None:
         """What data sheets say of the step time; None without `hardware`."""
         return None if self.hardware is None else self.hardware.step_time(self.engine.kv_cache_dtype)
+
+    @property
+    def step_time_source(self) -> str:
+        """Where the step times come from, for a report."""
+        if self.hardware is None or self.step_time != self.prior:
+            return "as given"
+        found = _prior(self.hardware, self.engine.kv_cache_dtype)
+        return f"{found.source} ({found.reason})"
 
     @property
     def floor(self) -> StepTime | None:
@@ -159,6 +172,11 @@ class FleetFile(FleetSettings):
     def settings(self) -> FleetSettings:
         """As the simulation takes it."""
         return FleetSettings(**{name: getattr(self, name) for name in FleetSettings.model_fields})
+
+
+@cache
+def _prior(hardware: Hardware, kv_cache_dtype: str) -> Prior:
+    return prior(hardware.card, hardware.shape, hardware.deployment(kv_cache_dtype))
 
 
 def _or_value_error(look: Any, *what: Any) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from connectors.traces.base import CsvReader, Malformed, parse_whole, request
 from kavier_twin.telemetry import RequestRecord
@@ -38,3 +40,10 @@ class AzureReader(CsvReader):
         )
         self._first = first  # only once the line has proved good
         return record
+
+    def save(self) -> dict[str, Any]:
+        return {**super().save(), "first": self._first and self._first.isoformat()}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        super().restore(saved)
+        self._first = saved["first"] and datetime.fromisoformat(saved["first"])

@@ -97,8 +97,8 @@ class Rejections:
 class LineReader:
     """Hands out the complete lines of a byte stream, also of one that still grows."""
 
-    def __init__(self, stream: BinaryIO) -> None:
-        self.line = 0  # number of the line handed out last, from 1
+    def __init__(self, stream: BinaryIO, line: int = 0) -> None:
+        self.line = line  # number of the line handed out last, from 1
         self._stream = stream
         self._tail = bytearray()
         self._too_long = False
@@ -123,6 +123,11 @@ class LineReader:
             if piece.endswith(b"\n"):
                 return self._take()
         return None
+
+    @property
+    def pending_bytes(self) -> int:
+        """Read already, of a line that is not complete."""
+        return len(self._tail)
 
     def rest(self) -> bytes | None:
         """What stands after the last newline, taken as a line, or None if nothing does."""
@@ -365,6 +370,14 @@ class Reader(ABC):
     def restart(self) -> None:  # noqa: B027 (most formats say nothing at the beginning)
         """The file begins anew (it was rotated or cut): what only its beginning says is to be read again."""
 
+    def save(self) -> dict[str, Any]:
+        """What earlier lines taught, as JSON types."""
+        return {"index": self._index}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """What `save` gave."""
+        self._index = saved["index"]
+
     def next_index(self) -> int:
         """The index of this row, from 0."""
         self._index += 1
@@ -404,6 +417,13 @@ class CsvReader(Reader):
 
     def restart(self) -> None:
         self._columns = None
+
+    def save(self) -> dict[str, Any]:
+        return {**super().save(), "columns": self._columns}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        super().restore(saved)
+        self._columns = saved["columns"]
 
     def parse(self, row: bytes) -> TelemetryRecord | None:
         if self._columns is None:

@@ -6,7 +6,9 @@ also `Session ID` (conversations only) and `Elapsed time` (s, from submission to
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from connectors.traces.base import CsvReader, label, parse_decimal, parse_whole, request, since_start
 from kavier_twin.telemetry import RequestRecord
@@ -46,3 +48,10 @@ class BurstGptReader(CsvReader):
         )
         self._first = first  # only once the line has proved good
         return record
+
+    def save(self) -> dict[str, Any]:
+        return {**super().save(), "first": self._first}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        super().restore(saved)
+        self._first = saved["first"]

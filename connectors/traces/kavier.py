@@ -1,14 +1,18 @@
 """Kavier's traces, CSV or Parquet: `session_id,turn_id,ts,num_input_tokens,num_output_tokens`.
 
 Kavier documents no unit for `ts` and does not use it. Its example (turns of a session at 0.0, 1.0, 2.0) reads as
-seconds, and so it is taken here. Its optional lists of token ids are not read.
+seconds, and so it is taken here. The optional column `input_tokens` (a JSON list of token ids, or a list) tells which
+prompts share a beginning: it is read as hashes of blocks of 16 tokens, vLLM's block size.
 """
 
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
+
+import numpy as np
 
 from connectors.traces.base import (
     CsvReader,
@@ -26,6 +30,27 @@ from connectors.traces.base import (
 from kavier_twin.telemetry import RequestRecord
 
 NEEDED = frozenset({"ts", "num_input_tokens", "num_output_tokens"})
+BLOCK_TOKENS: Final = 16
+_ROWS_WITH_TOKENS: Final = 256  # read at once: a row can hold 100,000 tokens
+
+# A polynomial over the tokens of a block, modulo 2**64, in the multiplier of Knuth's MMIX generator.
+_POWERS: Final = np.array([pow(6364136223846793005, place, 2**64) for place in range(BLOCK_TOKENS)], np.uint64)
+
+
+def content(value: object, prompt_tokens: object) -> dict[str, Any]:
+    """`block_hashes` and `block_tokens` from the prompt's token ids: a hash a full block. Raises Malformed."""
+    if value is None or value == "" or not isinstance(prompt_tokens, int):
+        return {}
+    try:
+        tokens = np.array(json.loads(value) if isinstance(value, str) else value)
+    except (ValueError, TypeError, OverflowError):
+        raise Malformed("bad-value", "input_tokens is not a list of whole numbers") from None
+    if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
+        raise Malformed("bad-value", "input_tokens is not a list of whole numbers")
+    blocks = max(min(tokens.size, prompt_tokens), 0) // BLOCK_TOKENS
+    mixed = (tokens[: blocks * BLOCK_TOKENS].reshape(blocks, BLOCK_TOKENS).astype(np.uint64) + 1) * _POWERS
+    sums = mixed.sum(axis=1, dtype=np.uint64)
+    return {"block_hashes": tuple((sums ^ (sums >> np.uint64(32))).tolist()), "block_tokens": BLOCK_TOKENS}
 
 
 class KavierReader(CsvReader):
@@ -37,12 +62,14 @@ class KavierReader(CsvReader):
     needed = NEEDED
 
     def record(self, index: int, row: dict[str, str]) -> RequestRecord:
+        prompt = parse_whole(row["num_input_tokens"], "num_input_tokens")
         return request(
             id=str(index),
             time_seconds=since_start(parse_decimal(row["ts"], "ts"), "ts"),
             session=label(row.get("session_id", "").strip(), "session_id"),
-            prompt_tokens=parse_whole(row["num_input_tokens"], "num_input_tokens"),
+            prompt_tokens=prompt,
             output_tokens=parse_whole(row["num_output_tokens"], "num_output_tokens"),
+            **content(row.get("input_tokens", "").strip(), prompt),
         )
 
 
@@ -75,7 +102,8 @@ class KavierParquetReader(Reader):
                         f"{self.path}: columns not found: {', '.join(sorted(missing))}; expected {self.expected}; "
                         "rename the columns"
                     )
-                for batch in file.iter_batches(columns=sorted(names & (NEEDED | {"session_id"}))):
+                columns = sorted(names & (NEEDED | {"session_id", "input_tokens"}))
+                for batch in file.iter_batches(batch_size=_ROWS_WITH_TOKENS, columns=columns):
                     for row in batch.to_pylist():
                         line += 1
                         try:
@@ -91,10 +119,12 @@ class KavierParquetReader(Reader):
 
     def parse(self, row: dict[str, Any]) -> RequestRecord:
         index = self.next_index()
+        prompt = required(row, "num_input_tokens")
         return request(
             id=str(index),
             time_seconds=since_start(required(row, "ts"), "ts"),
             session=label(row.get("session_id"), "session_id"),
-            prompt_tokens=required(row, "num_input_tokens"),
+            prompt_tokens=prompt,
             output_tokens=required(row, "num_output_tokens"),
+            **content(row.get("input_tokens"), prompt),
         )

@@ -9,6 +9,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from connectors.traces.base import Head, Malformed, Reader, covered, decode, describe, request
 from kavier_twin.telemetry import (
+    CarbonSample,
     EngineSample,
     GpuSample,
     KvEventBatch,
@@ -46,7 +47,7 @@ class TelemetryReader(Reader):
         begun: dict[str, tuple[int, RequestSeen]] = {}
         ended: dict[str, tuple[int, RequestFinished]] = {}
         for line, record in rows:
-            if isinstance(record, EngineSample | GpuSample | KvEventBatch):
+            if isinstance(record, CarbonSample | EngineSample | GpuSample | KvEventBatch):
                 continue
             if record.id in (ended if isinstance(record, RequestFinished) else begun):
                 reject(line, Malformed("duplicate-id", "an earlier line has the same kind and id"))

@@ -194,9 +194,6 @@ def _shape(config: _Config, layer_types: list[str]) -> ModelShape:
         value_head_dim = int(config.get("v_head_dim") or latent.qk_nope_head_dim)
     intermediate = config.number("intermediate_size", default=_default_intermediate(config, hidden))
     kv_heads = heads if latent else _kv_heads(config, heads)
-    gated = config.family.gated
-    if config.family_name in ("chatglm", "qwen"):
-        gated = True
     if config.family_name == "qwen":  # Qwen 1 counts gate and up together
         intermediate //= 2
     experts = _experts(config, layers)
@@ -214,7 +211,7 @@ def _shape(config: _Config, layer_types: list[str]) -> ModelShape:
         sliding_window_tokens=window,
         sliding_layers=sliding_layers,
         intermediate_size=intermediate,
-        mlp_matrices=3 if gated else 2,
+        mlp_matrices=3 if config.family.gated else 2,
         experts=experts,
         vocab_size=config.number("vocab_size"),
         tied_embeddings=config.flag("tie_word_embeddings", default=config.family.tied),

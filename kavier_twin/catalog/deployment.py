@@ -18,6 +18,7 @@ class Deployment(BaseModel):
     `data_parallel_size` ranks has requests, attention and cache of its own, while the experts are spread over all
     GPUs: whole experts with `enable_expert_parallel`, slices of each without (vLLM's documentation, data parallel and
     expert parallel deployment). `quantization`: None keeps the weights as published.
+    `async_scheduling` is vLLM's default since 0.14 and hides most of the host's work behind the GPU's.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -27,6 +28,7 @@ class Deployment(BaseModel):
     enable_expert_parallel: bool = False
     quantization: QuantizationName | None = None
     kv_cache_dtype: KvDtype = "auto"
+    async_scheduling: bool = True
 
     @property
     def expert_gpus(self) -> int:

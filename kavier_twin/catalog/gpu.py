@@ -17,6 +17,7 @@ from kavier_twin.catalog.errors import CatalogError
 ComputeType = Literal["fp16", "bf16", "fp8", "int8", "fp4"]
 PositiveNumber = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
+Bend = Annotated[float, Field(ge=1.0)]
 
 # Words of a card's name that tell no two cards apart.
 _NOISE = {"nvidia", "amd", "geforce", "instinct", "tensor", "core", "gpu", "accelerator", "edition"}
@@ -38,9 +39,10 @@ class Gpu(BaseModel):
     """One card. Its numbers are peaks of its data sheet; what is reached of them is the roofline's matter.
 
     `memory_bytes` is what is soldered on, `usable_memory_bytes` what the driver reports as the device's total, of
-    which vLLM takes its share. Link speeds are those of one direction. `compute_share`, `bandwidth_share` and `bend`
-    (kavier_twin/simulation/roofline.py) go before the roofline's defaults where somebody measured them on the card.
-    `sources` names each field's source.
+    which vLLM takes its share. `idle_watts` are those of a card that holds an engine with nothing to do, `max_watts`
+    the board's limit. Link speeds are those of one direction. The shares and bends are the roofline's
+    (kavier_twin/simulation/roofline.py) and go before its defaults where somebody measured them on the card. `sources`
+    names each field's source.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -59,7 +61,9 @@ class Gpu(BaseModel):
     max_watts: PositiveNumber
     compute_share: Share | None = None
     bandwidth_share: Share | None = None
-    bend: Annotated[float, Field(ge=1.0, le=10.0)] | None = None
+    bend: Bend | None = None
+    narrow_compute_share: Share | None = None
+    narrow_bend: Bend | None = None
     sources: Mapping[str, str]
 
     @model_validator(mode="after")

@@ -79,7 +79,7 @@ def num_gpu_blocks(
         max_num_seqs=max_num_seqs or default_sequences,
     )
     gpus = deployment.tensor_parallel_size
-    other = NON_TORCH_BYTES + NCCL_BYTES.get(gpus, NCCL_BYTES_FROM_FOUR) + cuda_graph_bytes
+    other = NON_TORCH_BYTES + NCCL_BYTES.get(deployment.expert_gpus, NCCL_BYTES_FROM_FOUR) + cuda_graph_bytes
     granted = gpu_memory_utilization * gpu.usable_memory_bytes
     left = granted - weights - activations - other
     block = block_size * model.kv_bytes_per_token(deployment.kv_cache_dtype, gpus)

@@ -19,8 +19,10 @@ _EXAMPLE = """an example of a settings file:
     replicas: 2
     hardware: {gpu: H100 SXM 80GB, model: meta-llama/Llama-3.1-8B}  # or the path of a config.json
     engine: {max_num_seqs: 256}    # as vLLM was started; num_gpu_blocks and the rest follow from the hardware
+    footprint: {pue: 1.2, carbon: 210, price_per_gpu_hour: 2.5, currency: EUR}  # for energy, carbon and cost
   sources:
     - {type: trace_file, path: requests.jsonl, follow: true}
+  checkpoints: {directory: state}  # a restart goes on where the last run stood
   forecast:
     every_seconds: 30
     horizons_seconds: [60, 300]

@@ -6,8 +6,9 @@ import argparse
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from rich.console import Console
@@ -15,8 +16,10 @@ from rich.table import Table
 
 from connectors.traces import FORMATS
 from kavier_twin.errors import UserError
-from kavier_twin.scenario import Scenario, load_scenario
+from kavier_twin.export_opendc import write_opendc
+from kavier_twin.scenario import CalibrateFrom, Scenario, load_scenario, read_footprint
 from kavier_twin.simulation.fleet import Fleet, simulate_parts
+from kavier_twin.simulation.impact import Impact, impact_of_run
 from kavier_twin.simulation.kpis import Counters, Distribution, Kpis, Slo, kpis
 from kavier_twin.simulation.policies import POLICY_NAMES, PolicyError, apply_overrides, parse_override
 from kavier_twin.simulation.settings import FleetSettings
@@ -25,6 +28,8 @@ from kavier_twin.twin.pinned import replay_pinned
 
 _SAMPLES = 200  # points of the series over time
 _SLOS = ("ttft_seconds", "tpot_seconds", "e2e_seconds")
+
+_FITTED_ON = {"requests": "requests that ended", "steps": "logged steps", "metrics": "scrapes with decoding"}
 
 _EXAMPLES = f"""examples:
   kavier-twin simulate golden/chat-async --requests out.jsonl
@@ -54,6 +59,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--policy", action="append", default=[], metavar="NAME=VALUE", help="override a setting; may be repeated"
     )
+    parser.add_argument(
+        "--footprint",
+        type=Path,
+        metavar="FOOTPRINT.yaml",
+        help="what energy, carbon and cost follow from: power (idle_watts, max_watts), pue, carbon, price_per_gpu_hour",
+    )
     parser.add_argument("--reference", action="store_true", help="step through every engine step instead of jumping")
     parser.add_argument("--pin", action="store_true", help="each request also ends when it really ended (recordings)")
     parser.add_argument(
@@ -64,9 +75,21 @@ def add_parser(commands: Any) -> None:
         help="fit step times on this first share of a recording (default 0.33)",
     )
     parser.add_argument(
+        "--calibrate-from",
+        choices=get_args(CalibrateFrom),
+        default="requests",
+        help="fit to a recording's request timings (default), its log of steps, or its scrapes of /metrics",
+    )
+    parser.add_argument(
         "--slo", action="append", default=[], metavar="NAME=SECONDS", help=f"objective for goodput: {', '.join(_SLOS)}"
     )
     parser.add_argument("--requests", type=Path, metavar="OUT.jsonl", help="write one JSON line a request")
+    parser.add_argument(
+        "--export",
+        nargs=2,
+        metavar=("FORMAT", "DIR"),
+        help="write the run for another simulator: opendc (tasks.parquet and fragments.parquet; docs/kavier.md)",
+    )
     parser.add_argument("--json", action="store_true", help="print the KPIs as one JSON object and nothing else")
 
 
@@ -78,29 +101,42 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             "--pin and --reference exclude each other: a pinned run follows the recording, not the step clock"
         )
+    if args.export is not None and args.export[0] != "opendc":
+        raise UserError(f"--export {args.export[0]}: expected opendc, for example --export opendc workload/")
     slo = _slo(args.slo)
     console = Console(stderr=True)
     with console.status("reading the trace; compiled kernels are cached after the first run"):
         scenario = load_scenario(
-            args.trace, trace_format=args.format, fleet_file=args.fleet, calibrate_until=args.calibrate_until
+            args.trace,
+            trace_format=args.format,
+            fleet_file=args.fleet,
+            calibrate_until=args.calibrate_until,
+            calibrate_from=args.calibrate_from,
         )
         try:
             fleet_settings = apply_overrides(scenario.fleet, dict(map(parse_override, args.policy)))
+            if args.footprint is not None:
+                fleet_settings = fleet_settings.model_copy(update={"footprint": read_footprint(args.footprint)})
         except PolicyError as error:
             raise UserError(f"--policy: {error}") from None
     _report_rejected_lines(console, scenario)
     with console.status(f"simulating {len(scenario.trace.records):,} requests"):
-        fleet, outcomes = _simulate(scenario, fleet_settings, reference=args.reference, pin=args.pin)
+        fleet, outcomes = simulate_scenario(scenario, fleet_settings, reference=args.reference, pin=args.pin)
+    start = scenario.trace.records[0].time_seconds
     result = kpis(
         outcomes,
         None,
         Counters.of(fleet.state, fleet.now_seconds),
-        start_seconds=scenario.trace.records[0].time_seconds,
+        start_seconds=start,
         samples=fleet.samples if fleet.samples.time_seconds else None,
         slo=slo,
+        impact=impact_of_run(fleet, start),
     )
     if args.requests is not None:
         _write_requests(args.requests, outcomes)
+    if args.export is not None:
+        tasks, fragments = write_opendc(Path(args.export[1]), outcomes)
+        console.print(f"{args.export[1]}: {tasks:,} tasks, {fragments:,} fragments for OpenDC")
     if args.json:
         print(json.dumps(_document(scenario, fleet, outcomes, result), allow_nan=False))
     else:
@@ -108,8 +144,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _simulate(scenario: Scenario, settings: FleetSettings, *, reference: bool, pin: bool) -> tuple[Fleet, Records]:
-    """The fleet at the end and the outcomes, in the order in which they ended."""
+def simulate_scenario(
+    scenario: Scenario, settings: FleetSettings, *, reference: bool = False, pin: bool = False
+) -> tuple[Fleet, Records]:
+    """The fleet at the end, sampled over time, and the outcomes in the order in which they ended. Raises UserError."""
     if pin:
         if not np.isfinite(scenario.observed.e2e_seconds).any():
             raise UserError(f"{scenario.trace.path}: --pin needs a recording that tells when each request ended")
@@ -195,13 +233,22 @@ def _document(scenario: Scenario, fleet: Fleet, outcomes: Records, result: Kpis)
             "waiting": fleet.samples.waiting,
             "kv_usage_ratio": fleet.samples.kv_usage_ratio,
         },
-        "fleet": fleet.settings.model_dump(),
+        "fleet": fleet.settings.model_dump(mode="json", exclude={"footprint": {"carbon": {"points"}}}),
         "calibration": None
         if calibration is None
         else {
+            "fitted_to": scenario.calibrated_from,
             "requests": calibration.requests,
             "frontend_seconds": calibration.frontend_seconds,
             "step_time": calibration.step_time.model_dump(),
+            "coefficients": {
+                name: {
+                    "value": found.value,
+                    "standard_deviation": found.deviation if math.isfinite(found.deviation) else None,
+                    "determined": found.determined,
+                }
+                for name, found in calibration.coefficients.items()
+            },
         },
     }
 
@@ -214,8 +261,13 @@ def _print(console: Console, scenario: Scenario, fleet: FleetSettings, outcomes:
     )
     if scenario.calibration is not None:
         console.print(
-            f"step times fitted on the first {scenario.calibration.requests} requests that ended", style="dim"
+            f"step times fitted on the first {scenario.calibration.requests} {_FITTED_ON[scenario.calibrated_from]}",
+            style="dim",
         )
+        if scenario.calibration.undetermined:
+            console.print(
+                f"not determined by these: {', '.join(scenario.calibration.undetermined)}", style="dim", highlight=False
+            )
     latencies = Table("seconds", "mean", "p50", "p90", "p95", "p99", title=None)
     for name, values in (
         ("TTFT", result.ttft),
@@ -247,7 +299,26 @@ def _print(console: Console, scenario: Scenario, fleet: FleetSettings, outcomes:
         )
     if result.goodput_ratio is not None:
         facts.add_row("goodput", f"{result.goodput_requests_per_second:.3f} requests/s ({result.goodput_ratio:.1%})")
+    if result.impact is not None:
+        for name, text in _impact_rows(result.impact):
+            facts.add_row(name, text)
     console.print(facts)
+    if result.impact is not None and result.impact.assumed:
+        console.print(f"assumed: {'; '.join(result.impact.assumed)}", style="dim")
+
+
+def _impact_rows(impact: Impact) -> Iterator[tuple[str, str]]:
+    """Energy, carbon and cost for a person: what is not known is left out."""
+    yield "power", f"{impact.power_mean_watts:,.0f} W mean, PUE included"
+    yield (
+        "energy",
+        f"{impact.energy_watt_hours_per_million_tokens:,.1f} Wh ({impact.energy_joules_per_million_tokens:,.0f} J) per "
+        f"million tokens, {impact.energy_joules_per_million_output_tokens:,.0f} J per million output tokens",
+    )
+    if math.isfinite(impact.carbon_grams_per_million_tokens):
+        yield "carbon", f"{impact.carbon_grams_per_million_tokens:,.2f} gCO2 per million tokens"
+    if math.isfinite(impact.cost_per_million_tokens):
+        yield "cost", f"{impact.cost_per_million_tokens:,.4f} {impact.currency} per million tokens"
 
 
 def _peaks(result: Kpis) -> str:

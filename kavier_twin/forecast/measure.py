@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from kavier_twin.forecast.slo import Metric
 from kavier_twin.simulation.fleet import Fleet
+from kavier_twin.simulation.impact import impact
 from kavier_twin.simulation.kpis import Counters, Distribution
 from kavier_twin.simulation.state import FINISHED, FREE, Records
 
@@ -40,6 +41,12 @@ def measure(fleet: Fleet, before: Counters, outcomes: Records, frontend_seconds:
     ttft, queue = until("first_token"), until("scheduled", frontend_seconds)
     e2e = done["finish"] - done["arrival"], now - live["arrival"]
     queries = after.query_tokens - before.query_tokens
+    energy = impact(
+        fleet.settings,
+        [before.reading, after.reading],
+        after.prompt_tokens - before.prompt_tokens,
+        after.output_tokens - before.output_tokens,
+    )
     usable_block_seconds = after.usable_blocks * seconds
     return {
         "ttft_p50_seconds": _quantile(*ttft, 0.50),
@@ -55,6 +62,10 @@ def measure(fleet: Fleet, before: Counters, outcomes: Records, frontend_seconds:
         "requests_per_second": done.size / seconds,
         "preemptions": float(after.preemptions - before.preemptions),
         "rejected_requests": float(outcomes.size - done.size),
+        "power_mean_watts": np.nan if energy is None else energy.power_mean_watts,
+        "energy_joules_per_million_tokens": np.nan if energy is None else energy.energy_joules_per_million_tokens,
+        "carbon_grams_per_million_tokens": np.nan if energy is None else energy.carbon_grams_per_million_tokens,
+        "cost_per_million_tokens": np.nan if energy is None else energy.cost_per_million_tokens,
     }
 
 

@@ -21,6 +21,10 @@ Metric = Literal[
     "requests_per_second",
     "preemptions",
     "rejected_requests",
+    "power_mean_watts",
+    "energy_joules_per_million_tokens",
+    "carbon_grams_per_million_tokens",
+    "cost_per_million_tokens",
 ]
 METRICS: Final[tuple[Metric, ...]] = get_args(Metric)
 _HIGHER_IS_BETTER: Final = frozenset({"prefix_cache_hit_ratio", "output_tokens_per_second", "requests_per_second"})

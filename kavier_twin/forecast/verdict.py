@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from kavier_twin.forecast.result import Row, Verdict
 from kavier_twin.forecast.slo import Metric
-from kavier_twin.simulation.policies import Policy, apply_overrides, vllm_flags
-from kavier_twin.simulation.settings import EngineSettings, FleetSettings
+from kavier_twin.simulation.policies import Policy, apply_overrides, hypothetical_reasons, vllm_flags
+from kavier_twin.simulation.settings import FleetSettings
 
 # What a change must gain in latency to be worth the trouble: below that today's policy stays the best.
 _NOTICEABLE_RATIO = 0.01
@@ -31,10 +31,11 @@ def best_policy(settings: FleetSettings, policies: Sequence[Policy], rows: Seque
     as_safe = _expected_breaches(rows, best.name) == _expected_breaches(rows, today.name)
     if as_safe and _latency(rows, best.name) >= (1.0 - _NOTICEABLE_RATIO) * _latency(rows, today.name):
         best = today
+    changed = apply_overrides(settings, best.overrides)
     return Verdict(
         policy=best.name,
-        deployable=set(best.overrides) <= set(EngineSettings.model_fields),
-        vllm_flags=tuple(vllm_flags(settings, apply_overrides(settings, best.overrides))),
+        deployable=not hypothetical_reasons(settings, changed),
+        vllm_flags=tuple(vllm_flags(settings, changed)),
         expected_breaches=_expected_breaches(rows, best.name),
         today_expected_breaches=_expected_breaches(rows, today.name),
         e2e_p95_seconds=_at_longest(rows, best.name, "e2e_p95_seconds"),

@@ -28,6 +28,10 @@ _METRICS: Final = {  # the forecaster's metric -> KPI and statistic shown
     "requests_per_second": ("requests_per_second", ""),
     "preemptions": ("preemptions", ""),
     "rejected_requests": ("requests_rejected", ""),
+    "power_mean_watts": ("power_watts", ""),
+    "energy_joules_per_million_tokens": ("energy_joules_per_million_tokens", ""),
+    "carbon_grams_per_million_tokens": ("carbon_grams_per_million_tokens", ""),
+    "cost_per_million_tokens": ("cost_per_million_tokens", ""),
 }
 STREAM_RESULTS: Final = ("accepted", "duplicate", "late")
 

@@ -43,6 +43,18 @@ KPIS: Final = {
     "requests_rejected": Kpi("requests_rejected", False, "requests that the engines refuse"),
     "requests_per_second": Kpi("requests_per_second", False, "requests finished per second"),
     "output_tokens_per_second": Kpi("output_tokens_per_second", False, "tokens generated per second"),
+    "power_watts": Kpi("power_watts", False, "mean power of the GPUs in watts, times PUE"),
+    "energy_joules_per_million_tokens": Kpi(
+        "energy_joules_per_million_tokens", False, "joules per million tokens of prompts and outputs, times PUE"
+    ),
+    "carbon_grams_per_million_tokens": Kpi(
+        "carbon_grams_per_million_tokens", False, "grams of CO2 emitted per million tokens of prompts and outputs"
+    ),
+    "cost_per_million_tokens": Kpi(
+        "cost_per_million_tokens",
+        False,
+        "price of the GPU time per million tokens of prompts and outputs, in the currency of the settings",
+    ),
 }
 """Every KPI that is exported, by its name in the view."""
 
@@ -79,6 +91,10 @@ def _metrics(view: TwinView) -> Iterator[Metric]:
     build = InfoMetricFamily(f"{PREFIX}_build", "The running twin, always 1.")
     build.add_metric([], {"version": view.version})
     yield build
+    if view.currency:
+        currency = InfoMetricFamily(f"{PREFIX}_cost", "The currency of costs (ISO 4217), always 1.", labels=["pool"])
+        currency.add_metric([view.pool], {"currency": view.currency})
+        yield currency
     yield from _stream(view)
     yield from _mirror(view)
     yield from _fidelity(view)
@@ -141,6 +157,18 @@ def _stream(view: TwinView) -> Iterator[Metric]:
     yield _gauge(
         "buffered_records", "Records taken in and waiting for the watermark now.", view.pool, view.buffered_records
     )
+    if view.checkpoint_unix_seconds is not None:
+        yield _gauge(
+            "checkpoint_timestamp_seconds",
+            "Unix time at which the twin's state was last written to disk.",
+            view.pool,
+            view.checkpoint_unix_seconds,
+        )
+        failures = CounterMetricFamily(
+            f"{PREFIX}_checkpoint_failures", "Times that the state could not be written to disk.", labels=["pool"]
+        )
+        failures.add_metric([view.pool], view.checkpoint_failures)
+        yield failures
     yield _gauge(
         "last_record_timestamp_seconds",
         "Unix time at which the newest record was taken in.",

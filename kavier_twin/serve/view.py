@@ -128,12 +128,15 @@ class TwinView:
     calibrated_on_requests: int = 0
     pace_ratio: float = 1.0
     frontend_seconds: float = math.nan
+    checkpoint_unix_seconds: float | None = None  # of the last one written; NaN before, None where none are kept
+    checkpoint_failures: int = 0
     step_time: Mapping[str, float] = field(default_factory=dict)  # coefficient -> seconds
     exact_cache_ratio: float = math.nan
     beside: tuple[Beside, ...] = ()
     sources: tuple[SourceState, ...] = ()
     forecasts: Mapping[str, int] = field(default_factory=dict)  # result -> cycles
     outlook: Outlook | None = None
+    currency: str = ""  # of costs, ISO 4217; empty where no footprint is told
     notes: tuple[str, ...] = ()  # what a reader of these figures must know
 
     def not_ready(self) -> list[str]:

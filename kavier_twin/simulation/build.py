@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
 from kavier_twin.simulation import state as layout
 from kavier_twin.simulation.kernels import reshape
+from kavier_twin.simulation.kernels.eviction import switch
 from kavier_twin.simulation.settings import COEFFICIENTS, EngineSettings, FleetSettings, StepTime
 from kavier_twin.simulation.state import FleetState, Records
 from kavier_twin.simulation.workload import Workload
@@ -17,6 +19,19 @@ ROUTERS = {
     "least_loaded": layout.LEAST_LOADED,
     "session_affinity": layout.SESSION_AFFINITY,
     "prefix_aware": layout.PREFIX_AWARE,
+}
+EVICTIONS = {
+    "lru": layout.LRU,
+    "fifo": layout.FIFO,
+    "lfu": layout.LFU,
+    "cost_aware": layout.COST_AWARE,
+    "belady": layout.BELADY,
+    "ttl": layout.TTL,
+    "pinned": layout.PINNED,
+    "slru": layout.SLRU,
+    "arc": layout.ARC,
+    "sieve": layout.SIEVE,
+    "s3fifo": layout.S3FIFO,
 }
 
 
@@ -42,6 +57,7 @@ def new_state(settings: FleetSettings, *, stepping: bool = False) -> FleetState:
         flow=np.zeros((replicas, slots), np.int32),
         phases=_empty_phases(replicas, engine.block_size),
         itl_counts=np.zeros((replicas, layout.ITL_BINS), np.int64),
+        **_empty_eviction(replicas, engine),
         outcomes=np.zeros(outcomes, layout.OUTCOME),
     )
     state.fleet["router"] = ROUTERS[settings.router]
@@ -50,6 +66,7 @@ def new_state(settings: FleetSettings, *, stepping: bool = False) -> FleetState:
     state.replicas["free_blocks"] = engine.num_gpu_blocks - 1
     state.replicas["quiet_until"] = -np.inf
     state.replicas["hold_until"] = -np.inf
+    state.replicas["left"] = np.inf
     state.replicas["accepting"] = 1
     state.replicas["alive"] = 1
     for number in range(replicas):
@@ -85,12 +102,57 @@ def write_engine(row: Records, engine: EngineSettings, step_time: StepTime, *, s
     row["reserve_full_isl"] = engine.scheduler_reserve_full_isl
     row["priority_policy"] = engine.scheduling_policy == "priority"
     row["stepping"] = stepping
+    row["eviction"] = EVICTIONS[engine.eviction]
+    row["eviction_ttl_seconds"] = engine.eviction_ttl_seconds
+    row["eviction_pinned_blocks"] = engine.eviction_pinned_tokens // engine.block_size
+    row["eviction_pinned_most"] = int(engine.eviction_pinned_share * (engine.num_gpu_blocks - 1))
+    budget = engine.max_num_batched_tokens
+    whole = step_time.fixed + step_time.linear_scale * step_time.linear_seconds(budget)
+    row["prefill_token_seconds"] = whole / budget + step_time.per_prefill_token
     for name in COEFFICIENTS:
         row[name] = getattr(step_time, name)
     row["knots"] = len(step_time.linear_layers)
     for at, (tokens, seconds) in enumerate(step_time.linear_layers):
         row["knot_tokens"][..., at] = tokens
         row["knot_seconds"][..., at] = seconds
+
+
+def _empty_eviction(replicas: int, engine: EngineSettings) -> dict[str, Any]:
+    """The arrays of an eviction policy with nothing in them; as good as none for LRU, which needs none."""
+    policy, blocks = engine.eviction, engine.num_gpu_blocks
+    heap = policy in ("fifo", "lfu", "cost_aware", "belady")
+    ghosts = policy in ("arc", "s3fifo")
+    arrays: dict[str, Any] = {
+        "eviction": np.zeros(replicas, layout.EVICTION),
+        "nodes": np.zeros((replicas, 1 if policy == "lru" else blocks + layout.QUEUES), layout.NODE),
+        "heap": np.zeros((replicas, blocks if heap else 1), np.int32),
+        "ghosts": np.zeros((replicas, blocks + 2 if ghosts else 1), layout.GHOST),
+        "ghost_buckets": np.zeros((replicas, _bucket_count(blocks) if ghosts else 1), np.int32),
+        "oracle": np.zeros(1, layout.ORACLE),
+        "uses": np.zeros(1, layout.USE),
+    }
+    arrays["nodes"]["place"] = -1
+    _close_rings(arrays["nodes"], layout.QUEUES if policy != "lru" else 0)
+    _close_rings(arrays["ghosts"], 2 if ghosts else 0)
+    if ghosts:
+        arrays["ghosts"]["next"][:, 1 : blocks - 1] = np.arange(2, blocks)
+        arrays["eviction"]["spare_ghost"] = 1
+    return arrays
+
+
+def _close_rings(rows: Records, rings: int) -> None:
+    """Each of the last `rings` rows is the sentinel of an empty ring."""
+    for at in range(rows.shape[1] - rings, rows.shape[1]):
+        rows["prev"][:, at] = rows["next"][:, at] = at
+
+
+def with_eviction(state: FleetState, engine: EngineSettings, time_seconds: float) -> FleetState:
+    """The fleet, whose engines are written and whose evictable blocks stand in the free lists, under its policy."""
+    state = state._replace(**_empty_eviction(state.replicas.size, engine))
+    if engine.eviction != "lru":
+        for number in range(state.replicas.size):
+            switch.load(state, number, time_seconds)
+    return state
 
 
 def _wider(array: np.ndarray, size: int) -> np.ndarray:
@@ -139,7 +201,7 @@ def with_replica(state: FleetState, fresh: FleetState) -> FleetState:
     columns = {}
     for name, array in state._asdict().items():
         added = getattr(fresh, name)
-        if name in ("fleet", "outcomes"):
+        if name in ("fleet", "oracle", "uses", "outcomes"):
             columns[name] = array
         else:
             columns[name] = np.concatenate([array, added])

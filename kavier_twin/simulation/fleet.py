@@ -17,14 +17,16 @@ import numpy.typing as npt
 import simpy
 from numpy.lib import recfunctions as rfn
 
-from kavier_twin.simulation import build
+from kavier_twin.simulation import build, future
 from kavier_twin.simulation import state as layout
 from kavier_twin.simulation.kernels import fleet as kernels
 from kavier_twin.simulation.kernels import flow as flow_kernels
 from kavier_twin.simulation.kernels import replica as replica_kernels
 from kavier_twin.simulation.kernels import requests as request_kernels
 from kavier_twin.simulation.kernels import reshape
+from kavier_twin.simulation.kernels.eviction import switch
 from kavier_twin.simulation.policies import Override, apply_overrides
+from kavier_twin.simulation.power import Reading
 from kavier_twin.simulation.settings import FleetSettings
 from kavier_twin.simulation.state import FleetState, Records
 from kavier_twin.simulation.workload import Workload, concatenate, take_rows
@@ -50,9 +52,16 @@ class Samples:
     running: list[int] = field(default_factory=list)
     waiting: list[int] = field(default_factory=list)
     kv_usage_ratio: list[float] = field(default_factory=list)
+    readings: list[Reading] = field(default_factory=list)  # what energy follows from
 
     def copy(self) -> Samples:
-        return Samples(list(self.time_seconds), list(self.running), list(self.waiting), list(self.kv_usage_ratio))
+        return Samples(
+            list(self.time_seconds),
+            list(self.running),
+            list(self.waiting),
+            list(self.kv_usage_ratio),
+            list(self.readings),
+        )
 
 
 class Live(NamedTuple):
@@ -91,6 +100,7 @@ class Fleet:
             self.state.replicas["now"] = start_seconds
             self.state.replicas["accounted"] = start_seconds
             self.state.replicas["last_completion"] = start_seconds
+            self.state.replicas["joined"] = start_seconds
 
     # --- what is to come ------------------------------------------------------------------------------------------
 
@@ -106,6 +116,12 @@ class Fleet:
         rest = self._pending()
         self._arrivals = workload if rest is None else concatenate(rest, workload)
         self._next_row = 0
+        self.foresee(self._arrivals)
+
+    def foresee(self, workload: Workload | None) -> None:
+        """Tell Belady's policy all requests to come; nothing under any other. `feed` does it."""
+        if self.settings.engine.eviction == "belady":
+            self.state = future.with_future(self.state, workload, self.now_seconds)
 
     def join(self, time_seconds: float) -> None:
         """A new replica with a cold cache joins."""
@@ -264,6 +280,7 @@ class Fleet:
         self.samples.running.append(int(running))
         self.samples.waiting.append(int(waiting))
         self.samples.kv_usage_ratio.append(used / usable if usable else 0.0)
+        self.samples.readings.append(Reading.of(self.state, self.now_seconds))
 
     # --- forks ----------------------------------------------------------------------------------------------------
 
@@ -299,8 +316,13 @@ class Fleet:
         else:
             replicas["accepting"][action.replica] = 0
             if action.kind == "leave":
-                replicas["leaving"][action.replica] = 1
+                self._let_go(action.replica)
         self._retire()
+
+    def _let_go(self, number: int) -> None:
+        """The replica is gone once empty."""
+        self.state.replicas["leaving"][number] = 1
+        self.state.replicas["left"][number] = min(self.now_seconds, self.state.replicas["left"][number])
 
     def _retire(self) -> None:
         """Replicas that were to leave and are empty are gone."""
@@ -310,7 +332,7 @@ class Fleet:
 
     def _join(self) -> None:
         fresh = build.new_state(self.settings.model_copy(update={"replicas": 1}), stepping=self._stepping)
-        for name in ("now", "accounted", "last_completion"):
+        for name in ("now", "accounted", "last_completion", "joined"):
             fresh.replicas[name] = self.now_seconds
         self.state = build.with_replica(self.state, fresh)
 
@@ -322,6 +344,7 @@ class Fleet:
                 replica_kernels.abandon(self.state, number, live.slot, self.now_seconds)
         self.state.replicas["in_flight"][number] = 0
         self.state.replicas["alive"][number] = 0
+        self.state.replicas["left"][number] = self.now_seconds
         self.requeued += again.index.size
         self.deliver(again, 0, again.index.size)
 
@@ -339,18 +362,24 @@ class Fleet:
         """Switch to these overrides now. What a live vLLM would do only after a restart is done in place.
 
         A smaller cache drops its least recently used blocks; another block size clears the cache and preempts all.
+        Another eviction policy takes over what is cached, in the order in which the present one would evict it; so
+        does the same policy in a pool of another size, which knows nothing of the past either.
         """
         old, new = self.settings, apply_overrides(self.settings, overrides)
         replicas = range(self.state.replicas.size)
         disruptive = new.engine.async_scheduling != old.engine.async_scheduling or (
             new.engine.block_size != old.engine.block_size or new.engine.num_gpu_blocks != old.engine.num_gpu_blocks
         )
+        pool = ("eviction", "num_gpu_blocks", "block_size")
+        reorder = any(getattr(new.engine, name) != getattr(old.engine, name) for name in pool)
         for number in replicas:
             if disruptive:
                 self._room_for_outcomes()
                 replica_kernels.settle(self.state, number)
             else:
                 flow_kernels.dissolve_flow(self.state, number)
+            if reorder and old.engine.eviction != "lru":
+                switch.unload(self.state, number)
         if new.engine.block_size != old.engine.block_size:
             for number in replicas:
                 while self.state.replicas["running"][number] > 0:
@@ -370,15 +399,19 @@ class Fleet:
             self.state.requests["known"] = self.state.requests["covered"] // new.engine.block_size
             for live in self.live():  # smaller blocks need longer block tables
                 self.set_output(live, int(self.state.requests["output"][live.replica, live.slot]))
+        if reorder:
+            self.state = build.with_eviction(self.state, new.engine, self.now_seconds)
         self.state.fleet["router"] = build.ROUTERS[new.router]
         self.state.fleet["max_imbalance"] = new.router_max_imbalance
         self.settings = new
+        if reorder:
+            self.foresee(self._pending())
         alive = [number for number in replicas if self.state.replicas["accepting"][number]]
         for _ in range(new.replicas - len(alive) if "replicas" in overrides else 0):
             self._join()
         for number in alive[new.replicas :] if "replicas" in overrides else []:
             self.state.replicas["accepting"][number] = 0
-            self.state.replicas["leaving"][number] = 1
+            self._let_go(number)
         self._retire()
 
 

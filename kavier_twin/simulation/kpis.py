@@ -10,6 +10,8 @@ import numpy.typing as npt
 
 from kavier_twin.simulation import state as layout
 from kavier_twin.simulation.fleet import Samples
+from kavier_twin.simulation.impact import Impact
+from kavier_twin.simulation.power import Reading
 from kavier_twin.simulation.state import FleetState, Records
 
 QUANTILES = (0.50, 0.90, 0.95, 0.99)
@@ -71,12 +73,14 @@ class Counters:
     output_tokens: int
     preemptions: int
     evictions: int
+    stranded_tokens: int  # cached but not hit, an ancestor being gone; not counted with LRU
     busy_seconds: float
     running_seconds: float
     waiting_seconds: float
     used_block_seconds: float
     usable_blocks: int
     itl_counts: npt.NDArray[np.int64]
+    reading: Reading  # what energy follows from
 
     @staticmethod
     def of(state: FleetState, time_seconds: float) -> Counters:
@@ -93,6 +97,7 @@ class Counters:
                 "output_tokens",
                 "preemptions",
                 "evictions",
+                "stranded_tokens",
                 "busy_seconds",
                 "running_seconds",
                 "waiting_seconds",
@@ -104,6 +109,7 @@ class Counters:
             replicas=int(alive.sum()),
             usable_blocks=int((state.engines["num_blocks"] - 1)[alive].sum()),
             itl_counts=state.itl_counts.sum(axis=0),
+            reading=Reading.of(state, time_seconds),
             **sums,
         )
 
@@ -140,6 +146,7 @@ class Kpis:
     engine_steps: int
     goodput_requests_per_second: float | None
     goodput_ratio: float | None
+    impact: Impact | None  # energy, carbon and cost, where the fleet's footprint is told
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; NaN becomes None."""
@@ -160,6 +167,7 @@ def kpis(
     start_seconds: float,
     samples: Samples | None = None,
     slo: Slo | None = None,
+    impact: Impact | None = None,
 ) -> Kpis:
     """KPIs of the requests in `outcomes` and of the time between two counter readings (`before` None: from zero)."""
     duration = max(after.time_seconds - start_seconds, 1e-12)
@@ -205,6 +213,7 @@ def kpis(
         engine_steps=delta("steps"),
         goodput_requests_per_second=None if good is None else float(good.sum()) / duration,
         goodput_ratio=None if good is None or outcomes.size == 0 else float(good.sum()) / outcomes.size,
+        impact=impact,
     )
 
 

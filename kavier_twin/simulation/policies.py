@@ -2,7 +2,8 @@
 
 A policy names only what it changes, e.g. {"num_gpu_blocks": "0.5x", "max_num_seqs": 8}. Names are those of
 `EngineSettings` and `FleetSettings` (`replicas`, `router`, ...) and `step_time.<coefficient>`. A number with the
-suffix `x` multiplies the live value.
+suffix `x` multiplies the live value. A policy is deployable if `vllm_flags` deploy all of it, else hypothetical
+(`hypothetical_reasons`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from kavier_twin.simulation.settings import COEFFICIENTS, EngineSettings, FleetS
 Override = bool | int | float | str
 
 _ENGINE = frozenset(EngineSettings.model_fields)
-_FLEET = frozenset(FleetSettings.model_fields) - {"engine", "step_time"}
+_FLEET = frozenset(FleetSettings.model_fields) - {"engine", "step_time", "footprint"}
 _STEP_TIME = frozenset(f"step_time.{name}" for name in COEFFICIENTS)
 POLICY_NAMES = tuple(sorted(_ENGINE | _FLEET | _STEP_TIME))
 
@@ -70,7 +71,7 @@ def apply_overrides(settings: FleetSettings, overrides: Mapping[str, Override]) 
     `num_gpu_blocks` is given too) and attention reads half the bytes. Raises PolicyError.
     """
     engine = settings.engine.model_dump()
-    fleet = settings.model_dump(exclude={"engine", "step_time"})
+    fleet = {name: getattr(settings, name) for name in _FLEET}
     step_time = settings.step_time.model_dump()
     for name, value in overrides.items():
         if name in _ENGINE:
@@ -90,7 +91,9 @@ def apply_overrides(settings: FleetSettings, overrides: Mapping[str, Override]) 
         if "step_time.per_context_token" not in overrides:
             step_time["per_context_token"] /= factor
     try:
-        return FleetSettings(engine=EngineSettings(**engine), step_time=StepTime(**step_time), **fleet)
+        return FleetSettings(
+            engine=EngineSettings(**engine), step_time=StepTime(**step_time), footprint=settings.footprint, **fleet
+        )
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise PolicyError(f"policy value out of range: {problems}") from None
@@ -141,3 +144,24 @@ def vllm_flags(base: FleetSettings, changed: FleetSettings) -> list[str]:
         else:
             flags.append(f"{flag} {value}")
     return flags
+
+
+def hypothetical_reasons(base: FleetSettings, changed: FleetSettings) -> list[str]:
+    """Why no flags of `vllm serve` turn `base` into `changed`, one line a reason. None: it is deployable."""
+    reasons = []
+    if changed.engine.eviction != "lru":
+        reasons.append(f"eviction={changed.engine.eviction}: vLLM's GPU tier has LRU only")
+    for name in ("router", "router_max_imbalance"):
+        if getattr(changed, name) != getattr(base, name):
+            reasons.append(
+                f"{name}={getattr(changed, name)}: the router stands before the engines, no engine flag sets it"
+            )
+    if changed.replicas != base.replicas:
+        reasons.append(f"replicas={changed.replicas}: the deployment is scaled, not an engine")
+    same_machine = apply_overrides(base, {"kv_cache_dtype": changed.engine.kv_cache_dtype}).step_time
+    for name in COEFFICIENTS:
+        if getattr(changed.step_time, name) != getattr(same_machine, name):
+            reasons.append(
+                f"step_time.{name}={getattr(changed.step_time, name):g}: that takes another machine or model"
+            )
+    return reasons

@@ -12,18 +12,24 @@ A step is a row of kernels, each under its roofline (Williams, Waterman and Patt
 
 The shares are those of kernels, not of served requests: their defaults are medians over NVIDIA's measured operators
 (AIConfigurator 0.12.0, Apache-2.0: `systems/data/*/{gemm,attention,moe,comm}` of six GPUs under vLLM), so that measured
-requests remain free to test against. Only `seconds_per_step` cannot be seen in operators; see there.
+requests remain free to test against. The host's work cannot be seen in operators. `seconds_per_step` is an estimate:
+some hundred small kernels and copies. The two `_synchronous` ones are a straight line through what five runs of
+AIConfigurator's measured requests (vLLM 0.12, Qwen3-32B on eight H100, 1024 tokens in and out, 8 to 128 at once) take
+beyond this roofline; no number was fitted to its other 217 runs, nor to the H100 and RTX measurements. They were looked
+at while it was built, and where they were off, other operators were consulted (experts, 8 bits, the RTX cards' own
+shares). The A10's two shares are Kavier's, whose authors will have chosen them on runs like those of its table.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from kavier_twin.catalog.deployment import Deployment, check
-from kavier_twin.catalog.gpu import ComputeType, Gpu, Share
+from kavier_twin.catalog.gpu import Bend, ComputeType, Gpu, Share
 from kavier_twin.catalog.model import ModelShape
 from kavier_twin.simulation.settings import StepTime
 
@@ -46,18 +52,32 @@ class Roofline(BaseModel):
     """Matrix products of 2,048 and more tokens in 16 bits: 0.63 (L40S) to 0.86 (A100)."""
     bandwidth_share: Share = 0.80
     """Reading weights or cache: 0.77 (A100, L40S) to 0.93 (RTX PRO 6000)."""
-    bend: Annotated[float, Field(ge=1.0, le=10.0)] = 2.5
+    bend: Bend = 2.5
     """The order q of the norm that joins reading and computing: 1.7 (A100, RTX PRO 6000) to 3.3 (H100)."""
+    narrow_compute_share: Share = 0.55
+    """As `compute_share`, in 8 bits and less: 0.48 (B200) to 0.60 (H200); 0.88 on the RTX PRO 6000."""
+    narrow_bend: Bend = 1.25
+    """As `bend`, in 8 bits and less: 1.0 (H200) to 1.5 (L40S)."""
     attention_share: Share = 0.55
     """Prefill attention on 4,096 and more tokens: 0.46 (L40S) to 0.62 (H100)."""
-    expert_share: Share = 0.35
-    """Products of many small experts, relative to the peak: 0.21 (A100) to 0.41 (L40S) in 16 bits."""
+    expert_share: Share = 0.42
+    """Products of many small experts, of the 16-bit peak: 0.35 (RTX PRO 6000) to 0.54 (H200); MXFP4 0.19 to 0.44."""
+    expert_bend: Bend = 1.0
+    """As `bend`: each expert has few tokens and its product waits for its weights; 1.0 to 1.3 (RTX PRO 6000)."""
     seconds_per_step: Seconds = 0.5e-3
     """Preparing inputs, sampling, and what of the scheduler is not hidden behind the GPU."""
+    seconds_per_step_synchronous: Seconds = 0.7e-3
+    """Scheduling and handling outputs, on top of the above, where asynchronous scheduling does not hide them."""
+    seconds_per_sequence_synchronous: Seconds = 46e-6
+    """The same for each sequence."""
     seconds_per_layer: Seconds = 41e-6
     """Launches and tails: four matrix products of 3.6 us, attention 12 us, five small kernels of 3 us."""
-    seconds_per_expert_layer: Seconds = 50e-6
-    """Routing, sorting and gathering, on top of the above."""
+    seconds_per_narrow_layer: Seconds = 14e-6
+    """On top of it with 8-bit products, whose launches are 7 us each."""
+    seconds_per_expert_layer: Seconds = 25e-6
+    """Routing, sorting and gathering around the experts: 18 to 39 us, less the two products that they replace."""
+    seconds_per_latent_layer: Seconds = 100e-6
+    """The many small products of latent attention: 133 us for a layer's, where others take 30 (H100, vLLM 0.24)."""
     seconds_per_sequence: Seconds = 2e-6
     """Sampling a sequence: its logits go through the memory about six times in FP32, at some 2 TB/s."""
     seconds_per_all_reduce: Seconds = 5e-6
@@ -66,16 +86,21 @@ class Roofline(BaseModel):
     """Over PCIe, for each GPU: 5, 13 and 25 us for 2, 4 and 8."""
     link_share: Share = 0.5
     """Of the ring's ideal bandwidth, 8 to 64 MB over NVLink: 0.36 to 0.70."""
+    pcie_share: Share = 0.3
+    """The same over PCIe: 0.6 for two GPUs, 0.04 to 0.36 for four and eight, as the host connects them."""
 
     @staticmethod
     def of(gpu: Gpu) -> Roofline:
         """The defaults, with what was measured on this card in their place."""
-        measured = {
-            "compute_share": gpu.compute_share,
-            "bandwidth_share": gpu.bandwidth_share,
-            "bend": gpu.bend,
-        }
+        measured = {name: getattr(gpu, name) for name in Roofline.model_fields.keys() & Gpu.model_fields.keys()}
         return Roofline.model_validate({name: value for name, value in measured.items() if value is not None})
+
+    @staticmethod
+    def peak() -> Roofline:
+        """Every kernel at its dense peak, reading while it computes, and nothing around it."""
+        names = Roofline.model_fields
+        ideal = {name: 0.0 if name.startswith("seconds_") else math.inf if "bend" in name else 1.0 for name in names}
+        return Roofline.model_validate(ideal)
 
 
 @dataclass(frozen=True)
@@ -92,9 +117,20 @@ class _Rates:
     def operations(self, compute: ComputeType, share: float) -> float:
         return self.gpu.flops_per_second(compute) * share
 
-    def joined(self, reading_seconds: float, computing_seconds: float) -> float:
+    def is_narrow(self, compute: ComputeType) -> bool:
+        """Whether the matrix units really work in less than 16 bits."""
+        return self.gpu.flops_per_second(compute) > self.gpu.flops_per_second("bf16")
+
+    def product(self, weight_bytes: float, operations: float, compute: ComputeType) -> float:
+        """Seconds of matrix products that read so many bytes of weights."""
+        narrow = self.is_narrow(compute)
+        share = self.roofline.narrow_compute_share if narrow else self.roofline.compute_share
+        bend = self.roofline.narrow_bend if narrow else self.roofline.bend
+        return self.joined(weight_bytes / self.bytes_read, operations / self.operations(compute, share), bend)
+
+    @staticmethod
+    def joined(reading_seconds: float, computing_seconds: float, bend: float) -> float:
         """Seconds of kernels that read and compute at once."""
-        bend = self.roofline.bend
         larger, smaller = max(reading_seconds, computing_seconds), min(reading_seconds, computing_seconds)
         return larger * (1.0 + (smaller / larger) ** bend) ** (1.0 / bend) if larger > 0.0 else 0.0
 
@@ -116,11 +152,16 @@ def step_time(
     tensor = deployment.tensor_parallel_size
     attention = _attention(rates, model, deployment)
     head = model.head_parameters / tensor
+    kept = model.stored_as(deployment.quantization)
+    narrow = not kept.experts_only and rates.is_narrow(kept.compute)
     all_reduces = 2 * model.layers * _all_reduce_launch(rates, deployment)
     return StepTime(
         fixed=(
             reach.seconds_per_step
+            + (0.0 if deployment.async_scheduling else reach.seconds_per_step_synchronous)
             + model.layers * reach.seconds_per_layer
+            + (model.layers * reach.seconds_per_narrow_layer if narrow else 0.0)
+            + (model.layers * reach.seconds_per_latent_layer if model.latent else 0.0)
             + (model.experts.layers * reach.seconds_per_expert_layer if model.experts else 0.0)
             + all_reduces
             + BYTES * head / rates.bytes_read
@@ -128,6 +169,7 @@ def step_time(
         per_prefill_token=attention.per_prefill_token,
         per_decode_sequence=(
             reach.seconds_per_sequence
+            + (0.0 if deployment.async_scheduling else reach.seconds_per_sequence_synchronous)
             + 2.0 * head / rates.operations(model.dtype, reach.compute_share)
             + attention.per_decode_sequence
         ),
@@ -145,22 +187,16 @@ def _linear_layers(rates: _Rates, model: ModelShape, deployment: Deployment, tok
     kept, tensor = model.stored_as(deployment.quantization), deployment.tensor_parallel_size
     dense_bits, compute = (16.0, model.dtype) if kept.experts_only else (kept.bits_per_weight, kept.compute)
     dense = (model.attention_parameters + model.dense_mlp_parameters) / tensor
-    seconds = rates.joined(
-        dense * dense_bits / 8 / rates.bytes_read,
-        2.0 * dense * tokens / rates.operations(compute, rates.roofline.compute_share),
-    )
+    seconds = rates.product(dense * dense_bits / 8, 2.0 * dense * tokens, compute)
     if model.experts:
         everyone = tokens * deployment.data_parallel_size
         share = 1.0 / deployment.expert_gpus
         touched = touched_experts(model.experts.count, model.experts.per_token, everyone)
+        used = model.experts.per_token * model.expert_parameters * share
         seconds += rates.joined(
             touched * model.expert_parameters * share * kept.bits_per_weight / 8 / rates.bytes_read,
-            2.0
-            * model.experts.per_token
-            * model.expert_parameters
-            * share
-            * everyone
-            / rates.operations(kept.compute, rates.roofline.expert_share),
+            2.0 * used * everyone / rates.operations(kept.compute, rates.roofline.expert_share),
+            rates.roofline.expert_bend,
         )
     moved = tokens * _activation_bytes(model, tensor) / rates.bytes_read
     return seconds + moved + _communication(rates, model, deployment, tokens)
@@ -248,7 +284,8 @@ def _communication(rates: _Rates, model: ModelShape, deployment: Deployment, tok
     data parallelism a layer's experts gather the tokens of all ranks and scatter them back (vLLM's default all-to-all
     backend, allgather_reducescatter), each (d - 1) times one rank's.
     """
-    link = rates.gpu.gpu_link_bytes_per_second * rates.roofline.link_share
+    share = rates.roofline.link_share if _has_link(rates.gpu) else rates.roofline.pcie_share
+    link = rates.gpu.gpu_link_bytes_per_second * share
     tensor, data = deployment.tensor_parallel_size, deployment.data_parallel_size
     token_bytes = BYTES * model.hidden_size
     seconds = 2 * model.layers * 2.0 * (tensor - 1) / tensor * tokens * token_bytes / link

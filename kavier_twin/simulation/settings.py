@@ -9,10 +9,14 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from kavier_twin.simulation.footprint import Footprint
 from kavier_twin.simulation.state import MAX_KNOTS
 
 Positive = Annotated[int, Field(ge=1)]
 Coefficient = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+EvictionPolicy = Literal[
+    "lru", "fifo", "lfu", "cost_aware", "belady", "ttl", "pinned", "slru", "arc", "sieve", "s3fifo"
+]
 RouterPolicy = Literal["round_robin", "least_loaded", "session_affinity", "prefix_aware"]
 
 # StepTime's coefficients in the order of `state.WORK`.
@@ -108,13 +112,18 @@ class EngineSettings(_Settings):
     watermark: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     scheduler_reserve_full_isl: bool = True
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    eviction: EvictionPolicy = "lru"  # vLLM has LRU only; for the others see docs/policies.md
+    eviction_ttl_seconds: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 300.0
+    eviction_pinned_tokens: Annotated[int, Field(ge=0)] = 1024
+    eviction_pinned_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.25
 
 
 class FleetSettings(_Settings):
-    """A pool of identical engines behind one router."""
+    """A pool of identical engines behind one router. `footprint`, where told, is what energy and cost follow from."""
 
     replicas: Annotated[int, Field(ge=1, le=100_000)] = 1
     engine: EngineSettings
     step_time: StepTime
     router: RouterPolicy = "prefix_aware"
     router_max_imbalance: Annotated[int, Field(ge=0)] = 8
+    footprint: Footprint | None = None

@@ -34,6 +34,20 @@ LEAST_LOADED: Final = 1
 SESSION_AFFINITY: Final = 2
 PREFIX_AWARE: Final = 3
 
+# --- eviction policies (kernels/eviction/); those after LRU are grouped by what keeps their evictable blocks ---------
+LRU: Final = 0  # vLLM's, in the free list itself
+FIFO: Final = 1  # a heap
+LFU: Final = 2
+COST_AWARE: Final = 3
+BELADY: Final = 4
+TTL: Final = 5  # lists of evictable blocks
+PINNED: Final = 6
+SLRU: Final = 7
+ARC: Final = 8
+SIEVE: Final = 9  # queues in which a block keeps its place while it is in use
+S3FIFO: Final = 10
+QUEUES: Final = 4  # the most that any policy has
+
 ITL_BINS: Final = 1024
 ITL_SMALLEST_SECONDS: Final = 1e-5
 ITL_BIN_RATIO: Final = 1.02  # bins 2 % wide: from 10 us to 6,000 s
@@ -116,6 +130,8 @@ REPLICA = _record(
     ("last_completion", np.float64),
     ("hold_until", np.float64),  # reality is behind: nothing is scheduled before
     ("quiet_until", np.float64),  # its number of live requests cannot change by itself before
+    ("joined", np.float64),  # when it joined
+    ("left", np.float64),  # when it failed or was asked to leave; infinite while it is to stay
     ("running", np.int32),
     ("waiting", np.int32),
     ("free_blocks", np.int32),
@@ -149,6 +165,7 @@ REPLICA = _record(
     ("output_tokens", np.int64),
     ("preemptions", np.int64),
     ("evictions", np.int64),  # blocks that lost their cached content
+    ("stranded_tokens", np.int64),  # cached, but not hit because an ancestor was gone (not counted with LRU)
     ("busy_seconds", np.float64),  # with a live request
     ("running_seconds", np.float64),  # integral of running requests
     ("waiting_seconds", np.float64),
@@ -179,8 +196,54 @@ ENGINE = _record(
     ("knot_tokens", (np.float64, (MAX_KNOTS,))),
     ("knot_seconds", (np.float64, (MAX_KNOTS,))),
     ("knots", np.int64),
+    ("eviction", np.int64),
+    ("eviction_ttl_seconds", np.float64),
+    ("eviction_pinned_blocks", np.int64),  # leading blocks of a chain that may be pinned
+    ("eviction_pinned_most", np.int64),  # blocks pinned at a time
+    ("prefill_token_seconds", np.float64),  # of a full batch: what computing a block again costs
     ("hold_seconds", np.float64),  # how long the engine waits with a held request that is ahead of its end
 )
+
+# Of policies other than LRU; all zero and at most one row long with LRU, which needs no more than BLOCK.
+NODE = _record(
+    ("priority", np.float64),  # heap: the lowest goes first; TTL: seconds of its last use
+    ("tie", np.int64),  # heap: among equals the lowest goes first
+    ("place", np.int32),  # in the heap, -1 = not there
+    ("prev", np.int32),  # towards the newest of its queue; the last QUEUES rows are the queues' sentinels
+    ("next", np.int32),
+    ("queue", np.int32),
+    ("linked", np.int32),  # stands in its queue
+    ("hits", np.int32),
+    ("depth", np.int32),  # its number in the chain
+)
+
+EVICTION = _record(
+    ("clock", np.int64),  # counts what happens to blocks: orders them
+    ("counts", (np.int64, (QUEUES,))),  # blocks that belong to each queue, those in use too
+    ("age", np.float64),  # COST_AWARE: priority of the last victim
+    ("target", np.float64),  # ARC: blocks that its first list should have
+    ("evictable", np.int32),  # blocks in the heap
+    ("hand", np.int32),  # SIEVE: the next block it looks at, 0 = the oldest
+    ("recalled", np.int32),  # ghost list (1 or 2) that knew the content about to enter, 0 = none
+    ("started", np.int32),  # S3FIFO: something was evicted since the cache was empty
+    ("spare_ghost", np.int32),  # first unused row of the ghosts
+    ("ghosts", (np.int32, (2,))),  # length of each ghost list
+)
+
+GHOST = _record(
+    ("key", np.uint64),  # content that was evicted
+    ("prev", np.int32),  # towards the newest of its list; the last two rows are the lists' sentinels
+    ("next", np.int32),
+    ("chain", np.int32),  # next one in its hash bucket, 0 = end
+    ("queue", np.int32),
+)
+
+ORACLE = _record(  # a bucket of an open-addressing hash table
+    ("key", np.uint64),  # of a hash of the trace, 0 = empty
+    ("first", np.int64),  # its uses to come are `count` rows of FleetState.uses from here, in order
+    ("count", np.int64),
+)
+USE = _record(("arrival", np.float64), ("index", np.int64), ("rank", np.int64))  # rank among all requests to come
 
 BATCH = _record(
     ("end", np.float64),
@@ -216,6 +279,7 @@ FLEET = _record(
     ("router", np.int64),
     ("max_imbalance", np.int64),  # prefix-aware: requests above the least loaded that a match may cost
     ("turn", np.int64),  # round robin
+    ("next_rank", np.int64),  # Belady: of the requests that become known next
 )
 
 Records = npt.NDArray[np.void]
@@ -242,6 +306,13 @@ class FleetState(NamedTuple):
     flow: Ints  # [R, S] binary heap of the flow's slots by their last batch
     phases: Records  # [R, block size] PHASE, the flow's slots by the step at which they need a block
     itl_counts: npt.NDArray[np.int64]  # [R, ITL_BINS] histogram of inter-token latencies
+    eviction: Records  # [R] EVICTION
+    nodes: Records  # [R, N + QUEUES] NODE; this and the following have one cell where the policy does not need them
+    heap: Ints  # [R, N] evictable blocks
+    ghosts: Records  # [R, N + 2] GHOST
+    ghost_buckets: Ints  # [R, H]
+    oracle: Records  # [K] ORACLE, of the whole fleet
+    uses: Records  # [U] USE, of the whole fleet
     outcomes: Records  # [O] requests that ended and were not collected yet
 
 

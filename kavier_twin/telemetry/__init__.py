@@ -2,6 +2,7 @@
 
 from kavier_twin.telemetry.records import (
     SCHEMA_VERSION,
+    CarbonSample,
     EngineSample,
     GpuSample,
     Histogram,
@@ -18,6 +19,7 @@ from kavier_twin.telemetry.records import (
 
 __all__ = [
     "SCHEMA_VERSION",
+    "CarbonSample",
     "EngineSample",
     "GpuSample",
     "Histogram",

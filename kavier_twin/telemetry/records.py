@@ -268,4 +268,13 @@ class KvEventBatch(Record):
     events: tuple[Annotated[KvEvent, Field(discriminator="event")], ...]
 
 
-TelemetryRecord = RequestSeen | RequestFinished | RequestRecord | EngineSample | GpuSample | KvEventBatch
+class CarbonSample(Record):
+    """Carbon intensity of the pool's electricity from this moment on, grams of CO2 per kilowatt-hour."""
+
+    kind: Literal["carbon_sample"] = "carbon_sample"
+    time_seconds: EventTime
+    pool: Identifier = "default"
+    gco2_per_kwh: Annotated[float, Field(ge=0, le=10_000)]
+
+
+TelemetryRecord = RequestSeen | RequestFinished | RequestRecord | EngineSample | GpuSample | KvEventBatch | CarbonSample

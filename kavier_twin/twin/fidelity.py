@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from copy import copy
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 KPIS: Final = ("ttft_seconds", "e2e_seconds", "queue_seconds", "cached_tokens")
 WINDOW_REQUESTS: Final = 500
@@ -32,6 +33,23 @@ class Fidelity:
     def __init__(self, window_requests: int = WINDOW_REQUESTS) -> None:
         self._pairs: dict[str, deque[tuple[float, float]]] = {name: deque(maxlen=window_requests) for name in KPIS}
         self._prompts: deque[float] = deque(maxlen=window_requests)
+
+    def fork(self) -> Fidelity:
+        """An independent copy."""
+        twin = copy(self)
+        twin._pairs = {name: pairs.copy() for name, pairs in self._pairs.items()}
+        twin._prompts = self._prompts.copy()
+        return twin
+
+    def save(self) -> dict[str, Any]:
+        """As JSON types."""
+        return {"pairs": {name: list(pairs) for name, pairs in self._pairs.items()}, "prompts": list(self._prompts)}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """What `save` gave."""
+        for name, pairs in saved["pairs"].items():
+            self._pairs[name].extend((predicted, observed) for predicted, observed in pairs)
+        self._prompts.extend(saved["prompts"])
 
     def add(self, kpi: str, predicted: float, observed: float) -> None:
         """One request's pair; pairs with anything not finite are ignored."""

@@ -3,6 +3,9 @@
 A request seen is pushed into the simulated fleet, held: only its finish record ends it. What the simulation said until
 then (TTFT, end, queue, prefix hits) is scored against the record before the record corrects the simulation, so every
 error is that of a prediction. Output lengths are unknown until the end and no decision uses them.
+
+The mirror is a function of the records and their order, bit for bit: no clock moves it. What it looks like now, where
+the last record is some time ago, is seen on a fork.
 """
 
 from __future__ import annotations
@@ -10,6 +13,8 @@ from __future__ import annotations
 import math
 import zlib
 from collections import Counter, deque
+from collections.abc import Iterable
+from copy import copy
 from dataclasses import dataclass
 from typing import Final
 
@@ -22,6 +27,7 @@ from kavier_twin.simulation.settings import FleetSettings, StepTime
 from kavier_twin.simulation.state import FREE, WAITING
 from kavier_twin.simulation.workload import Workload, covered_tokens, make_workload, workload_of
 from kavier_twin.telemetry import (
+    CarbonSample,
     EngineSample,
     GpuSample,
     KvEventBatch,
@@ -55,8 +61,8 @@ class MirrorSettings:
     give_up_seconds: float = 3_600.0  # a request without a finish record for so long is dropped
 
 
-@dataclass
-class _Seen:
+@dataclass(frozen=True)
+class Seen:
     """What is remembered of a request while it is recent."""
 
     seen: RequestSeen
@@ -79,13 +85,13 @@ class Mirror:
         self.observed_e2e: deque[float] = deque(maxlen=500)
         self.last_sample: EngineSample | None = None
         self._stream = OrderedStream(settings.lateness_seconds)
-        self._recent: deque[_Seen] = deque(maxlen=settings.recent_requests)
-        self._by_id: dict[str, _Seen] = {}
+        self._recent: dict[str, Seen] = {}  # by id, oldest first
         self._running: dict[str, Live] = {}
         self._next_index = 0
         self._longest_output = 0
         self._finished_at_calibration = 0
         self._pace = Pace(fleet.step_time)
+        self._is_fork = False
 
     # --- taking records in ----------------------------------------------------------------------------------------
 
@@ -96,6 +102,10 @@ class Mirror:
         if isinstance(record, EngineSample | GpuSample | KvEventBatch):  # observed beside the simulation
             self.ingested["accepted"] += 1
             return
+        if isinstance(record, CarbonSample):
+            self._take_carbon(record)
+            self.ingested["accepted"] += 1
+            return
         if isinstance(record, RequestRecord):
             self.ingested[self._stream.offer(record.seen())] += 1
             finished = record.finished()
@@ -104,6 +114,15 @@ class Mirror:
             return
         self.ingested[self._stream.offer(record)] += 1
 
+    def _take_carbon(self, sample: CarbonSample) -> None:
+        """What the grid emits now takes the place of what the settings say, for forecasts from here on."""
+        footprint = self.fleet.settings.footprint
+        if footprint is not None:
+            unix_seconds = footprint.time_zero.timestamp() + sample.time_seconds
+            carbon = footprint.carbon.with_point(unix_seconds, sample.gco2_per_kwh)
+            footprint = footprint.model_copy(update={"carbon": carbon})
+            self.fleet.settings = self.fleet.settings.model_copy(update={"footprint": footprint})
+
     def advance(self, now_seconds: float | None = None) -> int:
         """Process what is due. `now_seconds` (event time) lets time pass where no record comes. Returns events."""
         if now_seconds is not None:
@@ -111,6 +130,7 @@ class Mirror:
         events = self._stream.due()
         for event in events:
             self._step_to(event.time_seconds)
+            self._drop_the_lost()
             if isinstance(event, RequestSeen):
                 self._arrive(event)
             else:
@@ -119,8 +139,24 @@ class Mirror:
         # records happened to come, lest it round differently.
         if now_seconds is not None and math.isfinite(self.time_seconds):
             self._step_to(self._stream.watermark_seconds)
-        self._drop_the_lost()
+            self._drop_the_lost()
         return len(events)
+
+    def fork(self, ends: Iterable[RequestFinished] = ()) -> Mirror:
+        """A copy that can be moved on to the present without a trace in this one, `ends` being known to it as well.
+
+        It takes no records in, and does not calibrate.
+        """
+        twin = copy(self)
+        twin.fleet = self.fleet.fork()
+        twin.fidelity = self.fidelity.fork()
+        twin.ingested = Counter(self.ingested)
+        twin.observed_ttft, twin.observed_e2e = self.observed_ttft.copy(), self.observed_e2e.copy()
+        twin._stream = self._stream.fork(ends)
+        twin._recent, twin._running = self._recent.copy(), self._running.copy()
+        twin._pace = copy(self._pace)
+        twin._is_fork = True
+        return twin
 
     # --- what can be seen -----------------------------------------------------------------------------------------
 
@@ -160,7 +196,7 @@ class Mirror:
         if not math.isfinite(self.time_seconds):
             return None
         earliest = self.time_seconds - self.settings.recent_seconds
-        recent = [entry for entry in self._recent if entry.seen.time_seconds >= earliest]
+        recent = [entry for entry in self._recent.values() if entry.seen.time_seconds >= earliest]
         start = recent[0].seen.time_seconds if recent else self.time_seconds
         return Snapshot(
             pool=self.settings.pool,
@@ -195,11 +231,10 @@ class Mirror:
         self.fleet.state.replicas["hold_until"] = -np.inf
 
     def _arrive(self, seen: RequestSeen) -> None:
-        entry = _Seen(seen)
-        if len(self._recent) == self._recent.maxlen:
-            self._by_id.pop(self._recent[0].seen.id, None)
-        self._recent.append(entry)
-        self._by_id[seen.id] = entry
+        self._recent.pop(seen.id, None)  # an id used again
+        self._recent[seen.id] = Seen(seen)
+        if len(self._recent) > self.settings.recent_requests:
+            del self._recent[next(iter(self._recent))]
         self._next_index += 1
         workload = _arrival(seen, self._assumed_output(seen), self._next_index)
         delivered = workload._replace(delivered=np.maximum(workload.arrival + self.frontend_seconds, self.time_seconds))
@@ -213,12 +248,12 @@ class Mirror:
         return min(assumed, seen.max_tokens) if seen.max_tokens else assumed
 
     def _finish(self, finished: RequestFinished) -> None:
-        entry = self._by_id.get(finished.id)
+        entry = self._recent.get(finished.id)
         live = self._running.pop(finished.id, None)
         if entry is None or live is None:
             self.ingested["unknown_request"] += 1
             return
-        entry.finished = finished
+        self._recent[finished.id] = Seen(entry.seen, finished)
         self.finished += 1
         self._longest_output = max(self._longest_output, finished.output_tokens)
         self._score(entry.seen, finished, live)
@@ -266,22 +301,24 @@ class Mirror:
     def _drop_the_lost(self) -> None:
         """Requests whose finish record never came must not fill the fleet for ever."""
         oldest = self.time_seconds - self.settings.give_up_seconds
-        for identity, live in list(self._running.items()):
+        while self._running:
+            identity, live = next(iter(self._running.items()))
             request = self.fleet.state.requests[live.replica, live.slot]
             if request["arrival"] > oldest:
-                break
+                return
             self.ingested["never_finished"] += 1
             self.fleet.finish(live, max(1, int(request["tokens"] - request["prompt"])), None, 0)
+            self.fleet.collect()
             del self._running[identity]
 
     # --- calibration ----------------------------------------------------------------------------------------------
 
     def _maybe_calibrate(self) -> None:
         wait = self.settings.recalibrate_every_requests if self.calibration else self.settings.calibrate_after_requests
-        if self.finished - self._finished_at_calibration < wait:
+        if self._is_fork or self.finished - self._finished_at_calibration < wait:
             return
         self._finished_at_calibration = self.finished
-        entries = [entry for entry in self._recent if entry.finished is not None]
+        entries = [entry for entry in self._recent.values() if entry.finished is not None]
         try:
             calibration = calibrate(
                 self.fleet.settings, _observed(entries), prior=self.settings.prior, floor=self.settings.floor
@@ -343,7 +380,7 @@ def _arrival(seen: RequestSeen, assumed_output: int, index: int) -> Workload:
     )
 
 
-def _workload(entries: list[_Seen]) -> Workload:
+def _workload(entries: list[Seen]) -> Workload:
     """Recent requests as arrays; those in flight with an output of 0."""
     return workload_of(
         [
@@ -353,7 +390,7 @@ def _workload(entries: list[_Seen]) -> Workload:
     )
 
 
-def _observed(entries: list[_Seen]) -> Observed:
+def _observed(entries: list[Seen]) -> Observed:
     finished = [entry.finished for entry in entries if entry.finished is not None]
     return Observed(
         workload=_workload(entries),

@@ -42,6 +42,14 @@ class Pace:
         ratio = (self._real + _PRIOR_SECONDS) / (self._modelled + _PRIOR_SECONDS)
         self.factor = min(SLOWEST, max(FASTEST, ratio))
 
+    def save(self) -> list[float]:
+        """As JSON types."""
+        return [self.factor, self._real, self._modelled, self._time]
+
+    def restore(self, saved: list[float]) -> None:
+        """What `save` gave."""
+        self.factor, self._real, self._modelled, self._time = saved
+
     def apply(self, fleet: Fleet, factor: float | None = None) -> None:
         """Let every step of the fleet last `factor` times what the coefficients say (default: the pace)."""
         scaled = self._coefficients * (self.factor if factor is None else factor)

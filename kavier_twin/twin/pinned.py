@@ -29,6 +29,7 @@ def replay_pinned(settings: FleetSettings, observed: Observed, frontend_seconds:
     ends = observed.workload.arrival + observed.e2e_seconds
     workload = with_frontend(observed.workload, frontend_seconds)
     workload = workload._replace(held=np.isfinite(ends).astype(workload.held.dtype))
+    fleet.foresee(workload)
     ends = np.maximum(ends, workload.delivered)
     rows = [(float(time), 1, row) for row, time in enumerate(workload.delivered)]
     rows += [(float(time), 2, row) for row, time in enumerate(ends) if np.isfinite(time)]

@@ -9,7 +9,9 @@ from __future__ import annotations
 import heapq
 import math
 from collections import OrderedDict
-from typing import Final
+from collections.abc import Iterable
+from copy import copy
+from typing import Any, Final
 
 from kavier_twin.telemetry import RequestFinished, RequestSeen
 
@@ -49,11 +51,39 @@ class OrderedStream:
         self._known[identity] = None
         if len(self._known) > self._remembered_ids:
             self._known.popitem(last=False)
-        # At equal times a request is seen before it finishes.
-        order = 0 if isinstance(event, RequestSeen) else 1
-        heapq.heappush(self._heap, (event.time_seconds, order, event.id, event))
+        heapq.heappush(self._heap, _entry(event))
         self.newest_seconds = max(self.newest_seconds, event.time_seconds)
         return "accepted"
+
+    def fork(self, more: Iterable[Event] = ()) -> OrderedStream:
+        """A copy that hands out what is buffered and `more`; nothing may be offered to it."""
+        twin = copy(self)
+        twin._heap = self._heap.copy()
+        for event in more:
+            heapq.heappush(twin._heap, _entry(event))
+        return twin
+
+    def save(self) -> dict[str, Any]:
+        """As JSON types."""
+        return {
+            "buffered": [entry[3].model_dump(mode="json", exclude_defaults=True) for entry in sorted(self._heap)],
+            "kinds": [entry[3].kind for entry in sorted(self._heap)],
+            "known": list(self._known),
+            "newest_seconds": self.newest_seconds,
+            "floor_seconds": self._floor_seconds,
+        }
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """What `save` gave."""
+        models: dict[str, type[RequestSeen] | type[RequestFinished]] = {
+            "request_seen": RequestSeen,
+            "request_finished": RequestFinished,
+        }
+        events = [models[kind].model_validate(e) for kind, e in zip(saved["kinds"], saved["buffered"], strict=True)]
+        self._heap = [_entry(event) for event in events]  # sorted, which is a heap
+        self._known = OrderedDict((tuple(identity), None) for identity in saved["known"])
+        self.newest_seconds = saved["newest_seconds"]
+        self._floor_seconds = saved["floor_seconds"]
 
     def raise_floor(self, time_seconds: float) -> None:
         """Time passed without records: nothing older than this is waited for."""
@@ -65,3 +95,8 @@ class OrderedStream:
         while self._heap and self._heap[0][0] <= self.watermark_seconds:
             events.append(heapq.heappop(self._heap)[3])
         return events
+
+
+def _entry(event: Event) -> tuple[float, int, str, Event]:
+    # At equal times a request is seen before it finishes.
+    return event.time_seconds, 0 if isinstance(event, RequestSeen) else 1, event.id, event

@@ -75,6 +75,70 @@ def test_a_fleet_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert result["fleet"]["router"] == "session_affinity"
 
 
+FOOTPRINT = """
+power: {idle_watts: 50, max_watts: 300}
+pue: 1.2
+carbon: {file: carbon.csv}
+price_per_gpu_hour: 1.5
+"""
+
+
+def footprint_file(tmp_path: Path, text: str = FOOTPRINT) -> str:
+    path = tmp_path / "footprint.yaml"
+    path.write_text(text)
+    (tmp_path / "carbon.csv").write_text("time,gco2_per_kwh\n1970-01-01T00:00:00Z,100\n3600,200\n")
+    return str(path)
+
+
+def test_energy_is_told_where_the_hardware_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert as_json(capsys, str(GOLDEN))["impact"] is None  # a run under a virtual clock: no GPU, no watts
+    told = as_json(capsys, str(GOLDEN), "--footprint", footprint_file(tmp_path))
+    impact = told["impact"]
+    assert 60.0 <= impact["power_mean_watts"] <= 360.0
+    assert impact["energy_joules"] == pytest.approx(impact["power_mean_watts"] * told["duration_seconds"])
+    tokens = told["prompt_tokens"] + told["output_tokens"]
+    assert impact["energy_joules_per_million_tokens"] == pytest.approx(1e6 * impact["energy_joules"] / tokens)
+    assert impact["carbon_grams"] == pytest.approx(100.0 * impact["energy_joules"] / 3.6e6)
+    assert impact["assumed"] == ["loads of the phases from published measurements"]
+    assert told["fleet"]["footprint"]["pue"] == 1.2
+    assert main(["simulate", str(GOLDEN), "--footprint", footprint_file(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    for word in ("W mean", "Wh", "gCO2 per million tokens", "EUR per million tokens", "assumed"):
+        assert word in out
+
+
+def test_a_fleet_file_brings_its_footprint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    footprint_file(tmp_path)
+    fleet = tmp_path / "fleet.yaml"
+    fleet.write_text(
+        "engine: {num_gpu_blocks: 400}\nstep_time: {fixed: 0.01}\n"
+        "footprint: {power: {idle_watts: 50, max_watts: 300}, gpus_per_replica: 2, carbon: {file: carbon.csv}}\n"
+    )
+    impact = as_json(capsys, str(GOLDEN), "--fleet", str(fleet))["impact"]
+    assert impact["power_mean_watts"] > 2 * 50 * 1.5
+    assert impact["cost"] is None
+    assert impact["carbon_grams"] > 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("power: {idle_watts: 50}\n", "power.max_watts"),
+        ("power: {idle_watts: 50, max_watts: 300}\ncarbon: {file: gone.csv}\n", "gone.csv: cannot be read"),
+        ("pue: 1.2\n", "power"),
+        ("- 1\n", "expected a mapping of power"),
+    ],
+)
+def test_mistakes_in_a_footprint_get_a_sentence(
+    tmp_path: Path, text: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["simulate", str(GOLDEN), "--footprint", footprint_file(tmp_path, text)]) == 1
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -112,3 +176,19 @@ def test_a_person_gets_tables(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     for word in ("TTFT", "hit ratio", "preemptions", "throughput"):
         assert word in out
+
+
+@pytest.mark.parametrize("source", ["requests", "steps", "metrics"])
+def test_a_recording_is_calibrated_from_what_there_is(source: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """All three see the same engine; only requests show what HTTP and tokenisation add."""
+    assert main(["simulate", str(RECORDING), "--json", "--calibrate-from", source, "--calibrate-until", "0.6"]) == 0
+    found = json.loads(capsys.readouterr().out)["calibration"]
+    assert found["fitted_to"] == source
+    assert found["requests"] > 10  # requests, steps or scrapes
+    step = found["step_time"]
+    # A decode step of one sequence of some hundred tokens: 12 to 20 ms on that machine at that time.
+    one = step["fixed"] + step["per_decode_sequence"] + 300 * step["per_context_token"]
+    assert 0.008 < one < 0.025
+    assert (found["frontend_seconds"] > 0.0) == (source == "requests")
+    for coefficient in found["coefficients"].values():
+        assert coefficient["standard_deviation"] is None or coefficient["standard_deviation"] >= 0.0

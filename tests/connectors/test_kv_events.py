@@ -21,6 +21,7 @@ from connectors.traces.recording import read_kv_events
 from kavier_twin.telemetry import KvBlocksRemoved, KvBlocksStored, KvCacheCleared, KvEventBatch
 from kavier_twin.twin.kv_cache_view import KvCacheView
 
+RECORDING = Path(__file__).parents[1] / "data" / "recordings" / "chat-400"
 END = b"\xff" * 8
 
 
@@ -419,11 +420,9 @@ def test_closing_ends_the_thread_and_the_records(publish: Any, subscribe: Any) -
 
 
 @pytest.mark.parametrize("as_sent", [lambda event: event, positional], ids=["maps", "arrays"])
-def test_a_recording_published_again(
-    publish: Any, subscribe: Any, shared_data: Path, as_sent: Callable[[dict[str, Any]], Any]
-) -> None:
+def test_a_recording_published_again(publish: Any, subscribe: Any, as_sent: Callable[[dict[str, Any]], Any]) -> None:
     """The second half with losses: the view is the recorded engine's cache, block for block."""
-    recorded = [row["batch"] for row in read_kv_events(shared_data / "vllm_recordings" / "chat-400")]
+    recorded = [row["batch"] for row in read_kv_events(RECORDING)]
     copies: list[int] = []
     for _, events, _ in recorded:
         for event in events:

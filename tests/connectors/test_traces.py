@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from connectors.traces import FORMATS, Trace, TraceError, base, read_trace
 from connectors.traces.recording import read_kv_events, read_metrics, read_steps, token_times
-from kavier_twin.telemetry import EngineSample, RequestFinished, RequestRecord, RequestSeen
+from kavier_twin.telemetry import CarbonSample, EngineSample, RequestFinished, RequestRecord, RequestSeen
 
 MOONCAKE = {"timestamp": 1500, "input_length": 1000, "output_length": 5, "hash_ids": [7, 8]}
 GOLDEN = {"arrival_seconds": 0.5, "prompt_tokens": 40, "output_tokens": 8, "hash_ids": [1, 2, 3]}
@@ -135,6 +135,45 @@ def test_kavier_with_token_lists(tmp_path: Path) -> None:
     assert read_trace(path).records[0].prompt_tokens == 3
 
 
+@pytest.mark.parametrize("form", ["csv", "parquet text", "parquet list"])
+def test_kavier_s_tokens_tell_what_is_shared(form: str, tmp_path: Path) -> None:
+    """A hash a full block of 16, equal for equal tokens only; a token more or less than told changes nothing."""
+    one, other = list(range(40)), [*range(16), *range(100, 124)]
+    swapped = [1, 0, *range(2, 40)]
+    lists = [one, other, swapped, one[:15], [*one, 7]]
+    if form == "csv":
+        rows = [f'0,0,{number},{min(len(tokens), 40)},1,"{tokens}"' for number, tokens in enumerate(lists)]
+        path = write(tmp_path / "t", KAVIER + ",input_tokens", *rows)
+    else:
+        columns: dict[str, list[Any]] = {
+            "ts": [float(number) for number in range(len(lists))],
+            "num_input_tokens": [min(len(tokens), 40) for tokens in lists],
+            "num_output_tokens": [1] * len(lists),
+            "input_tokens": lists if form == "parquet list" else [str(tokens) for tokens in lists],
+        }
+        path = write_parquet(tmp_path / "t", columns)
+    hashes = [record.block_hashes for record in read_trace(path).records]
+    assert [len(own) for own in hashes] == [2, 2, 2, 0, 2]
+    assert hashes[1][0] == hashes[0][0]
+    assert hashes[1][1] != hashes[0][1]
+    assert hashes[2][0] != hashes[0][0]
+    assert hashes[4] == hashes[0]
+
+
+def test_kavier_s_tokens_that_are_none(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "t",
+        KAVIER + ",input_tokens",
+        '0,0,0,3,2,"[1, x]"',
+        '0,0,0,3,2,"[[1]]"',
+        '0,0,0,3,2,"[1.5]"',
+        "0,0,0,3,2,",
+    )
+    trace = read_trace(path)
+    assert [(r.line, r.reason) for r in trace.rejected] == [(line, "bad-value") for line in (2, 3, 4)]
+    assert trace.records[0].block_hashes == ()
+
+
 def write_parquet(path: Path, columns: dict[str, list[Any]]) -> Path:
     arrow = pytest.importorskip("pyarrow", reason="needs the extra kavier-twin[parquet]")
     parquet = pytest.importorskip("pyarrow.parquet", reason="needs the extra kavier-twin[parquet]")
@@ -228,6 +267,7 @@ def test_telemetry_joins_arrivals_with_their_ends(tmp_path: Path) -> None:
         end.model_dump(mode="json") | {"id": "unheard"},
         {"kind": "request_seen", "id": "back", "time_seconds": 9.0, "prompt_tokens": 4},
         {"kind": "request_finished", "id": "back", "time_seconds": 8.0, "output_tokens": 4},
+        CarbonSample(time_seconds=1.0, gco2_per_kwh=200.0).model_dump(mode="json"),
     ]
     trace = read_trace(write(tmp_path / "t", *lines))
     assert trace.format == "telemetry"

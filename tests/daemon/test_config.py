@@ -81,6 +81,23 @@ def test_everything_given(tmp_path: Path) -> None:
     assert settings.dead_letters == tmp_path / "letters.jsonl"
 
 
+def test_a_footprint_with_its_carbon_file(tmp_path: Path) -> None:
+    (tmp_path / "carbon.csv").write_text("time,gco2_per_kwh\n0,100\n")
+    footprint = {"power": {"idle_watts": 70, "max_watts": 700}, "carbon": {"file": "carbon.csv"}}
+    content = minimal(fleet={"engine": {"num_gpu_blocks": 100}, "footprint": footprint})
+    found = read(tmp_path, content).fleet.settings().footprint
+    assert found is not None
+    assert found.carbon.points == ((0.0, 100.0),)
+    assert found.carbon.file == tmp_path / "carbon.csv"
+    (tmp_path / "carbon.csv").write_text("time,gco2_per_kwh\n0,much\n")
+    (problem,) = problems(tmp_path, content)
+    assert problem.startswith(f"fleet.footprint.carbon.file: {tmp_path / 'carbon.csv'}: line 2: gco2_per_kwh 'much'")
+    footprint["power"] = {"idle_watts": 70, "max_wats": 700}
+    found_problems = "\n".join(problems(tmp_path, content | {"log_level": "loud"}))
+    assert "fleet.footprint.power.max_wats: unknown setting; did you mean max_watts?" in found_problems
+    assert "log_level: is 'loud'" in found_problems
+
+
 def test_paths_count_from_the_settings_file(tmp_path: Path) -> None:
     assert read(tmp_path, minimal()).sources[0].path == tmp_path / "requests.jsonl"
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from kavier_twin.simulation.fleet import Fleet
+from kavier_twin.simulation.footprint import Footprint, PowerModel
 from kavier_twin.simulation.kpis import Counters
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
 from kavier_twin.simulation.workload import Workload, make_workload, take_rows
@@ -18,7 +19,10 @@ STEP_TIME = StepTime(fixed=0.01, per_prefill_token=2e-5, per_decode_sequence=1e-
 
 def fleet_settings(*, replicas: int = 1, **engine: Any) -> FleetSettings:
     return FleetSettings(
-        replicas=replicas, step_time=STEP_TIME, engine=EngineSettings(**({"num_gpu_blocks": 2_000} | engine))
+        replicas=replicas,
+        step_time=STEP_TIME,
+        engine=EngineSettings(**({"num_gpu_blocks": 2_000} | engine)),
+        footprint=Footprint(power=PowerModel(idle_watts=70.0, max_watts=700.0), price_per_gpu_hour=2.0),
     )
 
 

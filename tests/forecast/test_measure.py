@@ -5,7 +5,9 @@ import pytest
 
 from forecast.streams import fleet_settings
 from kavier_twin.forecast.measure import measure
+from kavier_twin.simulation.carbon import CarbonIntensity
 from kavier_twin.simulation.fleet import Fleet
+from kavier_twin.simulation.footprint import Footprint, PowerModel
 from kavier_twin.simulation.kpis import Counters
 from kavier_twin.simulation.workload import make_workload
 
@@ -31,6 +33,31 @@ def test_a_request_on_its_own() -> None:
     assert kpis["output_tokens_per_second"] == pytest.approx(1.1)
     assert kpis["requests_per_second"] == pytest.approx(0.1)
     assert kpis["rejected_requests"] == kpis["preemptions"] == 0.0
+
+
+def test_energy_from_now_to_the_horizon() -> None:
+    """What was before the future began does not count; without a footprint nothing is known."""
+    settings = fleet_settings(async_scheduling=False)
+    power = PowerModel(idle_watts=100.0, max_watts=700.0)
+    footprint = Footprint(power=power, pue=1.0, carbon=CarbonIntensity(gco2_per_kwh=360.0), price_per_gpu_hour=3.6)
+    told = Fleet(settings.model_copy(update={"footprint": footprint}))
+    told.feed(make_workload([0.0, 20.0], 100, 100))
+    told.run(20.0)
+    told.collect()
+    before = Counters.of(told.state, 20.0)
+    told.run(40.0)
+    kpis = measure(told, before, told.collect(), 0.0)
+    assert 100.0 < kpis["power_mean_watts"] < 200.0
+    assert kpis["energy_joules_per_million_tokens"] == pytest.approx(20.0 * kpis["power_mean_watts"] * 1e6 / 200)
+    assert kpis["carbon_grams_per_million_tokens"] == pytest.approx(kpis["energy_joules_per_million_tokens"] / 1e4)
+    assert kpis["cost_per_million_tokens"] == pytest.approx(0.02 * 1e6 / 200)
+    untold = Fleet(settings.model_copy(update={"footprint": None}))
+    untold.feed(make_workload([0.0], 100, 10))
+    before = Counters.of(untold.state, 0.0)
+    untold.run(10.0)
+    kpis = measure(untold, before, untold.collect(), 0.0)
+    assert np.isnan(kpis["power_mean_watts"])
+    assert np.isnan(kpis["cost_per_million_tokens"])
 
 
 def test_those_who_wait_count_with_their_age() -> None:

@@ -14,7 +14,8 @@ from kavier_twin.serve.view import TwinView
 from real_parts import promtool
 from serve.views import empty_view, full_view
 
-UNITS = ("seconds", "ratio", "total", "records", "requests", "futures", "per_second", "info")
+UNITS = ("seconds", "ratio", "total", "records", "requests", "futures", "per_second", "info", "watts")
+UNITS += ("joules_per_million_tokens", "grams_per_million_tokens", "cost_per_million_tokens")
 # Counts of things in their own unit, and flags.
 WITHOUT_UNIT = ("source_up", "_running", "_waiting", "_preemptions", "_rejected", "_calibrated", "_best_policy")
 
@@ -79,6 +80,20 @@ def test_every_kpi_predicted_is_exported() -> None:
     assert predicted <= KPIS.keys()
     names = {family.name for family in parse(text_of(view))}
     assert {f"kavier_twin_predicted_{kpi}" for kpi in predicted} <= names
+
+
+def test_energy_carbon_and_cost() -> None:
+    view = full_view()
+    at = {"policy": "half", "horizon": "300", "quantile": "0.5"}
+    for kpi in (
+        "power_watts",
+        "energy_joules_per_million_tokens",
+        "carbon_grams_per_million_tokens",
+        "cost_per_million_tokens",
+    ):
+        assert value(view, f"kavier_twin_predicted_{kpi}", **at) == 0.75
+    assert value(view, "kavier_twin_cost_info", currency="EUR") == 1.0
+    assert "kavier_twin_cost_info" not in text_of(replace(view, currency=""))
 
 
 def test_mirrored_beside_observed() -> None:

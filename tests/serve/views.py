@@ -72,6 +72,7 @@ def full_view(pool: str = "chat") -> TwinView:
         sources=(SourceState("file:a", False, {"not-json": 3, "bad-value": 1}), SourceState("file:b", True, {})),
         forecasts={"succeeded": 7, "failed": 1},
         outlook=outlook,
+        currency="EUR",
         notes=("a note",),
     )
 

@@ -33,6 +33,7 @@ GROWING = (  # fields of a replica that never become less, whatever happens to i
     "computed_tokens",
     "preemptions",
     "evictions",
+    "stranded_tokens",
     "busy_seconds",
     "running_seconds",
     "waiting_seconds",
@@ -49,6 +50,7 @@ def check_state(state: FleetState) -> None:
     """Every invariant that can be seen in one state."""
     for number in range(state.replicas.size):
         check_block_conservation(state, number)
+        check_eviction(state, number)
         check_reference_counts(state, number)
         check_hash_table(state, number)
         check_lists(state, number)
@@ -73,27 +75,100 @@ def block_table(state: FleetState, number: int, request: Any) -> list[int]:
     return [int(block) for block in state.arena[number, start : start + int(request["blocks"])]]
 
 
+def ring(rows: Records, sentinel: int) -> list[int]:
+    """The doubly linked ring that begins and ends at this row, without it."""
+    before, after = rows["prev"], rows["next"]
+    found: list[int] = []
+    at = sentinel
+    while True:
+        step = int(after[at])
+        assert before[step] == at, f"ring: {at} -> {step}, but {step} says {before[step]} comes before it"
+        at = step
+        if at == sentinel:
+            return found
+        found.append(at)
+        assert len(found) < rows.size, "a ring does not come back to its sentinel"
+
+
+def free_list(state: FleetState, number: int) -> list[int]:
+    """The free blocks in the order in which they are handed out."""
+    return ring(state.blocks[number], 0)
+
+
+def queue(nodes: Records, which: int) -> list[int]:
+    """The blocks that stand in a queue of an eviction policy, the newest first."""
+    return ring(nodes, nodes.size - layout.QUEUES + which)
+
+
 def check_block_conservation(state: FleetState, number: int) -> None:
-    """The free list is a doubly linked ring; it and the referenced blocks are all blocks, each once."""
+    """Free blocks, evictable ones and those in use are all blocks, each once."""
     blocks, replica = state.blocks[number], state.replicas[number]
     count = int(state.engines[number]["num_blocks"])
     assert count == blocks.size, f"{count} blocks configured, {blocks.size} in the pool"
-    before, after = blocks["prev"].tolist(), blocks["next"].tolist()
-    free: list[int] = []
-    at = 0
-    while True:
-        step = after[at]
-        assert before[step] == at, f"free list: {at} -> {step}, but {step} says {before[step]} comes before it"
-        at = step
-        if at == 0:
-            break
-        free.append(at)
-        assert len(free) < count, "free list does not come back to its sentinel"
+    free = free_list(state, number) + evictable(state, number)
     assert len(free) == int(replica["free_blocks"]), f"{len(free)} free blocks, counted {replica['free_blocks']}"
     used = np.flatnonzero(blocks["refs"][1:] > 0) + 1
     assert (blocks["refs"] >= 0).all(), "negative reference count"
     assert sorted([*free, *used.tolist()]) == list(range(1, count)), "a block is free and in use, or neither"
     assert int(blocks["refs"][0]) == 0, "the null block is referenced"
+
+
+def evictable(state: FleetState, number: int) -> list[int]:
+    """The unreferenced blocks with content that a policy other than LRU keeps, in no order."""
+    if state.nodes.shape[1] == 1:
+        return []
+    heap = state.heap[number, : int(state.eviction[number]["evictable"])].tolist()
+    standing = [block for which in range(layout.QUEUES) for block in queue(state.nodes[number], which)]
+    return heap + [block for block in standing if state.blocks[number]["refs"][block] == 0]
+
+
+def check_eviction(state: FleetState, number: int) -> None:
+    """The structures of an eviction policy hold what it evicts from, and ghosts no more than the cache has blocks."""
+    engine, eviction, nodes = state.engines[number], state.eviction[number], state.nodes[number]
+    policy = int(engine["eviction"])
+    if policy == layout.LRU:
+        assert nodes.size == state.heap[number].size == state.ghosts[number].size == 1, "LRU needs no arrays"
+        return
+    blocks = state.blocks[number]
+    cached = np.flatnonzero(blocks["key"] != layout.UNHASHED)
+    assert not set(free_list(state, number)) & set(cached.tolist()), "content in the list of blocks without any"
+    heap = state.heap[number, : int(eviction["evictable"])].tolist()
+    order = [(float(nodes["priority"][block]), int(nodes["tie"][block])) for block in heap]
+    assert all(order[(place - 1) // 2] < order[place] for place in range(1, len(order))), f"not a heap: {order}"
+    assert [int(nodes["place"][block]) for block in heap] == list(range(len(heap)))
+    assert (np.delete(nodes["place"], heap) == -1).all(), "a block outside the heap has a place in it"
+    for which in range(layout.QUEUES):
+        assert int(eviction["counts"][which]) == int((nodes["queue"][cached] == which).sum()), f"queue {which} counts"
+        standing = queue(nodes, which)
+        assert all(nodes["queue"][block] == which for block in standing), "a block stands in a queue of others"
+        assert all(blocks["key"][block] != layout.UNHASHED for block in standing), (
+            "a queue holds a block without content"
+        )
+    linked = {block for which in range(layout.QUEUES) for block in queue(nodes, which)}
+    assert linked == set(np.flatnonzero(nodes["linked"]).tolist()), "linked blocks stand in no queue, or the reverse"
+    if policy < layout.SIEVE:
+        assert (blocks["refs"][sorted(linked)] == 0).all(), "a block in use stands in a list of evictable ones"
+    hand = int(eviction["hand"])
+    assert hand == 0 or hand in linked, "SIEVE's hand is at a block outside the queue"
+    check_ghosts(state, number)
+
+
+def check_ghosts(state: FleetState, number: int) -> None:
+    """Ghosts stand in one list each, are found by their keys, and are at most as many as the cache has blocks."""
+    ghosts, eviction = state.ghosts[number], state.eviction[number]
+    if ghosts.size == 1:
+        return
+    lists = [ring(ghosts, ghosts.size - 2 + which) for which in (0, 1)]
+    assert [len(rows) for rows in lists] == eviction["ghosts"].tolist(), "ghosts are counted wrongly"
+    spare, at = [], int(eviction["spare_ghost"])
+    while at != 0:
+        spare.append(at)
+        at = int(ghosts["next"][at])
+        assert len(spare) < ghosts.size, "the list of spare ghosts does not end"
+    assert sorted([*lists[0], *lists[1], *spare]) == list(range(1, ghosts.size - 2)), "a ghost is lost or twice there"
+    for row in lists[0] + lists[1]:
+        if ghosts["key"][row] != layout.PRIVATE:
+            assert find(ghosts, state.ghost_buckets[number], ghosts["key"][row]) != 0, "a ghost that is not found"
 
 
 def check_reference_counts(state: FleetState, number: int) -> None:

@@ -131,6 +131,7 @@ STEP_TIMES = (
     ),
     StepTime(fixed=0.0, linear_layers=((4, 0.0103),)),
 )
+EVICTIONS = ["lru", "fifo", "lfu", "cost_aware", "belady", "ttl", "pinned", "slru", "arc", "sieve", "s3fifo"]
 GAPS_SECONDS = (0.0, 0.003, 0.05, 2.0)  # together, within a step, within some steps, when the queue is empty
 
 
@@ -154,7 +155,16 @@ def engines(draw: st.DrawFn, block_size: int, rows: tuple[Row, ...]) -> EngineSe
         long_prefill_token_threshold=draw(st.sampled_from([0, 0, 2, 16])),
         watermark=draw(st.sampled_from([0.0, 0.0, 0.1, 0.3])),
         scheduler_reserve_full_isl=draw(st.sampled_from([True, True, False])),
+        eviction=draw(evictions()),
+        eviction_ttl_seconds=draw(st.sampled_from([0.3137, 0.0519, 3.0743])),
+        eviction_pinned_tokens=draw(st.sampled_from([64, 0, 10_000])),
+        eviction_pinned_share=draw(st.sampled_from([0.25, 1.0, 0.05])),
     )
+
+
+def evictions() -> st.SearchStrategy[str]:
+    """An eviction policy, vLLM's as often as any other."""
+    return st.one_of(st.just("lru"), st.sampled_from(EVICTIONS), st.sampled_from(EVICTIONS))
 
 
 @st.composite
@@ -232,6 +242,8 @@ def policies() -> st.SearchStrategy[dict[str, Override]]:
         st.builds(lambda value: {"watermark": value}, st.sampled_from([0.0, 0.2])),
         st.builds(lambda value: {"replicas": value}, st.integers(1, 4)),
         st.builds(lambda value: {"router": value}, st.sampled_from(ROUTERS)),
+        st.builds(lambda value: {"eviction": value}, st.sampled_from(EVICTIONS)),
+        st.builds(lambda value: {"eviction": value, "num_gpu_blocks": "0.8x"}, st.sampled_from(EVICTIONS)),
         st.just({"kv_cache_dtype": "fp8"}),
         st.just({"step_time.fixed": "2x", "step_time.per_context_token": "0.5x"}),
         st.just({"scheduler_reserve_full_isl": False, "long_prefill_token_threshold": 5}),

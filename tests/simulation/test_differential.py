@@ -7,6 +7,8 @@ from hypothesis import given
 
 from kavier_twin.simulation import state as layout
 from kavier_twin.simulation.fleet import Fleet
+from kavier_twin.simulation.state import FleetState
+from simulation.invariants import free_list, queue, ring
 from simulation.scenarios import Player, Scenario, examples, outcomes_by_index, scenarios
 
 EXACT = (
@@ -28,6 +30,7 @@ EXACT = (
     "output_tokens",
     "preemptions",
     "evictions",
+    "stranded_tokens",
 )
 INTEGRALS = ("busy_seconds", "running_seconds", "waiting_seconds", "used_block_seconds")
 TIMES = ("scheduled", "first_token", "finish")
@@ -51,9 +54,12 @@ def assert_same_state(fast: Fleet, reference: Fleet) -> None:
         np.testing.assert_array_equal(ours.replicas[name], theirs.replicas[name], err_msg=name)
     for name in INTEGRALS:
         np.testing.assert_allclose(ours.replicas[name], theirs.replicas[name], rtol=1e-6, atol=1e-9, err_msg=name)
-    np.testing.assert_array_equal(ours.blocks, theirs.blocks)
+    for name in ("key", "refs", "chain"):
+        np.testing.assert_array_equal(ours.blocks[name], theirs.blocks[name], err_msg=name)
     np.testing.assert_array_equal(ours.buckets, theirs.buckets)
     for number in range(ours.replicas.size):
+        assert free_list(ours, number) == free_list(theirs, number)
+        assert_same_eviction(ours, theirs, number)
         for lists, length in (("running", "running"), ("waiting", "waiting"), ("slots", "free_slots")):
             count = int(ours.replicas[number][length])
             np.testing.assert_array_equal(
@@ -74,6 +80,29 @@ def assert_same_state(fast: Fleet, reference: Fleet) -> None:
             np.testing.assert_array_equal(
                 ours.requests[number][name][live], theirs.requests[number][name][live], err_msg=name
             )
+
+
+def assert_same_eviction(ours: FleetState, theirs: FleetState, number: int) -> None:
+    """The policies would evict the same blocks in the same order, and have forgotten the same ones."""
+    for name in ours.eviction.dtype.names:
+        if name not in ("spare_ghost", "spare"):
+            np.testing.assert_array_equal(ours.eviction[number][name], theirs.eviction[number][name], err_msg=name)
+    count = int(ours.eviction[number]["evictable"])
+    np.testing.assert_array_equal(ours.heap[number, :count], theirs.heap[number, :count])
+    if ours.nodes.shape[1] > 1:
+        for which in range(layout.QUEUES):
+            assert queue(ours.nodes[number], which) == queue(theirs.nodes[number], which)
+        cached = ours.blocks[number]["key"] != layout.UNHASHED
+        for name in ("priority", "tie", "place", "queue", "linked", "hits", "depth"):
+            a, b = (state.nodes[number][name][: cached.size][cached] for state in (ours, theirs))
+            np.testing.assert_allclose(a, b, rtol=1e-9, err_msg=name)
+    if ours.ghosts.shape[1] > 1:
+        for which in (0, 1):
+            a, b = (
+                state.ghosts[number]["key"][ring(state.ghosts[number], state.ghosts.shape[1] - 2 + which)]
+                for state in (ours, theirs)
+            )
+            np.testing.assert_array_equal(a, b)
 
 
 def assert_same_latencies(fast: Fleet, reference: Fleet) -> None:

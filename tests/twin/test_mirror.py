@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from connectors.traces import read_trace
+from kavier_twin.simulation.footprint import Footprint, PowerModel
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
 from kavier_twin.simulation.state import state_bytes
-from kavier_twin.telemetry import RequestFinished, RequestRecord, RequestSeen
+from kavier_twin.telemetry import CarbonSample, RequestFinished, RequestRecord, RequestSeen
 from kavier_twin.twin.mirror import Mirror, MirrorSettings
 
 RECORDING = Path(__file__).parents[1] / "data" / "recordings" / "chat-400"
@@ -104,6 +105,27 @@ def test_a_request_that_never_ends_is_given_up() -> None:
     mirror.advance(200.0)
     assert mirror.load()[0] == 0
     assert mirror.ingested["never_finished"] == 1
+
+
+def test_carbon_intensity_arrives_with_the_stream() -> None:
+    power = PowerModel(idle_watts=70.0, max_watts=700.0)
+    told = FLEET.model_copy(update={"footprint": Footprint(power=power)})
+    mirror = Mirror(MirrorSettings(), told)
+    mirror.ingest(RequestSeen(id="a", time_seconds=5.0, prompt_tokens=50))
+    mirror.ingest(CarbonSample(time_seconds=5.0, gco2_per_kwh=300.0))
+    mirror.advance(10.0)
+    before = mirror.snapshot()
+    mirror.ingest(CarbonSample(time_seconds=20.0, gco2_per_kwh=100.0))
+    after = mirror.snapshot()
+    means = []
+    for snapshot in (before, after):
+        assert snapshot is not None
+        assert snapshot.fleet.settings.footprint is not None
+        means.append(snapshot.fleet.settings.footprint.carbon.mean_gco2_per_kwh(10.0, 30.0))
+    assert means == [300.0, 200.0]
+    without = Mirror(MirrorSettings(), FLEET)
+    without.ingest(CarbonSample(time_seconds=5.0, gco2_per_kwh=300.0))
+    assert without.ingested["accepted"] == 1
 
 
 def test_a_snapshot_is_independent(records: list[RequestRecord]) -> None:

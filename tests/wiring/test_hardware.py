@@ -11,6 +11,9 @@ from kavier_twin.config import read_settings
 from kavier_twin.errors import UserError
 from kavier_twin.hardware import FleetFile, Hardware
 from kavier_twin.scenario import read_fleet
+from kavier_twin.simulation.fleet import Fleet
+from kavier_twin.simulation.impact import impact_of_run
+from kavier_twin.simulation.workload import make_workload
 
 H100 = {"gpu": "NVIDIA H100 80GB HBM3", "model": "meta-llama/Llama-3.1-8B-Instruct"}
 
@@ -53,6 +56,27 @@ def test_an_fp8_cache_and_more_gpus_hold_more() -> None:
     assert blocks["two"] > 2 * blocks["auto"]  # each GPU has half of the weights and of every block
 
 
+def test_watts_and_gpus_come_from_the_card(tmp_path: Path) -> None:
+    hardware = "hardware: {gpu: H100 SXM 80GB, model: Llama-3.1-70B, tensor_parallel_size: 4}\n"
+    found = read_fleet(fleet_file(tmp_path, hardware)).footprint
+    assert found is not None
+    assert (found.power.max_watts, found.gpus_per_replica, found.price_per_gpu_hour) == (700.0, 4, None)
+    assert 40.0 < found.power.idle_watts < 130.0
+    given = hardware + "footprint: {power: {max_watts: 500}, gpus_per_replica: 2, price_per_gpu_hour: 3}\n"
+    told = read_fleet(fleet_file(tmp_path, given)).footprint
+    assert told is not None
+    assert told.power == found.power.model_copy(update={"max_watts": 500.0})
+    assert (told.gpus_per_replica, told.price_per_gpu_hour) == (2, 3.0)
+    assert read_fleet(fleet_file(tmp_path, hardware + "footprint: null\n")).footprint is None
+
+
+def test_no_gpu_no_watts(tmp_path: Path) -> None:
+    bare = "engine: {num_gpu_blocks: 77}\nstep_time: {fixed: 0.5}\n"
+    assert read_fleet(fleet_file(tmp_path, bare)).footprint is None
+    with pytest.raises(UserError, match=r"footprint\.power: Field required"):
+        read_fleet(fleet_file(tmp_path, bare + "footprint: {pue: 1.2}\n"))
+
+
 @pytest.mark.parametrize(
     ("hardware", "told"),
     [
@@ -65,7 +89,7 @@ def test_an_fp8_cache_and_more_gpus_hold_more() -> None:
 )
 def test_mistakes_are_told_at_their_place_and_nothing_else(tmp_path: Path, hardware: str, told: str) -> None:
     with pytest.raises(UserError, match=told) as error:
-        read_fleet(fleet_file(tmp_path, f"hardware: {hardware}\n"))
+        read_fleet(fleet_file(tmp_path, f"hardware: {hardware}\nfootprint: {{pue: 1.2}}\n"))
     assert "1 problem" in str(error.value)
 
 
@@ -73,7 +97,7 @@ def test_the_floor_is_below_the_prior_everywhere() -> None:
     hardware = Hardware.model_validate(H100)
     floor, prior = hardware.floor(), hardware.step_time()
     assert (floor.coefficients() <= prior.coefficients()).all()
-    assert 0.5 < floor.linear_scale < 1.0
+    assert 0.5 < floor.linear_scale <= 1.0
     for tokens in (1, 100, 5000):
         assert floor.linear_scale * prior.linear_seconds(tokens) <= prior.linear_seconds(tokens)
     # Nothing reads faster than the memory: 16 bits of eight billion weights at 3.35 TB/s.
@@ -96,3 +120,20 @@ def test_the_daemon_starts_from_the_data_sheet_and_knows_it_is_not_calibrated(tm
     with pytest.raises(UserError, match=r"fleet\.hardware\.gpu: .*A1000") as error:
         read_settings(path)
     assert "1 problem" in str(error.value)
+
+
+def test_the_draw_lies_where_it_was_published() -> None:
+    """H100 SXM: 300 W at batch 1 and up to 600 W at batch 128 (ML.ENERGY v3); prompts 600 to 680 W of 700."""
+    settings = FleetFile.model_validate({"hardware": H100, "footprint": {"pue": 1.0}}).settings()
+
+    def watts(requests: int, prompt: int, output: int, seconds: float) -> float:
+        fleet = Fleet(settings)
+        fleet.feed(make_workload([0.0] * requests, prompt, output))
+        fleet.run(seconds)
+        found = impact_of_run(fleet, 0.0)
+        assert found is not None
+        return found.power_mean_watts
+
+    assert watts(1, 100, 3_000, 10.0) == pytest.approx(300.0, rel=0.05)
+    assert 350.0 < watts(128, 100, 3_000, 10.0) < 600.0
+    assert 600.0 < watts(64, 8_000, 1, 2.0) < 680.0

@@ -24,7 +24,7 @@ from numba import njit
 
 def _digest() -> str:
     digest = hashlib.sha256(numba.__version__.encode())
-    for source in [*sorted(Path(__file__).parent.glob("*.py")), Path(__file__).parents[1] / "state.py"]:
+    for source in [*sorted(Path(__file__).parent.rglob("*.py")), Path(__file__).parents[1] / "state.py"]:
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -45,3 +45,7 @@ if _FOLDER is not None:
     numba.config.CACHE_DIR = _FOLDER  # type: ignore[attr-defined]
 
 kernel = njit(nogil=True, cache=_FOLDER is not None, error_model="numpy", _nrt=False)  # type: ignore[call-overload]
+# Written out in its callers: a compiled function cannot return records.
+inlined_kernel = njit(  # type: ignore[call-overload]
+    nogil=True, cache=_FOLDER is not None, error_model="numpy", _nrt=False, inline="always"
+)

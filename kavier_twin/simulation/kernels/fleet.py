@@ -3,10 +3,12 @@
 import numpy as np
 
 from kavier_twin.simulation.kernels.compile import kernel
+from kavier_twin.simulation.kernels.eviction import belady
 from kavier_twin.simulation.kernels.flow import refresh
 from kavier_twin.simulation.kernels.replica import advance
 from kavier_twin.simulation.kernels.requests import OK, push
 from kavier_twin.simulation.kernels.router import route
+from kavier_twin.simulation.state import BELADY
 
 NO_REPLICA = 4
 
@@ -36,6 +38,10 @@ def arrive(state, workload, start, stop, places):
             state.fleet[0].turn = number
             _refresh_all(state)
             return row, status, number
+        if state.engines[number].eviction == BELADY and state.replicas.size > 1:
+            for other in range(state.replicas.size):
+                advance(state, other, time)
+            belady.passed(state, row, workload, number if slot >= 0 else -1)
         places[row, 0] = number
         places[row, 1] = slot
     _refresh_all(state)

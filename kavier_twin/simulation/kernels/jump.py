@@ -12,10 +12,20 @@ could let the head of the queue in, and at the time given. The rest is an ordina
 import numpy as np
 
 from kavier_twin.simulation.kernels.compile import kernel
+from kavier_twin.simulation.kernels.eviction.order import order_of
 from kavier_twin.simulation.kernels.flow import computed_now, next_end
 from kavier_twin.simulation.kernels.requests import account, add_blocks, block_key, register
-from kavier_twin.simulation.kernels.scheduler import ADMISSIBLE, NO_MEMORY, add_work, itl_bin, judge, linear_seconds
-from kavier_twin.simulation.state import ITL_BIN_RATIO, ITL_SMALLEST_SECONDS
+from kavier_twin.simulation.kernels.scheduler import (
+    ADMISSIBLE,
+    NO_MEMORY,
+    add_work,
+    fills_in_order,
+    itl_bin,
+    judge,
+    linear_seconds,
+    schedule_flow_in_order,
+)
+from kavier_twin.simulation.state import ITL_BIN_RATIO, ITL_SMALLEST_SECONDS, TTL
 
 _FAR = 1 << 40
 
@@ -106,7 +116,9 @@ def _limit_by_queue(state, number, steps):
     if missing != np.uint64(0):
         steps = _first_batch_that_registers(state, number, missing, steps)
     if verdict == NO_MEMORY and not engine.reserve_full_isl:
-        # Without the full-prompt gate an eviction that shortens the hit can make the first chunk fit.
+        # Without the full-prompt gate an eviction that shortens the hit can make the first chunk fit. So can time.
+        if engine.eviction == TTL:
+            return 0
         phases = state.phases[number]
         for step in range(min(steps, engine.block_size)):
             if phases[(replica.scheduled_batches + 1 + step) % engine.block_size].count > 0:
@@ -147,33 +159,38 @@ def jump(state, number, until):
         return False
 
     account(replica, engine, replica.now)
-    requests, blocks, buckets = state.requests[number], state.blocks[number], state.buckets[number]
+    requests, order = state.requests[number], order_of(state, number)
     arena, phases = state.arena[number], state.phases[number]
-    size, caching = engine.block_size, engine.prefix_caching
+    size, caching, in_order = engine.block_size, engine.prefix_caching, fills_in_order(engine)
     batches = replica.scheduled_batches
     for step in range(steps):
         phase = phases[(batches + 1 + step) % size]
         if phase.count == 0:
+            if in_order:
+                schedule_flow_in_order(state, number, order, batches + 1 + step)
             continue
         if phase.count > replica.free_blocks:
             steps = step
             break
         if step > 0:
             account(replica, engine, origin + span(first, slope, float(step - ahead)))
+        if in_order:
+            schedule_flow_in_order(state, number, order, batches + 1 + step)
+            continue
         slot = phase.first
         while slot >= 0:
             request = requests[slot]
-            add_blocks(replica, request, blocks, buckets, arena, 1)
+            add_blocks(request, order, arena, 1)
             if caching:
-                register(request, blocks, buckets, arena, size, request.blocks - 1)
+                register(request, order, arena, size, request.blocks - 1)
             slot = request.flow_next
     if steps == 0:
         return False
-    if caching and not ahead:
+    if caching and not ahead and not in_order:
         slot = phases[(batches + 1 + steps) % size].first
         while slot >= 0:
             request = requests[slot]
-            register(request, blocks, buckets, arena, size, request.blocks)
+            register(request, order, arena, size, request.blocks)
             slot = request.flow_next
 
     context = replica.flow_context

@@ -2,8 +2,11 @@
 
 import numpy as np
 
-from kavier_twin.simulation.kernels.blocks import insert, remove, touch
+from kavier_twin.simulation.kernels.blocks import insert, remove
 from kavier_twin.simulation.kernels.compile import kernel
+from kavier_twin.simulation.kernels.eviction import ttl
+from kavier_twin.simulation.kernels.eviction.order import order_of
+from kavier_twin.simulation.kernels.eviction.stranded import stranded_blocks
 from kavier_twin.simulation.kernels.flow import dissolve_flow, leave, list_explicit
 from kavier_twin.simulation.kernels.jump import jump
 from kavier_twin.simulation.kernels.requests import (
@@ -19,10 +22,11 @@ from kavier_twin.simulation.kernels.requests import (
     lookup,
     register,
     take_cells,
+    take_hits,
     withdraw,
 )
 from kavier_twin.simulation.kernels.scheduler import complete, linear_seconds, schedule
-from kavier_twin.simulation.state import FINISHED, PRIVATE, RUNNING
+from kavier_twin.simulation.state import FINISHED, LRU, PRIVATE, RUNNING, TTL
 
 _PRIVATE = np.uint64(PRIVATE)
 
@@ -44,6 +48,8 @@ def advance(state, number, until):
             and replica.now < until
         )
         if can_schedule:
+            if engine.eviction == TTL:
+                ttl.expire(order_of(state, number), replica.now)
             if engine.stepping or replica.in_flight != depth - 1 or not jump(state, number, until):
                 schedule(state, number)
         elif replica.in_flight > 0 and state.batches[number, replica.oldest].end <= until:
@@ -53,6 +59,8 @@ def advance(state, number, until):
         else:
             break
     account(replica, engine, min(until, max(replica.now, until)) if until < np.inf else replica.now)
+    if engine.eviction == TTL:
+        ttl.expire(order_of(state, number), until if until < np.inf else replica.now)
 
 
 @kernel
@@ -168,7 +176,7 @@ def finish_now(state, number, slot, time):
     """
     replica, engine = state.replicas[number], state.engines[number]
     blocks, buckets, arena = state.blocks[number], state.buckets[number], state.arena[number]
-    request = state.requests[number][slot]
+    request, order = state.requests[number][slot], order_of(state, number)
     if request.flowing:
         leave(state, number, slot)
     size = engine.block_size
@@ -187,11 +195,9 @@ def finish_now(state, number, slot, time):
         request.registered = 0
         if engine.prefix_caching:
             hits, _, _ = lookup(request, blocks, buckets, arena, size)
-            table = request.cells + request.chain_length
-            for block in range(hits):
-                touch(replica, blocks, np.int64(arena[table + block]))
-            request.blocks = hits
-            request.registered = hits
+            if engine.eviction != LRU and request.preemptions == 0:
+                replica.stranded_tokens += size * stranded_blocks(request, blocks, buckets, arena, size, hits)
+            take_hits(request, order, arena, hits)
         if request.preemptions == 0:
             request.scheduled = time
             request.cached = request.blocks * size
@@ -200,9 +206,9 @@ def finish_now(state, number, slot, time):
     final = request.prompt + request.output - 1
     needed = (final + size - 1) // size - request.blocks
     if needed > 0:
-        add_blocks(replica, request, blocks, buckets, arena, min(needed, replica.free_blocks))
+        add_blocks(request, order, arena, min(needed, replica.free_blocks))
     if engine.prefix_caching:
-        register(request, blocks, buckets, arena, size, min(final // size, request.blocks))
+        register(request, order, arena, size, min(final // size, request.blocks))
     if np.isnan(request.first_token):
         request.first_token = time
         replica.prompt_tokens += request.prompt

@@ -13,12 +13,16 @@ from kavier_twin.simulation.kernels.blocks import (
     insert,
     private_key,
     release,
+    touch,
 )
 from kavier_twin.simulation.kernels.compile import kernel
+from kavier_twin.simulation.kernels.eviction import dispatch
+from kavier_twin.simulation.kernels.eviction.order import order_of
 from kavier_twin.simulation.kernels.flow import leave
 from kavier_twin.simulation.state import (
     FINISHED,
     FREE,
+    LRU,
     PREEMPTED,
     PRIVATE,
     REJECTED_LENGTH,
@@ -113,11 +117,12 @@ def next_key(cell, within, hash_tokens, block_size):
 
 
 @kernel
-def register(request, blocks, buckets, arena, block_size, full):
+def register(request, order, arena, block_size, full):
     """Enter the first `full` blocks into the prefix cache (vLLM `cache_full_blocks`)."""
     first = request.registered
     if full <= first:
         return
+    blocks, buckets = order.blocks, order.buckets
     table = request.cells + request.chain_length
     known = min(full, request.known)
     if first < known:
@@ -135,6 +140,12 @@ def register(request, blocks, buckets, arena, block_size, full):
             insert(blocks, buckets, block, private_key(request.uid, number))
         else:
             blocks[block].key = _PRIVATE
+    if order.engine.eviction != LRU:
+        # The deepest first: among blocks that enter together, descendants are to go before their ancestors.
+        for number in range(full - 1, request.registered - 1, -1):
+            block = np.int64(arena[table + number])
+            dispatch.recall(order, blocks[block].key)
+            dispatch.entered(order, block, number, request.arrival, request.index)
     request.registered = full
 
 
@@ -186,18 +197,40 @@ def lookup(request, blocks, buckets, arena, block_size):
 
 
 @kernel
-def add_blocks(replica, request, blocks, buckets, arena, count):
+def take_hits(request, order, arena, hits):
+    """Hold the first `hits` blocks, which `lookup` wrote into the block table."""
+    table = request.cells + request.chain_length
+    if order.engine.eviction == LRU:
+        for number in range(hits):
+            touch(order.replica, order.blocks, np.int64(arena[table + number]))
+    else:
+        for number in range(hits):
+            dispatch.hit(order, np.int64(arena[table + number]), number, request.arrival, request.index)
+    request.blocks = hits
+    request.registered = hits
+
+
+@kernel
+def add_blocks(request, order, arena, count):
     """Allocate `count` blocks to the end of the block table."""
-    allocate(replica, blocks, buckets, arena, request.cells + request.chain_length + request.blocks, count)
+    table = request.cells + request.chain_length
+    if order.engine.eviction == LRU:
+        allocate(order.replica, order.blocks, order.buckets, arena, table + request.blocks, count)
+    else:
+        dispatch.allocate(order, arena, table + request.blocks, count)
     request.blocks += count
 
 
 @kernel
-def free_blocks(replica, request, blocks, arena):
+def free_blocks(request, order, arena):
     """Return all blocks, the tail of the sequence first."""
     table = request.cells + request.chain_length
-    for number in range(request.blocks - 1, -1, -1):
-        release(replica, blocks, np.int64(arena[table + number]))
+    if order.engine.eviction == LRU:
+        for number in range(request.blocks - 1, -1, -1):
+            release(order.replica, order.blocks, np.int64(arena[table + number]))
+    else:
+        for number in range(request.blocks - 1, -1, -1):
+            dispatch.release(order, np.int64(arena[table + number]))
     request.blocks = 0
     request.registered = 0
 
@@ -242,7 +275,7 @@ def dissolve(state, number, slot):
     """Free a request's blocks, its cells and its slot."""
     replica, request = state.replicas[number], state.requests[number][slot]
     state.fleet[0].live -= 1
-    free_blocks(replica, request, state.blocks[number], state.arena[number])
+    free_blocks(request, order_of(state, number), state.arena[number])
     give_cells(state.arena[number], state.arena_free[number], request.cells, request.cell_class)
     request.state = FREE
     state.slots[number][replica.free_slots] = slot

@@ -8,8 +8,9 @@ without speculative decoding, encoders or KV connectors.
 import numpy as np
 
 from kavier_twin.simulation.kernels import queue
-from kavier_twin.simulation.kernels.blocks import touch
 from kavier_twin.simulation.kernels.compile import kernel
+from kavier_twin.simulation.kernels.eviction.order import order_of
+from kavier_twin.simulation.kernels.eviction.stranded import stranded_blocks
 from kavier_twin.simulation.kernels.flow import dissolve_flow, join, list_explicit, next_end, retire
 from kavier_twin.simulation.kernels.requests import (
     account,
@@ -21,6 +22,7 @@ from kavier_twin.simulation.kernels.requests import (
     lookup,
     publish,
     register,
+    take_hits,
 )
 from kavier_twin.simulation.state import (
     FINISHED,
@@ -28,6 +30,7 @@ from kavier_twin.simulation.state import (
     ITL_BIN_RATIO,
     ITL_BINS,
     ITL_SMALLEST_SECONDS,
+    LRU,
     PREEMPTED,
     REJECTED_KV_CAPACITY,
     RUNNING,
@@ -135,7 +138,7 @@ def preempt(state, number, slot):
     request = requests[slot]
     if engine.prefix_caching:
         publish(request, blocks, state.buckets[number], state.arena[number], engine.block_size)
-    free_blocks(replica, request, blocks, state.arena[number])
+    free_blocks(request, order_of(state, number), state.arena[number])
     request.state = PREEMPTED
     request.computed = 0
     request.stale = request.in_flight
@@ -191,7 +194,7 @@ def _schedule_running(state, number, entries, members, exact, budget):
     Returns (entries, budget left, whether somebody was preempted). Nobody is unless `exact`: see `_may_flow`.
     """
     replica, engine = state.replicas[number], state.engines[number]
-    requests, blocks, buckets = state.requests[number], state.blocks[number], state.buckets[number]
+    requests, order = state.requests[number], order_of(state, number)
     arena, running = state.arena[number], state.running[number]
     size, caching = engine.block_size, engine.prefix_caching
     threshold = _threshold(replica, engine)
@@ -240,9 +243,9 @@ def _schedule_running(state, number, entries, members, exact, budget):
         if gone:
             break
         if needed > 0:
-            add_blocks(replica, request, blocks, buckets, arena, needed)
+            add_blocks(request, order, arena, needed)
         if caching:
-            register(request, blocks, buckets, arena, size, min(request.computed + tokens, request.tokens) // size)
+            register(request, order, arena, size, min(request.computed + tokens, request.tokens) // size)
         count = _add_entry(entries, count, slot, tokens)
         budget -= tokens
         place += 1
@@ -260,7 +263,7 @@ def _admit_waiting(state, number, entries, count, budget):
     replica, engine = state.replicas[number], state.engines[number]
     requests, blocks, buckets = state.requests[number], state.blocks[number], state.buckets[number]
     arena, running, waiting = state.arena[number], state.running[number], state.waiting[number]
-    size = engine.block_size
+    size, order = engine.block_size, order_of(state, number)
     while budget > 0 and replica.waiting > 0 and replica.running < engine.max_num_seqs:
         slot = waiting[0]
         request = requests[slot]
@@ -273,15 +276,13 @@ def _admit_waiting(state, number, entries, count, budget):
                 close(state, number, slot, REJECTED_KV_CAPACITY, replica.now)
                 continue
             break
-        table = request.cells + request.chain_length
-        for block in range(hits):
-            touch(replica, blocks, np.int64(arena[table + block]))
-        request.blocks = hits
-        request.registered = hits
-        add_blocks(replica, request, blocks, buckets, arena, needed)
+        if engine.eviction != LRU and engine.prefix_caching and request.preemptions == 0:
+            replica.stranded_tokens += size * stranded_blocks(request, blocks, buckets, arena, size, hits)
+        take_hits(request, order, arena, hits)
+        add_blocks(request, order, arena, needed)
         request.computed = hits * size
         if engine.prefix_caching:
-            register(request, blocks, buckets, arena, size, min(request.computed + tokens, request.tokens) // size)
+            register(request, order, arena, size, min(request.computed + tokens, request.tokens) // size)
         queue.remove_at(replica, requests, waiting, engine.priority_policy, 0)
         running[replica.running] = slot
         replica.running += 1
@@ -323,24 +324,55 @@ def _may_flow(state, number):
 
 
 @kernel
+def fills_in_order(engine):
+    """Whether it matters in which order the flow's requests take and fill blocks within a batch.
+
+    With LRU a block that fills is nothing to those that are evicted; to other policies it is. Under asynchronous
+    scheduling a block enters the cache when its request takes the next one, in running order anyway.
+    """
+    return engine.eviction != LRU and engine.prefix_caching and not engine.async_scheduling
+
+
+@kernel
+def schedule_flow_in_order(state, number, order, batch):
+    """Blocks of the flow for this batch, request by request in running order: those due, and those that it fills."""
+    requests, arena, phases = state.requests[number], state.arena[number], state.phases[number]
+    size = order.engine.block_size
+    due = phases[batch % size].first
+    full = phases[(batch + 1) % size].first if size > 1 else -1
+    while due >= 0 or full >= 0:
+        if full < 0 or (due >= 0 and requests[due].run_order < requests[full].run_order):
+            add_blocks(requests[due], order, arena, 1)
+            if size == 1:
+                register(requests[due], order, arena, size, requests[due].blocks)
+            due = requests[due].flow_next
+        else:
+            register(requests[full], order, arena, size, requests[full].blocks)
+            full = requests[full].flow_next
+
+
+@kernel
 def _schedule_flow(state, number):
     """Blocks of the flow for the batch about to be scheduled: those due, and those that it fills."""
     replica, engine = state.replicas[number], state.engines[number]
-    requests, blocks, buckets = state.requests[number], state.blocks[number], state.buckets[number]
+    requests, order = state.requests[number], order_of(state, number)
     arena, phases, size = state.arena[number], state.phases[number], engine.block_size
     batch = replica.scheduled_batches + 1
+    if fills_in_order(engine):
+        schedule_flow_in_order(state, number, order, batch)
+        return
     slot = phases[batch % size].first
     while slot >= 0:
         request = requests[slot]
-        add_blocks(replica, request, blocks, buckets, arena, 1)
+        add_blocks(request, order, arena, 1)
         if engine.prefix_caching and engine.async_scheduling:
-            register(request, blocks, buckets, arena, size, request.blocks - 1)
+            register(request, order, arena, size, request.blocks - 1)
         slot = request.flow_next
     if engine.prefix_caching and not engine.async_scheduling:
         slot = phases[(batch + 1) % size].first
         while slot >= 0:
             request = requests[slot]
-            register(request, blocks, buckets, arena, size, request.blocks)
+            register(request, order, arena, size, request.blocks)
             slot = request.flow_next
 
 
@@ -458,7 +490,7 @@ def schedule(state, number):
 def complete(state, number):
     """The oldest batch in flight ends: its tokens are stamped, finished requests freed."""
     replica, engine = state.replicas[number], state.engines[number]
-    requests, blocks, buckets = state.requests[number], state.blocks[number], state.buckets[number]
+    requests, order = state.requests[number], order_of(state, number)
     arena = state.arena[number]
     batch, entries = state.batches[number, replica.oldest], state.entries[number, replica.oldest]
     time = batch.end
@@ -493,7 +525,7 @@ def complete(state, number):
                 request.placeholders -= 1
             if request.state == RUNNING and engine.prefix_caching:
                 full = (request.computed - request.placeholders) // engine.block_size
-                register(request, blocks, buckets, arena, engine.block_size, full)
+                register(request, order, arena, engine.block_size, full)
         if stale and request.state == PREEMPTED:
             request.stalled_since = time
         if request.tokens >= request.prompt + request.output:

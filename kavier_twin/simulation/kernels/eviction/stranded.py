@@ -1,0 +1,21 @@
+"""Prefix integrity: what is cached but cannot be hit, because an ancestor is gone."""
+
+import numpy as np
+
+from kavier_twin.simulation.kernels.blocks import find
+from kavier_twin.simulation.kernels.compile import kernel
+
+
+@kernel
+def stranded_blocks(request, blocks, buckets, arena, block_size, hits):
+    """Blocks of a new request's prompt that are in the cache behind the first `hits`, which alone can be used.
+
+    vLLM's LRU evicts descendants first, as sequences are freed from the tail: there it hardly happens.
+    """
+    count = 0
+    for number in range(hits + 1, min((request.tokens - 1) // block_size, request.known)):
+        last = (number + 1) * block_size - 1
+        cell, within = request.cells + last // request.hash_tokens, last % request.hash_tokens
+        if find(blocks, buckets, arena[cell] + np.uint64(within // block_size)) != 0:
+            count += 1
+    return count

@@ -1,0 +1,106 @@
+"""A mirror as JSON and arrays, and back: what a checkpoint holds of it."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from typing import Any
+
+from kavier_twin.simulation.fleet import Fleet, Live
+from kavier_twin.simulation.settings import FleetSettings, StepTime
+from kavier_twin.simulation.state import FleetState
+from kavier_twin.telemetry import EngineSample, RequestFinished, RequestSeen
+from kavier_twin.twin.calibration import Calibration, Coefficient
+from kavier_twin.twin.checkpoint import CheckpointError, Saved
+from kavier_twin.twin.mirror import Mirror, MirrorSettings, Seen
+from kavier_twin.twin.pace import Pace
+
+
+def save(mirror: Mirror) -> Saved:
+    """The state after the records taken in so far."""
+    fleet = mirror.fleet
+    document = {
+        "settings": fleet.settings.model_dump(mode="json"),
+        "now_seconds": fleet.now_seconds,
+        "fidelity": mirror.fidelity.save(),
+        "calibration": _calibration(mirror.calibration),
+        "calibrated": mirror.calibrated,
+        "frontend_seconds": mirror.frontend_seconds,
+        "ingested": dict(mirror.ingested),
+        "finished": mirror.finished,
+        "observed_ttft": list(mirror.observed_ttft),
+        "observed_e2e": list(mirror.observed_e2e),
+        "last_sample": mirror.last_sample and mirror.last_sample.model_dump(mode="json"),
+        "stream": mirror._stream.save(),
+        "recent": [_seen(entry) for entry in mirror._recent.values()],
+        "running": [[identity, *live] for identity, live in mirror._running.items()],
+        "next_index": mirror._next_index,
+        "longest_output": mirror._longest_output,
+        "finished_at_calibration": mirror._finished_at_calibration,
+        "pace": mirror._pace.save(),
+    }
+    return Saved(document, dict(fleet.state._asdict()))
+
+
+def restore(saved: Saved, settings: MirrorSettings, fleet: FleetSettings) -> Mirror:
+    """The mirror as it was saved. Raises CheckpointError if it was one of another fleet.
+
+    Step times go on from where calibration had taken them; everything else that is configured must be the same.
+    """
+    document = saved.document
+    old = FleetSettings.model_validate(document["settings"])
+    # Step times move with calibration, the footprint with the grid: neither is part of the state.
+    same = old.model_copy(update={"step_time": fleet.step_time, "footprint": fleet.footprint})
+    if same != fleet:
+        raise CheckpointError("the fleet's settings have changed since")
+    mirror = Mirror(settings, fleet)
+    current = fleet.model_copy(update={"step_time": old.step_time})
+    mirror.fleet = Fleet(current, start_seconds=document["now_seconds"], state=FleetState(**saved.arrays))
+    mirror.fidelity.restore(document["fidelity"])
+    mirror.calibration = _calibration_of(document["calibration"])
+    mirror.calibrated = document["calibrated"]
+    mirror.frontend_seconds = document["frontend_seconds"]
+    mirror.ingested = Counter(document["ingested"])
+    mirror.finished = document["finished"]
+    mirror.observed_ttft = deque(document["observed_ttft"], maxlen=mirror.observed_ttft.maxlen)
+    mirror.observed_e2e = deque(document["observed_e2e"], maxlen=mirror.observed_e2e.maxlen)
+    mirror.last_sample = EngineSample.model_validate(document["last_sample"]) if document["last_sample"] else None
+    mirror._stream.restore(document["stream"])
+    mirror._recent = {entry.seen.id: entry for entry in map(_seen_of, document["recent"])}
+    mirror._running = {identity: Live(*live) for identity, *live in document["running"]}
+    mirror._next_index = document["next_index"]
+    mirror._longest_output = document["longest_output"]
+    mirror._finished_at_calibration = document["finished_at_calibration"]
+    mirror._pace = Pace(current.step_time)
+    mirror._pace.restore(document["pace"])
+    return mirror
+
+
+def _seen(entry: Seen) -> list[Any]:
+    finished = entry.finished and entry.finished.model_dump(mode="json", exclude_defaults=True)
+    return [entry.seen.model_dump(mode="json", exclude_defaults=True), finished]
+
+
+def _seen_of(entry: list[Any]) -> Seen:
+    seen, finished = entry
+    return Seen(RequestSeen.model_validate(seen), RequestFinished.model_validate(finished) if finished else None)
+
+
+def _calibration(calibration: Calibration | None) -> dict[str, Any] | None:
+    if calibration is None:
+        return None
+    return {
+        "step_time": calibration.step_time.model_dump(mode="json"),
+        "frontend_seconds": calibration.frontend_seconds,
+        "requests": calibration.requests,
+        "mean_ttft_ratio": calibration.mean_ttft_ratio,
+        "mean_e2e_ratio": calibration.mean_e2e_ratio,
+        "coefficients": {name: list(found) for name, found in calibration.coefficients.items()},
+    }
+
+
+def _calibration_of(document: dict[str, Any] | None) -> Calibration | None:
+    if document is None:
+        return None
+    coefficients = {name: Coefficient(*found) for name, found in document["coefficients"].items()}
+    step_time = StepTime.model_validate(document["step_time"])
+    return Calibration(**{**document, "step_time": step_time, "coefficients": coefficients})
