@@ -52,7 +52,7 @@ class FollowFile:
         self._stream: BinaryIO | None = None
         self._lines: LineReader | None = None
         self._drained = False  # whether a replaced file was read once more after the replacement was noticed
-        self._trouble = ""
+        self.trouble = ""
         self._reader = self._known_reader(format)
         self.name = name or f"file:{self.path.name}"
 
@@ -160,7 +160,7 @@ class FollowFile:
                     raise OSError(f"{self.path} is not a regular file")  # opening a pipe would wait
                 self._stream = self.path.open("rb") if self._follow else open_bytes(self.path)
                 self._lines = LineReader(self._stream)
-                self._trouble = ""
+                self.trouble = ""
             line = self._lines.next()
             if line is not None:
                 return line
@@ -203,9 +203,9 @@ class FollowFile:
 
     def _report(self, error: OSError) -> None:
         trouble = str(error)
-        if trouble != self._trouble:
+        if trouble != self.trouble:
             log.warning("source %s: %s", self.name, trouble)
-            self._trouble = trouble
+            self.trouble = trouble
 
     def _close_stream(self) -> None:
         if self._stream is not None:

@@ -12,6 +12,8 @@ from kavier_twin.telemetry import TelemetryRecord
 class MemorySource:
     """A queue of records. Any thread may push while another polls."""
 
+    trouble = ""
+
     def __init__(self, name: str = "memory") -> None:
         self.name = name
         self.last_record_seconds: float | None = None

@@ -24,6 +24,10 @@ class Source(Protocol):
     def exhausted(self) -> bool:
         """Whether no record will ever come again."""
 
+    @property
+    def trouble(self) -> str:
+        """What keeps the source from reading now, in words; empty while nothing does."""
+
     def poll(self, max_records: int) -> list[TelemetryRecord]:
         """At most `max_records` records that are there now. Never waits; an outage is an empty list."""
 

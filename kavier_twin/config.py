@@ -16,6 +16,7 @@ from kavier_twin.errors import UserError
 from kavier_twin.footprint_file import fleet_with_carbon_read
 from kavier_twin.forecast.forecaster import ForecastSettings
 from kavier_twin.hardware import FleetFile
+from kavier_twin.live_sources import SECRET_GIVEN, KvEvents, LiveSource, Prometheus, VllmMetrics
 from kavier_twin.simulation.policies import PolicyError, apply_overrides
 from kavier_twin.simulation.settings import StepTime
 from kavier_twin.twin.mirror import MirrorSettings
@@ -90,6 +91,15 @@ class TraceFile(_Settings):
         return value
 
 
+AnySource = Annotated[TraceFile | Prometheus | VllmMetrics | KvEvents, Field(discriminator="type")]
+SOURCE_TYPES: Final[dict[str, type[BaseModel]]] = {
+    "trace_file": TraceFile,
+    "prometheus": Prometheus,
+    "vllm_metrics": VllmMetrics,
+    "kv_events": KvEvents,
+}
+
+
 class HttpConfig(_Settings):
     """Where metrics and the status page are served. Port 0 takes a free one."""
 
@@ -112,7 +122,7 @@ class Settings(_Settings):
     fleet: PoolFleet
     mirror: MirrorConfig = MirrorConfig()
     forecast: ForecastSettings = ForecastSettings()
-    sources: Annotated[tuple[TraceFile, ...], Field(min_length=1)]
+    sources: Annotated[tuple[AnySource, ...], Field(min_length=1)]
     http: HttpConfig = HttpConfig()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     checkpoints: CheckpointConfig | None = None  # without it a restart begins anew
@@ -145,7 +155,7 @@ def check_settings(content: dict[str, Any], path: Path) -> Settings:
     except ValidationError as error:
         found = error.errors(include_url=False)
         # A list whose entries are all wrong passes for an empty one.
-        beneath = {entry["loc"][:1] for entry in found if len(entry["loc"]) > 1}
+        beneath = {entry["loc"][:depth] for entry in found for depth in range(1, len(entry["loc"]))}
         problems += [_problem(e) for e in found if not (e["type"] == "too_short" and e["loc"] in beneath)]
     problems += _policy_problems(content)
     if settings is not None:
@@ -165,7 +175,12 @@ def check_settings(content: dict[str, Any], path: Path) -> Settings:
 
 
 def _with_absolute_paths(settings: Settings, directory: Path) -> Settings:
-    sources = tuple(source.model_copy(update={"path": directory / source.path}) for source in settings.sources)
+    sources = tuple(
+        source.with_paths_from(directory)
+        if isinstance(source, LiveSource)
+        else source.model_copy(update={"path": directory / source.path})
+        for source in settings.sources
+    )
     letters = directory / settings.dead_letters if settings.dead_letters else None
     checkpoints = settings.checkpoints and settings.checkpoints.model_copy(
         update={"directory": directory / settings.checkpoints.directory}
@@ -176,7 +191,9 @@ def _with_absolute_paths(settings: Settings, directory: Path) -> Settings:
 def _path_problems(settings: Settings) -> list[str]:
     problems = []
     for number, source in enumerate(settings.sources):
-        if not source.follow and not source.path.exists():
+        if isinstance(source, LiveSource):
+            problems += [f"sources.{number}.{problem}" for problem in source.problems()]
+        elif not source.follow and not source.path.exists():
             problems.append(f"sources.{number}.path: {source.path} does not exist; correct it, or set follow: true")
         elif not source.path.parent.is_dir():
             problems.append(f"sources.{number}.path: the directory {source.path.parent} does not exist; create it")
@@ -207,7 +224,14 @@ def _policy_problems(content: Mapping[str, Any]) -> list[str]:
 
 def _problem(entry: Any) -> str:
     """One of pydantic's findings as: where, what, and what to do."""
-    where = ".".join(str(part) for part in entry["loc"]) or "(top)"
+    # pydantic names the type of a source between its number and its field.
+    path = [part for at, part in enumerate(entry["loc"]) if (at, entry["loc"][0]) != (2, "sources")]
+    where = ".".join(str(part) for part in path) or "(top)"
+    if entry["type"] == "union_tag_not_found":
+        return f"{where}.type: missing; add it, one of {', '.join(SOURCE_TYPES)}"
+    if entry["type"] == "union_tag_invalid":
+        given = entry["ctx"]["tag"]
+        return f"{where}.type: is {given!r}{_nearest(given, SOURCE_TYPES)}; known: {', '.join(SOURCE_TYPES)}"
     if entry["type"] == "extra_forbidden":
         name = str(entry["loc"][-1])
         known = _known_names(entry["loc"][:-1])
@@ -216,7 +240,7 @@ def _problem(entry: Any) -> str:
         return f"{where}: missing; add it"
     message = str(entry["msg"]).removeprefix("Value error, ")
     message = message.replace("Input should", "it should")
-    value = entry["input"]
+    value = entry["input"] if entry["type"] != SECRET_GIVEN else None
     if isinstance(value, str | int | float | bool):
         return f"{where}: is {value!r}; {message}"
     return f"{where}: {message}"
@@ -231,7 +255,9 @@ def _known_names(location: tuple[int | str, ...]) -> list[str]:
     """The settings that exist at a place in the tree."""
     model: type[BaseModel] = Settings
     for part in location:
-        if isinstance(part, str) and part in model.model_fields:
+        if part in SOURCE_TYPES and issubclass(model, tuple(SOURCE_TYPES.values())):
+            model = SOURCE_TYPES[str(part)]
+        elif isinstance(part, str) and part in model.model_fields:
             found = _model_in(model.model_fields[part].annotation)
             if found is None:
                 return []

@@ -27,6 +27,7 @@ from kavier_twin.config import DEFAULT_HOST, DEFAULT_PORT, Settings
 from kavier_twin.errors import UserError
 from kavier_twin.forecast.forecaster import Forecaster, ForecastSettings
 from kavier_twin.forecast.result import Forecast
+from kavier_twin.live_sources import LiveSource
 from kavier_twin.serve import assemble
 from kavier_twin.serve.http import AddressError, HttpServer
 from kavier_twin.serve.view import Outlook, SourceState, TwinView
@@ -101,8 +102,12 @@ class Daemon:
     def of(cls, settings: Settings) -> Daemon:
         """The daemon that a settings file describes. Raises UserError."""
         letters = DeadLetters(settings.dead_letters) if settings.dead_letters else None
+        engine = settings.fleet.settings().engine.model_dump()
         sources: list[Source] = []
         for entry in settings.sources:
+            if isinstance(entry, LiveSource):
+                sources.append(entry.open(settings.pool, engine))
+                continue
             try:
                 sources.append(
                     FollowFile(entry.path, entry.format, follow=entry.follow, name=entry.name, dead_letters=letters)
@@ -275,7 +280,7 @@ class Daemon:
     # --- publishing -----------------------------------------------------------------------------------------------
 
     def _publish(self) -> None:
-        states = tuple(SourceState(s.name, s.exhausted, dict(s.rejected())) for s in self._sources)
+        states = tuple(map(_state, self._sources))
         self._rejects.tell(states)
         for state in states:
             if state.ended and state.name not in self._ended:
@@ -374,10 +379,10 @@ class _EngineSamples:
     """What the engines said of themselves lately, to be read at the time the mirror stands at."""
 
     def __init__(self) -> None:
-        self._pods: dict[str, deque[EngineSample]] = {}
+        self._pods: dict[tuple[str, str, str], deque[EngineSample]] = {}
 
     def add(self, sample: EngineSample) -> None:
-        self._pods.setdefault(sample.pod, deque(maxlen=SAMPLES_KEPT)).append(sample)
+        self._pods.setdefault((sample.namespace, sample.pod, sample.engine), deque(maxlen=SAMPLES_KEPT)).append(sample)
 
     def at(self, time_seconds: float) -> tuple[float, float, float]:
         """Running and waiting requests of all pods, and mean KV usage; NaN where unknown."""
@@ -422,6 +427,11 @@ def _listen(current: Callable[[], TwinView], host: str, port: int) -> HttpServer
             f"{error.strerror}; stop what listens there, or choose another address "
             "(http.host and http.port in the settings file, --host and --port of the demo)"
         ) from None
+
+
+def _state(source: Source) -> SourceState:
+    newest = math.nan if source.last_record_seconds is None else source.last_record_seconds
+    return SourceState(source.name, source.exhausted, dict(source.rejected()), source.trouble, newest)
 
 
 def _flags(fleet: FleetSettings, forecast: ForecastSettings) -> dict[str, tuple[tuple[str, ...], bool]]:

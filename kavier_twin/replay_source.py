@@ -19,6 +19,8 @@ class ReplaySource:
     clock starts with `start`, or the first poll.
     """
 
+    trouble = ""
+
     def __init__(
         self,
         records: Iterable[RequestRecord],

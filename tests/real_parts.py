@@ -30,7 +30,21 @@ def require(name: str, found: bool, how: str) -> None:
 
 def promtool() -> str:
     """The path of Prometheus' `promtool`."""
-    path = shutil.which("promtool")
-    require("promtool", path is not None, "install Prometheus (Debian: apt-get install prometheus)")
+    return _program("promtool", "install Prometheus (Debian: apt-get install prometheus)")
+
+
+def prometheus() -> str:
+    """The path of the Prometheus server."""
+    return _program("prometheus", "install Prometheus (Debian: apt-get install prometheus)")
+
+
+def openssl() -> str:
+    """The path of `openssl`."""
+    return _program("openssl", "install OpenSSL (Debian: apt-get install openssl)")
+
+
+def _program(name: str, how: str) -> str:
+    path = shutil.which(name)
+    require(name, path is not None, how)
     assert path is not None
     return path

@@ -11,15 +11,15 @@ from connectors.traces.base import Head, Malformed, Reader, covered, decode, des
 from kavier_twin.telemetry import (
     CarbonSample,
     EngineSample,
+    GpuSample,
+    KvEventBatch,
     RequestFinished,
     RequestRecord,
     RequestSeen,
     TelemetryRecord,
 )
 
-RECORD: TypeAdapter[TelemetryRecord] = TypeAdapter(
-    Annotated[RequestSeen | RequestFinished | RequestRecord | EngineSample | CarbonSample, Field(discriminator="kind")]
-)
+RECORD: TypeAdapter[TelemetryRecord] = TypeAdapter(Annotated[TelemetryRecord, Field(discriminator="kind")])
 
 
 class TelemetryReader(Reader):
@@ -47,7 +47,7 @@ class TelemetryReader(Reader):
         begun: dict[str, tuple[int, RequestSeen]] = {}
         ended: dict[str, tuple[int, RequestFinished]] = {}
         for line, record in rows:
-            if isinstance(record, EngineSample | CarbonSample):
+            if isinstance(record, CarbonSample | EngineSample | GpuSample | KvEventBatch):
                 continue
             if record.id in (ended if isinstance(record, RequestFinished) else begun):
                 reject(line, Malformed("duplicate-id", "an earlier line has the same kind and id"))

@@ -121,6 +121,20 @@ def _stream(view: TwinView) -> Iterator[Metric]:
             for reason, count in sorted(source.rejected.items())
         ],
     )
+    up = GaugeMetricFamily(
+        f"{PREFIX}_source_up",
+        "Whether the source can be read (1), or its figures are stale for a reason told in the log and the status (0).",
+        labels=["pool", "source"],
+    )
+    newest = GaugeMetricFamily(
+        f"{PREFIX}_source_last_record_timestamp_seconds",
+        "Event time of the source's newest record: unix time for live sources.",
+        labels=["pool", "source"],
+    )
+    for source in view.sources:
+        _add(up, [view.pool, source.name], 0.0 if source.trouble else 1.0)
+        _add(newest, [view.pool, source.name], source.last_record_seconds)
+    yield from (up, newest)
     yield _counter(
         "requests_dropped",
         "Requests that the mirror could not follow since the start: unknown_request (a finish without an arrival), "

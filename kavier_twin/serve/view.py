@@ -106,6 +106,8 @@ class SourceState:
     name: str
     ended: bool
     rejected: Mapping[str, int]  # reason -> pieces of input
+    trouble: str = ""  # what keeps it from reading now
+    last_record_seconds: float = math.nan  # event time of its newest record
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ Seconds = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 EventTime = Annotated[float, Field(allow_inf_nan=False)]
 Identifier = Annotated[str, Field(min_length=1, max_length=512)]
 BlockHash = Annotated[int, Field(ge=0, lt=2**64)]
+Amount = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Record(BaseModel):
@@ -131,21 +133,139 @@ class RequestRecord(RequestSeen):
         )
 
 
+class Histogram(BaseModel):
+    """A Prometheus histogram since its process started.
+
+    `buckets` maps an upper limit to the observations at or below it; the bucket without limit is `count`. The limits
+    are the engine's own: an operator can change them.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    buckets: dict[Amount, Amount] = {}
+    sum: Amount
+    count: Amount
+
+
 class EngineSample(Record):
-    """What one vLLM engine reports of itself at one moment (gauges as they are, counters since its start)."""
+    """What one vLLM engine reports of itself at one moment: gauges as they are, counters since its process started.
+
+    A field that the engine did not report is None. `engine` is the data-parallel rank within the pod. Meanings as in
+    vLLM's v1/metrics/loggers.py: prefix-cache counters count tokens of requests at their admission, `prompt_tokens` at
+    their first token, `generation_tokens` as they come; the `request_...` histograms observe a request when it ends.
+    """
 
     kind: Literal["engine_sample"] = "engine_sample"
     time_seconds: EventTime
     pool: Identifier = "default"
+    namespace: str = ""
     pod: str = ""
-    requests_running: Annotated[float, Field(ge=0)] | None = None
-    requests_waiting: Annotated[float, Field(ge=0)] | None = None
-    kv_cache_usage_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
-    prefix_cache_queries_tokens: Annotated[float, Field(ge=0)] | None = None
-    prefix_cache_hits_tokens: Annotated[float, Field(ge=0)] | None = None
-    prompt_tokens: Annotated[float, Field(ge=0)] | None = None
-    generation_tokens: Annotated[float, Field(ge=0)] | None = None
-    preemptions: Annotated[float, Field(ge=0)] | None = None
+    engine: str = ""
+    model: str | None = None
+    started_seconds: EventTime | None = None  # when its process, and with it every counter, began
+    requests_running: Amount | None = None
+    requests_waiting: Amount | None = None
+    requests_waiting_by_reason: dict[str, Amount] = {}
+    kv_cache_usage_ratio: Ratio | None = None
+    prefix_cache_queries_tokens: Amount | None = None
+    prefix_cache_hits_tokens: Amount | None = None
+    external_prefix_cache_queries_tokens: Amount | None = None
+    external_prefix_cache_hits_tokens: Amount | None = None
+    prompt_tokens: Amount | None = None
+    prompt_tokens_by_source: dict[str, Amount] = {}
+    generation_tokens: Amount | None = None
+    preemptions: Amount | None = None
+    requests_finished_by_reason: dict[str, Amount] = {}
+    requests_rejected_by_reason: dict[str, Amount] = {}  # at admission; counted for all engines of a pod at the first
+    ttft_seconds: Histogram | None = None
+    inter_token_latency_seconds: Histogram | None = None
+    e2e_seconds: Histogram | None = None
+    queue_seconds: Histogram | None = None
+    prefill_seconds: Histogram | None = None
+    decode_seconds: Histogram | None = None
+    request_prompt_tokens: Histogram | None = None
+    request_generation_tokens: Histogram | None = None
+    step_tokens: Histogram | None = None  # one observation for every engine step that put out tokens
+
+
+class GpuSample(Record):
+    """What DCGM reports of one GPU, or of one MIG instance of it, at one moment.
+
+    `pod` is the engine's pod that uses it, empty where none is named. `energy_joules` counts since the driver loaded.
+    """
+
+    kind: Literal["gpu_sample"] = "gpu_sample"
+    time_seconds: EventTime
+    pool: Identifier = "default"
+    namespace: str = ""
+    pod: str = ""
+    gpu: Identifier  # its UUID
+    mig_instance: str = ""
+    mig_profile: str = ""
+    model: str | None = None  # of the card
+    host: str = ""
+    utilization_ratio: Ratio | None = None
+    tensor_active_ratio: Ratio | None = None
+    dram_active_ratio: Ratio | None = None
+    power_watts: Amount | None = None
+    energy_joules: Amount | None = None
+    memory_used_bytes: Amount | None = None
+    memory_free_bytes: Amount | None = None
+
+
+class KvBlocksStored(BaseModel):
+    """Blocks that got an identity in a cache, in chain order after `parent_hash` (None at the start of a prompt).
+
+    `block_tokens` is 0 where the event does not tell it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    event: Literal["stored"] = "stored"
+    block_hashes: tuple[BlockHash, ...]
+    parent_hash: BlockHash | None = None
+    block_tokens: Annotated[int, Field(ge=0)] = 0
+    medium: str = "GPU"
+    group: int = 0
+
+
+class KvBlocksRemoved(BaseModel):
+    """Blocks whose memory was handed out again: one copy of each is gone."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    event: Literal["removed"] = "removed"
+    block_hashes: tuple[BlockHash, ...]
+    medium: str = "GPU"
+    group: int = 0
+
+
+class KvCacheCleared(BaseModel):
+    """The cache lost every block."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    event: Literal["cleared"] = "cleared"
+
+
+KvEvent = KvBlocksStored | KvBlocksRemoved | KvCacheCleared
+
+
+class KvEventBatch(Record):
+    """What one engine step changed in the engine's cache.
+
+    `sequence` counts the batches of one publisher process from 0. `continues` tells that the batch follows the one
+    before it; otherwise batches were lost, or the publisher began anew, and what was known of the cache is void.
+    """
+
+    kind: Literal["kv_event_batch"] = "kv_event_batch"
+    time_seconds: EventTime
+    pool: Identifier = "default"
+    pod: str = ""
+    engine: str = ""
+    sequence: Annotated[int, Field(ge=0)]
+    continues: bool
+    events: tuple[Annotated[KvEvent, Field(discriminator="event")], ...]
 
 
 class CarbonSample(Record):
@@ -157,4 +277,4 @@ class CarbonSample(Record):
     gco2_per_kwh: Annotated[float, Field(ge=0, le=10_000)]
 
 
-TelemetryRecord = RequestSeen | RequestFinished | RequestRecord | EngineSample | CarbonSample
+TelemetryRecord = RequestSeen | RequestFinished | RequestRecord | EngineSample | GpuSample | KvEventBatch | CarbonSample

@@ -29,6 +29,8 @@ from kavier_twin.simulation.workload import Workload, covered_tokens, make_workl
 from kavier_twin.telemetry import (
     CarbonSample,
     EngineSample,
+    GpuSample,
+    KvEventBatch,
     RequestFinished,
     RequestRecord,
     RequestSeen,
@@ -97,6 +99,7 @@ class Mirror:
         """Take one record in; what became of it is counted in `ingested`."""
         if isinstance(record, EngineSample):
             self.last_sample = record
+        if isinstance(record, EngineSample | GpuSample | KvEventBatch):  # observed beside the simulation
             self.ingested["accepted"] += 1
             return
         if isinstance(record, CarbonSample):

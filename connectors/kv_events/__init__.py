@@ -1,0 +1,1 @@
+"""vLLM's KV-cache events, over ZeroMQ. Needs the extra `kv-events` (pyzmq, msgpack)."""

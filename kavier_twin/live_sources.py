@@ -1,0 +1,247 @@
+"""Settings of the sources that read a live fleet's metrics and cache events, and the sources themselves."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+from urllib3.util import parse_url
+
+from connectors.prometheus.http import Access
+from connectors.prometheus.scrape import EngineTarget, VllmMetricsSource
+from connectors.prometheus.source import PrometheusSource, Selection
+from connectors.secret import Secret
+from connectors.source import Source
+
+Seconds = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Name = Annotated[str, Field(min_length=1)]
+
+SECRET_GIVEN: Final = "secret_given"
+"""pydantic's type of an error whose input must not be shown."""
+
+
+def _checked_url(url: str) -> str:
+    parts = parse_url(url)
+    if parts.scheme not in ("http", "https") or not parts.host:
+        raise ValueError("expected a URL like http://host:9090")
+    if parts.auth:
+        raise PydanticCustomError(
+            SECRET_GIVEN, "leave user and password out of the URL; give user and password below it"
+        )
+    return url
+
+
+Url = Annotated[str, AfterValidator(_checked_url)]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SecretPlace(_Settings):
+    """Where a password or token lies; never the secret itself. A relative path counts from the settings file."""
+
+    env: Name | None = None
+    file: Path | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_secret(cls, given: Any) -> Any:
+        if isinstance(given, str):
+            raise PydanticCustomError(SECRET_GIVEN, "expected {env: NAME} or {file: PATH}, never the secret itself")
+        return given
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if (self.env is None) == (self.file is None):
+            raise ValueError("give either env (the name of an environment variable) or file (a path)")
+        return self
+
+
+class LiveSource(_Settings):
+    """What all of them have. Relative paths count from the settings file."""
+
+    name: Name | None = None
+
+    def with_paths_from(self, directory: Path) -> Self:
+        """The same with absolute paths."""
+        return self.model_copy(
+            update={name: _absolute(getattr(self, name), directory) for name in type(self).model_fields}
+        )
+
+    def problems(self) -> list[str]:
+        """What is missing on this machine, each as "field: what; what to do"."""
+        found = []
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, SecretPlace) and value.env is not None and not os.environ.get(value.env):
+                found.append(f"{name}.env: the environment variable {value.env} is not set; set it")
+            place = value.file if isinstance(value, SecretPlace) else value
+            if isinstance(place, Path) and not place.is_file():
+                found.append(f"{name}: there is no file {place}; create it or correct the path")
+        return found
+
+    def open(self, pool: str, engine: Mapping[str, object]) -> Source:
+        """The source of a pool's records. `engine` is the twin's idea of an engine's settings."""
+        raise NotImplementedError
+
+
+class HttpSource(LiveSource):
+    """How to reach and to convince a server. `ca_file` replaces the system's certificate authorities."""
+
+    bearer_token: SecretPlace | None = None
+    user: Name | None = None
+    password: SecretPlace | None = None
+    ca_file: Path | None = None
+    certificate_file: Path | None = None
+    key_file: Path | None = None
+    verify_tls: bool = True
+    timeout_seconds: Seconds = 10.0
+
+    @model_validator(mode="after")
+    def _one_way_in(self) -> Self:
+        if (self.user is None) != (self.password is None):
+            raise ValueError("user and password belong together; give both or none")
+        if self.user is not None and self.bearer_token is not None:
+            raise ValueError("give either bearer_token or user and password")
+        return self
+
+    def access(self) -> Access:
+        """As the connectors take it."""
+        return Access(
+            bearer_token=_secret(self.bearer_token),
+            user=self.user,
+            password=_secret(self.password),
+            ca_file=self.ca_file,
+            certificate_file=self.certificate_file,
+            key_file=self.key_file,
+            verify_tls=self.verify_tls,
+            timeout_seconds=self.timeout_seconds,
+        )
+
+
+class Prometheus(HttpSource):
+    """A Prometheus server. `engines` are label values of the pool's vLLM series, `gpus` of the DCGM exporter's.
+
+    `gpus: null` leaves GPUs out. `warm_up_seconds` of the past are read at start.
+    """
+
+    type: Literal["prometheus"]
+    url: Url
+    engines: dict[str, str] = {}
+    gpus: dict[str, str] | None = {}
+    interval_seconds: Seconds = 15.0
+    warm_up_seconds: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
+    max_backfill_seconds: Seconds = 3_600.0
+
+    @field_validator("engines", "gpus")
+    @classmethod
+    def _label_names(cls, labels: dict[str, str] | None) -> dict[str, str] | None:
+        for label in labels or ():
+            if not (label.isascii() and label.isidentifier()):
+                raise ValueError(f"{label!r} is no label name; give label: value, as in namespace: chat")
+        return labels
+
+    @model_validator(mode="after")
+    def _reaches_back(self) -> Self:
+        if self.warm_up_seconds > self.max_backfill_seconds:
+            raise ValueError("warm_up_seconds is more than max_backfill_seconds; raise the latter")
+        return self
+
+    def open(self, pool: str, engine: Mapping[str, object]) -> Source:
+        return PrometheusSource(
+            self.url,
+            self.access(),
+            name=self.name or f"prometheus:{parse_url(self.url).netloc}",
+            pool=pool,
+            selection=Selection(self.engines, self.gpus),
+            interval_seconds=self.interval_seconds,
+            warm_up_seconds=self.warm_up_seconds,
+            max_backfill_seconds=self.max_backfill_seconds,
+            configured=engine,
+        )
+
+
+class EngineAddress(_Settings):
+    """A vLLM server's `/metrics`, and the pod it runs in."""
+
+    url: Url
+    pod: str = ""
+
+
+class VllmMetrics(HttpSource):
+    """The engines' own `/metrics`."""
+
+    type: Literal["vllm_metrics"]
+    engines: Annotated[tuple[EngineAddress, ...], Field(min_length=1)]
+    interval_seconds: Seconds = 5.0
+
+    def open(self, pool: str, engine: Mapping[str, object]) -> Source:
+        return VllmMetricsSource(
+            [EngineTarget(address.url, address.pod) for address in self.engines],
+            self.access(),
+            name=self.name or "vllm_metrics",
+            pool=pool,
+            interval_seconds=self.interval_seconds,
+            configured=engine,
+        )
+
+
+class KvEvents(LiveSource):
+    """The KV-cache events of one engine; with `bind`, of all engines that connect to `endpoint`."""
+
+    type: Literal["kv_events"]
+    endpoint: str
+    replay_endpoint: str | None = None
+    topic: str = ""
+    pod: str = ""
+    bind: bool = False
+
+    @field_validator("endpoint", "replay_endpoint")
+    @classmethod
+    def _zmq_address(cls, endpoint: str | None) -> str | None:
+        if endpoint is not None and not endpoint.startswith(("tcp://", "ipc://")):
+            raise ValueError("expected an address like tcp://vllm-0:5557 or ipc:///path")
+        return endpoint
+
+    @model_validator(mode="after")
+    def _whom_to_ask(self) -> Self:
+        if self.bind and self.replay_endpoint is not None:
+            raise ValueError("replay_endpoint is one engine's: leave it out with bind")
+        if not self.bind and "*" in self.endpoint:
+            raise ValueError("endpoint: name the engine's host in place of *, or set bind: true")
+        return self
+
+    def problems(self) -> list[str]:
+        missing = [library for library in ("msgpack", "zmq") if find_spec(library) is None]
+        if missing:
+            return [f"type: kv_events needs {' and '.join(missing)}; pip install 'kavier-twin[kv-events]'"]
+        return super().problems()
+
+    def open(self, pool: str, engine: Mapping[str, object]) -> Source:
+        from connectors.kv_events.source import KvEventsSource  # an extra
+
+        return KvEventsSource(
+            self.endpoint,
+            replay_endpoint=self.replay_endpoint,
+            topic=self.topic,
+            pod=self.pod,
+            bind=self.bind,
+            name=self.name or f"kv_events:{self.endpoint.partition('://')[2]}",
+            pool=pool,
+        )
+
+
+def _secret(place: SecretPlace | None) -> Secret | None:
+    return None if place is None else Secret(env=place.env, file=place.file)
+
+
+def _absolute(value: Any, directory: Path) -> Any:
+    if isinstance(value, SecretPlace) and value.file is not None:
+        return value.model_copy(update={"file": directory / value.file})
+    return directory / value if isinstance(value, Path) else value
