@@ -18,7 +18,8 @@ from threading import Event, Lock, Thread
 from types import FrameType
 from typing import Any, Final
 
-from connectors.follow import DeadLetters, FollowFile
+from connectors.dead_letters import DeadLetters
+from connectors.follow import FollowFile
 from connectors.source import Source
 from connectors.traces import TraceError
 from kavier_twin import __version__
