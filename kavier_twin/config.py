@@ -10,6 +10,7 @@ from typing import Annotated, Any, Final, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from connectors.kafka.settings import KafkaSettings
 from connectors.traces import FORMATS
 from kavier_twin.errors import UserError
 from kavier_twin.forecast.forecaster import ForecastSettings
@@ -78,6 +79,24 @@ class TraceFile(_Settings):
             raise ValueError(f"there is no format {value!r}{_nearest(value, FORMATS)}; known: {', '.join(FORMATS)}")
         return value
 
+    def under(self, directory: Path) -> TraceFile:
+        """With relative paths counted from `directory`."""
+        return self.model_copy(update={"path": directory / self.path})
+
+    def problems(self) -> list[str]:
+        """What is missing on this machine, each as `field: what and the way out`."""
+        if not self.follow and not self.path.exists():
+            return [f"path: {self.path} does not exist; correct it, or set follow: true"]
+        if not self.path.parent.is_dir():
+            return [f"path: the directory {self.path.parent} does not exist; create it"]
+        return []
+
+
+SOURCES: Final[Mapping[str, type[BaseModel]]] = {"trace_file": TraceFile, "kafka": KafkaSettings}
+"""Settings of a source by its `type`."""
+
+SourceSettings = Annotated[TraceFile | KafkaSettings, Field(discriminator="type")]
+
 
 class HttpConfig(_Settings):
     """Where metrics and the status page are served. Port 0 takes a free one."""
@@ -93,7 +112,7 @@ class Settings(_Settings):
     fleet: PoolFleet
     mirror: MirrorConfig = MirrorConfig()
     forecast: ForecastSettings = ForecastSettings()
-    sources: Annotated[tuple[TraceFile, ...], Field(min_length=1)]
+    sources: Annotated[tuple[SourceSettings, ...], Field(min_length=1)]
     http: HttpConfig = HttpConfig()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     dead_letters: Path | None = None  # where rejected lines are noted (file, line, reason; never their text)
@@ -125,7 +144,7 @@ def check_settings(content: dict[str, Any], path: Path) -> Settings:
     except ValidationError as error:
         found = error.errors(include_url=False)
         # A list whose entries are all wrong passes for an empty one.
-        beneath = {entry["loc"][:1] for entry in found if len(entry["loc"]) > 1}
+        beneath = {entry["loc"][:depth] for entry in found for depth in range(1, len(entry["loc"]))}
         problems += [_problem(e) for e in found if not (e["type"] == "too_short" and e["loc"] in beneath)]
     problems += _policy_problems(content)
     if settings is not None:
@@ -139,18 +158,15 @@ def check_settings(content: dict[str, Any], path: Path) -> Settings:
 
 
 def _with_absolute_paths(settings: Settings, directory: Path) -> Settings:
-    sources = tuple(source.model_copy(update={"path": directory / source.path}) for source in settings.sources)
+    sources = tuple(source.under(directory) for source in settings.sources)
     letters = directory / settings.dead_letters if settings.dead_letters else None
     return settings.model_copy(update={"sources": sources, "dead_letters": letters})
 
 
 def _path_problems(settings: Settings) -> list[str]:
-    problems = []
-    for number, source in enumerate(settings.sources):
-        if not source.follow and not source.path.exists():
-            problems.append(f"sources.{number}.path: {source.path} does not exist; correct it, or set follow: true")
-        elif not source.path.parent.is_dir():
-            problems.append(f"sources.{number}.path: the directory {source.path.parent} does not exist; create it")
+    problems = [
+        f"sources.{number}.{problem}" for number, source in enumerate(settings.sources) for problem in source.problems()
+    ]
     if settings.dead_letters and not settings.dead_letters.parent.is_dir():
         problems.append(f"dead_letters: the directory {settings.dead_letters.parent} does not exist; create it")
     return problems
@@ -174,7 +190,12 @@ def _policy_problems(content: Mapping[str, Any]) -> list[str]:
 
 def _problem(entry: Any) -> str:
     """One of pydantic's findings as: where, what, and what to do."""
-    where = ".".join(str(part) for part in entry["loc"]) or "(top)"
+    where = ".".join(_path(entry["loc"])) or "(top)"
+    if entry["type"] == "union_tag_not_found":
+        return f"{where}.type: missing; add it; known: {', '.join(SOURCES)}"
+    if entry["type"] == "union_tag_invalid":
+        tag = entry["ctx"]["tag"]
+        return f"{where}.type: is {tag!r}{_nearest(tag, SOURCES)}; known: {', '.join(SOURCES)}"
     if entry["type"] == "extra_forbidden":
         name = str(entry["loc"][-1])
         known = _known_names(entry["loc"][:-1])
@@ -184,9 +205,17 @@ def _problem(entry: Any) -> str:
     message = str(entry["msg"]).removeprefix("Value error, ")
     message = message.replace("Input should", "it should")
     value = entry["input"]
-    if isinstance(value, str | int | float | bool):
+    secret = any("password" in part for part in _path(entry["loc"]))  # one that was given where only its place may be
+    if isinstance(value, str | int | float | bool) and not secret:
         return f"{where}: is {value!r}; {message}"
     return f"{where}: {message}"
+
+
+def _path(location: tuple[int | str, ...]) -> list[str]:
+    """A place in the file: pydantic's, without the type that it adds after the number of a source."""
+    if location[:1] == ("sources",):
+        location = location[:2] + location[3:]
+    return [str(part) for part in location]
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
@@ -198,7 +227,9 @@ def _known_names(location: tuple[int | str, ...]) -> list[str]:
     """The settings that exist at a place in the tree."""
     model: type[BaseModel] = Settings
     for part in location:
-        if isinstance(part, str) and part in model.model_fields:
+        if location[0] == "sources" and part in SOURCES:
+            model = SOURCES[str(part)]
+        elif isinstance(part, str) and part in model.model_fields:
             found = _model_in(model.model_fields[part].annotation)
             if found is None:
                 return []

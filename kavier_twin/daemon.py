@@ -14,16 +14,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from importlib import import_module
 from threading import Event, Lock, Thread
 from types import FrameType
 from typing import Any, Final
 
 from connectors.dead_letters import DeadLetters
 from connectors.follow import FollowFile
-from connectors.source import Source
+from connectors.source import LiveSource, LogSource, Source
 from connectors.traces import TraceError
 from kavier_twin import __version__
-from kavier_twin.config import DEFAULT_HOST, DEFAULT_PORT, Settings
+from kavier_twin.config import DEFAULT_HOST, DEFAULT_PORT, Settings, SourceSettings, TraceFile
 from kavier_twin.errors import UserError
 from kavier_twin.forecast.forecaster import Forecaster, ForecastSettings
 from kavier_twin.forecast.result import Forecast
@@ -100,9 +101,7 @@ class Daemon:
         sources: list[Source] = []
         for entry in settings.sources:
             try:
-                sources.append(
-                    FollowFile(entry.path, entry.format, follow=entry.follow, name=entry.name, dead_letters=letters)
-                )
+                sources.append(_open(entry, settings.pool, letters))
             except TraceError as error:
                 raise UserError(str(error)) from None
         return cls(
@@ -243,7 +242,7 @@ class Daemon:
     # --- publishing -----------------------------------------------------------------------------------------------
 
     def _publish(self) -> None:
-        states = tuple(SourceState(s.name, s.exhausted, dict(s.rejected())) for s in self._sources)
+        states = tuple(_state(source) for source in self._sources)
         self._rejects.tell(states)
         for state in states:
             if state.ended and state.name not in self._ended:
@@ -373,6 +372,28 @@ class _RejectLog:
                 told = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
                 log.warning("source %s: input rejected so far: %s", name, told)
         self._told, self._told_at = rejected, now
+
+
+def _open(entry: SourceSettings, pool: str, letters: DeadLetters | None) -> Source:
+    """The source that the settings describe. Raises TraceError."""
+    if isinstance(entry, TraceFile):
+        return FollowFile(entry.path, entry.format, follow=entry.follow, name=entry.name, dead_letters=letters)
+    kafka = import_module("connectors.kafka.source")  # needs an extra, which the settings' check found
+    source: Source = kafka.KafkaSource(entry, pool=pool, letters=letters)
+    return source
+
+
+def _state(source: Source) -> SourceState:
+    log = source if isinstance(source, LogSource) else None
+    return SourceState(
+        source.name,
+        source.exhausted,
+        dict(source.rejected()),
+        trouble=source.trouble if isinstance(source, LiveSource) else "",
+        newest_seconds=math.nan if source.last_record_seconds is None else source.last_record_seconds,
+        lag_records=log.lag_records if log else math.nan,
+        lost=dict(log.lost()) if log else {},
+    )
 
 
 def _listen(current: Callable[[], TwinView], host: str, port: int) -> HttpServer:

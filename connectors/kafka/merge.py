@@ -81,7 +81,7 @@ class Merge:
             partition = self._heads[0][1]
             lane = self._lanes[partition]
             message = lane.queue[0]
-            if records and len(records) + len(message.records) > max_records:
+            if records and message.records and len(records) + len(message.records) > max_records:
                 break
             heappop(self._heads)
             lane.queue.popleft()

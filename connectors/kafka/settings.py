@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+import re
+from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
 from connectors.secret import Secret, SecretError
 
-Topic = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,249}$")]
+
+def _topic(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,249}", name):
+        raise ValueError("it should be the name of a topic: letters, digits, dots, dashes and underscores")
+    return name
+
+
+def _broker(address: str) -> str:
+    if not re.fullmatch(r"[^\s,]+:\d{1,5}", address):
+        raise ValueError("it should be host:port")
+    return address
+
+
+Model = TypeVar("Model", bound=BaseModel)
+Topic = Annotated[str, AfterValidator(_topic)]
+Broker = Annotated[str, AfterValidator(_broker)]
 
 
 class _Settings(BaseModel):
@@ -54,18 +70,32 @@ class Sasl(_Settings):
     password: SecretPlace
 
 
+def _start(value: object) -> object:
+    """A time as unix seconds; the two words as they are."""
+    if value in ("earliest", "latest"):
+        return value
+    if isinstance(value, str):
+        try:
+            value = datetime.fromisoformat(value)
+        except ValueError:
+            value = None
+    if not isinstance(value, datetime) or value.tzinfo is None:
+        raise ValueError("it should be earliest, latest, or a time with its zone, such as 2026-01-31T08:00:00Z")
+    return value.timestamp()
+
+
 class KafkaSettings(_Settings):
     """Topics of request records (docs/telemetry.md) or of OpenTelemetry spans, mixed at will.
 
-    Reading begins at `start` where no checkpoint says otherwise: a time is that of Kafka's time stamps. The group is
-    only committed to, for those who watch its lag. `buffer_bytes` bounds what is read ahead of the twin.
+    Reading begins at `start` where no checkpoint says otherwise; a time (here in unix seconds) is one of Kafka's time
+    stamps. The group is only committed to, for those who watch its lag. `buffer_bytes` bounds what is read ahead.
     """
 
     type: Literal["kafka"] = "kafka"
-    brokers: Annotated[tuple[Annotated[str, Field(pattern=r"^[^\s,]+:\d{1,5}$")], ...], Field(min_length=1)]
+    brokers: Annotated[tuple[Broker, ...], Field(min_length=1)]
     topics: Annotated[tuple[Topic, ...], Field(min_length=1)]
     name: Annotated[str, Field(min_length=1)] | None = None
-    start: Literal["earliest", "latest"] | AwareDatetime = "latest"
+    start: Annotated[Literal["earliest", "latest"] | float, PlainValidator(_start)] = "latest"
     group: Annotated[str, Field(min_length=1)] | None = "kavier-twin"
     tls: Tls | None = None
     sasl: Sasl | None = None
@@ -78,15 +108,9 @@ class KafkaSettings(_Settings):
             raise ValueError("dead_letter_topic is one of topics: rejected records would be read again and again")
         return self
 
-    @property
-    def start_at(self) -> Literal["earliest", "latest"] | float:
-        """Where to begin; a time as unix seconds."""
-        return self.start.astimezone(UTC).timestamp() if isinstance(self.start, datetime) else self.start
-
     def under(self, directory: Path) -> KafkaSettings:
         """With relative paths counted from `directory`."""
-        found: KafkaSettings = _with_paths(self, directory)
-        return found
+        return _with_paths(self, directory)
 
     def problems(self) -> list[str]:
         """What is missing on this machine, each as `field: what and the way out`."""
@@ -97,21 +121,19 @@ class KafkaSettings(_Settings):
             path = getattr(self.tls, field, None)
             if path is not None and not path.is_file():
                 found.append(f"tls.{field}: {path} is not a file; correct it")
-        secrets = {
-            "tls.key_password": self.tls and self.tls.key_password,
-            "sasl.password": self.sasl and self.sasl.password,
-        }
+        secrets = {"sasl.password": self.sasl.password} if self.sasl else {}
+        if self.tls and self.tls.key_password:
+            secrets["tls.key_password"] = self.tls.key_password
         for field, place in secrets.items():
             try:
-                if place:
-                    place.secret.read()
+                place.secret.read()
             except SecretError as error:
                 found.append(f"{field}: {error}; set it")
         return found
 
 
-def _with_paths(model: Any, directory: Path) -> Any:
-    changed = {}
+def _with_paths(model: Model, directory: Path) -> Model:
+    changed: dict[str, object] = {}
     for name in type(model).model_fields:
         value = getattr(model, name)
         if isinstance(value, Path):

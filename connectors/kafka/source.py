@@ -30,6 +30,7 @@ FETCH_MS: Final = 200  # waited for them
 DISCOVER_SECONDS: Final = 30.0  # between looks for new partitions
 CHECK_SECONDS: Final = 5.0  # between questions for the ends of the partitions, and between commits
 LONGEST_BACKOFF_SECONDS: Final = 30.0
+AHEAD_SECONDS: Final = 86_400.0  # that a record's time may be after Kafka's own
 _MESSAGE_BYTES: Final = 1_000  # a message's objects, beside what grows with its length
 _OBJECT_BYTES: Final = 3  # of objects for a byte of JSON: a hash of 20 digits is an integer and its place in a tuple
 
@@ -51,7 +52,7 @@ class KafkaSource(BackgroundSource):
     - `truncated`: the log ends before the position, as it was cut or made anew. Reading goes on with the first message
       that is not older than the last one read.
 
-    `start` is where to begin without a position, unix seconds if a number, in place of the settings' own. `api_version`
+    `start` (unix seconds) is where to begin without a position, in place of the settings' own. `api_version`
     is for brokers that announce another than they serve.
     """
 
@@ -70,7 +71,7 @@ class KafkaSource(BackgroundSource):
         self.trouble = "not connected yet"
         self._settings = settings
         self._pool = pool
-        self._start = settings.start_at if start is None else start
+        self._start = settings.start if start is None else start
         self._letters = letters
         self._api_version = api_version
         self._discover_seconds = discover_seconds
@@ -186,6 +187,8 @@ class KafkaSource(BackgroundSource):
             size = len(message.value or b"")
             records: list[TelemetryRecord] = []
             for found in parse_value(message.value, self._pool):
+                if not isinstance(found, Malformed):
+                    found = _not_ahead(found, message.timestamp)
                 if not isinstance(found, Malformed):
                     records.append(found)
                     continue
@@ -336,3 +339,10 @@ class KafkaSource(BackgroundSource):
 
 def _key(partition: TopicPartition) -> str:
     return f"{partition.topic}:{partition.partition}"
+
+
+def _not_ahead(record: TelemetryRecord, timestamp_ms: int) -> TelemetryRecord | Malformed:
+    """The record, unless its time is far after Kafka's: in milliseconds, say, it would make all that comes late."""
+    if 0 < timestamp_ms < (record.time_seconds - AHEAD_SECONDS) * 1000.0:
+        return Malformed("future-time", "time_seconds is more than a day after Kafka's time stamp")
+    return record

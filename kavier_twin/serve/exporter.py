@@ -46,6 +46,12 @@ KPIS: Final = {
 }
 """Every KPI that is exported, by its name in the view."""
 
+_SOURCE_GAUGES: Final = {
+    "up": "Whether the source can be read now (1) or is in trouble (0; the log says which).",
+    "lag_records": "Records in the source's log that the twin has not read yet.",
+    "newest_record_event_seconds": "Event time of the newest record read from the source.",
+}
+
 _MOMENT: Final = frozenset({"requests_running", "requests_waiting", "kv_cache_usage_ratio"})
 
 
@@ -105,6 +111,26 @@ def _stream(view: TwinView) -> Iterator[Metric]:
             for reason, count in sorted(source.rejected.items())
         ],
     )
+    yield _counter(
+        "source_lost_records",
+        "Records that left a source's log unread since the start: expired (by retention), truncated (the log was cut).",
+        ["pool", "source", "reason"],
+        [
+            ([view.pool, source.name, reason], count)
+            for source in view.sources
+            for reason, count in sorted(source.lost.items())
+        ],
+    )
+    for name, says in _SOURCE_GAUGES.items():
+        family = GaugeMetricFamily(f"{PREFIX}_source_{name}", says, labels=["pool", "source"])
+        for source in view.sources:
+            value = {
+                "up": float(not source.trouble),
+                "lag_records": source.lag_records,
+                "newest_record_event_seconds": source.newest_seconds,
+            }[name]
+            _add(family, [view.pool, source.name], value)
+        yield family
     yield _counter(
         "requests_dropped",
         "Requests that the mirror could not follow since the start: unknown_request (a finish without an arrival), "

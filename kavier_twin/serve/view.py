@@ -106,6 +106,10 @@ class SourceState:
     name: str
     ended: bool
     rejected: Mapping[str, int]  # reason -> pieces of input
+    trouble: str = ""  # what keeps it from reading now
+    newest_seconds: float = math.nan  # event time of the newest record read
+    lag_records: float = math.nan  # in the log and not read yet
+    lost: Mapping[str, int] = field(default_factory=dict)  # reason -> records that left the log unread
 
 
 @dataclass(frozen=True)

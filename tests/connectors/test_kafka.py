@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ from kafka_broker import PLAIN_PASSWORD, SCRAM_PASSWORD, USER, Broker, OurBroker
 from kavier_twin.telemetry import RequestFinished, RequestRecord, RequestSeen, TelemetryRecord
 
 PATIENCE_SECONDS = 60.0
-NOW = 1_790_000_000.0
+NOW = float(int(time.time()) - 10_000)
+NOW_MS = int(NOW) * 1000
 
 
 def until(condition: Callable[[], Any], what: str) -> Any:
@@ -160,19 +162,19 @@ def test_records_come_as_they_were_written(topic: Topic) -> None:
 
 
 def test_where_reading_starts(topic: Topic) -> None:
-    topic.send([seen(0)], timestamp_ms=1_000_000)
-    topic.send([seen(1)], timestamp_ms=2_000_000)
+    topic.send([seen(0)], timestamp_ms=NOW_MS)
+    topic.send([seen(1)], timestamp_ms=NOW_MS + 1000)
     with topic.source(start="earliest") as source:
         assert ids(take(source, 2)) == ["0", "1"]
-    with topic.source(start="1970-01-01T00:30:00Z") as source:
+    with topic.source(start=datetime.fromtimestamp(NOW + 0.5, UTC).isoformat()) as source:
         assert ids(take(source, 1)) == ["1"]
-    with topic.source(start="earliest", start_seconds=1_800.0) as source:
+    with topic.source(start="earliest", start_seconds=NOW + 0.5) as source:
         assert ids(take(source, 1)) == ["1"]
     with topic.source(start="latest") as latest, topic.source(start="2100-01-01T00:00:00Z") as future:
         for source in (latest, future):
             assert source.poll(10) == []
             until(lambda source=source: source.positions().get(f"{topic.name}:0") == 2, "the position is known")
-        topic.send([seen(2)], timestamp_ms=3_000_000)
+        topic.send([seen(2)], timestamp_ms=NOW_MS + 2000)
         assert ids(take(latest, 1)) == ["2"]
         assert ids(take(future, 1)) == ["2"]  # the time says where to begin, not what to leave out
     with topic.source(start="latest", positions={f"{topic.name}:0": 1}) as source:
@@ -181,7 +183,7 @@ def test_where_reading_starts(topic: Topic) -> None:
 
 def test_a_checkpoint_at_any_moment_loses_nothing_and_repeats_nothing(topic: Topic) -> None:
     for parity in (0, 1):
-        topic.send(map(seen, range(parity, 300, 2)), parity, timestamp_ms=1_000_000 + parity, step_ms=2)
+        topic.send(map(seen, range(parity, 300, 2)), parity, timestamp_ms=NOW_MS + parity, step_ms=2)
     records: list[TelemetryRecord] = []
     positions: dict[str, int] = {}
     for batch in (1, 7, 50, 3, 100):
@@ -224,6 +226,7 @@ POISON: dict[bytes | None, str] = {
     b'{"kind": "request_seen", "id": "secret", "time_seconds": 1}': "missing-field",
     b'{"kind": "request_seen", "id": "secret", "time_seconds": NaN, "prompt_tokens": 1}': "bad-value",
     b"\nsecret": "not-otlp",
+    b'{"kind": "request_seen", "id": "secret", "time_seconds": %d, "prompt_tokens": 1}' % NOW_MS: "future-time",
 }
 
 
@@ -239,7 +242,7 @@ def test_poison_goes_to_a_file_with_its_reason(topic: Topic, tmp_path: Path) -> 
     topic.send([seen(0), *POISON, seen(1)])
     with topic.source(letters=DeadLetters(tmp_path / "dead")) as source:
         assert ids(take(source, 2)) == ["0", "1"]
-        assert source.rejected() == dict.fromkeys(POISON.values(), 1)
+        assert source.rejected() == dict.fromkeys(POISON.values(), 1)  # each of a reason of its own
         assert source.positions()[f"{topic.name}:0"] == len(POISON) + 2
     check_letters([json.loads(line) for line in (tmp_path / "dead").read_text().splitlines()], topic)
 
@@ -325,7 +328,7 @@ def test_a_gap_with_nothing_behind_it_moves_the_position(real_topic: Topic) -> N
 
 
 def test_a_topic_made_anew_is_read_from_its_beginning(real_topic: Topic) -> None:
-    real_topic.send(map(seen, range(10)), timestamp_ms=1_000_000)
+    real_topic.send(map(seen, range(10)), timestamp_ms=NOW_MS)
     with real_topic.source(discover_seconds=1.0) as source:
         assert len(take(source, 10)) == 10
         real_topic.admin.delete_topics([real_topic.name])
@@ -338,7 +341,7 @@ def test_a_topic_made_anew_is_read_from_its_beginning(real_topic: Topic) -> None
             return True
 
         until(made, "the topic is made anew")
-        real_topic.send(map(seen, range(10, 14)), timestamp_ms=2_000_000)
+        real_topic.send(map(seen, range(10, 14)), timestamp_ms=NOW_MS + 1000)
         assert ids(take(source, 4)) == ["10", "11", "12", "13"]
         assert source.lost() == {"truncated": 6}  # offsets 4 to 9 are no more what they were
 

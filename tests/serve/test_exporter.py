@@ -16,7 +16,7 @@ from serve.views import empty_view, full_view
 
 UNITS = ("seconds", "ratio", "total", "records", "requests", "futures", "per_second", "info")
 # Counts of things in their own unit, and flags.
-WITHOUT_UNIT = ("_running", "_waiting", "_preemptions", "_rejected", "_calibrated", "_best_policy")
+WITHOUT_UNIT = ("_running", "_waiting", "_preemptions", "_rejected", "_calibrated", "_best_policy", "_up")
 
 
 def text_of(view: TwinView) -> str:
