@@ -46,7 +46,7 @@ def main() -> None:
     report(
         "(g) ingest from Kafka",
         rows,
-        "fetch: kafka-python alone; parse: the same values from memory; order and hand-over: what the whole takes beyond",
+        "fetch: kafka-python alone; parse: the same values from memory; order and hand-over: the rest of the whole",
     )
 
 

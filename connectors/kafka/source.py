@@ -50,7 +50,7 @@ class KafkaSource(BackgroundSource):
 
     - `expired`: the log begins after the position, as retention deletes without regard for who still reads.
     - `truncated`: the log ends before the position, as it was cut or made anew. Reading goes on with the first message
-      that is not older than the last one read.
+      that is not older than the last one read. A log made anew that is already longer again is not noticed.
 
     `start` (unix seconds) is where to begin without a position, in place of the settings' own. `api_version`
     is for brokers that announce another than they serve.

@@ -347,7 +347,9 @@ def test_a_topic_made_anew_is_read_from_its_beginning(real_topic: Topic) -> None
         until(made, "the topic is made anew")
         real_topic.send(map(seen, range(10, 14)), timestamp_ms=NOW_MS + 1000)
         assert ids(take(source, 4)) == ["10", "11", "12", "13"]
-        assert source.lost() == {"truncated": 6}  # offsets 4 to 9 are no more what they were
+        lost = source.lost()
+    assert lost.keys() == {"truncated"}
+    assert 6 <= lost["truncated"] <= 10  # what was beyond the new log's end when that was noticed, between 0 and 4
 
 
 def test_new_partitions_are_read_from_their_beginning(real_topic: Topic) -> None:
