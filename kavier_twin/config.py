@@ -79,7 +79,7 @@ class TraceFile(_Settings):
             raise ValueError(f"there is no format {value!r}{_nearest(value, FORMATS)}; known: {', '.join(FORMATS)}")
         return value
 
-    def under(self, directory: Path) -> TraceFile:
+    def with_paths_from(self, directory: Path) -> TraceFile:
         """With relative paths counted from `directory`."""
         return self.model_copy(update={"path": directory / self.path})
 
@@ -158,7 +158,7 @@ def check_settings(content: dict[str, Any], path: Path) -> Settings:
 
 
 def _with_absolute_paths(settings: Settings, directory: Path) -> Settings:
-    sources = tuple(source.under(directory) for source in settings.sources)
+    sources = tuple(source.with_paths_from(directory) for source in settings.sources)
     letters = directory / settings.dead_letters if settings.dead_letters else None
     return settings.model_copy(update={"sources": sources, "dead_letters": letters})
 

@@ -390,7 +390,7 @@ def _state(source: Source) -> SourceState:
         source.exhausted,
         dict(source.rejected()),
         trouble=source.trouble if isinstance(source, LiveSource) else "",
-        newest_seconds=math.nan if source.last_record_seconds is None else source.last_record_seconds,
+        last_record_seconds=math.nan if source.last_record_seconds is None else source.last_record_seconds,
         lag_records=log.lag_records if log else math.nan,
         lost=dict(log.lost()) if log else {},
     )

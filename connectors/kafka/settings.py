@@ -108,7 +108,7 @@ class KafkaSettings(_Settings):
             raise ValueError("dead_letter_topic is one of topics: rejected records would be read again and again")
         return self
 
-    def under(self, directory: Path) -> KafkaSettings:
+    def with_paths_from(self, directory: Path) -> KafkaSettings:
         """With relative paths counted from `directory`."""
         return _with_paths(self, directory)
 

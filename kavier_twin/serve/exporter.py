@@ -49,7 +49,7 @@ KPIS: Final = {
 _SOURCE_GAUGES: Final = {
     "up": "Whether the source can be read now (1) or is in trouble (0; the log says which).",
     "lag_records": "Records in the source's log that the twin has not read yet.",
-    "newest_record_event_seconds": "Event time of the newest record read from the source.",
+    "last_record_timestamp_seconds": "Event time of the source's newest record: unix time for live sources.",
 }
 
 _MOMENT: Final = frozenset({"requests_running", "requests_waiting", "kv_cache_usage_ratio"})
@@ -127,7 +127,7 @@ def _stream(view: TwinView) -> Iterator[Metric]:
             value = {
                 "up": float(not source.trouble),
                 "lag_records": source.lag_records,
-                "newest_record_event_seconds": source.newest_seconds,
+                "last_record_timestamp_seconds": source.last_record_seconds,
             }[name]
             _add(family, [view.pool, source.name], value)
         yield family

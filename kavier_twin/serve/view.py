@@ -107,7 +107,7 @@ class SourceState:
     ended: bool
     rejected: Mapping[str, int]  # reason -> pieces of input
     trouble: str = ""  # what keeps it from reading now
-    newest_seconds: float = math.nan  # event time of the newest record read
+    last_record_seconds: float = math.nan  # event time of its newest record
     lag_records: float = math.nan  # in the log and not read yet
     lost: Mapping[str, int] = field(default_factory=dict)  # reason -> records that left the log unread
 
