@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from connectors.dead_letters import Letters
 from connectors.traces import FORMATS, TraceError, find_reader, open_reader
 from connectors.traces.base import Head, LineReader, Malformed, Reader, open_bytes
 from kavier_twin.telemetry import TelemetryRecord
@@ -39,7 +39,7 @@ class FollowFile:
         *,
         follow: bool = True,
         name: str | None = None,
-        dead_letters: DeadLetters | None = None,
+        dead_letters: Letters | None = None,
     ) -> None:
         self.path = Path(path)
         self.last_record_seconds: float | None = None
@@ -199,7 +199,8 @@ class FollowFile:
     def _reject(self, what: Malformed, length: int) -> None:
         self._rejected[what.reason] = self._rejected.get(what.reason, 0) + 1
         if self._dead_letters:
-            self._dead_letters.write(self.path, self._lines.line if self._lines else 0, what, length)
+            line = self._lines.line if self._lines else 0
+            self._dead_letters.write({"file": str(self.path), "line": line}, what, length)
 
     def _report(self, error: OSError) -> None:
         trouble = str(error)
@@ -217,38 +218,3 @@ def _identity(stream: BinaryIO) -> list[int]:
     """Which file it is, whatever it is called by now."""
     status = os.fstat(stream.fileno())
     return [status.st_dev, status.st_ino]
-
-
-class DeadLetters:
-    """A file of what was rejected, bounded: JSON lines with `file`, `line`, `reason`, `detail` and `length` (bytes).
-
-    The rejected text itself is never written, as it could hold a prompt. Beyond `max_bytes` the file becomes
-    `<path>.1`, in place of an older one, and a new one begins. A line that cannot be written is counted in `lost`.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], max_bytes: int = 8 * 2**20) -> None:
-        self.path = Path(path)
-        self.max_bytes = max_bytes
-        self.lost = 0
-        self._stream: BinaryIO | None = None
-
-    def write(self, file: Path, line: int, what: Malformed, length: int) -> None:
-        """Add a rejected line. Never raises."""
-        letter = {"file": str(file), "line": line, "reason": what.reason, "detail": what.detail, "length": length}
-        try:
-            if self._stream is None:
-                self._stream = self.path.open("ab")
-            if self._stream.tell() >= self.max_bytes:
-                self._stream.close()
-                self._stream = None
-                self.path.replace(self.path.with_name(f"{self.path.name}.1"))
-                self._stream = self.path.open("ab")
-            self._stream.write(json.dumps(letter).encode() + b"\n")
-            self._stream.flush()
-        except OSError:
-            self.lost += 1
-
-    def close(self) -> None:
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None

@@ -29,7 +29,10 @@ class Source(Protocol):
         """What keeps the source from reading now, in words; empty while nothing does."""
 
     def poll(self, max_records: int) -> list[TelemetryRecord]:
-        """At most `max_records` records that are there now. Never waits; an outage is an empty list."""
+        """At most `max_records` records that are there now. Never waits; an outage is an empty list.
+
+        What came as one piece and cannot be read in parts may be more, and then comes alone.
+        """
 
     def rejected(self) -> Mapping[str, int]:
         """How many pieces of input made no record, by reason."""
@@ -50,3 +53,15 @@ class Seekable(Protocol):
 
         Where that place is gone the source says so in the log and goes on at the nearest one there is.
         """
+
+
+@runtime_checkable
+class LogSource(Seekable, Protocol):
+    """A source that can be read again from any position kept: a log."""
+
+    @property
+    def lag_records(self) -> float:
+        """Records in the log that were not handed out yet, as of the last look; NaN before it."""
+
+    def lost(self) -> Mapping[str, int]:
+        """Records that were no longer in the log when they were to be read, by reason."""

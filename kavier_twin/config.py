@@ -10,13 +10,14 @@ from typing import Annotated, Any, Final, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from connectors.kafka.settings import KafkaSettings
 from connectors.traces import FORMATS
 from kavier_twin.checkpoints import EVERY_SECONDS, KEEP
 from kavier_twin.errors import UserError
 from kavier_twin.footprint_file import fleet_with_carbon_read
 from kavier_twin.forecast.forecaster import ForecastSettings
 from kavier_twin.hardware import FleetFile
-from kavier_twin.live_sources import SECRET_GIVEN, KvEvents, LiveSource, Prometheus, VllmMetrics
+from kavier_twin.live_sources import SECRET_GIVEN, KvEvents, Prometheus, VllmMetrics
 from kavier_twin.simulation.policies import PolicyError, apply_overrides
 from kavier_twin.simulation.settings import StepTime
 from kavier_twin.twin.mirror import MirrorSettings
@@ -90,10 +91,23 @@ class TraceFile(_Settings):
             raise ValueError(f"there is no format {value!r}{_nearest(value, FORMATS)}; known: {', '.join(FORMATS)}")
         return value
 
+    def with_paths_from(self, directory: Path) -> TraceFile:
+        """With relative paths counted from `directory`."""
+        return self.model_copy(update={"path": directory / self.path})
 
-AnySource = Annotated[TraceFile | Prometheus | VllmMetrics | KvEvents, Field(discriminator="type")]
+    def problems(self) -> list[str]:
+        """What is missing on this machine, each as `field: what and the way out`."""
+        if not self.follow and not self.path.exists():
+            return [f"path: {self.path} does not exist; correct it, or set follow: true"]
+        if not self.path.parent.is_dir():
+            return [f"path: the directory {self.path.parent} does not exist; create it"]
+        return []
+
+
+AnySource = Annotated[TraceFile | KafkaSettings | Prometheus | VllmMetrics | KvEvents, Field(discriminator="type")]
 SOURCE_TYPES: Final[dict[str, type[BaseModel]]] = {
     "trace_file": TraceFile,
+    "kafka": KafkaSettings,
     "prometheus": Prometheus,
     "vllm_metrics": VllmMetrics,
     "kv_events": KvEvents,
@@ -175,12 +189,7 @@ def check_settings(content: dict[str, Any], path: Path) -> Settings:
 
 
 def _with_absolute_paths(settings: Settings, directory: Path) -> Settings:
-    sources = tuple(
-        source.with_paths_from(directory)
-        if isinstance(source, LiveSource)
-        else source.model_copy(update={"path": directory / source.path})
-        for source in settings.sources
-    )
+    sources = tuple(source.with_paths_from(directory) for source in settings.sources)
     letters = directory / settings.dead_letters if settings.dead_letters else None
     checkpoints = settings.checkpoints and settings.checkpoints.model_copy(
         update={"directory": directory / settings.checkpoints.directory}
@@ -189,14 +198,9 @@ def _with_absolute_paths(settings: Settings, directory: Path) -> Settings:
 
 
 def _path_problems(settings: Settings) -> list[str]:
-    problems = []
-    for number, source in enumerate(settings.sources):
-        if isinstance(source, LiveSource):
-            problems += [f"sources.{number}.{problem}" for problem in source.problems()]
-        elif not source.follow and not source.path.exists():
-            problems.append(f"sources.{number}.path: {source.path} does not exist; correct it, or set follow: true")
-        elif not source.path.parent.is_dir():
-            problems.append(f"sources.{number}.path: the directory {source.path.parent} does not exist; create it")
+    problems = [
+        f"sources.{number}.{problem}" for number, source in enumerate(settings.sources) for problem in source.problems()
+    ]
     if settings.checkpoints and not settings.checkpoints.directory.is_dir():
         problems.append(
             f"checkpoints.directory: the directory {settings.checkpoints.directory} does not exist; create it"
@@ -240,7 +244,8 @@ def _problem(entry: Any) -> str:
         return f"{where}: missing; add it"
     message = str(entry["msg"]).removeprefix("Value error, ")
     message = message.replace("Input should", "it should")
-    value = entry["input"] if entry["type"] != SECRET_GIVEN else None
+    secret = entry["type"] == SECRET_GIVEN or any("password" in str(part) for part in entry["loc"])
+    value = None if secret else entry["input"]
     if isinstance(value, str | int | float | bool):
         return f"{where}: is {value!r}; {message}"
     return f"{where}: {message}"

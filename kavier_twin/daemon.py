@@ -14,16 +14,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from importlib import import_module
 from threading import Event, Lock, Thread
 from types import FrameType
 from typing import Any, Final
 
-from connectors.follow import DeadLetters, FollowFile
-from connectors.source import Source
+from connectors.dead_letters import DeadLetters
+from connectors.follow import FollowFile
+from connectors.source import LogSource, Source
 from connectors.traces import TraceError
 from kavier_twin import __version__
 from kavier_twin.checkpoints import Checkpoints, seekable
-from kavier_twin.config import DEFAULT_HOST, DEFAULT_PORT, Settings
+from kavier_twin.config import DEFAULT_HOST, DEFAULT_PORT, AnySource, Settings, TraceFile
 from kavier_twin.errors import UserError
 from kavier_twin.forecast.forecaster import Forecaster, ForecastSettings
 from kavier_twin.forecast.result import Forecast
@@ -105,13 +107,8 @@ class Daemon:
         engine = settings.fleet.settings().engine.model_dump()
         sources: list[Source] = []
         for entry in settings.sources:
-            if isinstance(entry, LiveSource):
-                sources.append(entry.open(settings.pool, engine))
-                continue
             try:
-                sources.append(
-                    FollowFile(entry.path, entry.format, follow=entry.follow, name=entry.name, dead_letters=letters)
-                )
+                sources.append(_open(entry, settings.pool, letters, engine))
             except TraceError as error:
                 raise UserError(str(error)) from None
         return cls(
@@ -419,6 +416,30 @@ class _RejectLog:
         self._told, self._told_at = rejected, now
 
 
+def _open(entry: AnySource, pool: str, letters: DeadLetters | None, engine: Mapping[str, Any]) -> Source:
+    """The source that the settings describe. Raises TraceError."""
+    if isinstance(entry, LiveSource):
+        return entry.open(pool, engine)
+    if isinstance(entry, TraceFile):
+        return FollowFile(entry.path, entry.format, follow=entry.follow, name=entry.name, dead_letters=letters)
+    kafka = import_module("connectors.kafka.source")  # needs an extra, which the settings' check found
+    source: Source = kafka.KafkaSource(entry, pool=pool, letters=letters)
+    return source
+
+
+def _state(source: Source) -> SourceState:
+    log = source if isinstance(source, LogSource) else None
+    return SourceState(
+        source.name,
+        source.exhausted,
+        dict(source.rejected()),
+        trouble=source.trouble,
+        last_record_seconds=math.nan if source.last_record_seconds is None else source.last_record_seconds,
+        lag_records=log.lag_records if log else math.nan,
+        lost=dict(log.lost()) if log else {},
+    )
+
+
 def _listen(current: Callable[[], TwinView], host: str, port: int) -> HttpServer:
     try:
         return HttpServer(current, host, port)
@@ -427,11 +448,6 @@ def _listen(current: Callable[[], TwinView], host: str, port: int) -> HttpServer
             f"{error.strerror}; stop what listens there, or choose another address "
             "(http.host and http.port in the settings file, --host and --port of the demo)"
         ) from None
-
-
-def _state(source: Source) -> SourceState:
-    newest = math.nan if source.last_record_seconds is None else source.last_record_seconds
-    return SourceState(source.name, source.exhausted, dict(source.rejected()), source.trouble, newest)
 
 
 def _flags(fleet: FleetSettings, forecast: ForecastSettings) -> dict[str, tuple[tuple[str, ...], bool]]:

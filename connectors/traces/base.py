@@ -12,18 +12,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, cast
+from typing import Any, BinaryIO, ClassVar, TypeVar, cast
 
 from pydantic import ValidationError
 
 from connectors.traces.table import RequestTable
-from kavier_twin.telemetry import RequestRecord, TelemetryRecord
+from kavier_twin.telemetry import RequestRecord, RequestSeen, TelemetryRecord
 
 MAX_LINE_BYTES = 16 * 2**20
 """A longer line is malformed: no request needs it, and one endless line must not fill the memory."""
 
 MAX_REJECTED_EXAMPLES = 1000
 GZIP_MAGIC = b"\x1f\x8b"
+
+Arrival = TypeVar("Arrival", bound=RequestSeen)
 
 
 class TraceError(ValueError):
@@ -289,10 +291,10 @@ def request(**fields: Any) -> RequestRecord:
         raise describe(error) from None
 
 
-def covered(record: RequestRecord) -> RequestRecord:
+def covered(record: Arrival) -> Arrival:
     """The record, if it has no more hashes than it has tokens for: full blocks only, or a last one in part."""
     size = record.block_tokens or 1
-    if record.hashes_cover_output:
+    if isinstance(record, RequestRecord) and record.hashes_cover_output:
         most = (record.prompt_tokens + record.output_tokens) // size
     else:
         most = -(-record.prompt_tokens // size)

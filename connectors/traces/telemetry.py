@@ -22,6 +22,19 @@ from kavier_twin.telemetry import (
 RECORD: TypeAdapter[TelemetryRecord] = TypeAdapter(Annotated[TelemetryRecord, Field(discriminator="kind")])
 
 
+def parse_record(line: bytes) -> TelemetryRecord:
+    """The record that a JSON object holds. Raises Malformed, also for hashes that contradict the rest."""
+    try:
+        record = RECORD.validate_json(decode(line), strict=True)
+    except ValidationError as error:
+        raise describe(error) from None
+    if isinstance(record, RequestSeen):  # a RequestRecord is one, too
+        covered(record)
+    if isinstance(record, RequestSeen | RequestFinished) and len(set(record.block_hashes)) < len(record.block_hashes):
+        raise Malformed("hash-chain", "one hash twice: a chained hash stands for all that is before it")
+    return record
+
+
 class TelemetryReader(Reader):
     """Parses every kind of record. A whole trace has the requests: `request` lines, and arrivals with their ends."""
 
@@ -34,11 +47,7 @@ class TelemetryReader(Reader):
         return any(cls.marks <= row.keys() for row in head.objects)
 
     def parse(self, row: bytes) -> TelemetryRecord:
-        try:
-            record = RECORD.validate_json(decode(row), strict=True)
-        except ValidationError as error:
-            raise describe(error) from None
-        return covered(record) if isinstance(record, RequestRecord) else record
+        return parse_record(row)
 
     def requests(
         self, rows: Iterable[tuple[int, TelemetryRecord]], reject: Callable[[int, Malformed], None]

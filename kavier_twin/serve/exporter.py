@@ -136,6 +136,24 @@ def _stream(view: TwinView) -> Iterator[Metric]:
         _add(newest, [view.pool, source.name], source.last_record_seconds)
     yield from (up, newest)
     yield _counter(
+        "source_lost_records",
+        "Records that left a source's log unread since the start: expired (by retention), truncated (the log was cut).",
+        ["pool", "source", "reason"],
+        [
+            ([view.pool, source.name, reason], count)
+            for source in view.sources
+            for reason, count in sorted(source.lost.items())
+        ],
+    )
+    lag = GaugeMetricFamily(
+        f"{PREFIX}_source_lag_records",
+        "Records in the source's log that the twin has not read yet.",
+        labels=["pool", "source"],
+    )
+    for source in view.sources:
+        _add(lag, [view.pool, source.name], source.lag_records)
+    yield lag
+    yield _counter(
         "requests_dropped",
         "Requests that the mirror could not follow since the start: unknown_request (a finish without an arrival), "
         "never_finished (no finish record came in time).",

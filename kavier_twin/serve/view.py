@@ -108,6 +108,8 @@ class SourceState:
     rejected: Mapping[str, int]  # reason -> pieces of input
     trouble: str = ""  # what keeps it from reading now
     last_record_seconds: float = math.nan  # event time of its newest record
+    lag_records: float = math.nan  # in the log and not read yet
+    lost: Mapping[str, int] = field(default_factory=dict)  # reason -> records that left the log unread
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from connectors import follow
-from connectors.follow import DeadLetters, FollowFile
+from connectors.dead_letters import DeadLetters
+from connectors.follow import FollowFile
 from connectors.memory import MemorySource
 from connectors.source import Source
 from connectors.traces import TraceError, read_trace

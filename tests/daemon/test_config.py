@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
+from connectors.kafka.settings import KafkaSettings
 from kavier_twin.config import CRUDE_STEP_TIME, DEFAULT_PORT, Settings, read_settings
 from kavier_twin.errors import UserError
 from kavier_twin.forecast.forecaster import ForecastSettings
@@ -107,7 +108,7 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
         tmp_path,
         {
             "fleet": {"engine": {"num_gpu_block": 100, "max_num_seqs": 0}, "router": "random"},
-            "sources": [{"type": "trace_file"}, {"type": "kafka", "path": "x"}],
+            "sources": [{"type": "trace_file"}, {"type": "kafak", "path": "x"}],
             "http": {"port": 70000},
             "forecsat": {},
             "mirror": {"lateness_seconds": "soon"},
@@ -120,7 +121,7 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
         "fleet.engine.max_num_seqs: is 0",
         "fleet.router: is 'random'",
         "sources.0.path: missing",
-        "sources.1.type: is 'kafka'",
+        "sources.1.type: is 'kafak'; did you mean kafka?",
         "http.port: is 70000",
         "forecsat: unknown setting; did you mean forecast?",
         "mirror.lateness_seconds: is 'soon'",
@@ -190,3 +191,63 @@ def test_a_live_pool_does_not_know_the_future(tmp_path: Path) -> None:
     assert "engine.eviction=belady needs to know the future" in problem
     policies = [{"name": "today"}, {"name": "bound", "overrides": {"eviction": "belady"}}]
     assert len(read(tmp_path, minimal(forecast={"policies": policies})).forecast.policies) == 2
+
+
+def kafka(**more: Any) -> dict[str, Any]:
+    return {"type": "kafka", "brokers": ["localhost:9092"], "topics": ["requests"], **more}
+
+
+def test_a_kafka_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KAFKA_PASSWORD", "hunter2")
+    (tmp_path / "ca.pem").touch()
+    sasl = {"mechanism": "SCRAM-SHA-512", "username": "twin", "password": {"env": "KAFKA_PASSWORD"}}
+    text = yaml.safe_dump(minimal(sources=[kafka(tls={"ca": "ca.pem"}, sasl=sasl)]))
+    settings = read(tmp_path, text.replace("topics:", "start: 2026-01-31T08:00:00+01:00\n  topics:"))
+    (source,) = settings.sources
+    assert isinstance(source, KafkaSettings)
+    assert source.tls is not None
+    assert source.tls.ca == tmp_path / "ca.pem"
+    assert source.start == 1769842800.0
+    assert "hunter2" not in repr(settings)
+
+
+def test_all_that_is_wrong_with_a_kafka_source(tmp_path: Path) -> None:
+    found = problems(
+        tmp_path,
+        minimal(
+            sources=[
+                kafka(brokers=["localhost"], start="yesterday", topic="requests", topics=["a b"], tls={"cafile": "x"}),
+                {"path": "x"},
+                kafka(dead_letter_topic="requests"),
+                kafka(sasl={"mechanism": "GSSAPI", "username": "twin", "password": "hunter2"}),
+                kafka(sasl={"mechanism": "PLAIN", "username": "twin", "password": {}}),
+            ]
+        ),
+    )
+    text = "\n".join(found)
+    for where in (
+        "sources.0.brokers.0: is 'localhost'; it should be host:port",
+        "sources.0.start: is 'yesterday'; it should be earliest, latest, or a time with its zone",
+        "sources.0.topic: unknown setting; did you mean topics?",
+        "sources.0.topics.0: is 'a b'",
+        "sources.0.tls.cafile: unknown setting; did you mean ca?",
+        "sources.1.type: missing; add it; known: trace_file, kafka",
+        "sources.2: dead_letter_topic is one of topics",
+        "sources.3.sasl.mechanism: is 'GSSAPI'",
+        "sources.3.sasl.password: it should be a valid dictionary",
+        "sources.4.sasl.password: give exactly one of env",
+    ):
+        assert where in text
+    assert len(found) == 10, text
+    assert "hunter2" not in text
+
+
+def test_what_a_kafka_source_misses_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KAFKA_PASSWORD", raising=False)
+    sasl = {"mechanism": "PLAIN", "username": "twin", "password": {"env": "KAFKA_PASSWORD"}}
+    tls = {"ca": "gone.pem", "key_password": {"file": "gone"}}
+    assert sorted(problems(tmp_path, minimal(sources=[kafka(tls=tls, sasl=sasl)]))) == [
+        "sources.0.sasl.password: the environment variable KAFKA_PASSWORD is empty or not set; set it",
+        f"sources.0.tls.ca: {tmp_path}/gone.pem is not a file; correct it",
+        f"sources.0.tls.key_password: {tmp_path}/gone: cannot be read (No such file or directory); set it",
+    ]

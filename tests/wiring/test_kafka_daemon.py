@@ -1,0 +1,81 @@
+"""From a Kafka topic to the daemon's metrics, by way of a settings file."""
+
+from __future__ import annotations
+
+import time
+import urllib.request
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kafka_broker import OurBroker
+from kavier_twin.config import read_settings
+from kavier_twin.daemon import Daemon
+from kavier_twin.telemetry import RequestFinished, RequestSeen
+
+kafka = pytest.importorskip("kafka", reason="needs the extra kafka")
+admin = pytest.importorskip("kafka.admin")
+
+PATIENCE_SECONDS = 300.0  # a kernel may have to be compiled first
+
+
+def until(condition: Callable[[], Any], what: str) -> Any:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        time.sleep(0.05)
+    pytest.fail(f"waited in vain: {what}")
+
+
+def test_requests_through_kafka_are_mirrored_and_the_source_told_of(real_kafka: OurBroker, tmp_path: Path) -> None:
+    topic = f"requests-{uuid.uuid4().hex[:12]}"
+    client = admin.KafkaAdminClient(bootstrap_servers=real_kafka.address)
+    client.create_topics({topic: {"num_partitions": 3, "replication_factor": 1}})
+    client.close()
+    producer = kafka.KafkaProducer(bootstrap_servers=real_kafka.address)
+    began = time.time() - 60.0
+    for number in range(50):
+        arrival = began + number
+        for record in (
+            RequestSeen(id=str(number), time_seconds=arrival, prompt_tokens=100),
+            RequestFinished(id=str(number), time_seconds=arrival + 0.9, output_tokens=5, e2e_seconds=0.9),
+        ):
+            at = int(record.time_seconds * 1000)
+            producer.send(topic, record.model_dump_json().encode(), str(number).encode(), timestamp_ms=at)
+    producer.send(topic, b"{")
+    producer.flush()
+    producer.close()
+    settings = tmp_path / "twin.yaml"
+    settings.write_text(f"""
+fleet: {{engine: {{num_gpu_blocks: 300}}}}
+sources: [{{type: kafka, brokers: ["{real_kafka.address}"], topics: [{topic}], start: earliest, group: null}}]
+forecast: {{futures: 2, horizons_seconds: [5], policies: [{{name: today}}], every_seconds: 1000}}
+http: {{port: 0}}
+dead_letters: dead.jsonl
+""")
+    daemon = Daemon.of(read_settings(settings))
+    daemon.start()
+    try:
+        until(lambda: daemon.view.finished_requests == 50, "all requests are followed")
+        assert daemon.view.records == {"accepted": 100, "duplicate": 0, "late": 0, "rejected": 1}
+        name = f'pool="default",source="kafka:{topic}"'
+        wanted = (
+            f"kavier_twin_source_up{{{name}}} 1.0",
+            f"kavier_twin_source_lag_records{{{name}}} 0.0",
+            f'kavier_twin_source_rejected_total{{pool="default",reason="not-json",source="kafka:{topic}"}} 1.0',
+        )
+        assert daemon.http is not None
+        url = f"{daemon.http.url}/metrics"
+
+        def told() -> bool:
+            text = urllib.request.urlopen(url, timeout=20).read().decode()
+            return all(line in text for line in wanted)
+
+        until(told, "the metrics")
+    finally:
+        assert daemon.stop()
+    assert '"reason": "not-json"' in (tmp_path / "dead.jsonl").read_text()
