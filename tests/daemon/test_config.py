@@ -231,7 +231,7 @@ def test_all_that_is_wrong_with_a_kafka_source(tmp_path: Path) -> None:
         "sources.0.topic: unknown setting; did you mean topics?",
         "sources.0.topics.0: is 'a b'",
         "sources.0.tls.cafile: unknown setting; did you mean ca?",
-        "sources.1.type: missing; add it; known: trace_file, kafka",
+        "sources.1.type: missing; add it, one of trace_file, kafka",
         "sources.2: dead_letter_topic is one of topics",
         "sources.3.sasl.mechanism: is 'GSSAPI'",
         "sources.3.sasl.password: it should be a valid dictionary",
