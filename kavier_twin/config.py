@@ -21,6 +21,7 @@ from kavier_twin.live_sources import SECRET_GIVEN, KvEvents, Prometheus, VllmMet
 from kavier_twin.simulation.policies import PolicyError, apply_overrides
 from kavier_twin.simulation.settings import StepTime
 from kavier_twin.twin.mirror import MirrorSettings
+from kavier_twin.twin.trust import TrustSettings
 
 DEFAULT_HOST: Final = "127.0.0.1"
 DEFAULT_PORT: Final = 9469
@@ -69,10 +70,11 @@ class MirrorConfig(_Settings):
     calibrate_after_requests: Annotated[int, Field(ge=30)] = _MIRROR.calibrate_after_requests
     recalibrate_every_requests: Annotated[int, Field(ge=1)] = _MIRROR.recalibrate_every_requests
     give_up_seconds: PositiveSeconds = _MIRROR.give_up_seconds
+    trust: TrustSettings = _MIRROR.trust
 
     def settings(self, pool: str) -> MirrorSettings:
         """As the mirror takes it."""
-        return MirrorSettings(pool=pool, **self.model_dump())
+        return MirrorSettings(pool=pool, **dict(self))
 
 
 class TraceFile(_Settings):

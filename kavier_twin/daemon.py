@@ -292,7 +292,7 @@ class Daemon:
         records, dropped = assemble.records(mirror, sum(sum(state.rejected.values()) for state in states))
         step_time = mirror.fleet.settings.step_time
         lag = max(0.0, mirror.newest_seconds - mirror.time_seconds) if math.isfinite(mirror.time_seconds) else math.nan
-        return TwinView(
+        view = TwinView(
             pool=mirror.settings.pool,
             version=__version__,
             unix_seconds=time.time(),
@@ -318,6 +318,7 @@ class Daemon:
             currency=mirror.fleet.settings.footprint.currency if mirror.fleet.settings.footprint else "",
             notes=self._notes,
         )
+        return assemble.judged(view, mirror, self._forecast.slos)
 
 
 class StopSignals:
