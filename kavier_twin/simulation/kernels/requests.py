@@ -19,6 +19,7 @@ from kavier_twin.simulation.kernels.compile import inlined_kernel, kernel
 from kavier_twin.simulation.kernels.eviction import dispatch
 from kavier_twin.simulation.kernels.eviction.order import order_of
 from kavier_twin.simulation.kernels.flow import leave
+from kavier_twin.simulation.kernels.reference import by_reference
 from kavier_twin.simulation.state import (
     FINISHED,
     FREE,
@@ -369,6 +370,7 @@ def cells_needed(engine, tier, chain_length, tokens):
 @kernel
 def clear_marks(state, number, slot):
     """No chunk is marked yet. Marks lie at the end of a request's piece, behind all else: see `stores.marks_cell`."""
+    state = by_reference(state)
     request, arena = state.requests[number][slot], state.arena[number]
     for cell in range(request.chain_length + request.blocks, 1 << np.int64(request.cell_class)):
         arena[request.cells + cell] = _ZERO
