@@ -20,7 +20,7 @@ from numba.extending import infer_getattr, intrinsic, lower_getattr_generic, mod
 class Reference(types.Type):
     """A pointer to a named tuple that lives in a caller's frame."""
 
-    def __init__(self, target: types.BaseNamedTuple) -> None:
+    def __init__(self, target: Any) -> None:
         self.target = target
         super().__init__(name=f"Reference({target})")
 
@@ -35,7 +35,7 @@ class _ReferenceModel(models.PrimitiveModel):
 class _Fields(AttributeTemplate):
     key = Reference
 
-    def generic_resolve(self, reference: Reference, field: str) -> Any:
+    def generic_resolve(self, reference: Any, field: str) -> Any:  # type: ignore[override]
         names = reference.target.fields
         return reference.target.types[names.index(field)] if field in names else None
 
@@ -48,8 +48,7 @@ def _load_field(context: Any, builder: Any, reference: Reference, value: Any, fi
     return builder.load(cgutils.gep_inbounds(builder, pointer, 0, place))
 
 
-@intrinsic
-def by_reference(typing_context: Any, state: Any) -> Any:
+def _by_reference(typing_context: Any, state: Any) -> Any:
     """A reference to a named tuple of the calling kernel; a reference is itself."""
     if isinstance(state, Reference):
         return state(state), lambda context, builder, signature, args: args[0]
@@ -61,3 +60,6 @@ def by_reference(typing_context: Any, state: Any) -> Any:
         return builder.bitcast(place, ir.IntType(8).as_pointer())
 
     return Reference(state)(state), lower
+
+
+by_reference: Any = intrinsic(_by_reference)
