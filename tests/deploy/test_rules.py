@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import yaml
@@ -16,28 +14,17 @@ from real_parts import promtool
 ROOT = Path(__file__).parents[2]
 RULES = ROOT / "deploy/prometheus/kavier-twin.rules.yaml"
 UNIT_TESTS = RULES.with_name("kavier-twin.test.yaml")
-ALERTS = [
-    rule
-    for group in yaml.safe_load(RULES.read_text())["groups"]
-    for rule in group["rules"]
-    if "alert" in rule
-]
+ALERTS = [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"] if "alert" in rule]
 
 
 @pytest.mark.real
 def test_unit_tests_of_the_rules() -> None:
-    done = subprocess.run(
-        [promtool(), "test", "rules", UNIT_TESTS.name], cwd=UNIT_TESTS.parent, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_promtool("test", "rules", UNIT_TESTS)
 
 
 @pytest.mark.real
 def test_promtool_finds_nothing_to_criticise() -> None:
-    done = subprocess.run(
-        [promtool(), "check", "rules", "--lint=all", "--lint-fatal", RULES], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_promtool("check", "rules", "--lint=all", "--lint-fatal", RULES)
 
 
 def test_every_alert_is_seen_firing_and_not_firing_in_a_unit_test() -> None:
@@ -48,14 +35,13 @@ def test_every_alert_is_seen_firing_and_not_firing_in_a_unit_test() -> None:
 
 
 @pytest.mark.parametrize("alert", ALERTS, ids=[f"{alert['alert']}-{alert['labels']['severity']}" for alert in ALERTS])
-def test_an_alert_leads_to_its_section_of_the_runbook_and_to_its_panel(alert: dict[str, dict[str, str]]) -> None:
+def test_an_alert_has_a_severity_and_leads_to_its_section_of_the_runbook(alert: dict[str, dict[str, str]]) -> None:
     assert alert["labels"]["severity"] in {"critical", "warning", "info"}
     page, _, section = alert["annotations"]["runbook_url"].partition("#")
     headings = re.findall(r"^#+ (.*)$", (ROOT / page).read_text(), re.MULTILINE)
     assert section in {heading.lower().replace(" ", "-") for heading in headings}
-    link = urlsplit(alert["annotations"]["dashboard_url"])
-    dashboards = {
-        found["uid"]: found for found in map(json.loads, map(Path.read_text, (ROOT / "deploy/grafana").glob("*.json")))
-    }
-    panels = {panel["id"] for panel in dashboards[link.path.removeprefix("/d/")]["panels"]}
-    assert int(parse_qs(link.query)["viewPanel"][0]) in panels
+
+
+def run_promtool(*arguments: str | Path) -> None:
+    done = subprocess.run([promtool(), *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
