@@ -252,14 +252,6 @@ def test_copies_are_counted_for_each_group_and_medium() -> None:
     assert (view.blocks(), view.blocks("CPU")) == ({5}, {1})
 
 
-def test_share_of_blocks_in_both() -> None:
-    view = KvCacheView()
-    assert view.share(set()).ratio == 1.0
-    view.apply(batch_of(0, stored(1, 2, 3), continues=False))
-    share = view.share({2, 3, 4, 5})
-    assert (share.both, share.only_mirrored, share.only_real, share.ratio) == (2, 2, 1, 2 / 5)
-
-
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 5)), max_size=60), st.data())
 def test_after_a_loss_the_view_never_holds_more_than_the_cache(changes: list[tuple[bool, int]], data: Any) -> None:
     """Whatever is lost: what the view holds is in the cache."""
