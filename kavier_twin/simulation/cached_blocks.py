@@ -16,10 +16,10 @@ FILLED: Final = "lru"  # the only eviction policy whose cache can be filled: a r
 
 
 class Tail(NamedTuple):
-    """Cached blocks of a live request whose content is not known yet: `count` of them behind the block `key`."""
+    """Cached blocks of a live request whose content is not known yet: `blocks` of them behind the block `key`."""
 
     key: int
-    count: int
+    blocks: int
 
 
 def cached_keys(state: FleetState, number: int) -> npt.NDArray[np.uint64]:

@@ -45,6 +45,16 @@ class CacheWatch:
         self._began_seconds = math.nan
         self._next_seconds = -math.inf
 
+    @property
+    def engines(self) -> list[Engine]:
+        """Those that told of their cache."""
+        return list(self._watched)
+
+    def share(self, engine: Engine) -> CacheShare | None:
+        """The last comparison; None where nothing can be compared."""
+        compared = self.compared.get(engine)
+        return compared.share if compared is not None and compared.comparable else None
+
     def take(self, batch: KvEventBatch) -> None:
         """Take in a batch; those of one engine come in order."""
         self._watched.setdefault((batch.pod, batch.engine), _Watched()).add(batch)
@@ -52,16 +62,17 @@ class CacheWatch:
     def save(self) -> dict[str, Any]:
         """What is known of the real caches, as JSON types."""
         return {
-            "began_seconds": self._began_seconds,
             "filled": [[*engine, blocks] for engine, blocks in self.filled.items()],
             "engines": [[*engine, *watched.save()] for engine, watched in self._watched.items()],
         }
 
-    def restore(self, saved: dict[str, Any]) -> None:
-        """Go on from what `save` gave."""
-        self._began_seconds = saved["began_seconds"]
-        self.filled = {(pod, rank): blocks for pod, rank, blocks in saved["filled"]}
-        self._watched = {(pod, rank): _Watched.restored(*rest) for pod, rank, *rest in saved["engines"]}
+    @classmethod
+    def restored(cls, saved: dict[str, Any]) -> CacheWatch:
+        """What `save` gave, beside a mirror that has a past."""
+        watch = cls(fill=False)
+        watch.filled = {(pod, rank): blocks for pod, rank, blocks in saved["filled"]}
+        watch._watched = {(pod, rank): _Watched.restored(*rest) for pod, rank, *rest in saved["engines"]}
+        return watch
 
     def follow(self, fleet: Fleet, replica_of: Callable[[str], int | None]) -> None:
         """Catch up with the mirrored fleet. `replica_of` tells which replica mirrors a pod, None if none does."""

@@ -104,8 +104,7 @@ def test_going_on_from_what_was_saved(batches: list[KvEventBatch]) -> None:
         first.take(batch)
     fleet = Fleet(FLEET, start_seconds=50.0)
     first.follow(fleet, lambda _: 0)
-    second = CacheWatch(fill=False)
-    second.restore(json.loads(json.dumps(first.save())))
+    second = CacheWatch.restored(json.loads(json.dumps(first.save())))
     whole.follow(fleet, lambda _: 0)
     fleet.now_seconds = 70.0
     for watch in (whole, second):
