@@ -14,6 +14,7 @@ from kavier_twin.forecast.slo import Slo
 from kavier_twin.serve.view import (
     Beside,
     Best,
+    CacheBeside,
     Horizon,
     KpiTrust,
     Outlook,
@@ -22,6 +23,7 @@ from kavier_twin.serve.view import (
     TwinView,
     WindowError,
 )
+from kavier_twin.twin.cache_watch import CacheWatch
 from kavier_twin.twin.fidelity import Score
 from kavier_twin.twin.mirror import Mirror
 
@@ -64,6 +66,16 @@ def beside(mirror: Mirror, reported: tuple[float, float, float]) -> tuple[Beside
         names = ("requests_running", "requests_waiting", "kv_cache_usage_ratio")
         for kpi, mirrored, observed in zip(names, mirror.load(), reported, strict=True):
             entries.append(Beside(kpi, "", float(mirrored), observed, mirrored - observed))
+    return tuple(entries)
+
+
+def caches(watch: CacheWatch) -> tuple[CacheBeside, ...]:
+    """Real KV caches beside mirrored ones, as of the last comparison."""
+    entries = []
+    for engine in sorted(watch.engines):
+        share = watch.share(engine)
+        ratio = math.nan if share is None else share.ratio
+        entries.append(CacheBeside(*engine, ratio, *(share or (0, 0, 0)), filled=watch.filled.get(engine)))
     return tuple(entries)
 
 

@@ -18,6 +18,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from kavier_twin import __version__
+from kavier_twin.serve.cache_metrics import cache_metrics
 from kavier_twin.serve.fidelity_metrics import PREFIX, fidelity_metrics, flag
 from kavier_twin.serve.view import Outlook, TwinView
 
@@ -107,6 +108,7 @@ def _metrics(view: TwinView) -> Iterator[Metric]:
     yield from _mirror(view)
     yield from _fidelity(view)
     yield from fidelity_metrics(view)
+    yield from cache_metrics(view.pool, view.caches)
     yield from _forecasts(view)
     if view.outlook is not None:
         yield from _predictions(view.pool, view.source, view.outlook)

@@ -141,6 +141,22 @@ class SourceState:
 
 
 @dataclass(frozen=True)
+class CacheBeside:
+    """An engine's KV cache as its events tell, beside the mirrored one: blocks, and those in both per block in either.
+
+    `filled`: blocks that the mirror took over when the twin began, None where it took none over.
+    """
+
+    pod: str
+    engine: str  # data-parallel rank
+    agreement_ratio: float = math.nan
+    both: int = 0
+    only_mirrored: int = 0
+    only_real: int = 0
+    filled: int | None = None
+
+
+@dataclass(frozen=True)
 class TwinView:
     """The twin of one pool at one moment."""
 
@@ -168,6 +184,7 @@ class TwinView:
     trusted: bool = False  # of the KPIs observed, every one
     untrusted_reasons: tuple[str, ...] = ()
     source: str = "stream"  # what the mirror follows: a stream of requests, or "metrics" alone
+    caches: tuple[CacheBeside, ...] = ()
     sources: tuple[SourceState, ...] = ()
     forecasts: Mapping[str, int] = field(default_factory=dict)  # result -> cycles
     outlook: Outlook | None = None
