@@ -9,7 +9,8 @@ from typing import Final
 import numpy as np
 
 from kavier_twin.forecast.result import Forecast, Row, Verdict
-from kavier_twin.serve.view import Beside, Best, Horizon, Outlook, PolicyOutlook, Predicted
+from kavier_twin.forecast.slo import Slo
+from kavier_twin.serve.view import Beside, Best, Horizon, Outlook, PolicyOutlook, Predicted, SloLine
 from kavier_twin.twin.fidelity import Score
 from kavier_twin.twin.mirror import Mirror
 
@@ -61,6 +62,11 @@ def records(mirror: Mirror, rejected: int) -> tuple[dict[str, int], dict[str, in
     dropped = {name: mirror.ingested[name] for name in ("unknown_request", "never_finished")}
     dropped |= {name: count for name, count in mirror.ingested.items() if name not in results}
     return results | {"rejected": rejected}, dropped
+
+
+def slo_lines(slos: Sequence[Slo]) -> tuple[SloLine, ...]:
+    """Objectives, each by the KPI it bounds as that is shown."""
+    return tuple(SloLine(slo.name, *_METRICS[slo.metric], slo.threshold, slo.higher_is_better) for slo in slos)
 
 
 def outlook(
