@@ -9,6 +9,7 @@ from typing import Final
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from kavier_twin.simulation.policies import (
+    POLICY_NAMES,
     Override,
     Policy,
     PolicyError,
@@ -18,6 +19,8 @@ from kavier_twin.simulation.policies import (
 )
 from kavier_twin.simulation.settings import FleetSettings
 
+SETTINGS: Final = POLICY_NAMES
+"""What a policy may override."""
 MOST_POLICIES: Final = 64
 MOST_BLOCKS: Final = 20_000_000
 """In all replicas: each takes some 40 bytes in every fork. A live fleet may have more and be doubled."""

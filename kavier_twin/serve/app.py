@@ -31,7 +31,7 @@ from pydantic import Field
 from starlette.types import ASGIApp
 
 from kavier_twin import __version__
-from kavier_twin.forecast.policy_set import PolicyInForce, PolicySet
+from kavier_twin.forecast.policy_set import SETTINGS, PolicyInForce, PolicySet
 from kavier_twin.serve import models, problems
 from kavier_twin.serve.access import Access, guarded
 from kavier_twin.serve.envelope import Envelope, Limits
@@ -240,9 +240,8 @@ def _no_such_pool(name: str, known: Mapping[str, Any]) -> ProblemError:
 
 
 def _policies(twin: Twin, names: Sequence[str]) -> models.Policies:
-    return models.Policies.model_validate(
-        {"pools": [{"pool": name, "policies": tuple(_pool(twin, name).policies())} for name in names]}
-    )
+    pools = [{"pool": name, "policies": tuple(_pool(twin, name).policies()), "settings": SETTINGS} for name in names]
+    return models.Policies.model_validate({"pools": pools})
 
 
 def _history(pool: str, points: Sequence[Point]) -> models.PoolHistory:

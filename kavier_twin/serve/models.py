@@ -235,6 +235,7 @@ class PoolPolicies(_Answer):
 
     pool: PoolName
     policies: tuple[PolicyTold, ...]
+    settings: tuple[str, ...] = Field(description="What a policy may override.", examples=[["max_num_seqs"]])
 
 
 class Policies(_Answer):
