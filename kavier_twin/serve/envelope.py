@@ -19,7 +19,9 @@ HEADERS: Final = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
-_ALWAYS: Final = ("/healthz", "/readyz", "/metrics")  # probes and scrapes get through however busy the API is
+_ALWAYS: Final = frozenset(
+    {"/healthz", "/readyz", "/metrics"}
+)  # probes and scrapes get through however busy the API is
 TOO_LONG: Final = "the body is longer than http.max_body_bytes"
 
 
@@ -29,6 +31,7 @@ class Limits:
 
     body_bytes: int = 65_536
     at_once: int = 32  # requests, other than probes and scrapes
+    horizon_seconds: float = 3_600.0  # that a what-if may look ahead
 
 
 class Envelope:

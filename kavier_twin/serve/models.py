@@ -93,8 +93,10 @@ class Source(_Answer):
     name: str = Field(examples=["kafka:requests"])
     ended: bool = Field(examples=[False])
     trouble: str = Field(description="What keeps it from reading now; empty: nothing.", examples=[""])
-    rejected: dict[str, int] = Field(description="Pieces of input that made no record, by reason.")
-    lost: dict[str, int] = Field(description="Records that left the log unread, by reason.")
+    rejected: dict[str, int] = Field(
+        description="Pieces of input that made no record, by reason.", examples=[{"not-json": 2}]
+    )
+    lost: dict[str, int] = Field(description="Records that left the log unread, by reason.", examples=[{"expired": 0}])
     last_record_seconds: EventSeconds
     lag_records: Figure = Field(description="In the log and not read yet.", examples=[0])
 
