@@ -19,7 +19,8 @@ from kavier_twin.serve import assemble
 from kavier_twin.serve.view import Outlook, SourceState, TwinView
 from kavier_twin.simulation.policies import Policy
 from kavier_twin.simulation.settings import COEFFICIENTS, FleetSettings
-from kavier_twin.telemetry import EngineSample, RequestFinished, RequestRecord, TelemetryRecord
+from kavier_twin.telemetry import EngineSample, KvEventBatch, RequestFinished, RequestRecord, TelemetryRecord
+from kavier_twin.twin.cache_watch import CacheWatch
 from kavier_twin.twin.mirror import Mirror, MirrorSettings
 from kavier_twin.twin.replicas import replicas
 from kavier_twin.twin.snapshot import Snapshot
@@ -53,6 +54,7 @@ class PoolTwin:
         self.fleet = fleet  # as configured
         self.forecaster = Forecaster(forecast)
         self.mirror = Mirror(mirror or MirrorSettings(), fleet, calibrated=calibrated)
+        self.caches = CacheWatch()
         self._ends = _HeldEnds()
         self._lock = Lock()
         self._event_clock = event_clock
@@ -75,9 +77,10 @@ class PoolTwin:
         """Ends taken in that the stream has not come to."""
         return self._ends.until(math.inf)
 
-    def resume(self, mirror: Mirror, ends: Iterable[RequestFinished]) -> None:
+    def resume(self, mirror: Mirror, ends: Iterable[RequestFinished], caches: CacheWatch) -> None:
         """Go on from another's state, before `start`."""
         self.mirror = mirror
+        self.caches = caches
         for end in ends:
             self._ends.hold(end)
 
@@ -107,6 +110,7 @@ class PoolTwin:
             if last - lateness < self.mirror.newest_seconds:  # rounded
                 last = math.nextafter(last, math.inf)
             self.mirror.advance(last if ended and math.isfinite(last) else None)
+            self.caches.follow(self.mirror.fleet, self._replica_of)
             self._behind = more
             self._tell_of_calibration()
 
@@ -150,6 +154,7 @@ class PoolTwin:
             exact_cache_ratio=mirror.fidelity.exact_cache_ratio(),
             beside=assemble.beside(mirror, self._reported.at(mirror.time_seconds)),
             replicas=replicas(mirror),
+            caches=assemble.caches(self.caches),
             sources=sources,
             forecasts={"succeeded": self.forecaster.cycles, "failed": self.forecaster.failures},
             every_seconds=self.forecaster.settings.every_seconds,
@@ -173,7 +178,13 @@ class PoolTwin:
             return
         if isinstance(record, EngineSample):
             self._reported.add(record)
+        if isinstance(record, KvEventBatch):
+            self.caches.take(record)
         self.mirror.ingest(record)
+
+    def _replica_of(self, _pod: str) -> int | None:
+        """The replica that mirrors a pod: known where there is one of each."""
+        return 0 if self.mirror.fleet.settings.replicas == 1 else None
 
     def _present(self) -> Mirror:
         """The mirror as of now: of a stream whose time is a clock's, moved on to where no record has come yet."""

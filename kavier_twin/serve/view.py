@@ -126,6 +126,22 @@ class SourceState:
 
 
 @dataclass(frozen=True)
+class CacheBeside:
+    """An engine's KV cache as its events tell, beside the mirrored one: blocks, and those in both per block in either.
+
+    `filled`: blocks that the mirror took over when the twin began, None where it took none over.
+    """
+
+    pod: str
+    engine: str  # data-parallel rank
+    agreement_ratio: float = math.nan
+    both: int = 0
+    only_mirrored: int = 0
+    only_real: int = 0
+    filled: int | None = None
+
+
+@dataclass(frozen=True)
 class TwinView:
     """The twin of one pool at one moment."""
 
@@ -149,6 +165,7 @@ class TwinView:
     exact_cache_ratio: float = math.nan
     beside: tuple[Beside, ...] = ()
     replicas: tuple[Replica, ...] = ()
+    caches: tuple[CacheBeside, ...] = ()
     sources: tuple[SourceState, ...] = ()
     forecasts: Mapping[str, int] = field(default_factory=dict)  # result -> cycles
     every_seconds: float = math.nan  # between two forecasts

@@ -8,6 +8,7 @@ from kavier_twin.serve.assemble import _METRICS
 from kavier_twin.serve.view import (
     Beside,
     Best,
+    CacheBeside,
     Horizon,
     Outlook,
     PolicyOutlook,
@@ -80,6 +81,10 @@ def full_view(pool: str = "chat") -> TwinView:
             SloLine("cached", "prefix_cache_hit_ratio", "", 0.5, True),
         ),
         every_seconds=30.0,
+        caches=(
+            CacheBeside("vllm-0", "0", 0.95, both=380, only_mirrored=12, only_real=8, filled=350),
+            CacheBeside("vllm-1", "0"),
+        ),
         sources=(SourceState("file:a", False, {"not-json": 3, "bad-value": 1}), SourceState("file:b", True, {})),
         forecasts={"succeeded": 7, "failed": 1},
         outlook=outlook,
