@@ -9,6 +9,7 @@ from typing import Final
 
 import numpy as np
 
+from kavier_twin.forecast.policy_set import PolicyInForce
 from kavier_twin.forecast.result import Forecast, Row, Verdict
 from kavier_twin.forecast.slo import Slo
 from kavier_twin.serve.view import (
@@ -20,6 +21,7 @@ from kavier_twin.serve.view import (
     Outlook,
     PolicyOutlook,
     Predicted,
+    SloLine,
     TwinView,
     WindowError,
 )
@@ -87,15 +89,17 @@ def records(mirror: Mirror, rejected: int) -> tuple[dict[str, int], dict[str, in
     return results | {"rejected": rejected}, dropped
 
 
-def outlook(
-    forecast: Forecast, made_unix_seconds: float, policies: Mapping[str, tuple[tuple[str, ...], bool]]
-) -> Outlook:
-    """A forecast as it is shown, the best policy first. `policies`: flags and whether deployable, by name."""
+def slo_lines(slos: Sequence[Slo]) -> tuple[SloLine, ...]:
+    """Objectives, each by the KPI it bounds as that is shown."""
+    return tuple(SloLine(slo.name, *_METRICS[slo.metric], slo.threshold, slo.higher_is_better) for slo in slos)
+
+
+def outlook(forecast: Forecast, made_unix_seconds: float, policies: Mapping[str, PolicyInForce]) -> Outlook:
+    """A forecast as it is shown, the best policy first. `policies`: how each is deployed, by name."""
     shown = []
     for name in dict.fromkeys(row.policy for row in forecast.rows):
-        flags, deployable = policies.get(name, ((), False))
         horizons = tuple(_horizon(row) for row in forecast.rows if row.policy == name)
-        shown.append(PolicyOutlook(name, flags, deployable, horizons))
+        shown.append(PolicyOutlook(name, policies[name].flags, policies[name].deployable, horizons))
     shown += [PolicyOutlook(failed.policy, (), False, (), problem=failed.error) for failed in forecast.failed]
     return Outlook(
         event_seconds=forecast.time_seconds,
@@ -109,7 +113,7 @@ def outlook(
     )
 
 
-def judged(view: TwinView, mirror: Mirror, slos: Sequence[Slo]) -> TwinView:
+def judged(view: TwinView, mirror: Mirror) -> TwinView:
     """The view with the mirror's errors in it, and with what is to be trusted marked in everything it shows."""
     trust = {kpi: KpiTrust(found.trusted, found.reason) for kpi, found in mirror.judge.trust.items()}
     observed = {score.kpi for score in mirror.scores} & trust.keys()
@@ -127,7 +131,7 @@ def judged(view: TwinView, mirror: Mirror, slos: Sequence[Slo]) -> TwinView:
         trusted=not reasons,
         untrusted_reasons=tuple(reasons),
         beside=tuple(replace(entry, trusted=_trusted(trust, entry.kpi)) for entry in view.beside),
-        outlook=view.outlook and _judged_outlook(view.outlook, trust, {s.name: _METRICS[s.metric][0] for s in slos}),
+        outlook=view.outlook and _judged_outlook(view.outlook, trust, {slo.name: slo.kpi for slo in view.slos}),
     )
 
 

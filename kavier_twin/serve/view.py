@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from kavier_twin.twin.replicas import Replica
+
 Quantiles = Mapping[float, float]
 """Quantile (0..1) over the simulated futures -> value."""
 
@@ -128,6 +130,17 @@ class Outlook:
 
 
 @dataclass(frozen=True)
+class SloLine:
+    """A service level objective on a KPI that is shown."""
+
+    name: str
+    kpi: str
+    statistic: str
+    threshold: float
+    higher_is_better: bool  # breached below the threshold
+
+
+@dataclass(frozen=True)
 class SourceState:
     """Where the records come from."""
 
@@ -184,9 +197,12 @@ class TwinView:
     trusted: bool = False  # of the KPIs observed, every one
     untrusted_reasons: tuple[str, ...] = ()
     source: str = "stream"  # what the mirror follows: a stream of requests, or "metrics" alone
+    replicas: tuple[Replica, ...] = ()
     caches: tuple[CacheBeside, ...] = ()
     sources: tuple[SourceState, ...] = ()
     forecasts: Mapping[str, int] = field(default_factory=dict)  # result -> cycles
+    every_seconds: float = math.nan  # between two forecasts
+    slos: tuple[SloLine, ...] = ()
     outlook: Outlook | None = None
     currency: str = ""  # of costs, ISO 4217; empty where no footprint is told
     notes: tuple[str, ...] = ()  # what a reader of these figures must know

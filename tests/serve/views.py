@@ -14,10 +14,12 @@ from kavier_twin.serve.view import (
     Outlook,
     PolicyOutlook,
     Predicted,
+    SloLine,
     SourceState,
     TwinView,
     WindowError,
 )
+from kavier_twin.twin.replicas import Replica
 
 QUANTILES = {0.1: 0.5, 0.5: 0.75, 0.9: 1.0}
 
@@ -80,6 +82,15 @@ def full_view(pool: str = "chat") -> TwinView:
         ),
         trust={"ttft_seconds": KpiTrust(True), "e2e_seconds": KpiTrust(False, "e2e_seconds: 20 % off")},
         untrusted_reasons=("e2e_seconds: 20 % off",),
+        replicas=(
+            Replica(0, "serving", 3, 1, 0.2, 0.8, 5, 500, 0),
+            Replica(1, "draining", 0, 0, 0.0, math.nan, 0, 0, 0),
+        ),
+        slos=(
+            SloLine("fast", "ttft_seconds", "p99", 1.0, False),
+            SloLine("cached", "prefix_cache_hit_ratio", "", 0.5, True),
+        ),
+        every_seconds=30.0,
         caches=(
             CacheBeside("vllm-0", "0", 0.95, both=380, only_mirrored=12, only_real=8, filled=350),
             CacheBeside("vllm-1", "0"),
@@ -92,5 +103,5 @@ def full_view(pool: str = "chat") -> TwinView:
     )
 
 
-def empty_view() -> TwinView:
-    return TwinView(pool="chat", version="1.2.3", unix_seconds=1.7e9)
+def empty_view(pool: str = "chat") -> TwinView:
+    return TwinView(pool=pool, version="1.2.3", unix_seconds=1.7e9)
