@@ -53,13 +53,15 @@ def draw_future(snapshot: Snapshot, horizon_seconds: float, seed: int | Sequence
     return draw_futures(snapshot, horizon_seconds, [seed])[0]
 
 
-def draw_futures(snapshot: Snapshot, horizon_seconds: float, seeds: Sequence[int | Sequence[int]]) -> list[Workload]:
-    """One `draw_future` per seed."""
+def draw_futures(
+    snapshot: Snapshot, horizon_seconds: float, seeds: Sequence[int | Sequence[int]], load: float = 1.0
+) -> list[Workload]:
+    """One `draw_future` per seed; requests arrive `load` times as often as foreseen."""
     recent = snapshot.recent
     if recent.index.size and not (recent.output > 0).any():
         recent = recent._replace(output=np.full_like(recent.output, _assumed_by_live(snapshot.fleet)))
     stream = read_stream(recent)
-    rate = arrival_rate(snapshot)
+    rate = load * arrival_rate(snapshot)
     futures = []
     for seed in seeds:
         arrivals_rng, rng = np.random.default_rng(seed).spawn(2)
