@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kavier_twin.forecast.executors import Executor
-from kavier_twin.forecast.futures import draw_futures, settle_lengths
+from kavier_twin.forecast.futures import Futures, settle_lengths
 from kavier_twin.forecast.load import arrival_rate
 from kavier_twin.forecast.measure import measure
 from kavier_twin.forecast.result import FailedPolicy, Forecast, Quantiles, Row
@@ -80,10 +80,10 @@ class Task(NamedTuple):
 
 def draw(snapshot: Snapshot, horizon_seconds: float, futures: int, seed: int, load: float = 1.0) -> list[Future]:
     """So many futures; the first ones of many are the few, and those of another load have the same presents."""
-    workloads = draw_futures(snapshot, horizon_seconds, [(seed, number, 0) for number in range(futures)], load)
+    futures_of = Futures(snapshot, horizon_seconds, load)
     return [
-        Future(_present(snapshot, np.random.default_rng((seed, number, 1))), workload)
-        for number, workload in enumerate(workloads)
+        Future(_present(snapshot, np.random.default_rng((seed, number, 1))), futures_of.draw((seed, number, 0)))
+        for number in range(futures)
     ]
 
 

@@ -230,12 +230,28 @@ class Fleet:
         number, slot = live.replica, live.slot
         while replica_kernels.set_output(self.state, number, slot, output_tokens, True) != request_kernels.OK:
             self.grow(request_kernels.GROW_ARENA)
+        self._take_back(live, output_tokens)
         if chain is not None:
             while replica_kernels.learn_chain(self.state, number, slot, chain, covered) != request_kernels.OK:
                 self.grow(request_kernels.GROW_ARENA)
         self._room_for_outcomes()
         replica_kernels.finish_now(self.state, number, slot, self.now_seconds)
         return self.state.outcomes[int(self.state.fleet["outcomes"][0]) - 1].copy()
+
+    def _take_back(self, live: Live, output_tokens: int) -> None:
+        """Blocks filled beyond the end were never real: freed like empty ones, they are the next to be handed out.
+
+        Left in the cache, where nothing could find them, they would push out what the real one still holds.
+        """
+        request = self.state.requests[live.replica, live.slot]
+        end = int(request["cells"] + request["chain_length"] + request["registered"])
+        real = (int(request["prompt"]) + output_tokens - 1) // self.settings.engine.block_size
+        if self.settings.engine.eviction == "lru" and real < request["registered"]:
+            surplus = self.state.arena[live.replica, end - int(request["registered"]) + real : end].astype(np.int64)
+            keys = self.state.blocks["key"][live.replica]
+            surplus = surplus[keys[surplus] == layout.PRIVATE]
+            keys[surplus] = layout.UNHASHED
+            self.state.requests["registered"][live.replica, live.slot] -= surplus.size
 
     def set_output(self, live: Live, output_tokens: int) -> None:
         """Change how many tokens a live request is expected to generate, at least what it has and what is in flight."""
