@@ -19,7 +19,8 @@ from kavier_twin.serve import assemble
 from kavier_twin.serve.view import Outlook, SourceState, TwinView
 from kavier_twin.simulation.policies import PolicyError, apply_overrides, hypothetical_reasons, vllm_flags
 from kavier_twin.simulation.settings import COEFFICIENTS, FleetSettings
-from kavier_twin.telemetry import EngineSample, RequestFinished, RequestRecord, TelemetryRecord
+from kavier_twin.telemetry import EngineSample, KvEventBatch, RequestFinished, RequestRecord, TelemetryRecord
+from kavier_twin.twin.cache_watch import CacheWatch
 from kavier_twin.twin.mirror import Mirror, MirrorSettings
 from kavier_twin.twin.snapshot import Snapshot
 
@@ -51,6 +52,7 @@ class PoolTwin:
         self.forecaster = Forecaster(forecast)
         self.what_if = WhatIf(self._snapshot, forecast.slos, forecast.workers)
         self.mirror = Mirror(mirror or MirrorSettings(), fleet, calibrated=calibrated)
+        self.caches = CacheWatch()
         self._ends = _HeldEnds()
         self._lock = Lock()
         self._event_clock = event_clock
@@ -73,9 +75,10 @@ class PoolTwin:
         """Ends taken in that the stream has not come to."""
         return self._ends.until(math.inf)
 
-    def resume(self, mirror: Mirror, ends: Iterable[RequestFinished]) -> None:
+    def resume(self, mirror: Mirror, ends: Iterable[RequestFinished], caches: CacheWatch) -> None:
         """Go on from another's state, before `start`."""
         self.mirror = mirror
+        self.caches = caches
         for end in ends:
             self._ends.hold(end)
 
@@ -105,6 +108,7 @@ class PoolTwin:
             if last - lateness < self.mirror.newest_seconds:  # rounded
                 last = math.nextafter(last, math.inf)
             self.mirror.advance(last if ended and math.isfinite(last) else None)
+            self.caches.follow(self.mirror.fleet, self._replica_of)
             self._behind = more
             self._tell_of_calibration()
 
@@ -135,6 +139,7 @@ class PoolTwin:
             step_time={name: getattr(settings.step_time, name) for name in COEFFICIENTS},
             exact_cache_ratio=mirror.fidelity.exact_cache_ratio(),
             beside=assemble.beside(mirror, self._reported.at(mirror.time_seconds)),
+            caches=assemble.caches(self.caches),
             sources=sources,
             forecasts={"succeeded": self.forecaster.cycles, "failed": self.forecaster.failures},
             outlook=self._outlook,
@@ -156,7 +161,13 @@ class PoolTwin:
             return
         if isinstance(record, EngineSample):
             self._reported.add(record)
+        if isinstance(record, KvEventBatch):
+            self.caches.take(record)
         self.mirror.ingest(record)
+
+    def _replica_of(self, _pod: str) -> int | None:
+        """The replica that mirrors a pod: known where there is one of each."""
+        return 0 if self.mirror.fleet.settings.replicas == 1 else None
 
     def _present(self) -> Mirror:
         """The mirror as of now: of a stream whose time is a clock's, moved on to where no record has come yet."""
