@@ -18,6 +18,7 @@ COMMANDS = (
     "demo",
     "run",
     "replay",
+    "whatif",
     "calibrate_power",
     "schema",
 )

@@ -15,6 +15,7 @@ from kavier_twin import __version__
 from kavier_twin.forecast.forecaster import Forecaster, ForecastSettings
 from kavier_twin.forecast.policy_set import in_force
 from kavier_twin.forecast.result import Forecast
+from kavier_twin.forecast.whatif import WhatIf
 from kavier_twin.serve import assemble
 from kavier_twin.serve.view import Outlook, SourceState, TwinView
 from kavier_twin.simulation.policies import Policy
@@ -53,6 +54,7 @@ class PoolTwin:
         forecast = forecast or ForecastSettings()
         self.fleet = fleet  # as configured
         self.forecaster = Forecaster(forecast)
+        self.what_if = WhatIf(self._snapshot, forecast.slos, forecast.workers)
         self.mirror = Mirror(mirror or MirrorSettings(), fleet, calibrated=calibrated)
         self.caches = CacheWatch()
         self._ends = _HeldEnds()
@@ -135,7 +137,7 @@ class PoolTwin:
         records, dropped = assemble.records(mirror, sum(sum(state.rejected.values()) for state in sources))
         settings = mirror.fleet.settings
         lag = max(0.0, mirror.newest_seconds - mirror.time_seconds) if math.isfinite(mirror.time_seconds) else math.nan
-        return TwinView(
+        view = TwinView(
             pool=self.name,
             version=__version__,
             unix_seconds=time.time(),
@@ -163,6 +165,7 @@ class PoolTwin:
             currency=settings.footprint.currency if settings.footprint else "",
             notes=self._notes,
         )
+        return assemble.judged(view, mirror)
 
     # --- the mirror -----------------------------------------------------------------------------------------------
 
