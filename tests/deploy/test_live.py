@@ -1,4 +1,4 @@
-"""A demo, scraped by a real Prometheus: every panel has data, and an alert on a forecast reaches a real Alertmanager."""
+"""A demo scraped by a real Prometheus: every panel has data, a forecast's alert reaches a real Alertmanager."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def _variables(live: Live, board: dict[str, Any]) -> dict[str, str]:
 
 def _query(live: Live, target: dict[str, Any], values: dict[str, str]) -> list[Any]:
     expression = _filled(target["expr"], values)
-    if target["instant"]:
+    if target.get("instant"):
         return _ask(live, "query", query=expression)
     now = time.time()
     return _ask(live, "query_range", query=expression, start=now - 60, end=now, step=1)
