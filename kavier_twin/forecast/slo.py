@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Final, Literal, get_args
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
 Metric = Literal[
@@ -39,11 +40,13 @@ class Slo(BaseModel):
     metric: Metric
     threshold: Annotated[float, Field(allow_inf_nan=False)]
 
+    def breaches(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+        """Which values of the metric break the objective. NaN, nothing observed, does not."""
+        return values < self.threshold if self.metric in _HIGHER_IS_BETTER else values > self.threshold
+
     def breached(self, value: float) -> bool:
-        """Whether this value of the metric breaks the objective. NaN, nothing observed, does not."""
-        if math.isnan(value):
-            return False
-        return value < self.threshold if self.metric in _HIGHER_IS_BETTER else value > self.threshold
+        """Whether this one does."""
+        return bool(self.breaches(np.array(value)))
 
 
 DEFAULT_SLOS = (
