@@ -75,13 +75,13 @@ class Forecaster:
             self._scheduler = None
 
     def _cycle(self, snapshot_source: Callable[[], Snapshot | None], publish: Callable[[Forecast], None]) -> None:
-        began = time.perf_counter()
+        began, settings = time.perf_counter(), self.settings
         try:
             snapshot = snapshot_source()
             if snapshot is None:
                 return
-            left = self.settings.cycle_seconds - (time.perf_counter() - began)
-            forecast = sweep_within(snapshot, self.settings, self._executor, left, self._stopping.is_set)
+            left = settings.cycle_seconds - (time.perf_counter() - began)
+            forecast = sweep_within(snapshot, settings, self._executor, left, self._stopping.is_set)
             seconds = time.perf_counter() - began
             publish(dataclasses.replace(forecast, duration_seconds=seconds))
             self._count(forecast, seconds)

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from kavier_twin.forecast.policy_set import refuse_doubles, with_today
 from kavier_twin.forecast.slo import DEFAULT_SLOS, Slo
 from kavier_twin.simulation.policies import DEFAULT_POLICIES, Policy
 
@@ -73,25 +74,16 @@ class ForecastSettings(_Settings):
     @field_validator("policies")
     @classmethod
     def _one_is_today(cls, policies: tuple[Policy, ...]) -> tuple[Policy, ...]:
-        _refuse_doubles([policy.name for policy in policies])
-        if all(policy.overrides for policy in policies):
-            raise ValueError("one policy without overrides is needed: today's, which the others are compared with")
-        return policies
+        return with_today(policies)
 
     @field_validator("slos")
     @classmethod
     def _by_name(cls, slos: tuple[Slo, ...]) -> tuple[Slo, ...]:
-        _refuse_doubles([slo.name for slo in slos])
+        refuse_doubles([slo.name for slo in slos])
         return slos
 
     @field_validator("objective")
     @classmethod
     def _each_once(cls, objective: tuple[Objective, ...]) -> tuple[Objective, ...]:
-        _refuse_doubles(list(objective))
+        refuse_doubles(list(objective))
         return objective
-
-
-def _refuse_doubles(names: list[str]) -> None:
-    doubles = sorted({name for name in names if names.count(name) > 1})
-    if doubles:
-        raise ValueError(f"names must differ, these occur more than once: {', '.join(doubles)}")

@@ -40,9 +40,14 @@ class Slo(BaseModel):
     metric: Metric
     threshold: Annotated[float, Field(allow_inf_nan=False)]
 
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether the objective is breached below its threshold."""
+        return self.metric in _HIGHER_IS_BETTER
+
     def breaches(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
         """Which values of the metric break the objective. NaN, nothing observed, does not."""
-        return values < self.threshold if self.metric in _HIGHER_IS_BETTER else values > self.threshold
+        return values < self.threshold if self.higher_is_better else values > self.threshold
 
     def breached(self, value: float) -> bool:
         """Whether this one does."""
