@@ -1,47 +1,25 @@
 """Future requests that resemble the recent ones: the same sharing of prefixes, the same course of sessions.
 
-Every arrival is, in the proportion seen recently, a first turn or a next turn. A first turn repeats a recent one:
-lengths, priority and the keys it shared with earlier requests; the rest of its content is new. A next turn repeats a
-recent next turn: the open session that most resembles the one continued then, in age and in length, goes on by a
-message of the same length; it keeps the keys of its last turn. An output length always comes with the prompt it was
-seen with.
+Every arrival is drawn after a recent request. One that came back to another, as a next turn, a repeated prompt or a
+branch, comes back to the open request most like that one, in age and in length, and goes on by a message of the same
+length: the time between uses is kept, which decides what a cache still has. A first turn keeps the steady prefix that
+its example has; the rest of its content is new. An output length always comes with the prompt it was seen with.
 """
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_left
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from kavier_twin.forecast.drawing import Examples, Nodes, draw_requests, fill_keys
 from kavier_twin.forecast.load import arrival_rate, poisson_arrivals
-from kavier_twin.forecast.stream import Stream, read_stream
+from kavier_twin.forecast.stream import read_stream
 from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.state import FREE
-from kavier_twin.simulation.workload import Workload, make_workload
+from kavier_twin.simulation.workload import Workload
 from kavier_twin.twin.snapshot import Snapshot
-
-Keys = npt.NDArray[np.uint64]
-
-_CANDIDATES = 8  # open sessions looked at on each side of the wanted age
-_SHORTEST_GAP_SECONDS = 1e-3
-_TOP_BIT = np.uint64(1 << 63)  # a chained key has it set and the low bits clear (kernels.blocks.chain_key)
-_LOW_BITS = np.uint64(1023)
-
-
-class Turn(NamedTuple):
-    """A request of a session as it is drawn. `keys` are those of its full hash blocks, `hash_tokens` tokens each."""
-
-    arrival: float
-    prompt: int
-    output: int  # 0: not known, it is in flight
-    keys: Keys
-    hash_tokens: int
-    priority: int
-    session: int
 
 
 def draw_future(snapshot: Snapshot, horizon_seconds: float, seed: int | Sequence[int]) -> Workload:
@@ -50,149 +28,102 @@ def draw_future(snapshot: Snapshot, horizon_seconds: float, seed: int | Sequence
     Deterministic in its arguments; a shorter horizon gives the beginning of a longer one. Empty if nothing arrived
     lately. Requests of an unknown length (none has finished yet) get one as `assumed_output` says.
     """
-    return draw_futures(snapshot, horizon_seconds, [seed])[0]
+    return Futures(snapshot, horizon_seconds).draw(seed)
 
 
 def draw_futures(snapshot: Snapshot, horizon_seconds: float, seeds: Sequence[int | Sequence[int]]) -> list[Workload]:
     """One `draw_future` per seed."""
-    recent = snapshot.recent
-    if recent.index.size and not (recent.output > 0).any():
-        recent = recent._replace(output=np.full_like(recent.output, _assumed_by_live(snapshot.fleet)))
-    stream = read_stream(recent)
-    rate = arrival_rate(snapshot)
-    futures = []
-    for seed in seeds:
+    futures = Futures(snapshot, horizon_seconds)
+    return [futures.draw(seed) for seed in seeds]
+
+
+class Futures:
+    """The futures of one snapshot: the recent stream is read once, each future drawn when it is asked for."""
+
+    def __init__(self, snapshot: Snapshot, horizon_seconds: float) -> None:
+        recent = snapshot.recent
+        if recent.index.size and not (recent.output > 0).any():
+            recent = recent._replace(output=np.full_like(recent.output, _assumed_by_live(snapshot.fleet)))
+        self._snapshot = snapshot
+        self._horizon_seconds = horizon_seconds
+        self._rate = arrival_rate(snapshot)
+        self._stream = read_stream(recent)
+        self._first_index = _first_free_index(snapshot)
+
+    def draw(self, seed: int | Sequence[int]) -> Workload:
+        """The future of this seed."""
+        snapshot, stream = self._snapshot, self._stream
         arrivals_rng, rng = np.random.default_rng(seed).spawn(2)
-        arrivals = poisson_arrivals(rate, snapshot.time_seconds, horizon_seconds, arrivals_rng)
-        drawing = _Drawing(stream, snapshot.fleet.settings.engine.max_model_len, rng)
-        turns = [drawing.next(float(time)) for time in arrivals]
-        futures.append(_workload(turns, _first_free_index(snapshot), snapshot.frontend_seconds))
-    return futures
-
-
-class _Drawing:
-    """Draws one future, request by request."""
-
-    def __init__(self, stream: Stream, max_model_len: int, rng: np.random.Generator) -> None:
-        self._stream = stream
-        self._max_model_len = max_model_len
-        self._rng = rng
-        self._next_session = 1 + max(0, int(stream.recent.session.max(initial=0)))
-        # Open sessions by the arrival of their last turn; the times apart, for bisection.
-        self._open = [_turn(stream, int(row)) for row in stream.open_rows]
-        self._ages = [turn.arrival for turn in self._open]
-
-    def next(self, arrival: float) -> Turn:
-        """The request that arrives then."""
-        turn = None
-        if self._rng.random() < self._stream.next_turn_ratio:
-            turn = self._next_turn(arrival)
-        if turn is None:
-            turn = self._first_turn(arrival)
-        if turn.hash_tokens:
-            self._open.append(turn)
-            self._ages.append(arrival)
-        return turn
-
-    def _first_turn(self, arrival: float) -> Turn:
-        stream = self._stream
-        row = self._pick(stream.first_turns)
-        seen = _turn(stream, row)
-        session = seen.session
-        if seen.hash_tokens:  # without content there is nothing to tell sessions by but their labels, which recur
-            session = self._next_session
-            self._next_session += 1
-        keys = self._extend(seen.keys[: stream.known[row]], seen.prompt, seen.output, seen.hash_tokens)
-        return seen._replace(arrival=arrival, keys=keys, session=session)
-
-    def _next_turn(self, arrival: float) -> Turn | None:
-        stream, recent = self._stream, self._stream.recent
-        if not stream.next_turns.size or not self._open:
-            return None
-        row = self._pick(stream.next_turns)
-        before = _turn(stream, int(stream.previous[row]))
-        place = self._most_alike(arrival, float(recent.arrival[row]) - before.arrival, before.prompt + before.output)
-        last = self._open[place]
-        message = int(recent.prompt[row]) - before.prompt - before.output
-        output = int(recent.output[row])
-        prompt = max(last.prompt + 1, last.prompt + (last.output or before.output) + message)
-        if prompt + output > self._max_model_len:
-            return None
-        del self._open[place], self._ages[place]
-        keys = last.keys
-        if stream.known[row] < before.keys.size and stream.known[row] < recent.prompt[row] // before.hash_tokens:
-            keys = keys[: last.prompt // last.hash_tokens]  # the output did not come back in the prompt
-        return last._replace(
-            arrival=arrival,
-            prompt=prompt,
-            output=output,
-            keys=self._extend(keys, prompt, output, last.hash_tokens),
-            priority=int(recent.priority[row]),
+        arrivals = poisson_arrivals(self._rate, snapshot.time_seconds, self._horizon_seconds, arrivals_rng)
+        n = stream.recent.index.size
+        if not n:
+            arrivals = arrivals[:0]
+        nodes = self._nodes(arrivals)
+        cumulative = np.cumsum(stream.weight)
+        examples = Examples(
+            cumulative=cumulative / cumulative[-1] if n else cumulative,
+            parent=stream.parent,
+            returns=stream.returns,
+            contained=stream.contained,
+            known=stream.known,
+            steady=stream.steady,
+        )
+        salt = rng.integers(0, 1 << 64, dtype=np.uint64)
+        next_session = 1 + max(0, int(stream.recent.session.max(initial=0)))
+        max_model_len = snapshot.fleet.settings.engine.max_model_len
+        draw_requests(nodes, n, examples, rng.random(arrivals.size), max_model_len, stream.covers_output, next_session)
+        starts = np.zeros(arrivals.size + 1, np.int64)
+        np.cumsum(nodes.keys[n:], out=starts[1:])
+        chain = np.empty(int(starts[-1]), np.uint64)
+        fill_keys(nodes, n, stream.recent.chain_starts, stream.recent.chain, starts, chain, salt)
+        return Workload(
+            index=np.arange(self._first_index, self._first_index + arrivals.size),
+            arrival=arrivals,
+            delivered=arrivals + snapshot.frontend_seconds,
+            prompt=nodes.prompt[n:],
+            output=nodes.output[n:],
+            priority=nodes.priority[n:],
+            session=nodes.session[n:],
+            held=np.zeros(arrivals.size, np.int8),
+            replica=np.full(arrivals.size, -1),
+            chain_starts=starts,
+            chain=chain,
+            hash_tokens=nodes.hash_tokens[n:],
+            covered=nodes.keys[n:] * nodes.hash_tokens[n:],
         )
 
-    def _most_alike(self, arrival: float, gap: float, length: int) -> int:
-        """Place of the open session whose last turn began about `gap` seconds ago and was about `length` long."""
-        gap = max(gap, _SHORTEST_GAP_SECONDS)
-        middle = bisect_left(self._ages, arrival - gap)
-        places = range(max(0, middle - _CANDIDATES), min(len(self._open), middle + _CANDIDATES))
+    def _nodes(self, arrivals: npt.NDArray[np.float64]) -> Nodes:
+        """The recent requests, and room for those that arrive at these times."""
+        stream, recent = self._stream, self._stream.recent
+        n = recent.index.size
 
-        def distance(place: int) -> float:
-            turn = self._open[place]
-            age = max(arrival - turn.arrival, _SHORTEST_GAP_SECONDS)
-            return abs(math.log(age / gap)) + abs(math.log((turn.prompt + turn.output) / length))
+        def with_room(column: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+            return np.concatenate([column, np.zeros(arrivals.size, np.int64)])
 
-        return min(places, key=distance)
-
-    def _extend(self, keys: Keys, prompt: int, output: int, hash_tokens: int) -> Keys:
-        """The chain of a request that begins with these keys; the rest is new content."""
-        if not hash_tokens:
-            return keys[:0]
-        kept = keys[: prompt // hash_tokens]
-        full = (prompt + output if self._stream.covers_output else prompt) // hash_tokens
-        fresh = self._rng.integers(0, 1 << 64, full - kept.size, dtype=np.uint64)
-        return np.concatenate([kept, (fresh | _TOP_BIT) & ~_LOW_BITS])
-
-    def _pick(self, rows: npt.NDArray[np.int64]) -> int:
-        return int(rows[int(self._rng.random() * rows.size)])
-
-
-def _turn(stream: Stream, row: int) -> Turn:
-    recent = stream.recent
-    return Turn(
-        arrival=float(recent.arrival[row]),
-        prompt=int(recent.prompt[row]),
-        output=int(recent.output[row]),
-        keys=stream.chain(row),
-        hash_tokens=int(recent.hash_tokens[row]),
-        priority=int(recent.priority[row]),
-        session=int(recent.session[row]),
-    )
+        numbers = np.arange(n + arrivals.size)
+        closed = np.ones(n, bool)
+        closed[stream.open_rows] = False
+        before, behind = numbers.copy(), numbers.copy()
+        before[:n] -= closed
+        behind[:n] += closed
+        return Nodes(
+            arrival=np.concatenate([recent.arrival, arrivals]),
+            prompt=with_room(recent.prompt),
+            output=with_room(recent.output),
+            keys=with_room(stream.full_keys),
+            hash_tokens=with_room(recent.hash_tokens),
+            priority=with_room(recent.priority),
+            session=with_room(recent.session),
+            source=with_room(numbers[:n]),
+            kept=with_room(stream.full_keys),
+            before=before,
+            behind=behind,
+        )
 
 
 def _first_free_index(snapshot: Snapshot) -> int:
     live = max((live.index for live in snapshot.fleet.live()), default=-1)
     return 1 + max(live, int(snapshot.recent.index.max(initial=-1)))
-
-
-def _workload(turns: list[Turn], first_index: int, frontend_seconds: float) -> Workload:
-    starts = np.zeros(len(turns) + 1, np.int64)
-    np.cumsum([turn.keys.size for turn in turns], out=starts[1:])
-    hash_tokens = np.array([turn.hash_tokens for turn in turns], np.int64)
-    workload = make_workload(
-        [turn.arrival for turn in turns],
-        [turn.prompt for turn in turns],
-        [turn.output for turn in turns],
-        hash_tokens=hash_tokens,
-        covered=np.diff(starts) * hash_tokens,
-        priority=[turn.priority for turn in turns],
-        session=[turn.session for turn in turns],
-        index=np.arange(first_index, first_index + len(turns)),
-    )
-    return workload._replace(
-        delivered=workload.arrival + frontend_seconds,
-        chain_starts=starts,
-        chain=np.concatenate([np.zeros(0, np.uint64), *(turn.keys for turn in turns)]),  # they are chained already
-    )
 
 
 # --- requests in flight -------------------------------------------------------------------------------------------

@@ -1,13 +1,21 @@
-"""What is to be learnt from the recent requests: which were next turns of which, and what they shared.
+"""What is to be learnt from the recent requests: which came back to which, what they shared, and after how long.
 
 Content tells it. Keys are chained, so two requests with a key in common share everything up to it, and what a request
-shares with any before it ends at one key, its deepest known one. If the request that had this key last is wholly
-contained, prompt to the last full key, this one is its next turn; otherwise it is a first turn that shares a prefix
-(a system prompt). Session labels, where given, decide the rest: turns of different sessions are not turns of one, and
-without labels the earlier request must have had content of its own to be known by.
+shares with any before it ends at one key, its deepest known one. The request that had this key last is its parent.
+There are two ways to share:
 
-The older half of the window serves to know what came before; the newer half is what futures are drawn from. Without
-that, a request whose past lies before the window would pass for one without a past.
+- *Steady* prefixes (system prompts): several first turns used them, over most of the window. Who uses one next does not
+  depend on who did last, so futures draw them by their popularity.
+- Everything else is a *return*: to a session (the parent is wholly contained, prompt to the last full key: a next
+  turn, or the same prompt again) or to a part of it (a branch: an edited message, a document asked about twice). How
+  long after the parent it came is what decides about a cache, so futures keep that time.
+
+Session labels, where given, decide whether a request that contains another is its next turn; without labels the earlier
+one must have had content of its own to be known by.
+
+A return after g seconds is only seen where the window reaches back g seconds: it stands for all requests that a window
+without a beginning would have shown (Horvitz and Thompson, 1952). Likewise a request without a parent is more surely a
+first turn late in the window than early.
 """
 
 from __future__ import annotations
@@ -20,26 +28,35 @@ import numpy.typing as npt
 from kavier_twin.simulation.workload import Workload
 
 Integers = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Flags = npt.NDArray[np.bool_]
+
+_STEADY_USERS = 3  # first turns that must have used a prefix, over half of the window at least, to call it steady
+_LONGEST_WEIGHT = 5.0  # one return stands for so many at most
+_UNSEEN_RATIO = 0.02  # returns per request that first turns may be mistaken for
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Recent requests, rows in order of arrival; a key covers `recent.hash_tokens` tokens."""
+    """Recent requests, n rows in order of arrival; a key covers `recent.hash_tokens` tokens."""
 
     recent: Workload
     full_keys: Integers  # [n] keys that cover their hash block whole (the last one of a prompt may not)
-    known: Integers  # [n] leading keys that an earlier request had
+    known: Integers  # [n] leading keys of the prompt that an earlier request had
+    steady: Integers  # [n] leading keys of the prompt that are a steady prefix
+    parent: Integers  # [n] the last row before it that had the deepest known key, -1: none
     previous: Integers  # [n] the row whose next turn this is, -1: a first turn
-    first_turns: Integers  # rows to draw first turns from: finished
-    next_turns: Integers  # rows to draw next turns from: finished
-    next_turn_ratio: float  # next turns per request
-    open_rows: Integers  # rows without a next turn yet
+    returns: Flags  # [n] comes back to its parent
+    contained: Flags  # [n] comes back to all of its parent's prompt
+    weight: Floats  # [n] requests of the stream that this one stands for; 0: in flight, no example for others
+    open_rows: Integers  # rows with content that no other contains yet
     covers_output: bool  # chains run over prompt and output
 
-    def chain(self, row: int) -> npt.NDArray[np.uint64]:
-        """The keys of a request's full hash blocks."""
-        start = int(self.recent.chain_starts[row])
-        return self.recent.chain[start : start + int(self.full_keys[row])]
+    @property
+    def return_ratio(self) -> float:
+        """Returns per request."""
+        total = float(self.weight.sum())
+        return float(self.weight[self.returns].sum()) / total if total else 0.0
 
 
 def read_stream(recent: Workload) -> Stream:
@@ -48,43 +65,82 @@ def read_stream(recent: Workload) -> Stream:
     hash_tokens = np.maximum(recent.hash_tokens, 1)
     full_keys = np.minimum(np.diff(recent.chain_starts), recent.covered // hash_tokens)
     prompt_keys = np.minimum(full_keys, recent.prompt // hash_tokens)
-    known, candidate = _known(recent, prompt_keys)
-    row = np.maximum(candidate, 0)
-    contained = (known >= prompt_keys[row]) & (recent.prompt > recent.prompt[row])
-    labelled = (recent.session >= 0) & (recent.session[row] >= 0)
-    own_content = prompt_keys[row] > known[row]
-    same_session = np.where(labelled, recent.session == recent.session[row], own_content)
-    previous = np.where((candidate >= 0) & contained & same_session, candidate, -1)
-    finished = recent.output > 0
-    newer = np.arange(n) >= n // 2
+    rows = np.repeat(np.arange(n), np.diff(recent.chain_starts))
+    order = np.argsort(recent.chain, kind="stable")  # equal keys in order of arrival
+    known, parent = _known(recent, prompt_keys, rows, order)
+    at = np.maximum(parent, 0)
+    contained = (parent >= 0) & (known >= prompt_keys[at])
+    labelled = (recent.session >= 0) & (recent.session[at] >= 0)
+    own_content = prompt_keys[at] > known[at]
+    same_session = np.where(labelled, recent.session == recent.session[at], own_content)
+    previous = np.where(contained & (recent.prompt > recent.prompt[at]) & same_session, parent, -1)
+    steady = np.minimum(_steady(recent, previous < 0, rows, order), prompt_keys)
+    returns = (previous >= 0) | (known > steady)
+    contained &= returns & (recent.prompt >= recent.prompt[at])
     continued = np.zeros(n, bool)
-    continued[previous[previous >= 0]] = True
-    first = finished & (previous < 0)
+    continued[parent[contained]] = True
     return Stream(
         recent=recent,
         full_keys=full_keys,
         known=known,
+        steady=steady,
+        parent=parent,
         previous=previous,
-        first_turns=_first_with_any(first & newer, first, finished),
-        next_turns=np.flatnonzero(finished & newer & (previous >= 0)),
-        next_turn_ratio=float((previous[newer] >= 0).mean()) if n else 0.0,
+        returns=returns,
+        contained=contained,
+        weight=_weights(recent.arrival, recent.output > 0, returns, np.where(returns, parent, -1)),
         open_rows=np.flatnonzero(~continued & (recent.hash_tokens > 0)),
         covers_output=bool((recent.covered > recent.prompt).any()),
     )
 
 
-def _first_with_any(*choices: npt.NDArray[np.bool_]) -> Integers:
-    return np.flatnonzero(next((choice for choice in choices if choice.any()), choices[-1]))
-
-
-def _known(recent: Workload, prompt_keys: Integers) -> tuple[Integers, Integers]:
+def _known(recent: Workload, prompt_keys: Integers, rows: Integers, order: Integers) -> tuple[Integers, Integers]:
     """How many leading keys of each prompt an earlier request had, and the last row before it that had the deepest."""
     n = recent.index.size
-    rows = np.repeat(np.arange(n), np.diff(recent.chain_starts))
-    order = np.argsort(recent.chain, kind="stable")  # equal keys in order of arrival
     earlier = np.full(rows.size, -1)
     same = recent.chain[order[1:]] == recent.chain[order[:-1]]
     earlier[order[1:][same]] = rows[order[:-1][same]]
     known = np.minimum(np.bincount(rows[earlier >= 0], minlength=n), prompt_keys)
     deepest = np.where(known > 0, recent.chain_starts[:-1] + known - 1, 0)
     return known, np.where(known > 0, earlier[deepest] if rows.size else -1, -1)
+
+
+def _steady(recent: Workload, first: Flags, rows: Integers, order: Integers) -> Integers:
+    """How many leading keys of each row are a steady prefix: `first` turns all over the window have them."""
+    n = recent.index.size
+    if not rows.size:
+        return np.zeros(n, np.int64)
+    users = order[first[rows[order]]]
+    keys, begins, counts = np.unique(recent.chain[users], return_index=True, return_counts=True)
+    begin, end = recent.arrival[rows[users[begins]]], recent.arrival[rows[users[begins + counts - 1]]]
+    half = (recent.arrival[-1] - recent.arrival[0]) / 2.0
+    steady = keys[(counts >= _STEADY_USERS) & (end - begin >= half)]
+    return np.bincount(rows[np.isin(recent.chain, steady)], minlength=n)
+
+
+def _weights(arrival: Floats, finished: Flags, returns: Flags, parent: Integers) -> Floats:
+    """How many requests each one stands for, returns by how rarely they can be seen; their sum is that of requests."""
+    n = arrival.size
+    if not n:
+        return np.zeros(0)
+    seen_since = arrival - arrival[0]  # ascending
+    gap = np.where(returns, arrival - arrival[np.maximum(parent, 0)], np.inf)
+    able = n - np.searchsorted(seen_since, gap, side="left")  # rows that could have seen such a return
+    weight = np.where(returns, np.minimum(n / np.maximum(able, 1), _LONGEST_WEIGHT), 0.0)
+    returning = min(float(weight.sum()) / n, 1.0)
+    returning = min(float(weight.sum()) / n, 1.0)
+    # A first turn is surely one where the window reaches back further than nearly all returns do; else take the newer
+    # half of them.
+    order = np.argsort(gap, kind="stable")
+    later = np.concatenate([np.cumsum(weight[order][::-1])[::-1], np.zeros(1)]) / n
+    unseen = later[np.searchsorted(gap[order], seen_since, side="right")]  # [n] returns after a longer gap, per request
+    first = np.flatnonzero(~returns & finished)
+    sure = np.zeros(n)
+    sure[first[(unseen[first] <= _UNSEEN_RATIO) | (np.arange(first.size) >= first.size // 2)]] = 1.0
+    result = np.zeros(n)
+    for group, share, value in ((returns, returning, weight), (~returns, 1.0 - returning, sure)):
+        examples = group & finished
+        total = float(value[examples].sum())
+        if total > 0.0:
+            result[examples] = value[examples] * (share * n / total)
+    return result

@@ -89,7 +89,7 @@ def test_lengths_and_rate_stay(stream: Workload, snapshot: Snapshot) -> None:
 
 def test_turns_stay_turns(snapshot: Snapshot) -> None:
     seen, drawn = read_stream(snapshot.recent), read_stream(draw_future(snapshot, 600.0, 1))
-    assert drawn.next_turn_ratio == pytest.approx(seen.next_turn_ratio, abs=0.06)
+    assert drawn.return_ratio == pytest.approx(seen.return_ratio, abs=0.06)
 
 
 def test_sessions_pause_as_long_as_they_did() -> None:

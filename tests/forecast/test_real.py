@@ -10,11 +10,16 @@ import pytest
 from connectors.traces import read_trace
 from forecast.streams import between, fleet_settings, hit_ratio, snapshot_at
 from kavier_twin.forecast.futures import draw_futures
-from kavier_twin.simulation.settings import EngineSettings
-from kavier_twin.simulation.workload import Workload, workload_of
+from kavier_twin.simulation.settings import EngineSettings, StepTime
+from kavier_twin.simulation.workload import Workload, take_rows, workload_of
+from kavier_twin.twin.snapshot import Snapshot
 from real_parts import require
 
 pytestmark = pytest.mark.real
+
+# Fast enough that nothing queues: what is tested is what the cache sees.
+FAST = StepTime(fixed=0.005, per_prefill_token=5e-6, per_decode_sequence=2e-5, per_context_token=1e-9)
+HALF_SECONDS = 1_800.0  # of the Mooncake trace, which ends at 3,537 s
 
 
 def trace(shared_data: Path, name: str) -> Workload:
@@ -23,26 +28,73 @@ def trace(shared_data: Path, name: str) -> Workload:
     return workload_of(read_trace(path).records)
 
 
-@pytest.mark.parametrize("name", ["chat-400", "shift-300"])  # at a rate that goes on; that of ramp-300 does not
+def mean_hit_ratio(snapshot: Snapshot, futures: list[Workload]) -> float:
+    return float(np.mean([hit_ratio(snapshot.fleet, future) for future in futures]))
+
+
+@pytest.mark.parametrize("name", ["chat-400", "chat-400-nocache", "shift-300"])
 def test_recordings_of_a_real_server(shared_data: Path, name: str) -> None:
-    path = shared_data / "vllm_recordings" / name
+    """Within a point on average over seven moments; at a single one the rest of the recording is a small sample."""
     stream = trace(shared_data, f"vllm_recordings/{name}")
-    told = read_trace(path).settings["engine"]
-    engine = {key: told[key] for key in EngineSettings.model_fields if key in told}
-    snapshot = snapshot_at(stream, fleet_settings(**engine), 120.0, 100.0)
-    went_on = between(stream, 120.0, 200.0)
-    real = hit_ratio(snapshot.fleet, went_on)
-    futures = draw_futures(snapshot, 80.0, range(4))
-    assert np.mean([hit_ratio(snapshot.fleet, future) for future in futures]) == pytest.approx(real, abs=0.03)
-    assert np.mean([future.output.mean() for future in futures]) == pytest.approx(went_on.output.mean(), rel=0.15)
+    told = read_trace(shared_data / "vllm_recordings" / name).settings["engine"]
+    engine = {key: told[key] for key in EngineSettings.model_fields if key in told} | {"prefix_caching": True}
+    end = float(stream.arrival[-1])
+    errors = []
+    for share in (0.40, 0.45, 0.50, 0.55, 0.60, 0.65, 0.70):
+        snapshot = snapshot_at(stream, fleet_settings(**engine), share * end, end)
+        went_on = between(stream, share * end, end)
+        futures = draw_futures(snapshot, (1.0 - share) * end, range(4))
+        errors.append(mean_hit_ratio(snapshot, futures) - hit_ratio(snapshot.fleet, went_on))
+        assert np.mean([future.output.mean() for future in futures]) == pytest.approx(went_on.output.mean(), rel=0.15)
+    assert abs(np.mean(errors)) < 0.01
+    assert np.abs(errors).max() < 0.025
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("num_gpu_blocks", [50_000, 200_000])
-def test_production_chat_without_session_labels(shared_data: Path, num_gpu_blocks: int) -> None:
-    """Caches that hold about twenty seconds and about eighty seconds of the stream."""
-    stream = trace(shared_data, "mooncake/conversation_trace.jsonl")
-    snapshot = snapshot_at(stream, fleet_settings(num_gpu_blocks=num_gpu_blocks, replicas=1), 2_400.0, 600.0)
-    real = hit_ratio(snapshot.fleet, between(stream, 2_400.0, 3_300.0))
-    futures = draw_futures(snapshot, 900.0, range(4))
-    assert np.mean([hit_ratio(snapshot.fleet, future) for future in futures]) == pytest.approx(real, abs=0.03)
+@pytest.fixture(scope="module")
+def mooncake(shared_data: Path) -> Workload:
+    """Production chat, without session labels."""
+    return trace(shared_data, "mooncake/conversation_trace.jsonl")
+
+
+def mooncake_at_half(stream: Workload, num_gpu_blocks: int) -> tuple[Snapshot, float]:
+    """The snapshot, and the hit ratio that the second half of the trace had behind it."""
+    settings = fleet_settings(num_gpu_blocks=num_gpu_blocks).model_copy(update={"step_time": FAST})
+    snapshot = snapshot_at(stream, settings, HALF_SECONDS, HALF_SECONDS)
+    return snapshot, hit_ratio(snapshot.fleet, between(stream, HALF_SECONDS, np.inf))
+
+
+CACHES = (100_000, 300_000, 1_000_000)
+"""Blocks: caches that hold about one minute, three and ten of the stream."""
+
+
+@pytest.mark.parametrize("num_gpu_blocks", CACHES)
+def test_the_second_half_of_production_chat(mooncake: Workload, num_gpu_blocks: int) -> None:
+    snapshot, real = mooncake_at_half(mooncake, num_gpu_blocks)
+    assert mean_hit_ratio(snapshot, draw_futures(snapshot, 1_737.0, range(4))) == pytest.approx(real, abs=0.02)
+
+
+def test_a_draw_without_returns_fails_that(mooncake: Workload) -> None:
+    """Steady prefixes by their popularity, everything behind them new: no sessions."""
+    for num_gpu_blocks in CACHES:
+        snapshot, real = mooncake_at_half(mooncake, num_gpu_blocks)
+        future = drawn_with_replacement(snapshot, draw_futures(snapshot, 1_737.0, [0])[0])
+        first_of_its_row = np.zeros(future.chain.size, bool)
+        first_of_its_row[future.chain_starts[:-1]] = True
+        new = np.random.default_rng(1).integers(1 << 63, 1 << 64, future.chain.size, dtype=np.uint64)
+        future = future._replace(chain=np.where(first_of_its_row, future.chain, new))
+        assert hit_ratio(snapshot.fleet, future) < real - 0.02
+
+
+@pytest.mark.parametrize("num_gpu_blocks", [100_000, 1_000_000])
+def test_a_draw_without_distances_fails_that(mooncake: Workload, num_gpu_blocks: int) -> None:
+    """Whole recent requests by their popularity. (Where its error changes sign it is right, as a stopped clock is.)"""
+    snapshot, real = mooncake_at_half(mooncake, num_gpu_blocks)
+    future = drawn_with_replacement(snapshot, draw_futures(snapshot, 1_737.0, [0])[0])
+    assert hit_ratio(snapshot.fleet, future) > real + 0.02
+
+
+def drawn_with_replacement(snapshot: Snapshot, future: Workload) -> Workload:
+    """Recent requests at the future's times, each independent of the one before."""
+    finished = np.flatnonzero(snapshot.recent.output > 0)
+    again = take_rows(snapshot.recent, np.random.default_rng(0).choice(finished, future.index.size))
+    return again._replace(index=future.index, arrival=future.arrival, delivered=future.delivered)
