@@ -19,6 +19,7 @@ import zlib
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Final
 
@@ -27,7 +28,8 @@ import numpy.typing as npt
 
 from kavier_twin.simulation.settings import EngineSettings
 from kavier_twin.telemetry import EngineSample, Histogram, RequestFinished, RequestSeen
-from kavier_twin.twin.calibration import Calibration, CalibrationError
+from kavier_twin.twin.calibration import CalibrationError
+from kavier_twin.twin.mirror import Mirror, MirrorSettings
 from kavier_twin.twin.reconstruct import finished_requests, restarted
 from kavier_twin.twin.step_log import Counted, calibrate_counters
 
@@ -39,7 +41,16 @@ KEPT_SAMPLES: Final = 200  # of each engine, to calibrate on
 SILENT_SECONDS: Final = 60.0  # after which an engine without a sample is not waited for
 CALIBRATE_EVERY_SECONDS: Final = 60.0
 _FEW_PROMPTS: Final = 20  # too few to have a mean of their own
+_NEVER: Final = 2**62
 _TAIL_FACTOR: Final = 1.5  # a value above the last limit of a histogram: so many times that limit
+
+
+def mirror_settings(settings: MirrorSettings) -> MirrorSettings:
+    """For a mirror that follows such a stream.
+
+    It is calibrated from outside (`MetricsStream.lead`), and replicas do not wait for an end that is no real one's.
+    """
+    return replace(settings, calibrate_after_requests=_NEVER, longest_hold_seconds=0.0)
 
 
 class MetricsStream:
@@ -70,33 +81,46 @@ class MetricsStream:
             events.append(heapq.heappop(self._ready)[3])
         return events
 
-    def calibration(self) -> Calibration | None:
-        """Step times fitted to the counters of the last samples, now and then; None where it is not time or too few."""
+    def lead(self, mirror: Mirror) -> None:
+        """Hand what is due to the mirror, and now and then step times fitted to the counters of the last samples.
+
+        Its own calibration needs requests whose durations are their own.
+        """
+        for event in self.due():
+            mirror.ingest(event)
         newest = max((e.last.time_seconds for e in self._engines.values() if e.last is not None), default=-math.inf)
         if newest < self._calibrated_seconds + CALIBRATE_EVERY_SECONDS:
-            return None
+            return
         self._calibrated_seconds = newest
         capacity = (self._settings.num_gpu_blocks - 1) * self._settings.block_size
         pairs = [pair for engine in self._engines.values() for pair in pairwise(engine.recent)]
         try:
-            return calibrate_counters(_counted(pairs, capacity))
+            found = calibrate_counters(
+                _counted(pairs, capacity), prior=mirror.settings.prior, floor=mirror.settings.floor
+            )
         except CalibrationError:
-            return None
+            return
+        queue = mirror.fidelity.scores().get("queue_seconds")
+        waited = queue.predicted_mean - queue.observed_mean if queue is not None else 0.0
+        mirror.calibration = replace(found, frontend_seconds=max(0.0, self._outside_seconds() - max(0.0, waited)))
+        mirror.use(found.step_time, mirror.calibration.frontend_seconds)
 
-    def frontend_seconds(self) -> float:
-        """Mean of the end-to-end latency that passed outside the engine, of requests that ended lately; 0 if unknown.
+    def _outside_seconds(self) -> float:
+        """Mean part of the end-to-end latency that queue, prefill and decode leave, of late; 0 if unknown.
 
-        It is what queue, prefill and decode leave of it: clocks and meanings in vLLM's v1/metrics/stats.py.
+        That is the frontend's, and the end of a step that was under way: an engine sees a request, and begins to
+        count its queue time, only between two steps (vLLM's v1/engine/core.py), where the simulation lets it queue.
         """
         total = count = 0.0
         for engine in self._engines.values():
             first, last = engine.recent[0], engine.recent[-1]
             names = ("e2e_seconds", "queue_seconds", "prefill_seconds", "decode_seconds")
             e2e, *inside = [risen(getattr(first, name), getattr(last, name)) for name in names]
-            if e2e is not None and all(part is not None for part in inside):
-                total += e2e.sum - sum(part.sum for part in inside if part is not None)
+            known = [part.sum for part in inside if part is not None]
+            if e2e is not None and len(known) == len(inside):
+                total += e2e.sum - sum(known)
                 count += e2e.count
-        return max(0.0, total / count) if count else 0.0
+        return total / count if count else 0.0
 
     def save(self) -> dict[str, Any]:
         """As JSON types."""
