@@ -42,15 +42,16 @@ SILENT_SECONDS: Final = 60.0  # after which an engine without a sample is not wa
 CALIBRATE_EVERY_SECONDS: Final = 60.0
 _FEW_PROMPTS: Final = 20  # too few to have a mean of their own
 _NEVER: Final = 2**62
+_LONGEST_HOLD_SECONDS: Final = 0.1  # less than beside real ends: these are off by as much as requests lie apart
 _TAIL_FACTOR: Final = 1.5  # a value above the last limit of a histogram: so many times that limit
 
 
 def mirror_settings(settings: MirrorSettings) -> MirrorSettings:
     """For a mirror that follows such a stream.
 
-    It is calibrated from outside (`MetricsStream.lead`), and replicas do not wait for an end that is no real one's.
+    It is calibrated from outside (`MetricsStream.lead`), and replicas hardly wait for ends that are no real ones.
     """
-    return replace(settings, calibrate_after_requests=_NEVER, longest_hold_seconds=0.0)
+    return replace(settings, calibrate_after_requests=_NEVER, longest_hold_seconds=_LONGEST_HOLD_SECONDS)
 
 
 class MetricsStream:
@@ -247,7 +248,7 @@ class _Engine:
         begun = risen(first.ttft_seconds, last.ttft_seconds)
         tokens = _rise(first.prompt_tokens, last.prompt_tokens)
         mean = tokens / begun.count if begun is not None and begun.count and tokens else None
-        if lengths is None:
+        if lengths is None or not lengths.sum:
             lengths = Histogram(sum=mean or 1.0, count=1.0)
         longest = self._settings.max_model_len - 2
         drawn = rng.permutation(quantiles(lengths, (np.arange(count) + rng.uniform(0.0, 1.0, count)) / max(count, 1)))
@@ -256,7 +257,7 @@ class _Engine:
         late = self._prompts_owed / (expected * max(count, _FEW_PROMPTS))
         scale = expected / typical * min(max(1.0 + late, 0.5), 2.0)
         found = [int(min(max(1, round(length * scale)), longest)) for length in drawn.tolist()]
-        if len(self.recent) > 1:
+        if len(self.recent) > 1 and last.prompt_tokens is not None:
             self._prompts_owed += _rise(self.recent[-2].prompt_tokens, last.prompt_tokens) - sum(found)
         return found
 
