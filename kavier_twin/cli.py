@@ -18,6 +18,7 @@ COMMANDS = (
     "kavier",
     "demo",
     "run",
+    "replay",
     "whatif",
     "calibrate_power",
     "schema",
