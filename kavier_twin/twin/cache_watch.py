@@ -37,10 +37,11 @@ class CacheWatch:
     A mirror without a past gets the blocks that an engine held when the mirror began (`fill`).
     """
 
-    def __init__(self, *, fill: bool = True) -> None:
+    def __init__(self, *, fill: bool = True, tolerance_seconds: float = TOLERANCE_SECONDS) -> None:
         self.compared: dict[Engine, Compared] = {}
         self.filled: dict[Engine, int] = {}  # blocks; of those not filled yet nothing
         self._fill = fill
+        self._tolerance_seconds = tolerance_seconds
         self._watched: dict[Engine, _Watched] = {}
         self._began_seconds = math.nan
         self._next_seconds = -math.inf
@@ -89,9 +90,9 @@ class CacheWatch:
             return
         self._next_seconds = now + EVERY_SECONDS
         for engine, watched in self._watched.items():
-            watched.apply_until(now - TOLERANCE_SECONDS)
+            watched.apply_until(now - self._tolerance_seconds)
             number = replica_of(engine[0])
-            share = None if number is None else watched.share(fleet.state, number, now + TOLERANCE_SECONDS)
+            share = None if number is None else watched.share(fleet.state, number, now + self._tolerance_seconds)
             if share is None:
                 self.compared.pop(engine, None)
             else:
