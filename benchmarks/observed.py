@@ -68,6 +68,7 @@ def mirror_beside_events(
 ) -> tuple[Mirror, list[float]]:
     """The mirror, and the agreement of the caches at each comparison."""
     mirror, batches, ratios = Mirror(MirrorSettings(), recording.fleet), list(recording.batches())[::-1], {}
+    mirror.on_start = lambda fleet: watch.begin(fleet, lambda _: 0)
     for event in recording.events(start, stop):
         while batches and batches[-1].time_seconds <= event.time_seconds:
             watch.take(batches.pop())
@@ -114,7 +115,7 @@ def late_start(recording: Recording) -> dict[str, object]:
 def metrics_only(recording: Recording, every: int) -> dict[str, object]:
     """Errors of the means, of the last 500 requests made up."""
     mirror = Mirror(mirror_settings(MirrorSettings()), recording.fleet)
-    stream, running = MetricsStream("default", recording.engine), []
+    stream = MetricsStream("default", recording.engine)
     for at, text in read_metrics(recording.path)[::every]:
         samples = engine_samples(
             parse_exposition(text),
@@ -126,12 +127,11 @@ def metrics_only(recording: Recording, every: int) -> dict[str, object]:
         )
         for sample in samples:
             stream.take(sample)
-            running.append(sample.requests_running or 0.0)
         stream.lead(mirror)
         mirror.advance()
     scores, counters = mirror.fidelity.scores(), mirror.counters()
     requests = len(recording.records)
-    span = mirror.time_seconds - recording.records[0].time_seconds
+    inside = sum(record.e2e_seconds or 0.0 for record in recording.records)  # running and waiting, by Little's law
     return {
         "recording": recording.path.name,
         "scrapes every s": 2 * every,
@@ -140,7 +140,7 @@ def metrics_only(recording: Recording, every: int) -> dict[str, object]:
         "TTFT": scores["ttft_seconds"].error_ratio,
         "e2e": scores["e2e_seconds"].error_ratio,
         "hit ratio (points)": scores["hit_ratio"].error_ratio,
-        "running": counters.running_seconds / span / float(np.mean(running)) - 1.0,
+        "running and waiting": (counters.running_seconds + counters.waiting_seconds) / inside - 1.0,
     }
 
 

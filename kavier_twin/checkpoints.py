@@ -16,6 +16,7 @@ from kavier_twin.telemetry import RequestFinished
 from kavier_twin.twin import checkpoint, mirror_state
 from kavier_twin.twin.cache_watch import CacheWatch
 from kavier_twin.twin.checkpoint import CheckpointError, Saved
+from kavier_twin.twin.power_watch import PowerWatch
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,8 @@ class Checkpoints:
             log.warning("checkpoint %d in %s: pool %s begins anew: %s", *self._place, pool.name, error)
             return False
         ends = [RequestFinished.model_validate(end) for end in document["ends"]]
-        pool.resume(mirror, ends, CacheWatch.restored(document["caches"]))
+        caches, power = CacheWatch.restored(document["caches"]), PowerWatch.restored(document["power"])
+        pool.resume(mirror, ends, caches, power)
         if pool.metrics and document["metrics"]:
             pool.metrics.restore(document["metrics"])
         log.info("pool %s goes on from checkpoint %d, %d requests finished", pool.name, self._sequence, mirror.finished)
@@ -91,6 +93,7 @@ class Checkpoints:
                 "mirror": mirror_state.save(pool.mirror).document,
                 "ends": ends,
                 "caches": pool.caches.save(),
+                "power": pool.power.save(),
                 "metrics": pool.metrics.save() if pool.metrics else None,
             }
             state = copy_state(pool.mirror.fleet.state)._asdict()

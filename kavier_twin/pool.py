@@ -20,10 +20,11 @@ from kavier_twin.serve import assemble
 from kavier_twin.serve.view import Outlook, SourceState, TwinView
 from kavier_twin.simulation.policies import Policy
 from kavier_twin.simulation.settings import COEFFICIENTS, FleetSettings
-from kavier_twin.telemetry import EngineSample, KvEventBatch, RequestFinished, RequestRecord, TelemetryRecord
+from kavier_twin.telemetry import EngineSample, GpuSample, KvEventBatch, RequestFinished, RequestRecord, TelemetryRecord
 from kavier_twin.twin.cache_watch import CacheWatch
 from kavier_twin.twin.metrics_stream import MetricsStream, mirror_settings
 from kavier_twin.twin.mirror import Mirror, MirrorSettings
+from kavier_twin.twin.power_watch import PowerWatch
 from kavier_twin.twin.replicas import replicas
 from kavier_twin.twin.snapshot import Snapshot
 
@@ -62,6 +63,8 @@ class PoolTwin:
         self.metrics = MetricsStream(mirror.pool, fleet.engine) if from_metrics else None
         self.mirror = Mirror(mirror_settings(mirror) if from_metrics else mirror, fleet, calibrated=calibrated)
         self.caches = CacheWatch()
+        self.power = PowerWatch()
+        self.mirror.on_start = lambda fleet: self.caches.begin(fleet, self._replica_of)
         self._ends = _HeldEnds()
         self._lock = Lock()
         self._event_clock = event_clock
@@ -84,10 +87,11 @@ class PoolTwin:
         """Ends taken in that the stream has not come to."""
         return self._ends.until(math.inf)
 
-    def resume(self, mirror: Mirror, ends: Iterable[RequestFinished], caches: CacheWatch) -> None:
+    def resume(self, mirror: Mirror, ends: Iterable[RequestFinished], caches: CacheWatch, power: PowerWatch) -> None:
         """Go on from another's state, before `start`."""
         self.mirror = mirror
         self.caches = caches
+        self.power = power
         for end in ends:
             self._ends.hold(end)
 
@@ -120,6 +124,7 @@ class PoolTwin:
                 last = math.nextafter(last, math.inf)
             self.mirror.advance(last if ended and math.isfinite(last) else None)
             self.caches.follow(self.mirror.fleet, self._replica_of)
+            self.power.follow(self.mirror.fleet)
             self._behind = more
             self._tell_of_calibration()
 
@@ -164,6 +169,8 @@ class PoolTwin:
             beside=assemble.beside(mirror, self._reported.at(mirror.time_seconds)),
             replicas=replicas(mirror),
             caches=assemble.caches(self.caches),
+            power=assemble.power(self.power, settings.footprint),
+            source="metrics" if self.metrics else "stream",
             sources=sources,
             forecasts={"succeeded": self.forecaster.cycles, "failed": self.forecaster.failures},
             every_seconds=self.forecaster.settings.every_seconds,
@@ -192,6 +199,8 @@ class PoolTwin:
                 self.metrics.take(record)
         if isinstance(record, KvEventBatch):
             self.caches.take(record)
+        if isinstance(record, GpuSample):
+            self.power.take(record)
         self.mirror.ingest(record)
 
     def _replica_of(self, _pod: str) -> int | None:

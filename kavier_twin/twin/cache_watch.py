@@ -21,6 +21,8 @@ _FEW_BLOCKS: Final = 32  # of which not one in common says that the stream's has
 
 Engine = tuple[str, str]
 """Pod, and data-parallel rank within it."""
+ReplicaOf = Callable[[str], int | None]
+"""Which replica mirrors a pod, None if none does."""
 
 
 class Compared(NamedTuple):
@@ -75,17 +77,19 @@ class CacheWatch:
         watch._watched = {(pod, rank): _Watched.restored(*rest) for pod, rank, *rest in saved["engines"]}
         return watch
 
-    def follow(self, fleet: Fleet, replica_of: Callable[[str], int | None]) -> None:
-        """Catch up with the mirrored fleet. `replica_of` tells which replica mirrors a pod, None if none does."""
+    def begin(self, fleet: Fleet, replica_of: ReplicaOf) -> None:
+        """The fleet is about to run its first request: fill its caches with what is known."""
+        self._began_seconds = fleet.now_seconds
+        if self._fill:
+            self._fill_those(fleet, replica_of, self.engines)
+
+    def follow(self, fleet: Fleet, replica_of: ReplicaOf) -> None:
+        """Catch up with the mirrored fleet."""
         now = fleet.now_seconds
         if not math.isfinite(now) or not self._watched:
             return
-        if math.isnan(self._began_seconds):
-            self._began_seconds = now
-        for engine, watched in self._watched.items():
-            number = replica_of(engine[0])
-            if self._fill and engine not in self.filled and number is not None and watched.knows(self._began_seconds):
-                self.filled[engine] = self._filled(fleet, number, watched)
+        if self._fill:  # what came too late to be there at the start
+            self._fill_those(fleet, replica_of, [e for e, w in self._watched.items() if w.knows(self._began_seconds)])
         if now < self._next_seconds:
             return
         self._next_seconds = now + EVERY_SECONDS
@@ -99,12 +103,16 @@ class CacheWatch:
                 few = min(share.both + share.only_mirrored, share.both + share.only_real) < _FEW_BLOCKS
                 self.compared[engine] = Compared(now, share, few or share.both > 0)
 
-    def _filled(self, fleet: Fleet, number: int, watched: _Watched) -> int:
-        watched.apply_until(self._began_seconds)
-        if fleet.settings.engine.eviction != FILLED:
-            return 0
-        have = set(cached_keys(fleet.state, number).tolist())
-        return fill_cache(fleet.state, number, [key for key in watched.view.keys_by_use() if key not in have])
+    def _fill_those(self, fleet: Fleet, replica_of: ReplicaOf, engines: Sequence[Engine]) -> None:
+        for engine in engines:
+            number = replica_of(engine[0])
+            if engine in self.filled or number is None or fleet.settings.engine.eviction != FILLED:
+                continue
+            watched = self._watched[engine]
+            watched.apply_until(self._began_seconds)
+            have = set(cached_keys(fleet.state, number).tolist())
+            missing = [key for key in watched.view.keys_by_use() if key not in have]
+            self.filled[engine] = fill_cache(fleet.state, number, missing)
 
 
 class _Watched:

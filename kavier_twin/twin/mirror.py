@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from copy import copy
 from dataclasses import dataclass
 from typing import Final
@@ -94,6 +94,7 @@ class Mirror:
         self.observed_ttft: deque[float] = deque(maxlen=500)
         self.observed_e2e: deque[float] = deque(maxlen=500)
         self.last_sample: EngineSample | None = None
+        self.on_start: Callable[[Fleet], None] | None = None  # gets the fleet before its first request
         self._stream = OrderedStream(settings.lateness_seconds)
         self._recent: dict[str, Seen] = {}  # by id, oldest first
         self._running: dict[str, Live] = {}
@@ -248,6 +249,8 @@ class Mirror:
 
     def _start(self, time_seconds: float) -> None:
         self.fleet = Fleet(self.fleet.settings, start_seconds=time_seconds)
+        if self.on_start is not None:
+            self.on_start(self.fleet)
 
     def _extend(self) -> None:
         """Requests that reached the length assumed for them go on: reality has not ended them."""
