@@ -68,13 +68,12 @@ def mirror_beside_events(
 ) -> tuple[Mirror, list[float]]:
     """The mirror, and the agreement of the caches at each comparison."""
     mirror, batches, ratios = Mirror(MirrorSettings(), recording.fleet), list(recording.batches())[::-1], {}
-    mirror.on_start = lambda fleet: watch.begin(fleet, lambda _: 0)
+    mirror.beside = lambda fleet: watch.follow(fleet, lambda _: 0)
     for event in recording.events(start, stop):
         while batches and batches[-1].time_seconds <= event.time_seconds:
             watch.take(batches.pop())
         mirror.ingest(event)
         mirror.advance()
-        watch.follow(mirror.fleet, lambda _: 0)
         ratios |= {compared.time_seconds: compared.share.ratio for compared in watch.compared.values()}
     return mirror, list(ratios.values())
 

@@ -18,6 +18,7 @@ from kavier_twin.forecast.result import Forecast
 from kavier_twin.forecast.whatif import WhatIf
 from kavier_twin.serve import assemble
 from kavier_twin.serve.view import Outlook, SourceState, TwinView
+from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.policies import Policy
 from kavier_twin.simulation.settings import COEFFICIENTS, FleetSettings
 from kavier_twin.telemetry import EngineSample, GpuSample, KvEventBatch, RequestFinished, RequestRecord, TelemetryRecord
@@ -64,7 +65,7 @@ class PoolTwin:
         self.mirror = Mirror(mirror_settings(mirror) if from_metrics else mirror, fleet, calibrated=calibrated)
         self.caches = CacheWatch()
         self.power = PowerWatch()
-        self.mirror.on_start = lambda fleet: self.caches.begin(fleet, self._replica_of)
+        self.mirror.beside = self._look_beside
         self._ends = _HeldEnds()
         self._lock = Lock()
         self._event_clock = event_clock
@@ -90,6 +91,7 @@ class PoolTwin:
     def resume(self, mirror: Mirror, ends: Iterable[RequestFinished], caches: CacheWatch, power: PowerWatch) -> None:
         """Go on from another's state, before `start`."""
         self.mirror = mirror
+        self.mirror.beside = self._look_beside
         self.caches = caches
         self.power = power
         for end in ends:
@@ -123,8 +125,6 @@ class PoolTwin:
             if last - lateness < self.mirror.newest_seconds:  # rounded
                 last = math.nextafter(last, math.inf)
             self.mirror.advance(last if ended and math.isfinite(last) else None)
-            self.caches.follow(self.mirror.fleet, self._replica_of)
-            self.power.follow(self.mirror.fleet)
             self._behind = more
             self._tell_of_calibration()
 
@@ -202,6 +202,10 @@ class PoolTwin:
         if isinstance(record, GpuSample):
             self.power.take(record)
         self.mirror.ingest(record)
+
+    def _look_beside(self, fleet: Fleet) -> None:
+        self.caches.follow(fleet, self._replica_of)
+        self.power.follow(fleet)
 
     def _replica_of(self, _pod: str) -> int | None:
         """The replica that mirrors a pod: known where there is one of each."""

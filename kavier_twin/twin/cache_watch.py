@@ -77,20 +77,16 @@ class CacheWatch:
         watch._watched = {(pod, rank): _Watched.restored(*rest) for pod, rank, *rest in saved["engines"]}
         return watch
 
-    def begin(self, fleet: Fleet, replica_of: ReplicaOf) -> None:
-        """The fleet is about to run its first request: fill its caches with what is known."""
-        self._began_seconds = fleet.now_seconds
-        if self._fill:
-            self._fill_those(fleet, replica_of, self.engines)
-
     def follow(self, fleet: Fleet, replica_of: ReplicaOf) -> None:
-        """Catch up with the mirrored fleet."""
-        now = fleet.now_seconds
-        if not math.isfinite(now) or not self._watched:
-            return
-        if self._fill:  # what came too late to be there at the start
-            self._fill_those(fleet, replica_of, [e for e, w in self._watched.items() if w.knows(self._began_seconds)])
-        if now < self._next_seconds:
+        """Catch up with the mirrored fleet. The first time, it is about to run its first request."""
+        now, ready = fleet.now_seconds, self.engines
+        if math.isnan(self._began_seconds):
+            self._began_seconds = now
+        else:  # what came too late to be there at the start
+            ready = [engine for engine in ready if self._watched[engine].knows(self._began_seconds)]
+        if self._fill:
+            self._fill_those(fleet, replica_of, ready)
+        if now < self._next_seconds or not self._watched:
             return
         self._next_seconds = now + EVERY_SECONDS
         for engine, watched in self._watched.items():

@@ -94,7 +94,8 @@ class Mirror:
         self.observed_ttft: deque[float] = deque(maxlen=500)
         self.observed_e2e: deque[float] = deque(maxlen=500)
         self.last_sample: EngineSample | None = None
-        self.on_start: Callable[[Fleet], None] | None = None  # gets the fleet before its first request
+        # Gets the fleet before its first request and at every second; not that of a fork.
+        self.beside: Callable[[Fleet], None] | None = None
         self._stream = OrderedStream(settings.lateness_seconds)
         self._recent: dict[str, Seen] = {}  # by id, oldest first
         self._running: dict[str, Live] = {}
@@ -169,6 +170,7 @@ class Mirror:
         twin._recent, twin._running = self._recent.copy(), self._running.copy()
         twin._pace = copy(self._pace)
         twin._is_fork = True
+        twin.beside = None
         return twin
 
     # --- what can be seen -----------------------------------------------------------------------------------------
@@ -243,14 +245,16 @@ class Mirror:
         self.gauges.record(second, self.load(), int(self.fleet.state.replicas["alive"].sum()))
         for pair in self.gauges.due(second):
             self.windows.add(*pair)
+        if self.beside is not None:
+            self.beside(self.fleet)
         if second % JUDGE_EVERY_SECONDS == 0:
             self.scores = self.windows.scores(second)
             self.judge.judge(self.scores)
 
     def _start(self, time_seconds: float) -> None:
         self.fleet = Fleet(self.fleet.settings, start_seconds=time_seconds)
-        if self.on_start is not None:
-            self.on_start(self.fleet)
+        if self.beside is not None:
+            self.beside(self.fleet)
 
     def _extend(self) -> None:
         """Requests that reached the length assumed for them go on: reality has not ended them."""

@@ -56,7 +56,7 @@ class PowerWatch:
     def follow(self, fleet: Fleet) -> None:
         """Catch up with the mirrored fleet; its power model is the fitted one from the first fit on."""
         now = fleet.now_seconds
-        if fleet.settings.footprint is None or not math.isfinite(now):
+        if fleet.settings.footprint is None:
             return
         if self._power is not None and fleet.settings.footprint.power != self._power:
             self._use(fleet, self._power)

@@ -63,14 +63,13 @@ def mirrored(
     events: list[RequestSeen | RequestFinished] = [record.seen() for record in records]
     events += [finished for record in records if (finished := record.finished()) is not None]
     mirror, compared, taken = Mirror(MirrorSettings(), FLEET), [], 0
-    mirror.on_start = lambda fleet: watch.begin(fleet, lambda _: 0)
+    mirror.beside = lambda fleet: watch.follow(fleet, lambda _: 0)
     for event in sorted(events, key=lambda event: event.time_seconds):
         while taken < len(batches) and batches[taken].time_seconds <= event.time_seconds:
             watch.take(batches[taken])
             taken += 1
         mirror.ingest(event)
         mirror.advance()
-        watch.follow(mirror.fleet, lambda _: 0)
         found = watch.compared.get(ENGINE)
         if found is not None and found not in compared[-1:]:
             compared.append(found)
