@@ -169,7 +169,7 @@ class PoolTwin:
             beside=assemble.beside(mirror, self._reported.at(mirror.time_seconds)),
             replicas=replicas(mirror),
             caches=assemble.caches(self.caches),
-            power=assemble.power(self.power, settings.footprint),
+            power=assemble.power(self.power, mirror),
             source="metrics" if self.metrics else "stream",
             sources=sources,
             forecasts={"succeeded": self.forecaster.cycles, "failed": self.forecaster.failures},

@@ -26,7 +26,6 @@ from kavier_twin.serve.view import (
     TwinView,
     WindowError,
 )
-from kavier_twin.simulation.footprint import Footprint
 from kavier_twin.twin.cache_watch import CacheWatch
 from kavier_twin.twin.fidelity import Score
 from kavier_twin.twin.mirror import Mirror
@@ -84,8 +83,9 @@ def caches(watch: CacheWatch) -> tuple[CacheBeside, ...]:
     return tuple(entries)
 
 
-def power(watch: PowerWatch, footprint: Footprint | None) -> PowerBeside | None:
+def power(watch: PowerWatch, mirror: Mirror) -> PowerBeside | None:
     """Watts of a GPU, mirrored beside observed."""
+    footprint = mirror.fleet.settings.footprint
     if footprint is None:
         return None
     model = footprint.power
