@@ -16,6 +16,7 @@ from kavier_twin.twin.kv_cache_view import CacheShare, KvCacheView
 
 EVERY_SECONDS: Final = 10.0  # of event time, between comparisons
 TOLERANCE_SECONDS: Final = 0.25
+FORGET_SECONDS: Final = 3_600.0  # without a batch of an engine that nothing mirrors any more
 MAX_PENDING_BATCHES: Final = 20_000  # of one engine: twice what vLLM keeps for replay
 _FEW_BLOCKS: Final = 32  # of which not one in common says that the stream's hashes are not vLLM's
 
@@ -46,7 +47,7 @@ class CacheWatch:
         self._tolerance_seconds = tolerance_seconds
         self._watched: dict[Engine, _Watched] = {}
         self._began_seconds = math.nan
-        self._next_seconds = -math.inf
+        self._due_seconds: dict[Engine, float] = {}  # of the next comparison
 
     @property
     def engines(self) -> list[Engine]:
@@ -86,18 +87,25 @@ class CacheWatch:
             ready = [engine for engine in ready if self._watched[engine].knows(self._began_seconds)]
         if self._fill:
             self._fill_those(fleet, replica_of, ready)
-        if now < self._next_seconds or not self._watched:
-            return
-        self._next_seconds = now + EVERY_SECONDS
-        for engine, watched in self._watched.items():
-            watched.apply_until(now - self._tolerance_seconds)
-            number = replica_of(engine[0])
-            share = None if number is None else watched.share(fleet.state, number, now + self._tolerance_seconds)
-            if share is None:
+        for engine, watched in list(self._watched.items()):
+            # Without a later batch, as of an idle engine, nobody knows whether all have come that belong to this time.
+            if now >= self._due_seconds.get(engine, -math.inf) and watched.knows(now + self._tolerance_seconds):
+                self._due_seconds[engine] = now + EVERY_SECONDS
+                self._compare(fleet.state, replica_of(engine[0]), engine, now)
+            elif replica_of(engine[0]) is None and watched.newest_seconds < now - FORGET_SECONDS:
+                del self._watched[engine]
+                self._due_seconds.pop(engine, None)
                 self.compared.pop(engine, None)
-            else:
-                few = min(share.both + share.only_mirrored, share.both + share.only_real) < _FEW_BLOCKS
-                self.compared[engine] = Compared(now, share, few or share.both > 0)
+
+    def _compare(self, state: FleetState, number: int | None, engine: Engine, now: float) -> None:
+        watched = self._watched[engine]
+        watched.apply_until(now - self._tolerance_seconds)
+        share = None if number is None else watched.share(state, number, now + self._tolerance_seconds)
+        if share is None:
+            self.compared.pop(engine, None)
+        else:
+            few = min(share.both + share.only_mirrored, share.both + share.only_real) < _FEW_BLOCKS
+            self.compared[engine] = Compared(now, share, few or share.both > 0)
 
     def _fill_those(self, fleet: Fleet, replica_of: ReplicaOf, engines: Sequence[Engine]) -> None:
         for engine in engines:
@@ -116,9 +124,11 @@ class _Watched:
 
     def __init__(self) -> None:
         self.view = KvCacheView()
+        self.newest_seconds = -math.inf
         self._pending: deque[KvEventBatch] = deque()
 
     def add(self, batch: KvEventBatch) -> None:
+        self.newest_seconds = batch.time_seconds
         self._pending.append(batch)
         if len(self._pending) > MAX_PENDING_BATCHES:  # the mirror is far behind: rather ahead of it than without end
             self.view.apply(self._pending.popleft())
@@ -131,12 +141,13 @@ class _Watched:
     def restored(cls, view: dict[str, Any], pending: list[dict[str, Any]]) -> _Watched:
         watched = cls()
         watched.view = KvCacheView.restored(view)
-        watched._pending.extend(map(KvEventBatch.model_validate, pending))
+        for batch in map(KvEventBatch.model_validate, pending):
+            watched.add(batch)
         return watched
 
     def knows(self, time_seconds: float) -> bool:
         """Whether all batches up to a time have come: a later one has."""
-        return bool(self._pending) and self._pending[-1].time_seconds > time_seconds
+        return self.newest_seconds > time_seconds
 
     def apply_until(self, time_seconds: float) -> None:
         while self._pending and self._pending[0].time_seconds <= time_seconds:
