@@ -69,6 +69,8 @@ class MirrorConfig(_Settings):
     calibrate_after_requests: Annotated[int, Field(ge=30)] = _MIRROR.calibrate_after_requests
     recalibrate_every_requests: Annotated[int, Field(ge=1)] = _MIRROR.recalibrate_every_requests
     give_up_seconds: PositiveSeconds = _MIRROR.give_up_seconds
+    pod_silent_seconds: PositiveSeconds = _MIRROR.pod_silent_seconds
+    most_replicas: Annotated[int, Field(ge=1)] = _MIRROR.most_replicas
 
     def settings(self, pool: str) -> MirrorSettings:
         """As the mirror takes it."""

@@ -164,7 +164,9 @@ def _stream(view: TwinView) -> Iterator[Metric]:
     yield _counter(
         "requests_dropped",
         "Requests that the mirror could not follow since the start: unknown_request (a finish without an arrival), "
-        "never_finished (no finish record came in time).",
+        "never_finished (no finish record came in time), replica_restarted (their pod began anew before they ended), "
+        "not_simulated (gone from the simulation before their end was told: lost in a restart, or refused), "
+        "too_many_pods (they went where the router said).",
         ["pool", "reason"],
         [([view.pool, reason], count) for reason, count in sorted(view.dropped.items())],
     )

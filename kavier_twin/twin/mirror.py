@@ -39,6 +39,7 @@ from kavier_twin.telemetry import (
 from kavier_twin.twin.calibration import Calibration, CalibrationError, Observed, calibrate
 from kavier_twin.twin.fidelity import Fidelity
 from kavier_twin.twin.pace import Pace
+from kavier_twin.twin.pods import Pods, PodSeen
 from kavier_twin.twin.snapshot import Snapshot
 from kavier_twin.twin.stream import OrderedStream
 
@@ -59,6 +60,8 @@ class MirrorSettings:
     prior: StepTime | None = None  # where calibration stays unless the stream says otherwise (`fit`)
     floor: StepTime | None = None  # what it cannot go below
     give_up_seconds: float = 3_600.0  # a request without a finish record for so long is dropped
+    pod_silent_seconds: float = 300.0  # a pod of which nothing is heard for so long, while others are, leaves
+    most_replicas: int = 256  # pods beyond are not mirrored, which bounds the memory
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,8 @@ class Mirror:
         self.observed_ttft: deque[float] = deque(maxlen=500)
         self.observed_e2e: deque[float] = deque(maxlen=500)
         self.last_sample: EngineSample | None = None
+        self.configured_replicas = fleet.replicas
+        self.pods = Pods(fleet.replicas, settings.pod_silent_seconds, settings.most_replicas)
         self._stream = OrderedStream(settings.lateness_seconds)
         self._recent: dict[str, Seen] = {}  # by id, oldest first
         self._running: dict[str, Live] = {}
@@ -99,6 +104,8 @@ class Mirror:
         """Take one record in; what became of it is counted in `ingested`."""
         if isinstance(record, EngineSample):
             self.last_sample = record
+            if record.pod:
+                self._stream.offer_sighting(PodSeen.of(record))
         if isinstance(record, EngineSample | GpuSample | KvEventBatch):  # observed beside the simulation
             self.ingested["accepted"] += 1
             return
@@ -133,8 +140,11 @@ class Mirror:
             self._drop_the_lost()
             if isinstance(event, RequestSeen):
                 self._arrive(event)
-            else:
+            elif isinstance(event, RequestFinished):
                 self._finish(event)
+            else:
+                self._sight(event)
+            self.pods.leave_the_silent(self.fleet, self.time_seconds)
         # Only events and the caller's clock move the fleet: where a step is cut must not depend on the order in which
         # records happened to come, lest it round differently.
         if now_seconds is not None and math.isfinite(self.time_seconds):
@@ -155,6 +165,7 @@ class Mirror:
         twin._stream = self._stream.fork(ends)
         twin._recent, twin._running = self._recent.copy(), self._running.copy()
         twin._pace = copy(self._pace)
+        twin.pods = self.pods.copy()
         twin._is_fork = True
         return twin
 
@@ -186,7 +197,8 @@ class Mirror:
 
     def load(self) -> tuple[int, int, float]:
         """Running and waiting requests and KV usage (0..1) of the mirrored fleet now."""
-        replicas, engines = self.fleet.state.replicas, self.fleet.state.engines
+        there = self.fleet.state.replicas["alive"] == 1
+        replicas, engines = self.fleet.state.replicas[there], self.fleet.state.engines[there]
         usable = int((engines["num_blocks"] - 1).sum())
         used = usable - int(replicas["free_blocks"].sum())
         return int(replicas["running"].sum()), int((replicas["waiting"] + replicas["loading"]).sum()), used / usable
@@ -236,12 +248,34 @@ class Mirror:
         if len(self._recent) > self.settings.recent_requests:
             del self._recent[next(iter(self._recent))]
         self._next_index += 1
-        workload = _arrival(seen, self._assumed_output(seen), self._next_index)
+        replica = self.pods.serve(self.fleet, self.time_seconds, seen.pod) if seen.pod else -1
+        if replica < 0 and seen.pod:
+            self.ingested["too_many_pods"] += 1
+        workload = _arrival(seen, self._assumed_output(seen), self._next_index, replica)
         delivered = workload._replace(delivered=np.maximum(workload.arrival + self.frontend_seconds, self.time_seconds))
         # The frontend's time passes before the scheduler sees it; events in between have their own turn.
         replica, slot = map(int, self.fleet.deliver(delivered, 0, 1)[0])
         if slot >= 0:
             self._running[seen.id] = Live(self._next_index, replica, slot)
+
+    def _sight(self, seen: PodSeen) -> None:
+        """A pod's metrics: one that restarted lost its cache and the requests that it had."""
+        restart = self.pods.sighted(self.fleet, seen)
+        if restart is None:
+            return
+        requests = self.fleet.state.requests[restart.replica]
+        names = {live.index: name for name, live in self._running.items() if live.replica == restart.replica}
+        again = [i for i, n in names.items() if requests[self._running[n].slot]["arrival"] >= restart.since_seconds]
+        for live in self.fleet.restart(restart.replica, again):
+            self._running[names.pop(live.index)] = live
+        for name in names.values():
+            del self._running[name]
+        self.ingested["replica_restarted"] += len(names)
+
+    def _is_there(self, live: Live) -> bool:
+        """Whether it runs: one that grew until the cache could not hold it has ended, and its slot is another's."""
+        request = self.fleet.state.requests[live.replica, live.slot]
+        return bool(request["state"] != FREE and request["index"] == live.index)
 
     def _assumed_output(self, seen: RequestSeen) -> int:
         assumed = max(_FIRST_GUESS_OUTPUT_TOKENS, 2 * self._longest_output)
@@ -250,12 +284,21 @@ class Mirror:
     def _finish(self, finished: RequestFinished) -> None:
         entry = self._recent.get(finished.id)
         live = self._running.pop(finished.id, None)
-        if entry is None or live is None:
+        if live is None and (entry is None or entry.finished is not None):
             self.ingested["unknown_request"] += 1
             return
-        self._recent[finished.id] = Seen(entry.seen, finished)
         self.finished += 1
         self._longest_output = max(self._longest_output, finished.output_tokens)
+        if entry is not None:
+            self._recent[finished.id] = Seen(entry.seen, finished)
+        if live is None or not self._is_there(live):
+            self.ingested["not_simulated"] += 1
+            return
+        self.pods.ended(self.time_seconds, live.replica)
+        if entry is None:  # so long ago that its content is forgotten
+            self.fleet.finish(live, finished.output_tokens, None, 0)
+            self.fleet.collect()
+            return
         self._score(entry.seen, finished, live)
         self._correct(entry.seen, finished, live)
         self._pace.apply(self.fleet)
@@ -303,6 +346,9 @@ class Mirror:
         oldest = self.time_seconds - self.settings.give_up_seconds
         while self._running:
             identity, live = next(iter(self._running.items()))
+            if not self._is_there(live):
+                del self._running[identity]
+                continue
             request = self.fleet.state.requests[live.replica, live.slot]
             if request["arrival"] > oldest:
                 return
@@ -361,8 +407,8 @@ def _whole(seen: RequestSeen, finished: RequestFinished) -> RequestRecord:
     )
 
 
-def _arrival(seen: RequestSeen, assumed_output: int, index: int) -> Workload:
-    """One held request whose output nobody knows yet."""
+def _arrival(seen: RequestSeen, assumed_output: int, index: int, replica: int) -> Workload:
+    """One held request whose output nobody knows yet. `replica` -1: the router decides."""
     known = min(len(seen.block_hashes) * (seen.block_tokens or 0), seen.prompt_tokens)
     return make_workload(
         [seen.time_seconds],
@@ -376,6 +422,7 @@ def _arrival(seen: RequestSeen, assumed_output: int, index: int) -> Workload:
         # The same number for the same session in every process, so that a router keeps its sessions.
         session=-index if seen.session is None else zlib.crc32(seen.session.encode()),
         held=1,
+        replica=replica,
         index=index,
     )
 

@@ -14,10 +14,12 @@ from copy import copy
 from typing import Any, Final
 
 from kavier_twin.telemetry import RequestFinished, RequestSeen
+from kavier_twin.twin.pods import PodSeen
 
 REMEMBERED_IDS: Final = 200_000  # how many record identities are kept to recognise duplicates
+MAX_SIGHTINGS: Final = 10_000  # of pods, that wait while no request comes; the oldest are dropped
 
-Event = RequestSeen | RequestFinished
+Event = RequestSeen | RequestFinished | PodSeen
 
 
 class OrderedStream:
@@ -26,7 +28,8 @@ class OrderedStream:
     def __init__(self, lateness_seconds: float, remembered_ids: int = REMEMBERED_IDS) -> None:
         self._lateness_seconds = lateness_seconds
         self._remembered_ids = remembered_ids
-        self._heap: list[tuple[float, int, str, Event]] = []
+        self._heap: list[tuple[float, int, str, RequestSeen | RequestFinished]] = []
+        self._sightings: list[PodSeen] = []  # a heap
         self._known: OrderedDict[tuple[str, str], None] = OrderedDict()
         self.newest_seconds = -math.inf
         self._floor_seconds = -math.inf
@@ -41,7 +44,7 @@ class OrderedStream:
         """Records not yet due."""
         return len(self._heap)
 
-    def offer(self, event: Event) -> str:
+    def offer(self, event: RequestSeen | RequestFinished) -> str:
         """Take a record in. Returns what became of it: "accepted", "duplicate" or "late"."""
         identity = (event.kind, event.id)
         if identity in self._known:
@@ -55,10 +58,16 @@ class OrderedStream:
         self.newest_seconds = max(self.newest_seconds, event.time_seconds)
         return "accepted"
 
-    def fork(self, more: Iterable[Event] = ()) -> OrderedStream:
+    def offer_sighting(self, seen: PodSeen) -> None:
+        """Take in what metrics say of a pod. It does not move the watermark; what comes behind it is void."""
+        if seen.time_seconds >= self.watermark_seconds:
+            push = heapq.heappush if len(self._sightings) < MAX_SIGHTINGS else heapq.heappushpop
+            push(self._sightings, seen)
+
+    def fork(self, more: Iterable[RequestSeen | RequestFinished] = ()) -> OrderedStream:
         """A copy that hands out what is buffered and `more`; nothing may be offered to it."""
         twin = copy(self)
-        twin._heap = self._heap.copy()
+        twin._heap, twin._sightings = self._heap.copy(), self._sightings.copy()
         added = set()  # each once here too: of one id and time, the heap could not tell which comes first
         for event in more:
             identity = (event.kind, event.id)
@@ -72,6 +81,7 @@ class OrderedStream:
         return {
             "buffered": [entry[3].model_dump(mode="json", exclude_defaults=True) for entry in sorted(self._heap)],
             "kinds": [entry[3].kind for entry in sorted(self._heap)],
+            "sightings": sorted(self._sightings),
             "known": list(self._known),
             "newest_seconds": self.newest_seconds,
             "floor_seconds": self._floor_seconds,
@@ -85,6 +95,7 @@ class OrderedStream:
         }
         events = [models[kind].model_validate(e) for kind, e in zip(saved["kinds"], saved["buffered"], strict=True)]
         self._heap = [_entry(event) for event in events]  # sorted, which is a heap
+        self._sightings = [PodSeen(*seen) for seen in saved["sightings"]]
         self._known = OrderedDict((tuple(identity), None) for identity in saved["known"])
         self.newest_seconds = saved["newest_seconds"]
         self._floor_seconds = saved["floor_seconds"]
@@ -95,12 +106,17 @@ class OrderedStream:
 
     def due(self) -> list[Event]:
         """Records the watermark has passed, in event-time order."""
-        events = []
-        while self._heap and self._heap[0][0] <= self.watermark_seconds:
+        events: list[Event] = []
+        watermark = self.watermark_seconds
+        while self._heap and self._heap[0][0] <= watermark:
+            while self._sightings and self._sightings[0].time_seconds <= self._heap[0][0]:
+                events.append(heapq.heappop(self._sightings))
             events.append(heapq.heappop(self._heap)[3])
+        while self._sightings and self._sightings[0].time_seconds <= watermark:
+            events.append(heapq.heappop(self._sightings))
         return events
 
 
-def _entry(event: Event) -> tuple[float, int, str, Event]:
+def _entry(event: RequestSeen | RequestFinished) -> tuple[float, int, str, RequestSeen | RequestFinished]:
     # At equal times a request is seen before it finishes.
     return event.time_seconds, 0 if isinstance(event, RequestSeen) else 1, event.id, event
