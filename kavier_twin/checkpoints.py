@@ -14,6 +14,7 @@ from kavier_twin.pool import PoolTwin
 from kavier_twin.simulation.state import copy_state
 from kavier_twin.telemetry import RequestFinished
 from kavier_twin.twin import checkpoint, mirror_state
+from kavier_twin.twin.cache_watch import CacheWatch
 from kavier_twin.twin.checkpoint import CheckpointError, Saved
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,8 @@ class Checkpoints:
         except CheckpointError as error:
             log.warning("checkpoint %d in %s: pool %s begins anew: %s", *self._place, pool.name, error)
             return False
-        pool.resume(mirror, [RequestFinished.model_validate(end) for end in document["ends"]])
+        ends = [RequestFinished.model_validate(end) for end in document["ends"]]
+        pool.resume(mirror, ends, CacheWatch.restored(document["caches"]))
         log.info("pool %s goes on from checkpoint %d, %d requests finished", pool.name, self._sequence, mirror.finished)
         return True
 
@@ -83,7 +85,11 @@ class Checkpoints:
         arrays: dict[str, Any] = {}
         for pool in pools:
             ends = [end.model_dump(mode="json", exclude_defaults=True) for end in pool.held_ends]
-            documents[pool.name] = {"mirror": mirror_state.save(pool.mirror).document, "ends": ends}
+            documents[pool.name] = {
+                "mirror": mirror_state.save(pool.mirror).document,
+                "ends": ends,
+                "caches": pool.caches.save(),
+            }
             state = copy_state(pool.mirror.fleet.state)._asdict()
             arrays |= {f"{pool.name}/{name}": array for name, array in state.items()}
         return Saved({"pools": documents, "positions": positions}, arrays)

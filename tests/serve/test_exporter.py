@@ -14,7 +14,7 @@ from kavier_twin.serve.view import TwinView
 from real_parts import promtool
 from serve.views import empty_view, full_view
 
-UNITS = ("seconds", "ratio", "total", "records", "requests", "futures", "per_second", "info", "watts")
+UNITS = ("seconds", "ratio", "total", "records", "blocks", "requests", "futures", "per_second", "info", "watts")
 UNITS += ("joules_per_million_tokens", "grams_per_million_tokens", "cost_per_million_tokens")
 # Counts of things in their own unit, and flags.
 WITHOUT_UNIT = ("source_up", "_running", "_waiting", "_preemptions", "_rejected", "_calibrated", "_best_policy")
@@ -128,3 +128,11 @@ def test_labels_are_escaped() -> None:
     assert found == 1.1
     read = next(family for family in parse(text_of(view)) if family.name == "kavier_twin_pace_ratio")
     assert read.samples[0].labels["pool"] == view.pool
+
+
+def test_caches_are_shown_where_they_are_known() -> None:
+    engine = {"pod": "vllm-0", "engine": "0"}
+    assert value(full_view(), "kavier_twin_kv_cache_agreement_ratio", **engine) == 0.95
+    assert value(full_view(), "kavier_twin_kv_cache_blocks", where="only_real", **engine) == 8
+    assert value(full_view(), "kavier_twin_kv_cache_filled_blocks", **engine) == 350
+    assert value(full_view(), "kavier_twin_kv_cache_agreement_ratio", pod="vllm-1", engine="0") is None
