@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import zlib
 from collections import Counter, deque
-from collections.abc import Iterable
 from copy import copy
 from dataclasses import dataclass
 from typing import Final
@@ -41,7 +40,7 @@ from kavier_twin.twin.fidelity import Fidelity
 from kavier_twin.twin.pace import Pace
 from kavier_twin.twin.pods import Pods, PodSeen
 from kavier_twin.twin.snapshot import Snapshot
-from kavier_twin.twin.stream import OrderedStream
+from kavier_twin.twin.stream import MAX_JUMP_SECONDS, OrderedStream
 
 _FIRST_GUESS_OUTPUT_TOKENS: Final = 512
 _LONGEST_HOLD_SECONDS: Final = 0.5
@@ -114,12 +113,14 @@ class Mirror:
             self.ingested["accepted"] += 1
             return
         if isinstance(record, RequestRecord):
-            self.ingested[self._stream.offer(record.seen())] += 1
+            self.ingested.update(self._stream.offer(record.seen()))
             finished = record.finished()
-            if finished is not None:
-                self.ingested[self._stream.offer(finished)] += 1
+            if finished is not None and finished.time_seconds - record.time_seconds > self.settings.give_up_seconds:
+                self.ingested["future_time"] += 1  # it would have been given up by then
+            elif finished is not None:
+                self.ingested.update(self._stream.offer(finished, foretold=True))
             return
-        self.ingested[self._stream.offer(record)] += 1
+        self.ingested.update(self._stream.offer(record))
 
     def _take_carbon(self, sample: CarbonSample) -> None:
         """What the grid emits now takes the place of what the settings say, for forecasts from here on."""
@@ -133,6 +134,7 @@ class Mirror:
     def advance(self, now_seconds: float | None = None) -> int:
         """Process what is due. `now_seconds` (event time) lets time pass where no record comes. Returns events."""
         if now_seconds is not None:
+            self.ingested.update(self._stream.confirm(now_seconds + MAX_JUMP_SECONDS))
             self._stream.raise_floor(now_seconds - self.settings.lateness_seconds)
         events = self._stream.due()
         for event in events:
@@ -152,8 +154,15 @@ class Mirror:
             self._drop_the_lost()
         return len(events)
 
-    def fork(self, ends: Iterable[RequestFinished] = ()) -> Mirror:
-        """A copy that can be moved on to the present without a trace in this one, `ends` being known to it as well.
+    def end(self) -> None:
+        """Process all that was taken in: no record will ever come."""
+        last, lateness = self._stream.last_seconds, self.settings.lateness_seconds
+        if math.isfinite(last):
+            now = last + lateness
+            self.advance(now if now - lateness >= last else math.nextafter(now, math.inf))
+
+    def fork(self) -> Mirror:
+        """A copy that can be moved on to the present without a trace in this one.
 
         It takes no records in, and does not calibrate.
         """
@@ -162,7 +171,7 @@ class Mirror:
         twin.fidelity = self.fidelity.fork()
         twin.ingested = Counter(self.ingested)
         twin.observed_ttft, twin.observed_e2e = self.observed_ttft.copy(), self.observed_e2e.copy()
-        twin._stream = self._stream.fork(ends)
+        twin._stream = self._stream.fork()
         twin._recent, twin._running = self._recent.copy(), self._running.copy()
         twin._pace = copy(self._pace)
         twin.pods = self.pods.copy()

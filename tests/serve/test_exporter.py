@@ -17,7 +17,16 @@ from serve.views import empty_view, full_view
 UNITS = ("seconds", "ratio", "total", "records", "blocks", "requests", "futures", "per_second", "info", "watts")
 UNITS += ("joules_per_million_tokens", "grams_per_million_tokens", "cost_per_million_tokens")
 # Counts of things in their own unit, and flags.
-WITHOUT_UNIT = ("source_up", "_running", "_waiting", "_preemptions", "_rejected", "_calibrated", "_best_policy")
+WITHOUT_UNIT = (
+    "source_up",
+    "_stale",
+    "_running",
+    "_waiting",
+    "_preemptions",
+    "_rejected",
+    "_calibrated",
+    "_best_policy",
+)
 
 
 def text_of(view: TwinView) -> str:
