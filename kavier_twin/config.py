@@ -23,6 +23,7 @@ from kavier_twin.live_sources import SECRET_GIVEN, KvEvents, LiveSource, Prometh
 from kavier_twin.simulation.policies import PolicyError, apply_overrides
 from kavier_twin.simulation.settings import StepTime
 from kavier_twin.twin.mirror import MirrorSettings
+from kavier_twin.twin.trust import TrustSettings
 
 # Until the mirror has fitted the pool's own: a step of a mid-sized model on a data-centre GPU. Not to be trusted.
 CRUDE_STEP_TIME: Final = StepTime(
@@ -71,10 +72,11 @@ class MirrorConfig(_Settings):
     give_up_seconds: PositiveSeconds = _MIRROR.give_up_seconds
     pod_silent_seconds: PositiveSeconds = _MIRROR.pod_silent_seconds
     most_replicas: Annotated[int, Field(ge=1)] = _MIRROR.most_replicas
+    trust: TrustSettings = _MIRROR.trust
 
     def settings(self, pool: str) -> MirrorSettings:
         """As the mirror takes it."""
-        return MirrorSettings(pool=pool, **self.model_dump())
+        return MirrorSettings(pool=pool, **dict(self))
 
 
 class TraceFile(_Settings):
