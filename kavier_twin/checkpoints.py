@@ -67,6 +67,8 @@ class Checkpoints:
             log.warning("checkpoint %d in %s: pool %s begins anew: %s", *self._place, pool.name, error)
             return False
         pool.resume(mirror, CacheWatch.restored(document["caches"]))
+        if pool.metrics and document["metrics"]:
+            pool.metrics.restore(document["metrics"])
         log.info("pool %s goes on from checkpoint %d, %d requests finished", pool.name, self._sequence, mirror.finished)
         return True
 
@@ -85,8 +87,11 @@ class Checkpoints:
         documents: dict[str, Any] = {}
         arrays: dict[str, Any] = {}
         for pool in pools:
-            mirror = mirror_state.save(pool.mirror).document
-            documents[pool.name] = {"mirror": mirror, "caches": pool.caches.save()}
+            documents[pool.name] = {
+                "mirror": mirror_state.save(pool.mirror).document,
+                "caches": pool.caches.save(),
+                "metrics": pool.metrics.save() if pool.metrics else None,
+            }
             state = copy_state(pool.mirror.fleet.state)._asdict()
             arrays |= {f"{pool.name}/{name}": array for name, array in state.items()}
         return Saved({"pools": documents, "positions": positions}, arrays)
