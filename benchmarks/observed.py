@@ -68,7 +68,7 @@ def mirror_beside_events(
 ) -> tuple[Mirror, list[float]]:
     """The mirror, and the agreement of the caches at each comparison."""
     mirror, batches, ratios = Mirror(MirrorSettings(), recording.fleet), list(recording.batches())[::-1], {}
-    mirror.beside = lambda fleet: watch.follow(fleet, lambda _: 0)
+    mirror.beside = lambda fleet: watch.follow(fleet, lambda *_: 0)
     for event in recording.events(start, stop):
         while batches and batches[-1].time_seconds <= event.time_seconds:
             watch.take(batches.pop())

@@ -22,8 +22,8 @@ _FEW_BLOCKS: Final = 32  # of which not one in common says that the stream's has
 
 Engine = tuple[str, str]
 """Pod, and data-parallel rank within it."""
-ReplicaOf = Callable[[str], int | None]
-"""Which replica mirrors a pod, None if none does."""
+ReplicaOf = Callable[[str, str], int | None]
+"""Which replica mirrors an engine, None if none does."""
 
 
 class Compared(NamedTuple):
@@ -91,8 +91,8 @@ class CacheWatch:
             # Without a later batch, as of an idle engine, nobody knows whether all have come that belong to this time.
             if now >= self._due_seconds.get(engine, -math.inf) and watched.knows(now + self._tolerance_seconds):
                 self._due_seconds[engine] = now + EVERY_SECONDS
-                self._compare(fleet.state, replica_of(engine[0]), engine, now)
-            elif replica_of(engine[0]) is None and watched.newest_seconds < now - FORGET_SECONDS:
+                self._compare(fleet.state, replica_of(*engine), engine, now)
+            elif replica_of(*engine) is None and watched.newest_seconds < now - FORGET_SECONDS:
                 del self._watched[engine]
                 self._due_seconds.pop(engine, None)
                 self.compared.pop(engine, None)
@@ -109,7 +109,7 @@ class CacheWatch:
 
     def _fill_those(self, fleet: Fleet, replica_of: ReplicaOf, engines: Sequence[Engine]) -> None:
         for engine in engines:
-            number = replica_of(engine[0])
+            number = replica_of(*engine)
             if engine in self.filled or number is None or fleet.settings.engine.eviction != FILLED:
                 continue
             watched = self._watched[engine]

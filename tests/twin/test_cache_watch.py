@@ -63,7 +63,7 @@ def mirrored(
     events: list[RequestSeen | RequestFinished] = [record.seen() for record in records]
     events += [finished for record in records if (finished := record.finished()) is not None]
     mirror, compared, taken = Mirror(MirrorSettings(), FLEET), [], 0
-    mirror.beside = lambda fleet: watch.follow(fleet, lambda _: 0)
+    mirror.beside = lambda fleet: watch.follow(fleet, lambda *_: 0)
     for event in sorted(events, key=lambda event: event.time_seconds):
         while taken < len(batches) and batches[taken].time_seconds <= event.time_seconds:
             watch.take(batches[taken])
@@ -103,12 +103,12 @@ def test_going_on_from_what_was_saved(batches: list[KvEventBatch]) -> None:
         whole.take(batch)
         first.take(batch)
     fleet = Fleet(FLEET, start_seconds=50.0)
-    first.follow(fleet, lambda _: 0)
+    first.follow(fleet, lambda *_: 0)
     second = CacheWatch.restored(json.loads(json.dumps(first.save())))
-    whole.follow(fleet, lambda _: 0)
+    whole.follow(fleet, lambda *_: 0)
     fleet.now_seconds = 70.0
     for watch in (whole, second):
-        watch.follow(fleet, lambda _: 0)
+        watch.follow(fleet, lambda *_: 0)
     assert second.compared == whole.compared
     assert second.save() == whole.save()
 
@@ -119,10 +119,10 @@ def test_hashes_that_are_not_the_engines_are_not_compared() -> None:
     fill_cache(fleet.state, 0, [next(numbers) + 2**20 for _ in range(100)])
     watch.take(event_batch(0, KvBlocksStored(block_hashes=tuple(range(100)))))
     fleet.now_seconds = 60.0
-    watch.follow(fleet, lambda _: 0)
+    watch.follow(fleet, lambda *_: 0)
     assert not watch.compared  # something may have happened that is not known yet
     watch.take(event_batch(1, at=70.0))
-    watch.follow(fleet, lambda _: 0)
+    watch.follow(fleet, lambda *_: 0)
     assert not watch.compared[ENGINE].comparable
 
 

@@ -58,7 +58,7 @@ def test_caches_agree_from_the_start_and_after_a_late_one(start: float) -> None:
     events = KvEventsSource(publisher.endpoint, replay_endpoint=publisher.replay)
     pool = PoolTwin(load_scenario(RECORDING).fleet, forecast=ForecastSettings(futures=1, horizons_seconds=(5.0,)))
     requests = AfterEvents(start, events, batches[-1][0])
-    daemon = Daemon([pool], [Feed(events), Feed(requests)], host=None)
+    daemon = Daemon([pool], [Feed(events), Feed(requests)])
     daemon.start()
     try:
         wait_until(lambda: daemon.view.caches and daemon.view.event_seconds > batches[-1][0] - 20.0, 120.0)
