@@ -37,6 +37,7 @@ Floats = npt.NDArray[np.float64]
 Event = RequestSeen | RequestFinished
 
 LENGTHS_FROM_SECONDS: Final = 120.0  # how far back prompts are looked at for the length of new ones
+SHORTEST_SECONDS: Final = 5.0  # between samples that are used: in less, most requests neither come nor end
 KEPT_SAMPLES: Final = 200  # of each engine, to calibrate on
 SILENT_SECONDS: Final = 60.0  # after which an engine without a sample is not waited for
 CALIBRATE_EVERY_SECONDS: Final = 60.0
@@ -157,7 +158,7 @@ class _Engine:
 
     def take(self, sample: EngineSample) -> list[Event]:
         before = self.last
-        if before is not None and sample.time_seconds <= before.time_seconds:
+        if before is not None and sample.time_seconds < before.time_seconds + SHORTEST_SECONDS:
             return []
         self.last = sample
         events: list[Event] = []
