@@ -18,6 +18,7 @@ from prometheus_client.registry import Collector
 
 from kavier_twin import __version__
 from kavier_twin.serve.cache_metrics import cache_metrics
+from kavier_twin.serve.sweep_metrics import sweep_metrics
 from kavier_twin.serve.view import Outlook, TwinView
 
 PREFIX: Final = "kavier_twin"
@@ -108,6 +109,7 @@ def _metrics(view: TwinView) -> Iterator[Metric]:
     yield from _mirror(view)
     yield from _fidelity(view)
     yield from cache_metrics(view.pool, view.caches)
+    yield from sweep_metrics(view.pool, view.sweeps, view.outlook)
     yield from _forecasts(view)
     if view.outlook is not None:
         yield from _predictions(view.pool, view.outlook)
