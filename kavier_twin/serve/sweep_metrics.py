@@ -9,13 +9,15 @@ from typing import Final
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
-from kavier_twin.serve.view import Best, Outlook, SweepCounts
+from kavier_twin.serve.fidelity_metrics import flag
+from kavier_twin.serve.view import Best, Horizon, Outlook, TwinView
 
 _PREFIX: Final = "kavier_twin"
 
 
-def sweep_metrics(pool: str, counts: SweepCounts, outlook: Outlook | None) -> Iterator[Metric]:
+def sweep_metrics(view: TwinView) -> Iterator[Metric]:
     """Of all cycles since the start and of the last forecast."""
+    pool, counts, outlook = view.pool, view.sweeps, view.outlook
     yield _counter("forecast_late", "Forecast cycles that took longer than they come.", pool, {"": counts.late})
     yield _counter(
         "forecast_simulated_futures", "Futures that all forecast cycles simulated.", pool, {"": counts.futures}
@@ -32,35 +34,41 @@ def sweep_metrics(pool: str, counts: SweepCounts, outlook: Outlook | None) -> It
         "reason",
     )
     if outlook is not None:
-        yield from _breaches(pool, outlook)
+        yield from _breaches(pool, view.source, outlook)
         if outlook.best is not None:
             yield from _gains(pool, outlook.best)
 
 
-def _breaches(pool: str, outlook: Outlook) -> Iterator[Metric]:
+def _breaches(pool: str, source: str, outlook: Outlook) -> Iterator[Metric]:
     bounds = GaugeMetricFamily(
         f"{_PREFIX}_slo_breach_probability_bound_ratio",
         "Ends (low, high) of the 90 % credible interval of the SLO's breach probability, 0 to 1: few futures, wide "
         "interval.",
-        labels=["pool", "policy", "horizon", "slo", "bound"],
+        labels=["pool", "policy", "horizon", "slo", "trusted", "source", "bound"],
     )
     first = GaugeMetricFamily(
         f"{_PREFIX}_time_to_breach_seconds",
         "Seconds from the forecast's start to the SLO's first breach over a window of the shortest horizon: in the "
         'median future (futures="median") and in the worst tenth of them ("worst"). No sample: none within the longest '
         "horizon.",
-        labels=["pool", "policy", "slo", "futures"],
+        labels=["pool", "policy", "slo", "trusted", "source", "futures"],
     )
     for policy in outlook.policies:
         for horizon in policy.horizons:
             for slo, ends in sorted(horizon.breach_interval.items()):
+                about = [pool, policy.name, f"{horizon.seconds:g}", slo, _trusted(horizon, slo), source]
                 for bound, value in zip(("low", "high"), ends, strict=True):
-                    bounds.add_metric([pool, policy.name, f"{horizon.seconds:g}", slo, bound], value)
+                    bounds.add_metric([*about, bound], value)
         for slo, times in sorted(policy.first_breach.items()):
+            about = [pool, policy.name, slo, _trusted(policy.horizons[-1], slo), source]
             for quantile, seconds in sorted(times.items()):
                 if math.isfinite(seconds):
-                    first.add_metric([pool, policy.name, slo, "median" if quantile == 0.5 else "worst"], seconds)
+                    first.add_metric([*about, "median" if quantile == 0.5 else "worst"], seconds)
     yield from (bounds, first)
+
+
+def _trusted(horizon: Horizon, slo: str) -> str:
+    return flag(horizon.breach_trusted.get(slo, False))
 
 
 def _gains(pool: str, best: Best) -> Iterator[Metric]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,6 +42,7 @@ def executor() -> Iterator[Any]:
     )
     from kavier_twin.forecast.ray_executor import RayExecutor
 
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not have this module
     yield RayExecutor()
     ray.shutdown()
 
