@@ -16,7 +16,7 @@ import numpy.typing as npt
 from kavier_twin.forecast.executors import Cancelled, Executor, never
 from kavier_twin.forecast.futures import Futures, settle_lengths
 from kavier_twin.forecast.load import arrival_rate
-from kavier_twin.forecast.measure import measure
+from kavier_twin.forecast.measure import measure, trimmed
 from kavier_twin.forecast.restart import begin_restart, needs_restart
 from kavier_twin.forecast.result import FailedPolicy, FirstBreach, Forecast, Quantiles, Row, StopReason, Switch, Verdict
 from kavier_twin.forecast.settings import ForecastSettings, RollingRestart
@@ -115,7 +115,7 @@ def simulate(task: Task, cancelled: Cancelled = never) -> Seen | None:
         if cancelled() or time.time() > task.deadline_unix_seconds:
             return None
         fleet.run(start + end)
-        ended = fleet.collect()
+        ended = trimmed(fleet.collect())
         outcomes.append(ended)
         window = measure(fleet, at_window, ended, task.frontend_seconds, watched)
         at_window = Counters.of(fleet.state, fleet.now_seconds)
