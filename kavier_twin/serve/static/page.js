@@ -14,7 +14,8 @@ const COLUMNS = [
   ["Wh / Mtoken", "energy_joules_per_million_tokens", "", 1 / 3600], ["gCO₂ / Mtoken", "carbon_grams_per_million_tokens", "", 1],
   [" / Mtoken", "cost_per_million_tokens", "", 1],
 ];
-const page = { pool: null, token: "", horizon: null, sort: null, replica: null, history: null, answeredAt: null };
+const told = new URLSearchParams(location.hash.slice(1)); // a token in the fragment never leaves the browser by itself
+const page = { pool: told.get("pool"), token: told.get("token") ?? "", horizon: null, sort: null, replica: null, history: null, answeredAt: null };
 
 // --- asking ---------------------------------------------------------------------------------------------------------
 
@@ -55,7 +56,7 @@ async function refresh() {
 }
 
 function choosePool(names) {
-  if (!names.includes(page.pool)) page.pool = names.includes(location.hash.slice(1)) ? location.hash.slice(1) : names[0];
+  if (!names.includes(page.pool)) page.pool = names[0];
   const shown = [...$("pool").options].map((option) => option.value);
   if (shown.join("\n") !== names.join("\n")) {
     $("pool").replaceChildren(...names.map((name) => new Option(name, name, false, name === page.pool)));
@@ -65,7 +66,7 @@ function choosePool(names) {
 
 $("pool").onchange = () => {
   Object.assign(page, { pool: $("pool").value, history: null, replica: null, horizon: null });
-  location.hash = page.pool;
+  history.replaceState(null, "", `#${new URLSearchParams({ pool: page.pool })}`);
   $("replica").replaceChildren();
   $("whatif-answer").replaceChildren();
 };
@@ -389,5 +390,6 @@ function drawStream(pool, fidelity, forecast) {
   }));
 }
 
+if (page.token) history.replaceState(null, "", page.pool ? `#${new URLSearchParams({ pool: page.pool })}` : location.pathname);
 startWhatIf(page);
 refresh();
