@@ -135,7 +135,7 @@ class PoolTwin:
         records, dropped = assemble.records(mirror, sum(sum(state.rejected.values()) for state in sources))
         settings = mirror.fleet.settings
         lag = max(0.0, mirror.newest_seconds - mirror.time_seconds) if math.isfinite(mirror.time_seconds) else math.nan
-        return TwinView(
+        view = TwinView(
             pool=self.name,
             version=__version__,
             unix_seconds=time.time(),
@@ -163,6 +163,7 @@ class PoolTwin:
             currency=settings.footprint.currency if settings.footprint else "",
             notes=self._notes,
         )
+        return assemble.judged(view, mirror)
 
     # --- the mirror -----------------------------------------------------------------------------------------------
 
