@@ -15,6 +15,7 @@ from kavier_twin import __version__
 from kavier_twin.forecast.forecaster import Forecaster, ForecastSettings
 from kavier_twin.forecast.policy_set import in_force
 from kavier_twin.forecast.result import Forecast
+from kavier_twin.forecast.whatif import WhatIf
 from kavier_twin.serve import assemble
 from kavier_twin.serve.view import Outlook, SourceState, TwinView
 from kavier_twin.simulation.policies import Policy
@@ -53,6 +54,7 @@ class PoolTwin:
         forecast = forecast or ForecastSettings()
         self.fleet = fleet  # as configured
         self.forecaster = Forecaster(forecast)
+        self.what_if = WhatIf(self._snapshot, forecast.slos, forecast.workers)
         self.mirror = Mirror(mirror or MirrorSettings(), fleet, calibrated=calibrated)
         self.caches = CacheWatch()
         self._ends = _HeldEnds()
