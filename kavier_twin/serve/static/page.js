@@ -129,11 +129,11 @@ function rangeWords(quantiles) {
 }
 
 function drawTrust(pool, fidelity, forecast, late, age) {
-  const why = [...(fidelity.reasons ?? [])], notYet = [...pool.not_ready];
+  const why = fidelity.calibrated ? [...fidelity.untrusted_reasons] : [], notYet = [...pool.not_ready];
   for (const source of pool.sources) if (source.trouble) why.push(`${source.name} cannot be read: ${source.trouble}`);
   if (!fidelity.calibrated) notYet.push("step times are not fitted to this fleet yet");
   if (late) why.push(`the last forecast is ${span(Math.round(age))} old; one is due every ${span(forecast.every_seconds)}`);
-  const level = notYet.length ? "warn" : why.length ? "bad" : "good";
+  const level = notYet.length ? "warn" : why.length || !fidelity.trusted ? "bad" : "good";
   const [mark, word] = { good: ["✓", "Trusted"], warn: ["…", "Not to be trusted yet"], bad: ["✕", "Not to be trusted"] }[level];
   const good = [`Step times fitted on ${fidelity.calibrated_on_requests} requests; real steps last ` +
     `${fidelity.pace_ratio.toFixed(2)} times what they say now.`];
