@@ -60,7 +60,14 @@ class FakePool:
             vllm_flags=("--kv-cache-dtype fp8",),
             hypothetical_reasons=(),
             cases=tuple(
-                Case(name=name, overrides=overrides, load=load, kpis=kpis, breach_probability={"fast": 0.25})
+                Case(
+                    name=name,
+                    overrides=overrides,
+                    load=load,
+                    kpis=kpis,
+                    breach_probability={"fast": 0.25},
+                    breach_interval={"fast": (0.1, 0.5)},
+                )
                 for name, overrides, load in cases
             ),
             duration_seconds=0.5,
