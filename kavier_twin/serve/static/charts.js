@@ -11,7 +11,7 @@ export const CHARTED = [
   ["kv_cache_usage_ratio", "", "KV cache usage"],
 ];
 const HOUR = 3600;
-const charts = new Map();
+export const charts = new Map(); // by KPI: its elements, its uPlot and the columns it shows
 
 function color(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();

@@ -3,7 +3,7 @@
 import { drawCharts } from "./charts.js";
 import { element, interval, keepFocus, table } from "./elements.js";
 import { settingsKnown, startWhatIf } from "./whatif.js";
-import { clock, errorOf, figure, known, kpiName, percent, span } from "./words.js";
+import { clock, errorOf, figure, known, kpiName, percent, span, windowError } from "./words.js";
 
 const $ = (id) => document.getElementById(id);
 const EVERY_MS = 2000;
@@ -137,10 +137,6 @@ function drawTrust(pool, fidelity, forecast, late, age) {
   const [mark, word] = { good: ["✓", "Trusted"], warn: ["…", "Not to be trusted yet"], bad: ["✕", "Not to be trusted"] }[level];
   const good = [`Step times fitted on ${fidelity.calibrated_on_requests} requests; real steps last ` +
     `${fidelity.pace_ratio.toFixed(2)} times what they say now.`];
-  const ttft = pool.beside.find((one) => one.kpi === "ttft_seconds" && one.statistic === "mean");
-  const hits = pool.beside.find((one) => one.kpi === "prefix_cache_hit_ratio");
-  const errors = [ttft && `mean TTFT ${errorOf(ttft.error, ttft.kpi)}`, hits && `hit ratio ${errorOf(hits.error, hits.kpi)}`];
-  if (ttft || hits) good.push(`Mirror against reality now: ${errors.filter(Boolean).join(", ")}.`);
   if (known(fidelity.exact_cache_ratio)) {
     good.push(`Prefix hits exact to the token for ${(100 * fidelity.exact_cache_ratio).toFixed(1)} % of requests.`);
   }
@@ -150,8 +146,23 @@ function drawTrust(pool, fidelity, forecast, late, age) {
     $("trust-mark").textContent = mark;
     $("trust-word").textContent = word;
   }
+  drawKpis(fidelity);
   const lines = [...notYet, ...why, ...(fidelity.calibrated ? good : [])];
   if ($("trust-why").textContent !== lines.join("")) $("trust-why").replaceChildren(...lines.map((line) => element("li", line)));
+}
+
+/* One chip a KPI that is observed: trusted or not, and its error over the shortest window that has one. */
+function drawKpis(fidelity) {
+  const chips = Object.entries(fidelity.trust).flatMap(([kpi, trust]) => {
+    const error = fidelity.errors.find((one) => one.kpi === kpi && known(one.error));
+    if (!error) return [];
+    const chip = element("li", "", trust.trusted ? "good" : "bad");
+    chip.append(element("b", trust.trusted ? "✓" : "✕"), ` ${kpiName(kpi, error.statistic)} ${windowError(error.error, kpi)}`);
+    chip.append(element("span", ` over ${error.window}`, "soft"));
+    if (trust.reason) chip.title = trust.reason;
+    return [chip];
+  });
+  $("trust-kpis").replaceChildren(...chips);
 }
 
 function drawBeside(pool) {
@@ -166,8 +177,9 @@ function drawOdds(forecast, today) {
   const policies = forecast.outlook?.policies ?? [];
   const now = policies.find((policy) => policy.name === today && policy.horizons.length);
   if (!now) { $("odds").replaceChildren(element("p", "No forecast yet.", "soft")); return; }
-  const cell = (share) => {
-    const node = element("td", percent(share));
+  const cell = (share, trusted) => {
+    const node = element("td", percent(share), trusted ? "" : "doubtful");
+    if (!trusted) node.append(element("span", "not trusted", "range"));
     const bar = element("span", "", "bar"), fill = element("span");
     fill.style.width = `${100 * (share ?? 0)}%`;
     bar.append(fill);
@@ -179,7 +191,7 @@ function drawOdds(forecast, today) {
     const name = element("th", slo);
     if (told) name.append(element("span", `${kpiName(told.kpi, told.statistic)} ${told.higher_is_better ? "≥" : "≤"} ` +
       figure(told.threshold, told.kpi), "soft range"));
-    return [name, ...now.horizons.map((horizon) => cell(horizon.breach[slo]))];
+    return [name, ...now.horizons.map((horizon) => cell(horizon.breach[slo], horizon.breach_trusted[slo]))];
   });
   table($("odds"), ["objective", ...now.horizons.map((horizon) => `within ${span(horizon.seconds)}`)], rows, "Odds of breach", "odds");
 }
@@ -324,7 +336,7 @@ function drawReplicas(pool) {
       figure(one.prefix_cache_hit_ratio, "_ratio"), one.requests_finished, one.preemptions, more];
   });
   const head = ["replica", "state", "KV cache usage", "running", "waiting", "hit ratio", "finished", "preemptions", ""];
-  table($("replicas"), head, rows, "Replicas");
+  table($("replicas"), head, rows, "Mirrored replicas");
 }
 
 async function drawReplica() {
