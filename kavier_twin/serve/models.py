@@ -109,6 +109,10 @@ class PoolState(_Answer):
     not_ready: Annotated[tuple[str, ...], BeforeValidator(_reasons)] = Field(
         description="Why there are no figures yet; empty: there are.", examples=[[]]
     )
+    stale: tuple[str, ...] = Field(
+        description="Why the figures are old, a line for each source that fails or is behind; empty: they are not.",
+        examples=[[]],
+    )
     event_seconds: EventSeconds
     lag_seconds: Figure = Field(description="By which the mirror trails the newest record.", examples=[0.5])
     last_record_unix_seconds: Figure = Field(examples=[1767225600.5])

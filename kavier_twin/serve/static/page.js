@@ -130,18 +130,22 @@ function rangeWords(quantiles) {
 
 function drawTrust(pool, fidelity, forecast, late, age) {
   const why = fidelity.calibrated ? [...fidelity.untrusted_reasons] : [], notYet = [...pool.not_ready];
-  for (const source of pool.sources) if (source.trouble) why.push(`${source.name} cannot be read: ${source.trouble}`);
+  why.unshift(...pool.stale.map((reason) => `stale: ${reason}`));
+  if (!pool.stale.length) for (const source of pool.sources) if (source.trouble) why.push(`${source.name} cannot be read: ${source.trouble}`);
   if (!fidelity.calibrated) notYet.push("step times are not fitted to this fleet yet");
   if (late) why.push(`the last forecast is ${span(Math.round(age))} old; one is due every ${span(forecast.every_seconds)}`);
+  document.body.classList.toggle("stale", pool.stale.length > 0);
   const level = notYet.length ? "warn" : why.length || !fidelity.trusted ? "bad" : "good";
-  const [mark, word] = { good: ["✓", "Trusted"], warn: ["…", "Not to be trusted yet"], bad: ["✕", "Not to be trusted"] }[level];
+  const [mark, word] = {
+    good: ["✓", "Trusted"], warn: ["…", "Not to be trusted yet"], bad: ["✕", pool.stale.length ? "Stale: not to be trusted" : "Not to be trusted"],
+  }[level];
   const good = [`Step times fitted on ${fidelity.calibrated_on_requests} requests; real steps last ` +
     `${fidelity.pace_ratio.toFixed(2)} times what they say now.`];
   if (known(fidelity.exact_cache_ratio)) {
     good.push(`Prefix hits exact to the token for ${(100 * fidelity.exact_cache_ratio).toFixed(1)} % of requests.`);
   }
-  if ($("trust").dataset.level !== level) {
-    $("trust").dataset.level = level;
+  if ($("trust").dataset.word !== word) {
+    $("trust").dataset.word = word;
     $("trust").className = `card trust ${level}`;
     $("trust-mark").textContent = mark;
     $("trust-word").textContent = word;
