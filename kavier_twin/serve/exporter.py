@@ -20,6 +20,8 @@ from prometheus_client.registry import Collector
 from kavier_twin import __version__
 from kavier_twin.serve.cache_metrics import cache_metrics
 from kavier_twin.serve.fidelity_metrics import PREFIX, fidelity_metrics, flag
+from kavier_twin.serve.power_metrics import power_metrics
+from kavier_twin.serve.sweep_metrics import sweep_metrics
 from kavier_twin.serve.view import Outlook, TwinView
 
 
@@ -109,6 +111,8 @@ def _metrics(view: TwinView) -> Iterator[Metric]:
     yield from _fidelity(view)
     yield from fidelity_metrics(view)
     yield from cache_metrics(view.pool, view.caches)
+    yield from power_metrics(view.pool, view.power)
+    yield from sweep_metrics(view)
     yield from _forecasts(view)
     if view.outlook is not None:
         yield from _predictions(view.pool, view.source, view.outlook)
@@ -118,7 +122,7 @@ def _stream(view: TwinView) -> Iterator[Metric]:
     yield _counter(
         "records",
         "Telemetry records by what became of them since the start: accepted, duplicate, late (behind the watermark), "
-        "rejected (not a record).",
+        "future_time (far ahead of all others), rejected (not a record).",
         ["pool", "result"],
         [([view.pool, result], count) for result, count in sorted(view.records.items())],
     )
@@ -136,6 +140,20 @@ def _stream(view: TwinView) -> Iterator[Metric]:
         f"{PREFIX}_source_up",
         "Whether the source can be read (1), or its figures are stale for a reason told in the log and the status (0).",
         labels=["pool", "source"],
+    )
+    yield _gauge(
+        "stale",
+        "Whether the pool's figures are old (1), as a source fails or is behind for longer than stale_after_seconds, "
+        "or fresh (0). The status tells why.",
+        view.pool,
+        float(bool(view.stale)),
+    )
+    yield _gauge(
+        "engine_contradictions",
+        "Settings that an engine tells otherwise than the settings file, whose word holds, or than another engine. The "
+        "notes of the status name them.",
+        view.pool,
+        view.engine_contradictions,
     )
     newest = GaugeMetricFamily(
         f"{PREFIX}_source_last_record_timestamp_seconds",
@@ -167,7 +185,9 @@ def _stream(view: TwinView) -> Iterator[Metric]:
     yield _counter(
         "requests_dropped",
         "Requests that the mirror could not follow since the start: unknown_request (a finish without an arrival), "
-        "never_finished (no finish record came in time).",
+        "never_finished (no finish record came in time), replica_restarted (their pod began anew before they ended), "
+        "not_simulated (gone from the simulation before their end was told: lost in a restart, or refused), "
+        "too_many_pods (they went where the router said).",
         ["pool", "reason"],
         [([view.pool, reason], count) for reason, count in sorted(view.dropped.items())],
     )

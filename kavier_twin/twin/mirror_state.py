@@ -22,6 +22,8 @@ def save(mirror: Mirror) -> Saved:
     fleet = mirror.fleet
     document = {
         "settings": fleet.settings.model_dump(mode="json"),
+        "configured": mirror.configured.model_dump(mode="json"),
+        "pods": mirror.pods.save(),
         "now_seconds": fleet.now_seconds,
         "fidelity": mirror.fidelity.save(),
         "windows": mirror.windows.save(),
@@ -54,12 +56,14 @@ def restore(saved: Saved, settings: MirrorSettings, fleet: FleetSettings) -> Mir
     """
     document = saved.document
     old = FleetSettings.model_validate(document["settings"])
+    configured = FleetSettings.model_validate(document["configured"])
     # Step times move with calibration, the footprint with the grid: neither is part of the state.
-    same = old.model_copy(update={"step_time": fleet.step_time, "footprint": fleet.footprint})
+    same = configured.model_copy(update={"step_time": fleet.step_time, "footprint": fleet.footprint})
     if same != fleet:
         raise CheckpointError("the fleet's settings have changed since")
     mirror = Mirror(settings, fleet)
-    current = fleet.model_copy(update={"step_time": old.step_time})
+    current = old.model_copy(update={"footprint": fleet.footprint})
+    mirror.pods.restore(document["pods"])
     mirror.fleet = Fleet(current, start_seconds=document["now_seconds"], state=FleetState(**saved.arrays))
     mirror.fidelity.restore(document["fidelity"])
     mirror.windows.restore(document["windows"])
