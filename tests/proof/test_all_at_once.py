@@ -1,4 +1,4 @@
-"""A recorded fleet at twenty times its speed: requests through Kafka, metrics through Prometheus, KV events over ZeroMQ.
+"""A recorded fleet at twenty times its speed: requests through Kafka, metrics through Prometheus, KV events by ZeroMQ.
 
 All keep the recording's own times. Prometheus holds the scrapes already, the other two are sent as time goes by.
 """
