@@ -48,7 +48,6 @@ from kavier_twin.twin.windows import Windows, WindowScore
 JUDGE_EVERY_SECONDS: Final = 10
 
 _FIRST_GUESS_OUTPUT_TOKENS: Final = 512
-_LONGEST_HOLD_SECONDS: Final = 0.5
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,7 @@ class MirrorSettings:
     recalibrate_every_requests: int = 200
     prior: StepTime | None = None  # where calibration stays unless the stream says otherwise (`fit`)
     floor: StepTime | None = None  # what it cannot go below
+    longest_hold_seconds: float = 0.5  # that a replica waits which was ahead of an end
     give_up_seconds: float = 3_600.0  # a request without a finish record for so long is dropped
     trust: TrustSettings = DEFAULT_TRUST
 
@@ -337,7 +337,7 @@ class Mirror:
             decode_seconds = finished.e2e_seconds - finished.ttft_seconds
             self._pace.observe(self.time_seconds, decode_seconds, share * outcome["decode_work"])
         if excess > 0.0:
-            hold_until = self.time_seconds + min(excess, _LONGEST_HOLD_SECONDS)
+            hold_until = self.time_seconds + min(excess, self.settings.longest_hold_seconds)
             replica_kernels.hold(self.fleet.state, live.replica, hold_until)
 
     def _drop_the_lost(self) -> None:
