@@ -75,7 +75,8 @@ def follow(name: str, late_seconds: float = 0.0, never: float = 0.0) -> tuple[Wa
 
 def errors(mirror: Watched, kpi: str, since: float) -> dict[str, float]:
     """Relative errors of mean and median, and the mean of each request's own error."""
-    found = np.array([pair[1:] for pair in mirror.pairs.get(kpi, []) if pair[0] >= since])
+    pairs = [pair[1:] for pair in mirror.pairs.get(kpi, []) if pair[0] >= since]
+    found = np.array([pair for pair in pairs if all(map(math.isfinite, pair))])
     if not found.size:
         return {"mean": math.nan, "p50": math.nan, "each": math.nan}
     predicted, observed = found.T

@@ -48,9 +48,9 @@ def fit(
 ) -> Fit:
     """Coefficients for which rows [n, k] (work) times coefficients [k] are the durations seconds [n].
 
-    `weights` [n], at most 1, say how much a row still counts (1 without them). `prior` (NaN: none for that coefficient) is where a coefficient stays unless the data moves it; `floor` is what it
-    cannot be below (default 0). Deviations take the rows as independent: requests in the same batches are not, so they
-    are lower bounds.
+    `weights` [n], at most 1, say how much a row still counts (1 without them). `prior` (NaN: none for that coefficient)
+    is where a coefficient stays unless the data moves it; `floor` is what it cannot be below (default 0). Deviations
+    take the rows as independent: requests in the same batches are not, so they are lower bounds.
     """
     scale = np.maximum(rows.max(axis=0, initial=0.0), 1e-30)
     scaled = rows / scale

@@ -42,18 +42,22 @@ class OrderedStream:
         return len(self._heap)
 
     def offer(self, event: Event) -> str:
-        """Take a record in. Returns what became of it: "accepted", "duplicate" or "late"."""
+        """Take a record in. Returns what became of it: "accepted", "duplicate" or "late".
+
+        A late arrival is let go. A late end is handed out all the same: without it the request would run on for ever.
+        """
         identity = (event.kind, event.id)
         if identity in self._known:
             return "duplicate"
-        if event.time_seconds < self.watermark_seconds:
+        late = event.time_seconds < self.watermark_seconds
+        if late and isinstance(event, RequestSeen):
             return "late"
         self._known[identity] = None
         if len(self._known) > self._remembered_ids:
             self._known.popitem(last=False)
         heapq.heappush(self._heap, _entry(event))
         self.newest_seconds = max(self.newest_seconds, event.time_seconds)
-        return "accepted"
+        return "late" if late else "accepted"
 
     def fork(self, more: Iterable[Event] = ()) -> OrderedStream:
         """A copy that hands out what is buffered and `more`; nothing may be offered to it."""
