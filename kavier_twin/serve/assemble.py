@@ -109,7 +109,7 @@ def outlook(forecast: Forecast, made_unix_seconds: float, policies: Mapping[str,
         rate_per_second=forecast.rate_requests_per_second,
         calibrated=forecast.calibrated,
         policies=tuple(sorted(shown, key=lambda policy: _rank(policy, forecast.verdict))),
-        best=None if forecast.verdict is None else _best(forecast.verdict),
+        best=_best(forecast.verdict),
     )
 
 
@@ -166,13 +166,13 @@ def _horizon(row: Row) -> Horizon:
     predicted = []
     for metric, values in row.kpis.items():
         kpi, statistic = _METRICS[metric]
-        predicted.append(Predicted(kpi, statistic, {0.1: values.p10, 0.5: values.p50, 0.9: values.p90}))
+        predicted.append(Predicted(kpi, statistic, values.values))
     return Horizon(row.horizon_seconds, tuple(predicted), dict(row.breach_probability))
 
 
-def _rank(policy: PolicyOutlook, verdict: Verdict | None) -> tuple[bool, bool, float, float]:
+def _rank(policy: PolicyOutlook, verdict: Verdict) -> tuple[bool, bool, float, float]:
     """The verdict, then by expected breaches and latency at the longest horizon; what was not simulated is last."""
-    chosen = verdict is not None and verdict.policy == policy.name
+    chosen = verdict.policy == policy.name
     breaches = sum(sum(horizon.breach.values()) for horizon in policy.horizons)
     latency = policy.horizons[-1].median("e2e_seconds", "p95") if policy.horizons else math.inf
     return not chosen, not policy.horizons, breaches, math.inf if math.isnan(latency) else latency
