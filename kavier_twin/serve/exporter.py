@@ -19,6 +19,7 @@ from prometheus_client.registry import Collector
 
 from kavier_twin import __version__
 from kavier_twin.serve.cache_metrics import cache_metrics
+from kavier_twin.serve.calibration_metrics import calibration_metrics
 from kavier_twin.serve.fidelity_metrics import PREFIX, fidelity_metrics, flag
 from kavier_twin.serve.view import Outlook, TwinView
 
@@ -107,6 +108,7 @@ def _metrics(view: TwinView) -> Iterator[Metric]:
     yield from _stream(view)
     yield from _mirror(view)
     yield from _fidelity(view)
+    yield from calibration_metrics(view)
     yield from fidelity_metrics(view)
     yield from cache_metrics(view.pool, view.caches)
     yield from _forecasts(view)
@@ -167,7 +169,7 @@ def _stream(view: TwinView) -> Iterator[Metric]:
     yield _counter(
         "requests_dropped",
         "Requests that the mirror could not follow since the start: unknown_request (a finish without an arrival), "
-        "never_finished (no finish record came in time).",
+        "never_finished (no finish record came in time), ended_after_all (of those, ends that came later).",
         ["pool", "reason"],
         [([view.pool, reason], count) for reason, count in sorted(view.dropped.items())],
     )

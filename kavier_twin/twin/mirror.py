@@ -103,6 +103,7 @@ class Mirror:
         self.calibrated_seconds = math.nan  # event time of the last calibration
         self.calibration_failures: Counter[str] = Counter()  # by reason
         self.speed_changes = 0  # jumps of the fleet's speed that calibration met
+        self.last_change: Change | None = None
         self._online = Online()
         self._pace = Pace(fleet.step_time)
         self._is_fork = False
@@ -407,6 +408,7 @@ class Mirror:
     def _meet(self, change: Change) -> None:
         """The fleet's speed jumped: all of it is taken to have changed alike until the next fit tells more."""
         self.speed_changes += 1
+        self.last_change = change
         step_time = self.fleet.settings.step_time
         values = change.ratio * step_time.coefficients()
         if self.settings.floor is not None:

@@ -13,6 +13,7 @@ from kavier_twin.telemetry import EngineSample, RequestFinished, RequestSeen
 from kavier_twin.twin.calibration import Calibration, Coefficient
 from kavier_twin.twin.checkpoint import CheckpointError, Saved
 from kavier_twin.twin.mirror import Mirror, MirrorSettings, Seen
+from kavier_twin.twin.online import Change
 from kavier_twin.twin.pace import Pace
 from kavier_twin.twin.windows import WindowScore
 
@@ -45,6 +46,7 @@ def save(mirror: Mirror) -> Saved:
         "calibrated_seconds": mirror.calibrated_seconds,
         "calibration_failures": dict(mirror.calibration_failures),
         "speed_changes": mirror.speed_changes,
+        "last_change": mirror.last_change,
         "online": mirror._online.save(),
         "pace": mirror._pace.save(),
     }
@@ -87,6 +89,7 @@ def restore(saved: Saved, settings: MirrorSettings, fleet: FleetSettings) -> Mir
     mirror.calibrated_seconds = document["calibrated_seconds"]
     mirror.calibration_failures = Counter(document["calibration_failures"])
     mirror.speed_changes = document["speed_changes"]
+    mirror.last_change = Change(*document["last_change"]) if document["last_change"] else None
     mirror._online.restore(document["online"])
     mirror._pace = Pace(current.step_time)
     mirror._pace.restore(document["pace"])

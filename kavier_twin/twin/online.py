@@ -75,7 +75,8 @@ class Online:
 
     def restore(self, saved: dict[str, Any]) -> None:
         """What `save` gave."""
-        self._rows.extend(Row(*row[:4], tuple(row[4]), tuple(row[5])) for row in saved["rows"])
+        for time, wait, ttft, decode, prefill_work, decode_work in saved["rows"]:
+            self._rows.append(Row(time, wait, ttft, decode, tuple(prefill_work), tuple(decode_work)))
         self._cusum.restore(saved["cusum"])
 
     def forget(self) -> None:
