@@ -22,7 +22,7 @@ import numpy as np
 
 KEPT_LENGTHS: Final = 2_000
 MINIMUM_REQUESTS: Final = 50  # that ended, before anything is made of their lengths
-LEAST_LOST_RATIO: Final = 0.001  # that is always reckoned with
+PRIOR_REQUESTS: Final = 100.0  # of which one is taken to be lost, before the stream has told
 LATE_RATIO: Final = 0.5  # of late ends, above which lengths are drawn
 _SLACK: Final = 1.25  # for a mirror that is ahead
 _EVERY_REQUESTS: Final = 25  # between looks at the lengths
@@ -98,9 +98,11 @@ class Lengths:
         self._until_look -= 1
         if self._until_look <= 0 and len(self._outputs) >= MINIMUM_REQUESTS:
             self._until_look = _EVERY_REQUESTS
-            lost = max(LEAST_LOST_RATIO, self._lost_count / (self._ended_count + self._lost_count))
+            lost = (1.0 + self._lost_count) / (PRIOR_REQUESTS + self._ended_count + self._lost_count)
             self._sorted = sorted(self._outputs)
-            self._limit_tokens = int(_SLACK * np.quantile(self._sorted, 1.0 - lost, method="higher")) + 1
+            # What none of so few was: a tail that falls with the length, as Pareto's of exponent 1, goes on from there.
+            beyond = max(1.0, 1.0 / (lost * len(self._sorted)))
+            self._limit_tokens = int(_SLACK * beyond * np.quantile(self._sorted, 1.0 - lost, method="higher")) + 1
 
     def let_go(self, identity: str, simulated: Simulated) -> None:
         """A request ends in the mirror without a record."""
