@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from threading import Lock, Thread
 from typing import Final, TypeVar
 
@@ -16,14 +16,16 @@ from kavier_twin.forecast.policy_set import in_force
 from kavier_twin.forecast.result import Forecast
 from kavier_twin.forecast.whatif import WhatIf
 from kavier_twin.serve import assemble
-from kavier_twin.serve.view import Outlook, SourceState, TwinView
-from kavier_twin.simulation.policies import Policy
+from kavier_twin.serve.view import Outlook, SourceState, SweepCounts, TwinView
+from kavier_twin.simulation.fleet import Fleet
+from kavier_twin.simulation.policies import Override, Policy, PolicyError
 from kavier_twin.simulation.settings import COEFFICIENTS, FleetSettings
-from kavier_twin.telemetry import EngineSample, KvEventBatch, TelemetryRecord
+from kavier_twin.telemetry import EngineSample, GpuSample, KvEventBatch, TelemetryRecord
 from kavier_twin.twin.cache_watch import CacheWatch
 from kavier_twin.twin.metrics_stream import MetricsStream, mirror_settings
 from kavier_twin.twin.mirror import Mirror, MirrorSettings
 from kavier_twin.twin.online import Change
+from kavier_twin.twin.power_watch import PowerWatch
 from kavier_twin.twin.replicas import replicas
 from kavier_twin.twin.snapshot import Snapshot
 
@@ -41,7 +43,8 @@ class PoolTwin:
 
     `event_clock` tells the stream's time now where the source knows it (a replay). Otherwise a stream of unix times
     close to now is live, and time passes without records; any other stream's time follows its records. With
-    `from_metrics` there is no stream: one is made up from what engines count, and time follows their samples.
+    `from_metrics` the engines' samples are all there is: requests follow their samples. `given` are settings of the
+    engine that hold whatever the engines say.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class PoolTwin:
         *,
         calibrated: bool = False,
         from_metrics: bool = False,
+        given: Iterable[str] = (),
         event_clock: Callable[[], float] | None = None,
         notes: Iterable[str] = (),
     ) -> None:
@@ -63,9 +67,13 @@ class PoolTwin:
         self.metrics = MetricsStream(mirror.pool, fleet.engine) if from_metrics else None
         self.mirror = Mirror(mirror_settings(mirror) if from_metrics else mirror, fleet, calibrated=calibrated)
         self.caches = CacheWatch()
+        self.power = PowerWatch()
+        self.mirror.beside = self._look_beside
         self._lock = Lock()
         self._event_clock = event_clock
         self._notes = tuple(notes)
+        self._given = frozenset(given)
+        self._refused: Mapping[str, Override] = {}
         self._policies = {policy.name: in_force(fleet, policy) for policy in forecast.policies}
         self._reported = _EngineSamples()
         self._outlook: Outlook | None = None
@@ -80,10 +88,12 @@ class PoolTwin:
         """The pool's."""
         return self.mirror.settings.pool
 
-    def resume(self, mirror: Mirror, caches: CacheWatch) -> None:
+    def resume(self, mirror: Mirror, caches: CacheWatch, power: PowerWatch) -> None:
         """Go on from another's state, before `start`."""
         self.mirror = mirror
+        self.mirror.beside = self._look_beside
         self.caches = caches
+        self.power = power
 
     def start(self) -> None:
         """Forecast from now on."""
@@ -107,9 +117,32 @@ class PoolTwin:
             self.mirror.advance()
             if ended:
                 self.mirror.end()
-            self.caches.follow(self.mirror.fleet, self._replica_of)
             self._behind = more
             self._tell_of_calibration()
+
+    def adopt(self, told: Mapping[str, Override]) -> None:
+        """Go on with what the engines say of their settings, but for those that are given."""
+        with self._lock:
+            engine = self.mirror.fleet.settings.engine
+            new = {name: value for name, value in told.items() if name not in self._given}
+            new = {name: value for name, value in new.items() if getattr(engine, name) != value}
+            if not new or new == self._refused:
+                return
+            try:
+                self.mirror.adopt(new)
+            except PolicyError as error:
+                self._refused = new
+                log.warning("pool %s: what the engines say of their settings cannot be: %s", self.name, error)
+                return
+            if self.metrics:
+                self.metrics.use(self.mirror.fleet.settings.engine)
+            self.forecast_under(self.forecaster.settings.policies)
+        log.info(
+            "pool %s: engine settings adopted as the engines tell them: %s%s",
+            self.name,
+            ", ".join(f"{name} {value} (was {getattr(engine, name)})" for name, value in new.items()),
+            f"; kept as given: {', '.join(sorted(self._given))}" if self._given else "",
+        )
 
     def look(self, see: Callable[[Mirror], Found]) -> Found:
         """What `see` finds in the mirror as of now, of which it may keep nothing."""
@@ -152,8 +185,16 @@ class PoolTwin:
             beside=assemble.beside(mirror, self._reported.at(mirror.time_seconds)),
             replicas=replicas(mirror),
             caches=assemble.caches(self.caches),
+            power=assemble.power(self.power, mirror),
+            source="metrics" if self.metrics else "stream",
             sources=sources,
             forecasts={"succeeded": self.forecaster.cycles, "failed": self.forecaster.failures},
+            sweeps=SweepCounts(
+                self.forecaster.late,
+                self.forecaster.futures,
+                dict(self.forecaster.shed),
+                dict(self.forecaster.stopped),
+            ),
             every_seconds=self.forecaster.settings.every_seconds,
             slos=assemble.slo_lines(self.forecaster.settings.slos),
             outlook=self._outlook,
@@ -171,12 +212,19 @@ class PoolTwin:
                 self.metrics.take(record)
         if isinstance(record, KvEventBatch):
             self.caches.take(record)
+        if isinstance(record, GpuSample):
+            self.power.take(record)
         self.mirror.ingest(record)
 
-    def _replica_of(self, pod: str) -> int | None:
-        """The replica that mirrors a pod; where there is one of each, no name is needed."""
-        alone = 0 if self.mirror.fleet.state.replicas.size == 1 else None
-        return self.mirror.pods.replica_of(pod) if pod else alone
+    def _look_beside(self, fleet: Fleet) -> None:
+        self.caches.follow(fleet, self._replica_of)
+        self.power.follow(fleet)
+
+    def _replica_of(self, pod: str, rank: str) -> int | None:
+        """The replica that mirrors an engine. Where the stream names no pod there may be only one."""
+        pods, replicas = self.mirror.pods, self.mirror.fleet.state.replicas
+        found = pods.replica_of(pod, rank) if pods.replica_of(pod, rank) is not None else pods.replica_of(pod)
+        return 0 if found is None and replicas.size == 1 else found
 
     def _present(self) -> Mirror:
         """The mirror as of now: of a stream whose time is a clock's, moved on to where no record has come yet."""

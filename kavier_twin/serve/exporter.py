@@ -21,6 +21,8 @@ from kavier_twin import __version__
 from kavier_twin.serve.cache_metrics import cache_metrics
 from kavier_twin.serve.calibration_metrics import calibration_metrics
 from kavier_twin.serve.fidelity_metrics import PREFIX, fidelity_metrics, flag
+from kavier_twin.serve.power_metrics import power_metrics
+from kavier_twin.serve.sweep_metrics import sweep_metrics
 from kavier_twin.serve.view import Outlook, TwinView
 
 
@@ -111,6 +113,8 @@ def _metrics(view: TwinView) -> Iterator[Metric]:
     yield from calibration_metrics(view)
     yield from fidelity_metrics(view)
     yield from cache_metrics(view.pool, view.caches)
+    yield from power_metrics(view.pool, view.power)
+    yield from sweep_metrics(view)
     yield from _forecasts(view)
     if view.outlook is not None:
         yield from _predictions(view.pool, view.source, view.outlook)
@@ -145,6 +149,13 @@ def _stream(view: TwinView) -> Iterator[Metric]:
         "or fresh (0). The status tells why.",
         view.pool,
         float(bool(view.stale)),
+    )
+    yield _gauge(
+        "engine_contradictions",
+        "Settings that an engine tells otherwise than the settings file, whose word holds, or than another engine. The "
+        "notes of the status name them.",
+        view.pool,
+        view.engine_contradictions,
     )
     newest = GaugeMetricFamily(
         f"{PREFIX}_source_last_record_timestamp_seconds",

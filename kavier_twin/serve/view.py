@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from kavier_twin.forecast.result import Gain
 from kavier_twin.twin.replicas import Replica
 
 Quantiles = Mapping[float, float]
@@ -88,6 +89,7 @@ class Horizon:
     predicted: tuple[Predicted, ...]
     breach: Mapping[str, float]  # SLO -> probability
     breach_trusted: Mapping[str, bool] = field(default_factory=dict)
+    breach_interval: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # SLO -> 90 % interval of it
 
     def median(self, kpi: str, statistic: str = "") -> float:
         """The median over the futures; NaN where nothing is known."""
@@ -110,6 +112,7 @@ class PolicyOutlook:
     deployable: bool
     horizons: tuple[Horizon, ...]
     problem: str = ""  # why it could not be simulated
+    first_breach: Mapping[str, Quantiles] = field(default_factory=dict)  # SLO -> seconds from now; infinite: none
 
     def at(self, horizon_seconds: float) -> Horizon | None:
         """The outlook over one horizon."""
@@ -118,12 +121,28 @@ class PolicyOutlook:
 
 @dataclass(frozen=True)
 class Best:
-    """The verdict: the policy with the fewest expected SLO breaches, then the lowest latency."""
+    """The verdict: the policy that is best under the objectives, what it gains over today's, and how sure that is.
+
+    `switch` tells of it where the restart that brings it is counted from now on.
+    """
 
     policy: str
     flags: tuple[str, ...]
     deployable: bool
     reason: str
+    gain: Gain | None = None
+    switch: tuple[Horizon, ...] = ()
+    switch_gain: Gain | None = None
+
+
+@dataclass(frozen=True)
+class SweepCounts:
+    """What became of the forecast cycles since the start."""
+
+    late: int = 0  # took longer than they come
+    futures: int = 0  # simulated
+    shed: Mapping[str, int] = field(default_factory=dict)  # policy -> cycles without time for it
+    stopped: Mapping[str, int] = field(default_factory=dict)  # why no more futures were simulated -> cycles
 
 
 @dataclass(frozen=True)
@@ -138,6 +157,9 @@ class Outlook:
     calibrated: bool
     policies: tuple[PolicyOutlook, ...]  # best first
     best: Best | None
+    stopped_because: str = ""  # no more futures were simulated
+    shed: tuple[str, ...] = ()  # policies without time for them
+    notes: tuple[str, ...] = ()  # what a reader of its figures must know
 
 
 @dataclass(frozen=True)
@@ -181,6 +203,23 @@ class CacheBeside:
 
 
 @dataclass(frozen=True)
+class PowerBeside:
+    """Mean watts of one GPU over the last minutes, mirrored and observed, and the power model in use."""
+
+    mirrored_watts: float
+    observed_watts: float
+    idle_watts: float
+    compute_watts: float  # above idle
+    memory_watts: float
+    calibrations: int = 0  # fits to observed watts so far
+
+    @property
+    def error_ratio(self) -> float:
+        """(mirrored - observed) / observed; NaN where nothing was observed."""
+        return self.mirrored_watts / self.observed_watts - 1.0 if self.observed_watts > 0.0 else math.nan
+
+
+@dataclass(frozen=True)
 class TwinView:
     """The twin of one pool at one moment."""
 
@@ -212,14 +251,17 @@ class TwinView:
     source: str = "stream"  # what the mirror follows: a stream of requests, or "metrics" alone
     replicas: tuple[Replica, ...] = ()
     caches: tuple[CacheBeside, ...] = ()
+    power: PowerBeside | None = None  # None where no power model is told
     sources: tuple[SourceState, ...] = ()
     forecasts: Mapping[str, int] = field(default_factory=dict)  # result -> cycles
+    sweeps: SweepCounts = SweepCounts()
     every_seconds: float = math.nan  # between two forecasts
     slos: tuple[SloLine, ...] = ()
     outlook: Outlook | None = None
     currency: str = ""  # of costs, ISO 4217; empty where no footprint is told
     notes: tuple[str, ...] = ()  # what a reader of these figures must know
     stale: tuple[str, ...] = ()  # why the figures are old: one line for each source that fails or is behind
+    engine_contradictions: int = 0  # settings that engines tell otherwise than the settings file or each other
     warming_up: bool = False  # the past of the logs is being mirrored
 
     def not_ready(self) -> list[str]:

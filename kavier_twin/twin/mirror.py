@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections import Counter, deque
+from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass
 from typing import Final
@@ -22,6 +23,7 @@ import numpy as np
 from kavier_twin.simulation.fleet import Fleet, Live
 from kavier_twin.simulation.kernels import replica as replica_kernels
 from kavier_twin.simulation.kpis import Counters
+from kavier_twin.simulation.policies import Override, apply_overrides
 from kavier_twin.simulation.settings import FleetSettings, StepTime
 from kavier_twin.simulation.state import FREE, WAITING
 from kavier_twin.simulation.workload import Workload, covered_tokens, make_workload, workload_of
@@ -96,7 +98,9 @@ class Mirror:
         self.observed_ttft: deque[float] = deque(maxlen=500)
         self.observed_e2e: deque[float] = deque(maxlen=500)
         self.last_sample: EngineSample | None = None
-        self.configured_replicas = fleet.replicas
+        # Gets the fleet before its first request and at every second; not that of a fork.
+        self.beside: Callable[[Fleet], None] | None = None
+        self.configured = fleet
         self.pods = Pods(fleet.replicas, settings.pod_silent_seconds, settings.most_replicas)
         self._stream = OrderedStream(settings.lateness_seconds)
         self._recent: dict[str, Seen] = {}  # by id, oldest first
@@ -170,6 +174,15 @@ class Mirror:
             self._drop_the_lost()
         return len(events)
 
+    def adopt(self, overrides: Mapping[str, Override]) -> None:
+        """The engines turned out to be set so. Raises PolicyError for what cannot be."""
+        settings = apply_overrides(self.fleet.settings, overrides)
+        if math.isfinite(self.time_seconds):
+            self.fleet.apply(overrides)
+            self._pace.apply(self.fleet)
+        else:
+            self.fleet = Fleet(settings, start_seconds=-math.inf)
+
     def end(self) -> None:
         """Process all that was taken in: no record will ever come."""
         last, lateness = self._stream.last_seconds, self.settings.lateness_seconds
@@ -194,6 +207,7 @@ class Mirror:
         twin._lengths = self._lengths.fork()
         twin.pods = self.pods.copy()
         twin._is_fork = True
+        twin.beside = None
         return twin
 
     # --- what can be seen -----------------------------------------------------------------------------------------
@@ -273,12 +287,16 @@ class Mirror:
         self.gauges.record(second, self.load(), int(self.fleet.state.replicas["alive"].sum()))
         for pair in self.gauges.due(second):
             self.windows.add(*pair)
+        if self.beside is not None:
+            self.beside(self.fleet)
         if second % JUDGE_EVERY_SECONDS == 0:
             self.scores = self.windows.scores(second)
             self.judge.judge(self.scores)
 
     def _start(self, time_seconds: float) -> None:
         self.fleet = Fleet(self.fleet.settings, start_seconds=time_seconds)
+        if self.beside is not None:
+            self.beside(self.fleet)
 
     def _extend(self) -> None:
         """Requests that reached the length assumed for them go on, reality has not ended them; or are given up."""
