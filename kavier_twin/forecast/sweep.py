@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from kavier_twin.forecast.executors import Executor
-from kavier_twin.forecast.futures import draw_futures, settle_lengths
+from kavier_twin.forecast.futures import Futures, settle_lengths
 from kavier_twin.forecast.load import arrival_rate
 from kavier_twin.forecast.measure import measure
 from kavier_twin.forecast.result import FailedPolicy, Forecast, Quantiles, Row
@@ -16,7 +16,7 @@ from kavier_twin.forecast.slo import METRICS, Metric, Slo
 from kavier_twin.forecast.verdict import best_policy
 from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.kpis import Counters
-from kavier_twin.simulation.policies import Policy, PolicyError, apply_overrides
+from kavier_twin.simulation.policies import Override, Policy, PolicyError, apply_overrides
 from kavier_twin.simulation.workload import Workload
 from kavier_twin.twin.snapshot import Snapshot
 
@@ -38,19 +38,18 @@ def sweep(
     depend on the arguments only, not on the executor.
     """
     applicable, failed = _applicable(snapshot, policies)
-    workloads = draw_futures(snapshot, horizons_seconds[-1], [(seed, number, 0) for number in range(futures)])
-    presents = [_present(snapshot, np.random.default_rng((seed, number, 1))) for number in range(futures)]
+    drawn = draw(snapshot, horizons_seconds[-1], futures, seed)
     tasks = [
-        _Task(present, workload, policy, tuple(horizons_seconds), snapshot.frontend_seconds)
+        Task(future, policy.overrides, tuple(horizons_seconds), snapshot.frontend_seconds)
         for policy in applicable
-        for present, workload in zip(presents, workloads, strict=True)
+        for future in drawn
     ]
-    measured = executor.map(_simulate, tasks)
+    measured = executor.map(simulate, tasks)
     rows = []
     for number, policy in enumerate(applicable):
         of_policy = measured[number * futures : (number + 1) * futures]
         for place, horizon in enumerate(horizons_seconds):
-            rows.append(_row(policy.name, horizon, [kpis[place] for kpis in of_policy], slos))
+            rows.append(row_of(policy.name, horizon, [kpis[place] for kpis in of_policy], slos))
     return Forecast(
         pool=snapshot.pool,
         time_seconds=snapshot.time_seconds,
@@ -63,14 +62,29 @@ def sweep(
     )
 
 
-class _Task(NamedTuple):
-    """One policy in one future. Read only: tasks share the present and the workload."""
+class Future(NamedTuple):
+    """A present in which what is in flight has a length, and the requests to come. Read only: tasks share it."""
 
     present: Fleet
     workload: Workload
-    policy: Policy
+
+
+class Task(NamedTuple):
+    """One policy in one future."""
+
+    future: Future
+    overrides: Mapping[str, Override]
     horizons_seconds: tuple[float, ...]
     frontend_seconds: float
+
+
+def draw(snapshot: Snapshot, horizon_seconds: float, futures: int, seed: int, load: float = 1.0) -> list[Future]:
+    """So many futures; the first ones of many are the few, and those of another load have the same presents."""
+    futures_of = Futures(snapshot, horizon_seconds, load)
+    return [
+        Future(_present(snapshot, np.random.default_rng((seed, number, 1))), futures_of.draw((seed, number, 0)))
+        for number in range(futures)
+    ]
 
 
 def _applicable(snapshot: Snapshot, policies: Sequence[Policy]) -> tuple[list[Policy], tuple[FailedPolicy, ...]]:
@@ -92,13 +106,13 @@ def _present(snapshot: Snapshot, rng: np.random.Generator) -> Fleet:
     return present
 
 
-def _simulate(task: _Task) -> list[dict[Metric, float]]:
+def simulate(task: Task) -> list[dict[Metric, float]]:
     """KPIs at every horizon, from one run."""
-    fleet = task.present.fork()
+    fleet = task.future.present.fork()
     start = fleet.now_seconds
     before = Counters.of(fleet.state, start)
-    fleet.apply(task.policy.overrides)
-    fleet.feed(task.workload)
+    fleet.apply(task.overrides)
+    fleet.feed(task.future.workload)
     outcomes, kpis = [], []
     for horizon in task.horizons_seconds:
         fleet.run(start + horizon)
@@ -107,7 +121,8 @@ def _simulate(task: _Task) -> list[dict[Metric, float]]:
     return kpis
 
 
-def _row(policy: str, horizon: float, kpis: Sequence[dict[Metric, float]], slos: Sequence[Slo]) -> Row:
+def row_of(policy: str, horizon: float, kpis: Sequence[dict[Metric, float]], slos: Sequence[Slo]) -> Row:
+    """A policy's KPIs at one horizon, over as many futures."""
     return Row(
         policy=policy,
         horizon_seconds=horizon,
