@@ -14,6 +14,7 @@ COMMANDS = (
     "compare",
     "accuracy",
     "counterfactual",
+    "backtest",
     "kavier",
     "demo",
     "run",
