@@ -22,6 +22,7 @@ from kavier_twin.forecast.scores import Moment, ScoredBreach, ScoredKpi, Scorer,
 from kavier_twin.forecast.slo import Slo
 from kavier_twin.replay_source import ReplaySource
 from kavier_twin.scenario import Scenario
+from kavier_twin.score_keeper import tell_end
 from kavier_twin.simulation.fleet import simulate
 from kavier_twin.simulation.policies import Policy
 from kavier_twin.simulation.settings import FleetSettings
@@ -128,7 +129,7 @@ def backtest(
                 if isinstance(record, RequestSeen):
                     scorer.reality.arrive(record.id, record.time_seconds, record.prompt_tokens)
                 elif isinstance(record, RequestFinished):
-                    tell(scorer, record)
+                    tell_end(scorer, record)
 
     while now <= last:
         take_until(now)
@@ -144,19 +145,6 @@ def backtest(
     settle(last)
     return Backtest(
         scorer.scores(), tuple(kpis), tuple(breaches), tuple(moments), made, len(records), measured=measured
-    )
-
-
-def tell(scorer: Scorer, record: RequestFinished) -> None:
-    """A request's end, as a scorer takes it."""
-    scorer.reality.end(
-        record.id,
-        record.time_seconds,
-        record.output_tokens,
-        ttft_seconds=record.ttft_seconds,
-        e2e_seconds=record.e2e_seconds,
-        queue_seconds=record.queue_seconds,
-        cached_tokens=record.cached_tokens,
     )
 
 

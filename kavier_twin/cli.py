@@ -18,6 +18,7 @@ COMMANDS = (
     "kavier",
     "demo",
     "run",
+    "scores",
     "whatif",
     "calibrate_power",
     "schema",

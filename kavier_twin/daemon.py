@@ -30,6 +30,7 @@ from kavier_twin.http_settings import HttpConfig
 from kavier_twin.live_sources import LiveSource
 from kavier_twin.pool import PoolTwin
 from kavier_twin.pool_control import PoolControl
+from kavier_twin.score_store import FILE_NAME, ScoreStore
 from kavier_twin.serve.app import Twin
 from kavier_twin.serve.history import History
 from kavier_twin.serve.http import AddressError, HttpServer
@@ -81,10 +82,19 @@ class Daemon:
     def of(cls, settings: Settings) -> Daemon:
         """The daemon that a settings file describes. Raises UserError."""
         letters = DeadLetters(settings.dead_letters) if settings.dead_letters else None
+        store = ScoreStore(settings.checkpoints.directory / FILE_NAME) if settings.checkpoints else None
         pools = []
         for name, pool in settings.by_pool.items():
             mirror = replace(pool.mirror.settings(name), prior=pool.fleet.prior, floor=pool.fleet.floor)
-            pools.append(PoolTwin(pool.fleet.settings(), mirror, pool.forecast, calibrated=pool.fleet.calibrated))
+            pools.append(
+                PoolTwin(
+                    pool.fleet.settings(),
+                    mirror,
+                    pool.forecast,
+                    calibrated=pool.fleet.calibrated,
+                    score_store=store,
+                )
+            )
         feeds = []
         for entry in settings.sources:
             try:

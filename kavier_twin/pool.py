@@ -16,6 +16,8 @@ from kavier_twin.forecast.forecaster import Forecaster, ForecastSettings
 from kavier_twin.forecast.policy_set import in_force
 from kavier_twin.forecast.result import Forecast
 from kavier_twin.forecast.whatif import WhatIf
+from kavier_twin.score_keeper import ScoreKeeper
+from kavier_twin.score_store import ScoreStore
 from kavier_twin.serve import assemble
 from kavier_twin.serve.view import Outlook, SourceState, TwinView
 from kavier_twin.simulation.policies import Policy
@@ -50,6 +52,7 @@ class PoolTwin:
         calibrated: bool = False,
         event_clock: Callable[[], float] | None = None,
         notes: Iterable[str] = (),
+        score_store: ScoreStore | None = None,
     ) -> None:
         forecast = forecast or ForecastSettings()
         self.fleet = fleet  # as configured
@@ -57,6 +60,7 @@ class PoolTwin:
         self.what_if = WhatIf(self._snapshot, forecast.slos, forecast.workers)
         self.mirror = Mirror(mirror or MirrorSettings(), fleet, calibrated=calibrated)
         self.caches = CacheWatch()
+        self._scores = ScoreKeeper(self.name, forecast, score_store)
         self._ends = _HeldEnds()
         self._lock = Lock()
         self._event_clock = event_clock
@@ -103,6 +107,7 @@ class PoolTwin:
         with self._lock:
             for record in records:
                 self._take(record)
+                self._scores.take(record)
             newest = self.mirror.newest_seconds
             for held in self._ends.due(math.inf if ended else newest):
                 self.mirror.ingest(held)
@@ -162,6 +167,7 @@ class PoolTwin:
             every_seconds=self.forecaster.settings.every_seconds,
             slos=assemble.slo_lines(self.forecaster.settings.slos),
             outlook=self._outlook,
+            scores=self._scores.scores,
             currency=settings.footprint.currency if settings.footprint else "",
             notes=self._notes,
         )
@@ -228,6 +234,8 @@ class PoolTwin:
     def _take_forecast(self, forecast: Forecast) -> None:
         if self._outlook is None:
             log.info("pool %s: first forecast made in %.1f s", self.name, forecast.duration_seconds or 0.0)
+        today = next(policy.name for policy in self.forecaster.settings.policies if not policy.overrides)
+        self._scores.judge(forecast, today)
         self._outlook = assemble.outlook(forecast, time.time(), self._policies)
 
 

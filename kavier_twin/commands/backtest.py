@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -111,11 +112,16 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(document(found)))
     else:
-        output = Console(highlight=False)
+        output = wide_console()
         reality = "measured" if found.measured else f"simulated ({scenario.fleet_source})"
         output.print(f"{found.forecasts} forecasts over {found.requests} requests; reality is {reality}.")
         print_scores(output, found.scores)
     return 0
+
+
+def wide_console() -> Console:
+    """As wide as the terminal; where there is none, wide enough for the tables."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
 def print_scores(console: Console, scores: Scores) -> None:
@@ -166,26 +172,25 @@ def print_scores(console: Console, scores: Scores) -> None:
         )
     console.print(table)
     unscored = ", ".join(f"{count} {reason}" for reason, count in scores.unscored.items())
-    console.print(
-        f"{scores.pending} forecasts still open{f'; not judged: {unscored}' if unscored else ''}.", style="dim"
-    )
+    if scores.pending or unscored:
+        note = f"; not judged: {unscored}" if unscored else ""
+        console.print(f"{scores.pending} forecasts still open{note}.", style="dim")
 
 
 def document(found: Backtest) -> dict[str, Any]:
     """Plain JSON types."""
-    plain: dict[str, Any] = _plain(
-        {"forecasts": found.forecasts, "requests": found.requests, "measured": found.measured} | asdict(found.scores)
-    )
-    return plain
+    what = {"forecasts": found.forecasts, "requests": found.requests, "measured": found.measured}
+    return {**what, **plain(asdict(found.scores))}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Plain JSON types; what is not finite becomes None."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
+        return {str(key): plain(entry) for key, entry in value.items()}
     if hasattr(value, "_asdict"):
-        return _plain(value._asdict())
+        return plain(value._asdict())
     if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
+        return [plain(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

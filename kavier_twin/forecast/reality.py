@@ -8,7 +8,6 @@ way at the end counts with its age where that raises the quantile.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -85,20 +84,19 @@ class Reality:
             output_tokens,
             math.nan if cached_tokens is None else cached_tokens,
         )
+        self.restore(identity, ended)
+        return ended
+
+    def restore(self, identity: str, ended: Ended) -> None:
+        """A request that ended, as it was remembered."""
         self._ended[identity] = None
         if len(self._ended) > ENDED_REMEMBERED:
             del self._ended[next(iter(self._ended))]
-        self.add([ended])
-        return ended
-
-    def add(self, ended: Iterable[Ended]) -> None:
-        """Requests that ended, as they were remembered elsewhere."""
-        for row in ended:
-            if self._count == self._rows.shape[0]:
-                self._rows = np.concatenate([self._rows, np.zeros_like(self._rows)])
-            self._rows[self._count] = row
-            self._count += 1
-            self.since_seconds = min(self.since_seconds, row.arrival)
+        if self._count == self._rows.shape[0]:
+            self._rows = np.concatenate([self._rows, np.zeros_like(self._rows)])
+        self._rows[self._count] = ended
+        self._count += 1
+        self.since_seconds = min(self.since_seconds, ended.arrival)
 
     def forget(self, before_seconds: float) -> None:
         """Drop what ended before, and what arrived before and never ended."""

@@ -16,7 +16,7 @@ from typing import Final, NamedTuple, Protocol
 import numpy as np
 
 from kavier_twin.forecast.conformal import Widening
-from kavier_twin.forecast.reality import Reality
+from kavier_twin.forecast.reality import Ended, Reality
 from kavier_twin.forecast.result import Forecast
 from kavier_twin.forecast.slo import Metric, Slo
 
@@ -89,6 +89,7 @@ class KpiScore:
 class Bin(NamedTuple):
     """Forecasts with probabilities of about the same size: how often it happened beside how often it was said to."""
 
+    lower: float  # end of the bin, a tenth wide
     forecasts: int
     probability: float  # mean
     breached_ratio: float
@@ -124,6 +125,17 @@ class AlertScore:
     median_lead_seconds: float
 
 
+class Interval(NamedTuple):
+    """Of the last forecast: one KPI over one horizon, as simulated and as widened by what was observed before."""
+
+    kpi: Metric
+    horizon_seconds: float
+    low: float
+    high: float
+    wide_low: float
+    wide_high: float
+
+
 @dataclass(frozen=True)
 class Scores:
     """All that is known of how good a pool's forecasts are."""
@@ -131,6 +143,7 @@ class Scores:
     kpis: tuple[KpiScore, ...] = ()
     breaches: tuple[BreachScore, ...] = ()
     alerts: tuple[AlertScore, ...] = ()
+    intervals: tuple[Interval, ...] = ()
     pending: int = 0  # forecasts whose time has not come, by horizon
     unscored: Mapping[str, int] = field(default_factory=dict)  # reason -> forecasts that could not be judged
 
@@ -139,7 +152,7 @@ class _Measure(Protocol):
     def __call__(self, start: float, stop: float) -> dict[Metric, float]: ...
 
 
-class _Foreseen(NamedTuple):
+class Foreseen(NamedTuple):
     """A forecast over one horizon."""
 
     time_seconds: float
@@ -155,7 +168,7 @@ class Scorer:
         self.reality = Reality()
         self.unscored: dict[str, int] = defaultdict(int)
         self._slos = {slo.name: slo for slo in slos}
-        self._pending: deque[_Foreseen] = deque()
+        self._pending: deque[Foreseen] = deque()
         self._moments: deque[tuple[float, float, dict[str, float]]] = deque()
         self._widenings: dict[tuple[float, Metric], Widening] = defaultdict(Widening)
         self._kpis: dict[tuple[float, Metric], deque[ScoredKpi]] = defaultdict(lambda: deque(maxlen=JUDGED))
@@ -163,36 +176,63 @@ class Scorer:
         self._told: dict[str, deque[Moment]] = defaultdict(lambda: deque(maxlen=JUDGED))
         self._longest_horizon = 0.0
         self._newest = -math.inf  # forecast kept
+        self._intervals: tuple[Interval, ...] = ()
 
-    def foresee(self, forecast: Forecast, policy: str) -> dict[tuple[float, Metric], tuple[float, float]]:
-        """Keep what was foreseen under `policy`, the one in force. Returns the widened intervals by horizon and KPI.
+    @property
+    def open_forecasts(self) -> list[Foreseen]:
+        """Those whose time has not come."""
+        return list(self._pending)
+
+    def resume(
+        self,
+        still_open: Iterable[Foreseen],
+        ended: Iterable[tuple[str, Ended]],
+        live: Mapping[str, tuple[float, int]],
+    ) -> None:
+        """Go on where another left off: what it had still to judge, and the requests that it knew of."""
+        for one in still_open:
+            self._keep(one)
+        for identity, row in ended:
+            self.reality.restore(identity, row)
+        for identity, (arrival, prompt_tokens) in live.items():
+            self.reality.arrive(identity, arrival, prompt_tokens)
+
+    def needed_since(self, now_seconds: float) -> float:
+        """What ended before this event time judges nothing any more."""
+        return now_seconds - 2.0 * self._longest_horizon - SETTLE_SECONDS
+
+    def foresee(self, forecast: Forecast, policy: str) -> None:
+        """Keep what was foreseen under `policy`, the one in force.
 
         A forecast no later than the last one is passed over: nothing happened in between.
         """
         rows = [row for row in forecast.rows if row.policy == policy]
-        widened = {}
-        foreseen = []
+        if not rows or forecast.time_seconds <= self._newest:
+            return
+        self._newest = forecast.time_seconds
+        intervals = []
         for row in rows:
             kpis: dict[Metric, tuple[float, float, float, float, float]] = {}
             for metric, values in row.kpis.items():
                 low, median, high = values.p10, values.p50, values.p90
                 if math.isfinite(median):
                     wide = self._widenings[row.horizon_seconds, metric].widen(low, median, high)
-                    widened[row.horizon_seconds, metric] = wide
                     kpis[metric] = (low, median, high, *wide)
-            foreseen.append(_Foreseen(forecast.time_seconds, row.horizon_seconds, kpis, dict(row.breach_probability)))
-        if rows and forecast.time_seconds > self._newest:
-            self._newest = forecast.time_seconds
-            self._pending.extend(foreseen)
-            odds = {slo: max(row.breach_probability.get(slo, 0.0) for row in rows) for slo in self._slos}
-            self._moments.append((forecast.time_seconds, min(row.horizon_seconds for row in rows), odds))
-            self._longest_horizon = max(self._longest_horizon, *(row.horizon_seconds for row in rows))
-        return widened
+                    intervals.append(Interval(metric, row.horizon_seconds, low, high, *wide))
+            self._keep(Foreseen(forecast.time_seconds, row.horizon_seconds, kpis, dict(row.breach_probability)))
+        self._intervals = tuple(intervals)
+        odds = {slo: max(row.breach_probability.get(slo, 0.0) for row in rows) for slo in self._slos}
+        self._moments.append((forecast.time_seconds, min(row.horizon_seconds for row in rows), odds))
+
+    def _keep(self, one: Foreseen) -> None:
+        self._pending.append(one)
+        self._newest = max(self._newest, one.time_seconds)
+        self._longest_horizon = max(self._longest_horizon, one.horizon_seconds)
 
     def settle(self, now_seconds: float) -> Settled:
         """Judge what can be judged at this event time. Returns what is new."""
         settled = Settled([], [], [])
-        waiting: deque[_Foreseen] = deque()
+        waiting: deque[Foreseen] = deque()
         measured: dict[tuple[float, float], dict[Metric, float]] = {}
 
         def measure(start: float, stop: float) -> dict[Metric, float]:
@@ -220,7 +260,7 @@ class Scorer:
                     breached = self._slos[name].breached(now[self._slos[name].metric])
                     settled.moments.append(Moment(time, name, probability, breached))
         self.remember(settled)
-        self.reality.forget(now_seconds - 2.0 * self._longest_horizon - SETTLE_SECONDS)
+        self.reality.forget(self.needed_since(now_seconds))
         return settled
 
     def remember(self, settled: Settled) -> None:
@@ -245,6 +285,7 @@ class Scorer:
             alerts=tuple(
                 alert_score(moments, max(horizons, default=0.0)) for _, moments in sorted(self._told.items()) if moments
             ),
+            intervals=self._intervals,
             pending=len(self._pending),
             unscored=dict(self.unscored),
         )
@@ -254,7 +295,7 @@ class Scorer:
             return False
         return now_seconds >= until_seconds + SETTLE_SECONDS or self.reality.complete(until_seconds)
 
-    def _judge(self, one: _Foreseen, measure: _Measure, settled: Settled) -> None:
+    def _judge(self, one: Foreseen, measure: _Measure, settled: Settled) -> None:
         start, stop = one.time_seconds, one.time_seconds + one.horizon_seconds
         observed = measure(start, stop)
         before: Mapping[Metric, float] = {}
@@ -303,7 +344,12 @@ def breach_score(rows: Iterable[ScoredBreach], states: Mapping[tuple[str, float]
     now = np.array([float(states.get((row.slo, row.time_seconds), math.nan)) for row in rows])
     place = np.minimum((said * RELIABILITY_BINS).astype(int), RELIABILITY_BINS - 1)
     bins = [
-        Bin(int((place == number).sum()), float(said[place == number].mean()), float(came[place == number].mean()))
+        Bin(
+            float(number) / RELIABILITY_BINS,
+            int((place == number).sum()),
+            float(said[place == number].mean()),
+            float(came[place == number].mean()),
+        )
         for number in np.unique(place)
     ]
     told = np.isfinite(now)

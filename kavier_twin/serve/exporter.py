@@ -18,6 +18,7 @@ from prometheus_client.registry import Collector
 
 from kavier_twin import __version__
 from kavier_twin.serve.cache_metrics import cache_metrics
+from kavier_twin.serve.score_metrics import score_metrics
 from kavier_twin.serve.view import Outlook, TwinView
 
 PREFIX: Final = "kavier_twin"
@@ -109,6 +110,7 @@ def _metrics(view: TwinView) -> Iterator[Metric]:
     yield from _fidelity(view)
     yield from cache_metrics(view.pool, view.caches)
     yield from _forecasts(view)
+    yield from score_metrics(view.pool, view.scores)
     if view.outlook is not None:
         yield from _predictions(view.pool, view.outlook)
 

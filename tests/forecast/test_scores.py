@@ -64,7 +64,8 @@ def test_reality_takes_nothing_twice_and_forgets() -> None:
 
 def test_reality_with_queue_times() -> None:
     found = Reality()
-    found.add([Ended(0.0, 2.0, 3.0, 8.0, 10.0, 5.0, 0.0), Ended(1.0, 4.0, 5.0, 6.0, 10.0, 5.0, 0.0)])
+    found.restore("a", Ended(0.0, 2.0, 3.0, 8.0, 10.0, 5.0, 0.0))
+    found.restore("b", Ended(1.0, 4.0, 5.0, 6.0, 10.0, 5.0, 0.0))
     kpis = found.measure(0.0, 10.0)
     assert kpis["running_mean"] == pytest.approx((6.0 + 2.0) / 10.0)
     assert kpis["waiting_mean"] == pytest.approx((2.0 + 3.0) / 10.0)
