@@ -86,6 +86,7 @@ class Daemon:
         pools = []
         for name, pool in settings.by_pool.items():
             mirror = replace(pool.mirror.settings(name), prior=pool.fleet.prior, floor=pool.fleet.floor)
+            entries = [entry for entry in settings.sources if entry.pool in (None, name)]
             pools.append(
                 PoolTwin(
                     pool.fleet.settings(),
@@ -93,6 +94,7 @@ class Daemon:
                     pool.forecast,
                     calibrated=pool.fleet.calibrated,
                     score_store=store,
+                    from_metrics=all(isinstance(entry, LiveSource) for entry in entries),
                 )
             )
         feeds = []

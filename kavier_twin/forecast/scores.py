@@ -15,9 +15,9 @@ from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 
-from kavier_twin.forecast.conformal import Widening
+from kavier_twin.forecast.conformal import COVERAGE, Widening
 from kavier_twin.forecast.reality import Ended, Reality
-from kavier_twin.forecast.result import Forecast
+from kavier_twin.forecast.result import Forecast, Quantiles
 from kavier_twin.forecast.slo import Metric, Slo
 
 ALERT_PROBABILITY: Final = 0.5  # from here on a forecast is an alert
@@ -214,7 +214,7 @@ class Scorer:
         for row in rows:
             kpis: dict[Metric, tuple[float, float, float, float, float]] = {}
             for metric, values in row.kpis.items():
-                low, median, high = values.p10, values.p50, values.p90
+                low, median, high = _interval(values)
                 if math.isfinite(median):
                     wide = self._widenings[row.horizon_seconds, metric].widen(low, median, high)
                     kpis[metric] = (low, median, high, *wide)
@@ -310,6 +310,13 @@ class Scorer:
             if name in self._slos and self._slos[name].metric in observed:
                 breached = self._slos[name].breached(observed[self._slos[name].metric])
                 settled.breaches.append(ScoredBreach(start, one.horizon_seconds, name, probability, breached))
+
+
+def _interval(values: Quantiles) -> tuple[float, float, float]:
+    """Low end, median and high end: the quantiles nearest to those between which COVERAGE of all futures lie."""
+    tail = 0.5 * (1.0 - COVERAGE)
+    low, high = (min(values.values, key=lambda quantile: abs(quantile - end)) for end in (tail, 1.0 - tail))
+    return values.values[low], values.p50, values.values[high]
 
 
 def kpi_score(rows: Iterable[ScoredKpi]) -> KpiScore:

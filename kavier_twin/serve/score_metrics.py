@@ -54,11 +54,11 @@ def score_metrics(pool: str, scores: Scores) -> Iterator[Metric]:
     yield from (judged, error, ratio, coverage, bound)
     yield from _breaches(pool, scores)
     yield from _alerts(pool, scores)
-    pending = _gauge("forecasts_pending", "Forecasts, by horizon, whose time has not come.", ["pool"])
+    pending = _gauge("pending_forecasts", "Forecasts, by horizon, whose time has not come.", ["pool"])
     _add(pending, [pool], scores.pending)
     yield pending
     unscored = CounterMetricFamily(
-        f"{_PREFIX}_forecasts_unscored",
+        f"{_PREFIX}_unscored_forecasts",
         "Forecasts that could not be judged since the start: interrupted (the twin was not there all of their time).",
         labels=["pool", "reason"],
     )

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from prometheus_client import generate_latest
 
+from forecast.forecasts import forecast_of, row
 from kavier_twin.cli import main
 from kavier_twin.errors import UserError
 from kavier_twin.forecast.forecaster import ForecastSettings
-from kavier_twin.forecast.result import Forecast, Quantiles, Row
+from kavier_twin.forecast.result import Forecast
 from kavier_twin.forecast.scores import Settled
 from kavier_twin.forecast.slo import Slo
 from kavier_twin.score_keeper import ScoreKeeper
@@ -38,9 +39,8 @@ def record(number: int) -> RequestRecord:
 
 
 def forecast(time: float, median: float = 1.1, probability: float = 0.0) -> Forecast:
-    values = Quantiles(median - 0.05, median, median + 0.05)
-    rows = [Row("today", horizon, {"e2e_p95_seconds": values}, {"slow": probability}) for horizon in (30.0, 60.0)]
-    return Forecast("chat", time, True, 1.0, 4, tuple(rows), (), None)
+    quantiles = {0.05: median - 0.05, 0.5: median, 0.95: median + 0.05}
+    return forecast_of(time, *(row("today", horizon, quantiles, probability) for horizon in (30.0, 60.0)))
 
 
 def go_on(keeper: ScoreKeeper, start: int, stop: int) -> None:
@@ -157,7 +157,7 @@ def test_metrics_show_both_intervals() -> None:
     assert value("score_error_to_persistence_ratio") is None  # persistence was right to the last bit
     slo = {"pool": "chat", "slo": "slow", "horizon": "30"}
     assert registry.get_sample_value("kavier_twin_score_brier", {**slo, "method": "forecast"}) == pytest.approx(0.49)
-    assert b"kavier_twin_forecasts_pending" in generate_latest(registry)
+    assert b"kavier_twin_pending_forecasts" in generate_latest(registry)
 
 
 def test_the_command_reads_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -181,6 +181,6 @@ def test_the_command_reads_the_file(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_intervals_come_from_the_policy_in_force() -> None:
     keeper = ScoreKeeper("chat", SETTINGS)
-    row = Row("other", 30.0, {"e2e_p95_seconds": Quantiles(9.0, 9.0, 9.0)}, {"slow": 1.0})
-    keeper.judge(Forecast("chat", 5.0, True, 1.0, 4, (*forecast(5.0).rows, row), (), None), "today")
+    today = forecast(5.0).rows
+    keeper.judge(forecast_of(5.0, row("other", 30.0, {0.5: 9.0}, 1.0), *today), "today")
     assert np.max([interval.high for interval in keeper.scores.intervals]) < 2.0

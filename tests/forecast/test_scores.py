@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from forecast.forecasts import forecast_of, row
 from kavier_twin.forecast.conformal import SCORES_NEEDED, Widening
 from kavier_twin.forecast.reality import Ended, Reality
-from kavier_twin.forecast.result import Forecast, Quantiles, Row
+from kavier_twin.forecast.result import Forecast
 from kavier_twin.forecast.scores import SETTLE_SECONDS, Moment, ScoredBreach, Scorer, alert_score, breach_score
 from kavier_twin.forecast.slo import Slo
 
@@ -23,11 +24,9 @@ def reality(e2e: dict[float, float]) -> Reality:
     return found
 
 
-def forecast(time: float, median: float, probability: float = 0.0, horizon: float = 60.0) -> Forecast:
-    values = Quantiles(median - 0.5, median, median + 0.5)
-    row = Row("today", horizon, {"e2e_p95_seconds": values}, {"slow": probability})
-    other = Row("other", horizon, {"e2e_p95_seconds": Quantiles(9.0, 9.0, 9.0)}, {"slow": 1.0})
-    return Forecast("pool", time, True, 1.0, 4, (row, other), (), None)
+def forecast(time: float, median: float, probability: float = 0.0) -> Forecast:
+    today = row("today", 60.0, {0.05: median - 0.5, 0.5: median, 0.95: median + 0.5}, probability)
+    return forecast_of(time, today, row("other", 60.0, {0.5: 9.0}, 1.0))
 
 
 def test_reality_is_measured_where_intervals_end() -> None:
