@@ -30,9 +30,14 @@ class Widening:
         self._sizes: deque[float] = deque(maxlen=SCORES)  # of observations
         self._miss = 1.0 - COVERAGE
 
+    @property
+    def ready(self) -> bool:
+        """Whether enough was observed."""
+        return len(self._scores) >= SCORES_NEEDED
+
     def widen(self, low: float, median: float, high: float) -> tuple[float, float]:
         """The interval that covers; the one given where too little was observed. Never below zero."""
-        if len(self._scores) < SCORES_NEEDED or not math.isfinite(high - low):
+        if not self.ready or not math.isfinite(high - low):
             return low, high
         level = (1.0 - self._miss) * (1.0 + 1.0 / len(self._scores))
         scores = np.array(self._scores)
@@ -47,7 +52,7 @@ class Widening:
         """What came of an interval, as it was before and as it was widened."""
         if not math.isfinite(high - low) or not math.isfinite(observed):
             return
-        if len(self._scores) >= SCORES_NEEDED:
+        if self.ready:
             missed = not wide_low <= observed <= wide_high
             # Not so far that it would take long to come back.
             self._miss = min(0.5, max(-0.1, self._miss + ADAPTATION * (1.0 - COVERAGE - missed)))

@@ -216,13 +216,22 @@ class Scorer:
             for metric, values in row.kpis.items():
                 low, median, high = _interval(values)
                 if math.isfinite(median):
-                    wide = self._widenings[row.horizon_seconds, metric].widen(low, median, high)
+                    wide = self._widening(row.horizon_seconds, metric).widen(low, median, high)
                     kpis[metric] = (low, median, high, *wide)
                     intervals.append(Interval(metric, row.horizon_seconds, low, high, *wide))
             self._keep(Foreseen(forecast.time_seconds, row.horizon_seconds, kpis, dict(row.breach_probability)))
         self._intervals = tuple(intervals)
         odds = {slo: max(row.breach_probability.get(slo, 0.0) for row in rows) for slo in self._slos}
         self._moments.append((forecast.time_seconds, min(row.horizon_seconds for row in rows), odds))
+
+    def _widening(self, horizon_seconds: float, metric: Metric) -> Widening:
+        """What was learnt of this horizon; before enough was, that of the longest one of which it was.
+
+        Scores are in units of an interval's own size, so they tell something of another horizon's as well.
+        """
+        own = self._widenings[horizon_seconds, metric]
+        others = [at for (at, of), found in self._widenings.items() if of == metric and found.ready]
+        return own if own.ready or not others else self._widenings[max(others), metric]
 
     def _keep(self, one: Foreseen) -> None:
         self._pending.append(one)
