@@ -18,9 +18,9 @@ UNITS = ("seconds", "ratio", "total", "records", "blocks", "requests", "futures"
 UNITS += ("joules_per_million_tokens", "grams_per_million_tokens", "cost_per_million_tokens")
 # Counts of things in their own unit, and flags.
 WITHOUT_UNIT = ("source_up", "_running", "_waiting", "_preemptions", "_rejected", "_calibrated", "_best_policy")
-WITHOUT_UNIT += ("_forecasts", "_alerts", "_breaches", "_brier")
+WITHOUT_UNIT += ("_forecasts", "_alerts", "_brier")
 WITHOUT_UNIT += ("score_absolute_error", "prediction_bound")  # in the unit of the KPI that their label names
-WITHOUT_UNIT += ("_trusted", "_stale")
+WITHOUT_UNIT += ("_trusted", "_stale", "_breaches")
 
 
 def text_of(view: TwinView) -> str:
@@ -150,3 +150,21 @@ def test_caches_are_shown_where_they_are_known() -> None:
     assert value(full_view(), "kavier_twin_kv_cache_blocks", where="only_real", **engine) == 8
     assert value(full_view(), "kavier_twin_kv_cache_filled_blocks", **engine) == 350
     assert value(full_view(), "kavier_twin_kv_cache_agreement_ratio", pod="vllm-1", engine="0") is None
+
+
+def test_sweeps_and_what_their_verdict_is_worth() -> None:
+    view = full_view()
+    assert value(view, "kavier_twin_forecast_late_total") == 2.0
+    assert value(view, "kavier_twin_forecast_simulated_futures_total") == 28.0
+    assert value(view, "kavier_twin_forecast_shed_total", policy="slow") == 3.0
+    assert value(view, "kavier_twin_forecast_stops_total", reason="time") == 1.0
+    breach = {"policy": "today", "horizon": "300", "slo": "fast", "trusted": "1", "source": "stream"}
+    assert value(view, "kavier_twin_slo_breach_probability_bound_ratio", **breach, bound="high") == 0.65
+    first = {"policy": "today", "slo": "fast", "trusted": "1", "source": "stream"}
+    assert value(view, "kavier_twin_time_to_breach_seconds", **first, futures="worst") == 120.0
+    assert value(view, "kavier_twin_time_to_breach_seconds", **first, futures="median") is None
+    best = {"policy": "half"}
+    assert value(view, "kavier_twin_best_policy_gain_probability_ratio", **best, switch="no") == 0.97
+    assert value(view, "kavier_twin_best_policy_gain_probability_ratio", **best, switch="yes") == 0.2
+    assert value(view, "kavier_twin_best_policy_gain_ratio", **best, switch="no", objective="cost") == -0.1
+    assert value(view, "kavier_twin_best_policy_avoided_breaches", **best, switch="yes") == -0.25
