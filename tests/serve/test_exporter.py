@@ -18,9 +18,7 @@ UNITS = ("seconds", "ratio", "total", "records", "blocks", "requests", "futures"
 UNITS += ("joules_per_million_tokens", "grams_per_million_tokens", "cost_per_million_tokens")
 # Counts of things in their own unit, and flags.
 WITHOUT_UNIT = ("source_up", "_running", "_waiting", "_preemptions", "_rejected", "_calibrated", "_best_policy")
-WITHOUT_UNIT += ("_forecasts", "_alerts", "_brier")
-WITHOUT_UNIT += ("score_absolute_error", "prediction_bound")  # in the unit of the KPI that their label names
-WITHOUT_UNIT += ("_trusted", "_stale", "_breaches")
+WITHOUT_UNIT += ("_trusted", "_stale", "_breaches", "_contradictions")
 
 
 def text_of(view: TwinView) -> str:
@@ -29,6 +27,10 @@ def text_of(view: TwinView) -> str:
 
 def value(view: TwinView, name: str, **labels: str) -> float | None:
     return registry_of(lambda: {view.pool: view}).get_sample_value(name, {"pool": "chat", **labels})
+
+
+# Scores count forecasts and alerts; an error is in the unit of the KPI that its label names.
+OF_SCORES = ("_forecasts", "score_alerts", "score_breaches", "_brier", "_absolute_error", "_prediction_bound")
 
 
 @pytest.mark.real
@@ -44,7 +46,7 @@ def test_every_metric_says_what_it_is_and_ends_in_its_unit() -> None:
     assert len(families) > 30
     for family in families:
         name = f"{family.name}_total" if family.type == "counter" else family.name
-        assert name.endswith((*UNITS, *WITHOUT_UNIT)), name
+        assert name.endswith((*UNITS, *WITHOUT_UNIT, *OF_SCORES)), name
         assert len(family.documentation) > 20, name
         assert family.documentation.endswith("."), name
 
