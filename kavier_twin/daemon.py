@@ -107,11 +107,8 @@ class Daemon:
                     mirror,
                     pool.forecast,
                     calibrated=pool.fleet.calibrated,
-<<<<<<< HEAD
                     score_store=store,
-=======
                     given=pool.fleet.engine_given,
->>>>>>> main
                     from_metrics=all(isinstance(entry, LiveSource) for entry in entries),
                 )
             )
