@@ -150,6 +150,13 @@ def test_caches_are_shown_where_they_are_known() -> None:
     assert value(full_view(), "kavier_twin_kv_cache_agreement_ratio", pod="vllm-1", engine="0") is None
 
 
+def test_watts_are_shown_side_by_side() -> None:
+    assert value(full_view(), "kavier_twin_gpu_power_watts", side="mirrored") == 412.0
+    assert value(full_view(), "kavier_twin_gpu_power_watts", side="observed") == 400.0
+    assert value(full_view(), "kavier_twin_gpu_power_error_ratio") == pytest.approx(0.03)
+    assert value(empty_view(), "kavier_twin_gpu_power_calibrations_total") is None
+
+
 def test_sweeps_and_what_their_verdict_is_worth() -> None:
     view = full_view()
     assert value(view, "kavier_twin_forecast_late_total") == 2.0
