@@ -182,7 +182,8 @@ class Daemon:
             ending.join(max(0.0, ends_by - time.monotonic()))
         if self.http:
             self.http.close()
-        ended = not any(thread.is_alive() for thread in (self._thread, *endings))
+        asked = any(pool.what_if.asked for pool in self.pools.values())  # a what-if is being simulated
+        ended = not asked and not any(thread.is_alive() for thread in (self._thread, *endings))
         log.info("stopped" if ended else "stopped; a computation under way is cut off")
         return ended
 
