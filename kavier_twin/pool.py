@@ -15,6 +15,8 @@ from kavier_twin.forecast.forecaster import Forecaster, ForecastSettings
 from kavier_twin.forecast.policy_set import in_force
 from kavier_twin.forecast.result import Forecast
 from kavier_twin.forecast.whatif import WhatIf
+from kavier_twin.score_keeper import ScoreKeeper
+from kavier_twin.score_store import ScoreStore
 from kavier_twin.serve import assemble
 from kavier_twin.serve.view import Outlook, SourceState, SweepCounts, TwinView
 from kavier_twin.simulation.fleet import Fleet
@@ -57,6 +59,7 @@ class PoolTwin:
         given: Iterable[str] = (),
         event_clock: Callable[[], float] | None = None,
         notes: Iterable[str] = (),
+        score_store: ScoreStore | None = None,
     ) -> None:
         forecast = forecast or ForecastSettings()
         self.fleet = fleet  # as configured
@@ -66,6 +69,7 @@ class PoolTwin:
         self.metrics = MetricsStream(mirror.pool, fleet.engine) if from_metrics else None
         self.mirror = Mirror(mirror_settings(mirror) if from_metrics else mirror, fleet, calibrated=calibrated)
         self.caches = CacheWatch()
+        self._scores = ScoreKeeper(self.name, forecast, score_store)
         self.power = PowerWatch()
         self.mirror.beside = self._look_beside
         self._lock = Lock()
@@ -110,8 +114,10 @@ class PoolTwin:
         with self._lock:
             for record in records:
                 self._take(record)
+                self._scores.take(record)
             if self.metrics:
-                self.metrics.lead(self.mirror)
+                for event in self.metrics.lead(self.mirror):
+                    self._scores.take(event)
             self.mirror.advance()
             if ended:
                 self.mirror.end()
@@ -196,6 +202,7 @@ class PoolTwin:
             every_seconds=self.forecaster.settings.every_seconds,
             slos=assemble.slo_lines(self.forecaster.settings.slos),
             outlook=self._outlook,
+            scores=self._scores.scores,
             currency=settings.footprint.currency if settings.footprint else "",
             notes=self._notes,
         )
@@ -266,6 +273,8 @@ class PoolTwin:
     def _take_forecast(self, forecast: Forecast) -> None:
         if self._outlook is None:
             log.info("pool %s: first forecast made in %.1f s", self.name, forecast.duration_seconds or 0.0)
+        today = next(policy.name for policy in self.forecaster.settings.policies if not policy.overrides)
+        self._scores.judge(forecast, today)
         self._outlook = assemble.outlook(forecast, time.time(), self._policies)
 
 

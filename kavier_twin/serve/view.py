@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from kavier_twin.forecast.result import Gain
+from kavier_twin.forecast.scores import Scores
 from kavier_twin.twin.replicas import Replica
 
 Quantiles = Mapping[float, float]
@@ -245,6 +246,7 @@ class TwinView:
     every_seconds: float = math.nan  # between two forecasts
     slos: tuple[SloLine, ...] = ()
     outlook: Outlook | None = None
+    scores: Scores = field(default_factory=Scores)  # of the forecasts whose time has come
     currency: str = ""  # of costs, ISO 4217; empty where no footprint is told
     notes: tuple[str, ...] = ()  # what a reader of these figures must know
     stale: tuple[str, ...] = ()  # why the figures are old: one line for each source that fails or is behind
