@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -27,7 +26,7 @@ class Replica:
     """One replica now; counters since it joined."""
 
     replica: int
-    pod: str  # that it stands for; empty where none claims it
+    pod: str  # that it stands for; empty where none has claimed it
     state: str  # serving, draining
     requests_running: int
     requests_waiting: int
@@ -69,8 +68,7 @@ class ReplicaDetail:
 
 def replicas(mirror: Mirror) -> tuple[Replica, ...]:
     """All replicas that are there."""
-    pods = mirror.pods.names()
-    return tuple(_replica(mirror, int(number), pods) for number in np.flatnonzero(mirror.fleet.state.replicas["alive"]))
+    return tuple(_replica(mirror, int(number)) for number in np.flatnonzero(mirror.fleet.state.replicas["alive"]))
 
 
 def replica_detail(mirror: Mirror, number: int) -> ReplicaDetail | None:
@@ -84,7 +82,7 @@ def replica_detail(mirror: Mirror, number: int) -> ReplicaDetail | None:
     cached = int(np.count_nonzero(~in_use & (blocks["key"] != layout.UNHASHED)))
     slots = [*state.running[number][: int(replica["running"])], *_waiting(state, number)]
     return ReplicaDetail(
-        summary=_replica(mirror, number, mirror.pods.names()),
+        summary=_replica(mirror, number),
         block_tokens=int(engine["block_size"]),
         blocks=blocks.size,
         blocks_in_use=int(np.count_nonzero(in_use)),
@@ -97,14 +95,14 @@ def replica_detail(mirror: Mirror, number: int) -> ReplicaDetail | None:
     )
 
 
-def _replica(mirror: Mirror, number: int, pods: Mapping[int, str]) -> Replica:
+def _replica(mirror: Mirror, number: int) -> Replica:
     state = mirror.fleet.state
     replica = state.replicas[number]
     usable = int(state.engines[number]["num_blocks"]) - 1
     queries = int(replica["query_tokens"])
     return Replica(
         replica=number,
-        pod=pods.get(number, ""),
+        pod=mirror.pods.name_of(number),
         state="draining" if replica["leaving"] or not replica["accepting"] else "serving",
         requests_running=int(replica["running"]),
         requests_waiting=int(replica["waiting"] + replica["loading"]),
