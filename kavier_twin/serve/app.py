@@ -39,6 +39,7 @@ from kavier_twin.serve.envelope import Envelope, Limits
 from kavier_twin.serve.exporter import registry_of
 from kavier_twin.serve.history import CHARTED, History, Point
 from kavier_twin.serve.problems import ProblemError
+from kavier_twin.serve.score_models import AllScores, PoolScores
 from kavier_twin.serve.view import TwinView
 from kavier_twin.twin.replicas import ReplicaDetail
 
@@ -176,6 +177,10 @@ def _reading(twin: Twin, access: Access) -> APIRouter:
     @router.get("/forecast", summary="What is foreseen, policy by policy")
     def forecast(pool: _Pool = None) -> models.Forecasts:
         return models.Forecasts(pools=tuple(map(models.PoolForecast.model_validate, _views(twin, pool))))
+
+    @router.get("/scores", summary="How good the forecasts have been")
+    def scores(pool: _Pool = None) -> AllScores:
+        return AllScores(pools=tuple(map(PoolScores.model_validate, _views(twin, pool))))
 
     @router.get("/history", summary="The last hour, mirror beside reality")
     def history(
