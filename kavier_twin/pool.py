@@ -26,6 +26,7 @@ from kavier_twin.telemetry import EngineSample, GpuSample, KvEventBatch, Telemet
 from kavier_twin.twin.cache_watch import CacheWatch
 from kavier_twin.twin.metrics_stream import MetricsStream, mirror_settings
 from kavier_twin.twin.mirror import Mirror, MirrorSettings
+from kavier_twin.twin.online import Change
 from kavier_twin.twin.power_watch import PowerWatch
 from kavier_twin.twin.replicas import replicas
 from kavier_twin.twin.snapshot import Snapshot
@@ -83,7 +84,8 @@ class PoolTwin:
         self._live = False
         self._behind = False
         self._last_record_unix = math.nan
-        self._calibrated_on = 0
+        self._told_calibration = False
+        self._told_change: Change | None = None
 
     @property
     def name(self) -> str:
@@ -252,9 +254,10 @@ class PoolTwin:
         return now if self._live else None
 
     def _tell_of_calibration(self) -> None:
-        calibration = self.mirror.calibration
-        if calibration is not None and calibration.requests != self._calibrated_on:
-            self._calibrated_on = calibration.requests
+        """The first fit, and jumps of the fleet's speed; the many fits that follow it slowly are in the metrics."""
+        calibration, change = self.mirror.calibration, self.mirror.last_change
+        if calibration is not None and not self._told_calibration:
+            self._told_calibration = True
             log.info(
                 "pool %s: step times fitted on %d requests: mean TTFT %.3f and mean end-to-end latency %.3f of those "
                 "observed",
@@ -263,6 +266,15 @@ class PoolTwin:
                 calibration.mean_ttft_ratio,
                 calibration.mean_e2e_ratio,
             )
+        if change is not None and change != self._told_change:
+            log.warning(
+                "pool %s: since about %.0f s of event time an engine step lasts %.2f times what it did; step times "
+                "are fitted anew",
+                self.name,
+                change.since_seconds,
+                change.ratio,
+            )
+        self._told_change = change
 
     # --- forecasting ----------------------------------------------------------------------------------------------
 

@@ -54,6 +54,17 @@ class WindowError:
 
 
 @dataclass(frozen=True)
+class CalibrationState:
+    """How step times follow the fleet."""
+
+    event_seconds: float = math.nan  # of the last fit
+    changes: int = 0  # jumps of the fleet's speed that were met
+    change_event_seconds: float = math.nan  # since about when the last of them
+    change_ratio: float = math.nan  # duration of a step after it over that before
+    failures: Mapping[str, int] = field(default_factory=dict)  # reason -> fits not made
+
+
+@dataclass(frozen=True)
 class KpiTrust:
     """Whether a KPI is to be trusted now; `reason` tells why not."""
 
@@ -230,6 +241,8 @@ class TwinView:
     checkpoint_unix_seconds: float | None = None  # of the last one written; NaN before, None where none are kept
     checkpoint_failures: int = 0
     step_time: Mapping[str, float] = field(default_factory=dict)  # coefficient -> seconds
+    step_time_deviation: Mapping[str, float] = field(default_factory=dict)  # of those fitted
+    calibration: CalibrationState = CalibrationState()
     exact_cache_ratio: float = math.nan
     beside: tuple[Beside, ...] = ()
     errors: tuple[WindowError, ...] = ()

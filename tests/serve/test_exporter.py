@@ -122,6 +122,16 @@ def test_errors_and_trust() -> None:
     assert value(view, "kavier_twin_pool_trusted") == 0.0
 
 
+def test_how_step_times_follow_the_fleet() -> None:
+    view = full_view()
+    deviation = "kavier_twin_step_time_coefficient_deviation_seconds"
+    assert value(view, deviation, coefficient="fixed") == 0.001
+    assert value(view, deviation, coefficient="per_prefill_token") is None  # nothing is known of it
+    assert value(view, "kavier_twin_calibration_last_timestamp_seconds") == 1.7e9
+    assert value(view, "kavier_twin_calibration_changes_total") == 2.0
+    assert value(view, "kavier_twin_calibration_failures_total", reason="too_few_latencies") == 1.0
+
+
 def test_the_stream() -> None:
     view = full_view()
     assert value(view, "kavier_twin_records_total", result="rejected") == 4.0
