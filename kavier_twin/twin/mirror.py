@@ -552,6 +552,8 @@ def _predicted_finish(simulated: Simulated, output_tokens: int) -> float:
 
 
 def _whole(seen: RequestSeen, finished: RequestFinished) -> RequestRecord:
+    # Only the arrival tells how many tokens a hash stands for.
+    hashes = finished.block_hashes if seen.block_tokens else ()
     return RequestRecord(
         id=seen.id,
         time_seconds=seen.time_seconds,
@@ -559,9 +561,9 @@ def _whole(seen: RequestSeen, finished: RequestFinished) -> RequestRecord:
         priority=seen.priority,
         prompt_tokens=seen.prompt_tokens,
         output_tokens=finished.output_tokens,
-        block_hashes=finished.block_hashes or seen.block_hashes,
+        block_hashes=hashes or seen.block_hashes,
         block_tokens=seen.block_tokens,
-        hashes_cover_output=bool(finished.block_hashes),
+        hashes_cover_output=bool(hashes),
     )
 
 
