@@ -19,7 +19,7 @@ from kavier_twin.simulation.settings import FleetSettings
 from kavier_twin.telemetry import RequestFinished, RequestSeen
 from kavier_twin.twin.mirror import Mirror, MirrorSettings
 
-SECONDS = 120.0
+SECONDS = 60.0
 BATCH_RECORDS = 500
 LOADS = ((100.0, 8), (1_000.0, 80))  # requests a second, replicas
 
