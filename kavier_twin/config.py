@@ -16,12 +16,14 @@ from kavier_twin.checkpoints import EVERY_SECONDS, KEEP
 from kavier_twin.errors import UserError
 from kavier_twin.footprint_file import fleet_with_carbon_read
 from kavier_twin.forecast.forecaster import ForecastSettings
+from kavier_twin.freshness import STALE_AFTER_SECONDS
 from kavier_twin.hardware import FleetFile
 from kavier_twin.http_settings import HttpConfig
 from kavier_twin.live_sources import SECRET_GIVEN, KvEvents, LiveSource, Prometheus, VllmMetrics
 from kavier_twin.simulation.policies import PolicyError, apply_overrides
 from kavier_twin.simulation.settings import StepTime
 from kavier_twin.twin.mirror import MirrorSettings
+from kavier_twin.twin.trust import TrustSettings
 
 # Until the mirror has fitted the pool's own: a step of a mid-sized model on a data-centre GPU. Not to be trusted.
 CRUDE_STEP_TIME: Final = StepTime(
@@ -43,6 +45,15 @@ class PoolFleet(FleetFile):
     """
 
     step_time: StepTime = CRUDE_STEP_TIME
+    engine_given: Annotated[
+        tuple[str, ...], Field(exclude=True)
+    ] = ()  # by the file, so that engines' words are not taken
+
+    @model_validator(mode="before")
+    @classmethod
+    def _note_what_is_given(cls, content: Any) -> Any:
+        engine = content.get("engine") if isinstance(content, Mapping) else None
+        return {**content, "engine_given": tuple(engine)} if isinstance(engine, Mapping) else content
 
     @model_validator(mode="after")
     def _nobody_knows_the_future(self) -> PoolFleet:
@@ -68,10 +79,13 @@ class MirrorConfig(_Settings):
     calibrate_after_requests: Annotated[int, Field(ge=30)] = _MIRROR.calibrate_after_requests
     recalibrate_every_requests: Annotated[int, Field(ge=1)] = _MIRROR.recalibrate_every_requests
     give_up_seconds: PositiveSeconds = _MIRROR.give_up_seconds
+    pod_silent_seconds: PositiveSeconds = _MIRROR.pod_silent_seconds
+    most_replicas: Annotated[int, Field(ge=1)] = _MIRROR.most_replicas
+    trust: TrustSettings = _MIRROR.trust
 
     def settings(self, pool: str) -> MirrorSettings:
         """As the mirror takes it."""
-        return MirrorSettings(pool=pool, **self.model_dump())
+        return MirrorSettings(pool=pool, **dict(self))
 
 
 class TraceFile(_Settings):
@@ -144,6 +158,7 @@ class Settings(_Settings):
     sources: Annotated[tuple[AnySource, ...], Field(min_length=1)]
     http: HttpConfig = HttpConfig()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    stale_after_seconds: PositiveSeconds = STALE_AFTER_SECONDS  # that a source may fail or be behind
     checkpoints: CheckpointConfig | None = None  # without it a restart begins anew
     dead_letters: Path | None = None  # where rejected lines are noted (file, line, reason; never their text)
 
@@ -248,6 +263,9 @@ def _source_pool_problems(settings: Settings) -> list[str]:
             problems.append(f"sources.{number}.pool: there is no pool {source.pool!r}; known: {known_pools}")
         elif source.pool is None and len(known) > 1 and isinstance(source, LiveSource):
             problems.append(f"sources.{number}.pool: missing; say whose figures these are: {', '.join(known)}")
+    fed = {source.pool for source in settings.sources}
+    if None not in fed:
+        problems += [f"pools.{name}: no source gives its records; add one" for name in known if name not in fed]
     return problems
 
 
@@ -324,7 +342,7 @@ def _known_names(location: tuple[int | str, ...]) -> list[str]:
             if found is None:
                 return []
             model = found
-    return list(model.model_fields)
+    return [name for name, field in model.model_fields.items() if not field.exclude]
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

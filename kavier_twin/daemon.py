@@ -24,12 +24,15 @@ from connectors.source import Source
 from connectors.traces import TraceError
 from kavier_twin.checkpoints import Checkpoints
 from kavier_twin.config import AnySource, Settings, TraceFile
+from kavier_twin.discovered import contradictions, tells, told
 from kavier_twin.errors import UserError
 from kavier_twin.feed import UNNAMED_POOL, Feed
+from kavier_twin.freshness import STALE_AFTER_SECONDS, Freshness
 from kavier_twin.http_settings import HttpConfig
-from kavier_twin.live_sources import LiveSource
+from kavier_twin.live_sources import LiveSource, MetricsSource
 from kavier_twin.pool import PoolTwin
 from kavier_twin.pool_control import PoolControl
+from kavier_twin.score_store import FILE_NAME, ScoreStore
 from kavier_twin.serve.app import Twin
 from kavier_twin.serve.history import History
 from kavier_twin.serve.http import AddressError, HttpServer
@@ -41,6 +44,8 @@ log = logging.getLogger(__name__)
 BATCH_RECORDS: Final = 500  # polled of a source and processed at a time
 POLL_SECONDS: Final = 0.05  # between polls that found nothing
 PUBLISH_SECONDS: Final = 0.5  # between views
+DISCOVER_SECONDS: Final = 10.0  # that engines are given to tell their settings before the mirror begins
+AFTER_SAMPLES_SECONDS: Final = 2.0  # of these, once they have been heard
 STOP_SECONDS: Final = 5.0  # that each part is given to end
 REJECTS_LOGGED_EVERY_SECONDS: Final = 30.0
 
@@ -48,7 +53,8 @@ REJECTS_LOGGED_EVERY_SECONDS: Final = 30.0
 class Daemon:
     """The twins of some pools and the feeds that they share, running between `start` and `stop`.
 
-    With `http` None nothing is served. Raises UserError for an address that cannot be listened on.
+    With `http` None nothing is served. With `warm_up`, and no checkpoint to go on from, nothing is ready before the
+    logs have been read up to the present. Raises UserError for an address that cannot be listened on.
     """
 
     def __init__(
@@ -58,11 +64,16 @@ class Daemon:
         *,
         http: HttpConfig | None = None,
         checkpoints: Checkpoints | None = None,
+        stale_after_seconds: float = STALE_AFTER_SECONDS,
+        warm_up: bool = False,
     ) -> None:
         self.failed = False
+        self._freshness = Freshness(stale_after_seconds)
+        self._warming_up = warm_up
         self.pools = {pool.name: pool for pool in pools}
         self._feeds = tuple(feeds)
         self._checkpoints = checkpoints
+        self._early: list[tuple[str, TelemetryRecord]] = []  # polled while engines' settings were waited for
         self._drained = False
         self._published = -math.inf
         self._rejects = _RejectLog()
@@ -73,29 +84,49 @@ class Daemon:
         self._publish()
         self.http = self._listen(http) if http else None
         self._thread = Thread(target=self._keep_ingesting, name="ingest", daemon=True)
-        if checkpoints:
-            checkpoints.restore(self.pools, self._sources)
+        self._resumed = checkpoints is not None and checkpoints.restore(self.pools, self._sources)
+        if self._resumed:
+            self._warming_up = False
             self._publish()
 
     @classmethod
-    def of(cls, settings: Settings) -> Daemon:
-        """The daemon that a settings file describes. Raises UserError."""
+    def of(cls, settings: Settings, warm_up_seconds: float = 0.0) -> Daemon:
+        """The daemon that a settings file describes. Raises UserError.
+
+        Without a checkpoint it begins with the last `warm_up_seconds` of the logs, where any are given.
+        """
         letters = DeadLetters(settings.dead_letters) if settings.dead_letters else None
+        store = ScoreStore(settings.checkpoints.directory / FILE_NAME) if settings.checkpoints else None
         pools = []
         for name, pool in settings.by_pool.items():
             mirror = replace(pool.mirror.settings(name), prior=pool.fleet.prior, floor=pool.fleet.floor)
-            pools.append(PoolTwin(pool.fleet.settings(), mirror, pool.forecast, calibrated=pool.fleet.calibrated))
+            entries = [entry for entry in settings.sources if entry.pool in (None, name)]
+            pools.append(
+                PoolTwin(
+                    pool.fleet.settings(),
+                    mirror,
+                    pool.forecast,
+                    calibrated=pool.fleet.calibrated,
+                    score_store=store,
+                    given=pool.fleet.engine_given,
+                    from_metrics=all(isinstance(entry, LiveSource) for entry in entries),
+                )
+            )
         feeds = []
         for entry in settings.sources:
             try:
-                feeds.append(Feed(_open(entry, settings, letters), entry.pool or ""))
+                source = _open(entry, settings, letters, warm_up_seconds)
             except TraceError as error:
                 raise UserError(str(error)) from None
+            every_seconds = entry.interval_seconds if isinstance(entry, MetricsSource) else None
+            feeds.append(Feed(source, entry.pool or "", every_seconds))
         return cls(
             pools,
             feeds,
             http=settings.http,
             checkpoints=Checkpoints(**settings.checkpoints.model_dump()) if settings.checkpoints else None,
+            stale_after_seconds=settings.stale_after_seconds,
+            warm_up=warm_up_seconds > 0.0,
         )
 
     def _listen(self, http: HttpConfig) -> HttpServer:
@@ -151,7 +182,8 @@ class Daemon:
             ending.join(max(0.0, ends_by - time.monotonic()))
         if self.http:
             self.http.close()
-        ended = not any(thread.is_alive() for thread in (self._thread, *endings))
+        asked = any(pool.what_if.asked for pool in self.pools.values())  # a what-if is being simulated
+        ended = not asked and not any(thread.is_alive() for thread in (self._thread, *endings))
         log.info("stopped" if ended else "stopped; a computation under way is cut off")
         return ended
 
@@ -159,6 +191,8 @@ class Daemon:
 
     def _keep_ingesting(self) -> None:
         try:
+            if not self._resumed:
+                self._wait_for_settings()
             while not self._stopping.is_set():
                 if not self._ingest():
                     self._stopping.wait(POLL_SECONDS)
@@ -175,10 +209,33 @@ class Daemon:
     def _checkpoint(self, checkpoints: Checkpoints) -> None:
         checkpoints.write(checkpoints.take(self.pools.values(), self._sources))
 
+    def _wait_for_settings(self) -> None:
+        """Give the engines a moment to tell how they are set: a mirror is best begun so. It also adopts it later."""
+        tellers = [feed for feed in self._feeds if tells(feed.source)]
+        ends_by = time.monotonic() + DISCOVER_SECONDS
+        while not self._stopping.is_set() and not all(told([feed.source]) for feed in tellers):
+            if time.monotonic() > ends_by:
+                log.warning("the engines do not tell their settings yet: those of the settings file hold until they do")
+                break
+            for feed in tellers:
+                self._early += feed.poll(BATCH_RECORDS, self.pools)[0]
+            if self._early:  # those that tell do so with their first samples
+                ends_by = min(ends_by, time.monotonic() + AFTER_SAMPLES_SECONDS)
+            self._stopping.wait(POLL_SECONDS)
+        self._adopt()
+
+    def _adopt(self) -> None:
+        """Go on with the engines' own settings, also when one restarts with others."""
+        for name, pool in self.pools.items():
+            pool.adopt(told(feed.source for feed in self._feeds if feed.feeds(name)))
+
     def _ingest(self) -> bool:
         """Take in what the sources have now. Returns whether there may be more at once."""
         records: dict[str, list[TelemetryRecord]] = {name: [] for name in self.pools}
         more = False
+        for pool_name, record in self._early:
+            records[pool_name].append(record)
+        self._early = []
         for feed in self._feeds:
             polled, full = feed.poll(BATCH_RECORDS, self.pools)
             for pool_name, record in polled:
@@ -201,12 +258,25 @@ class Daemon:
             if state.ended and state.name not in self._ended:
                 self._ended.add(state.name)
                 log.info("source %s has ended; its last figures stay served", state.name)
+        self._adopt()
+        stale = self._freshness.look(self._feeds, states)
+        if self._warming_up and all(map(self._freshness.is_caught_up, self._feeds, states)):
+            self._warming_up = False
+            log.info("warmed up: the logs are read up to the present")
         kept = self._checkpoints
         views = {}
         for name, pool in self.pools.items():
-            sources = tuple(state for feed, state in zip(self._feeds, states, strict=True) if feed.feeds(name))
+            mine = [number for number, feed in enumerate(self._feeds) if feed.feeds(name)]
+            reasons = tuple(stale[number] for number in mine if stale[number])
+            self._freshness.tell(name, reasons)
+            view = pool.view(tuple(states[number] for number in mine))
+            contrary = contradictions(self._feeds[number].source for number in mine)
             views[name] = replace(
-                pool.view(sources),
+                view,
+                notes=(*view.notes, *(f"Engine configuration: {line}." for line in contrary)),
+                engine_contradictions=len(contrary),
+                stale=reasons,
+                warming_up=self._warming_up,
                 checkpoint_unix_seconds=kept.written_unix_seconds if kept else None,
                 checkpoint_failures=kept.failures if kept else 0,
             )
@@ -263,13 +333,15 @@ class _RejectLog:
         self._told, self._told_at = rejected, now
 
 
-def _open(entry: AnySource, settings: Settings, letters: DeadLetters | None) -> Source:
+def _open(entry: AnySource, settings: Settings, letters: DeadLetters | None, warm_up_seconds: float) -> Source:
     """The source that the settings describe. Raises TraceError."""
     pool = entry.pool or (next(iter(settings.by_pool)) if len(settings.by_pool) == 1 else UNNAMED_POOL)
     if isinstance(entry, LiveSource):
-        return entry.open(pool, settings.by_pool[pool].fleet.settings().engine.model_dump())
+        fleet = settings.by_pool[pool].fleet
+        return entry.open(pool, fleet.engine.model_dump(include=set(fleet.engine_given)))
     if isinstance(entry, TraceFile):
         return FollowFile(entry.path, entry.format, follow=entry.follow, name=entry.name, dead_letters=letters)
     kafka = import_module("connectors.kafka.source")  # needs an extra, which the settings' check found
-    source: Source = kafka.KafkaSource(entry, pool=pool, letters=letters)
+    start = time.time() - warm_up_seconds if warm_up_seconds else None
+    source: Source = kafka.KafkaSource(entry, pool=pool, start=start, letters=letters)
     return source

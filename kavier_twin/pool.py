@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import heapq
 import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from threading import Lock, Thread
 from typing import Final, TypeVar
 
@@ -15,13 +14,20 @@ from kavier_twin import __version__
 from kavier_twin.forecast.forecaster import Forecaster, ForecastSettings
 from kavier_twin.forecast.policy_set import in_force
 from kavier_twin.forecast.result import Forecast
+from kavier_twin.forecast.whatif import WhatIf
+from kavier_twin.score_keeper import ScoreKeeper
+from kavier_twin.score_store import ScoreStore
 from kavier_twin.serve import assemble
-from kavier_twin.serve.view import Outlook, SourceState, TwinView
-from kavier_twin.simulation.policies import Policy
+from kavier_twin.serve.view import Outlook, SourceState, SweepCounts, TwinView
+from kavier_twin.simulation.fleet import Fleet
+from kavier_twin.simulation.policies import Override, Policy, PolicyError
 from kavier_twin.simulation.settings import COEFFICIENTS, FleetSettings
-from kavier_twin.telemetry import EngineSample, KvEventBatch, RequestFinished, RequestRecord, TelemetryRecord
+from kavier_twin.telemetry import EngineSample, GpuSample, KvEventBatch, TelemetryRecord
 from kavier_twin.twin.cache_watch import CacheWatch
+from kavier_twin.twin.metrics_stream import MetricsStream, mirror_settings
 from kavier_twin.twin.mirror import Mirror, MirrorSettings
+from kavier_twin.twin.online import Change
+from kavier_twin.twin.power_watch import PowerWatch
 from kavier_twin.twin.replicas import replicas
 from kavier_twin.twin.snapshot import Snapshot
 
@@ -31,13 +37,16 @@ Found = TypeVar("Found")
 
 LIVE_WITHIN_SECONDS: Final = 300.0  # a stream whose newest record is this close to the wall clock is live
 SAMPLES_KEPT: Final = 1_000  # for each pod
+SAMPLE_SECONDS: Final = 120.0  # for which an engine's last word counts
 
 
 class PoolTwin:
     """One pool's mirror and forecaster. One thread ingests, another forecasts, any may ask for a view.
 
     `event_clock` tells the stream's time now where the source knows it (a replay). Otherwise a stream of unix times
-    close to now is live, and time passes without records; any other stream's time follows its records.
+    close to now is live, and time passes without records; any other stream's time follows its records. With
+    `from_metrics` the engines' samples are all there is: requests follow their samples. `given` are settings of the
+    engine that hold whatever the engines say.
     """
 
     def __init__(
@@ -47,42 +56,48 @@ class PoolTwin:
         forecast: ForecastSettings | None = None,
         *,
         calibrated: bool = False,
+        from_metrics: bool = False,
+        given: Iterable[str] = (),
         event_clock: Callable[[], float] | None = None,
         notes: Iterable[str] = (),
+        score_store: ScoreStore | None = None,
     ) -> None:
         forecast = forecast or ForecastSettings()
         self.fleet = fleet  # as configured
         self.forecaster = Forecaster(forecast)
-        self.mirror = Mirror(mirror or MirrorSettings(), fleet, calibrated=calibrated)
+        self.what_if = WhatIf(self._snapshot, forecast.slos, forecast.workers)
+        mirror = mirror or MirrorSettings()
+        self.metrics = MetricsStream(mirror.pool, fleet.engine) if from_metrics else None
+        self.mirror = Mirror(mirror_settings(mirror) if from_metrics else mirror, fleet, calibrated=calibrated)
         self.caches = CacheWatch()
-        self._ends = _HeldEnds()
+        self._scores = ScoreKeeper(self.name, forecast, score_store)
+        self.power = PowerWatch()
+        self.mirror.beside = self._look_beside
         self._lock = Lock()
         self._event_clock = event_clock
         self._notes = tuple(notes)
+        self._given = frozenset(given)
+        self._refused: Mapping[str, Override] = {}
         self._policies = {policy.name: in_force(fleet, policy) for policy in forecast.policies}
         self._reported = _EngineSamples()
         self._outlook: Outlook | None = None
         self._live = False
         self._behind = False
         self._last_record_unix = math.nan
-        self._calibrated_on = 0
+        self._told_calibration = False
+        self._told_change: Change | None = None
 
     @property
     def name(self) -> str:
         """The pool's."""
         return self.mirror.settings.pool
 
-    @property
-    def held_ends(self) -> list[RequestFinished]:
-        """Ends taken in that the stream has not come to."""
-        return self._ends.until(math.inf)
-
-    def resume(self, mirror: Mirror, ends: Iterable[RequestFinished], caches: CacheWatch) -> None:
+    def resume(self, mirror: Mirror, caches: CacheWatch, power: PowerWatch) -> None:
         """Go on from another's state, before `start`."""
         self.mirror = mirror
+        self.mirror.beside = self._look_beside
         self.caches = caches
-        for end in ends:
-            self._ends.hold(end)
+        self.power = power
 
     def start(self) -> None:
         """Forecast from now on."""
@@ -101,18 +116,39 @@ class PoolTwin:
         with self._lock:
             for record in records:
                 self._take(record)
-            newest = self.mirror.newest_seconds
-            for held in self._ends.due(math.inf if ended else newest):
-                self.mirror.ingest(held)
-            # Nothing comes any more: what is buffered need not wait for the watermark.
-            lateness = self.mirror.settings.lateness_seconds
-            last = self.mirror.newest_seconds + lateness
-            if last - lateness < self.mirror.newest_seconds:  # rounded
-                last = math.nextafter(last, math.inf)
-            self.mirror.advance(last if ended and math.isfinite(last) else None)
-            self.caches.follow(self.mirror.fleet, self._replica_of)
+                self._scores.take(record)
+            if self.metrics:
+                for event in self.metrics.lead(self.mirror):
+                    self._scores.take(event)
+            self.mirror.advance()
+            if ended:
+                self.mirror.end()
             self._behind = more
             self._tell_of_calibration()
+
+    def adopt(self, told: Mapping[str, Override]) -> None:
+        """Go on with what the engines say of their settings, but for those that are given."""
+        with self._lock:
+            engine = self.mirror.fleet.settings.engine
+            new = {name: value for name, value in told.items() if name not in self._given}
+            new = {name: value for name, value in new.items() if getattr(engine, name) != value}
+            if not new or new == self._refused:
+                return
+            try:
+                self.mirror.adopt(new)
+            except PolicyError as error:
+                self._refused = new
+                log.warning("pool %s: what the engines say of their settings cannot be: %s", self.name, error)
+                return
+            if self.metrics:
+                self.metrics.use(self.mirror.fleet.settings.engine)
+            self.forecast_under(self.forecaster.settings.policies)
+        log.info(
+            "pool %s: engine settings adopted as the engines tell them: %s%s",
+            self.name,
+            ", ".join(f"{name} {value} (was {getattr(engine, name)})" for name, value in new.items()),
+            f"; kept as given: {', '.join(sorted(self._given))}" if self._given else "",
+        )
 
     def look(self, see: Callable[[Mirror], Found]) -> Found:
         """What `see` finds in the mirror as of now, of which it may keep nothing."""
@@ -135,13 +171,13 @@ class PoolTwin:
         records, dropped = assemble.records(mirror, sum(sum(state.rejected.values()) for state in sources))
         settings = mirror.fleet.settings
         lag = max(0.0, mirror.newest_seconds - mirror.time_seconds) if math.isfinite(mirror.time_seconds) else math.nan
-        return TwinView(
+        view = TwinView(
             pool=self.name,
             version=__version__,
             unix_seconds=time.time(),
             event_seconds=mirror.time_seconds,
             lag_seconds=lag,
-            buffered_records=mirror.buffered + len(self._ends),
+            buffered_records=mirror.buffered,
             last_record_unix_seconds=self._last_record_unix,
             records=records,
             dropped=dropped,
@@ -155,49 +191,62 @@ class PoolTwin:
             beside=assemble.beside(mirror, self._reported.at(mirror.time_seconds)),
             replicas=replicas(mirror),
             caches=assemble.caches(self.caches),
+            power=assemble.power(self.power, mirror),
+            source="metrics" if self.metrics else "stream",
             sources=sources,
             forecasts={"succeeded": self.forecaster.cycles, "failed": self.forecaster.failures},
+            sweeps=SweepCounts(
+                self.forecaster.late,
+                self.forecaster.futures,
+                dict(self.forecaster.shed),
+                dict(self.forecaster.stopped),
+            ),
             every_seconds=self.forecaster.settings.every_seconds,
             slos=assemble.slo_lines(self.forecaster.settings.slos),
             outlook=self._outlook,
+            scores=self._scores.scores,
             currency=settings.footprint.currency if settings.footprint else "",
             notes=self._notes,
         )
+        return assemble.judged(view, mirror)
 
     # --- the mirror -----------------------------------------------------------------------------------------------
 
     def _take(self, record: TelemetryRecord) -> None:
-        """Into the mirror; the end of a request told in one record with its arrival has to wait for its time."""
-        if isinstance(record, RequestRecord):
-            for held in self._ends.due(record.time_seconds):
-                self.mirror.ingest(held)
-            finished = record.finished()
-            if finished is not None:
-                self._ends.hold(finished)
-            self.mirror.ingest(record.seen())
-            return
         if isinstance(record, EngineSample):
             self._reported.add(record)
+            if self.metrics:
+                self.metrics.take(record)
         if isinstance(record, KvEventBatch):
             self.caches.take(record)
+        if isinstance(record, GpuSample):
+            self.power.take(record)
         self.mirror.ingest(record)
 
-    def _replica_of(self, _pod: str) -> int | None:
-        """The replica that mirrors a pod: known where there is one of each."""
-        return 0 if self.mirror.fleet.settings.replicas == 1 else None
+    def _look_beside(self, fleet: Fleet) -> None:
+        self.caches.follow(fleet, self._replica_of)
+        self.power.follow(fleet)
+
+    def _replica_of(self, pod: str, rank: str) -> int | None:
+        """The replica that mirrors an engine. Where the stream names no pod there may be only one."""
+        pods, replicas = self.mirror.pods, self.mirror.fleet.state.replicas
+        found = pods.replica_of(pod, rank) if pods.replica_of(pod, rank) is not None else pods.replica_of(pod)
+        return 0 if found is None and replicas.size == 1 else found
 
     def _present(self) -> Mirror:
         """The mirror as of now: of a stream whose time is a clock's, moved on to where no record has come yet."""
         now = None if self._behind else self._event_now()
         if now is None or now <= self.mirror.time_seconds:
             return self.mirror
-        present = self.mirror.fork(self._ends.until(now))
+        present = self.mirror.fork()
         present.advance(now)
         return present
 
     def _event_now(self) -> float | None:
         if self._event_clock is not None:
             return self._event_clock()
+        if self.metrics:  # what happened since the last sample is not known yet
+            return None
         now = time.time()
         if not self._live and abs(now - self.mirror.newest_seconds) < LIVE_WITHIN_SECONDS:
             self._live = True
@@ -205,9 +254,10 @@ class PoolTwin:
         return now if self._live else None
 
     def _tell_of_calibration(self) -> None:
-        calibration = self.mirror.calibration
-        if calibration is not None and calibration.requests != self._calibrated_on:
-            self._calibrated_on = calibration.requests
+        """The first fit, and jumps of the fleet's speed; the many fits that follow it slowly are in the metrics."""
+        calibration, change = self.mirror.calibration, self.mirror.last_change
+        if calibration is not None and not self._told_calibration:
+            self._told_calibration = True
             log.info(
                 "pool %s: step times fitted on %d requests: mean TTFT %.3f and mean end-to-end latency %.3f of those "
                 "observed",
@@ -216,6 +266,15 @@ class PoolTwin:
                 calibration.mean_ttft_ratio,
                 calibration.mean_e2e_ratio,
             )
+        if change is not None and change != self._told_change:
+            log.warning(
+                "pool %s: since about %.0f s of event time an engine step lasts %.2f times what it did; step times "
+                "are fitted anew",
+                self.name,
+                change.since_seconds,
+                change.ratio,
+            )
+        self._told_change = change
 
     # --- forecasting ----------------------------------------------------------------------------------------------
 
@@ -226,32 +285,9 @@ class PoolTwin:
     def _take_forecast(self, forecast: Forecast) -> None:
         if self._outlook is None:
             log.info("pool %s: first forecast made in %.1f s", self.name, forecast.duration_seconds or 0.0)
+        today = next(policy.name for policy in self.forecaster.settings.policies if not policy.overrides)
+        self._scores.judge(forecast, today)
         self._outlook = assemble.outlook(forecast, time.time(), self._policies)
-
-
-class _HeldEnds:
-    """Ends of requests whose record told arrival and end at once, until the stream has come so far."""
-
-    def __init__(self) -> None:
-        self._heap: list[tuple[float, str, int, RequestFinished]] = []
-        self._held = 0
-
-    def __len__(self) -> int:
-        return len(self._heap)
-
-    def hold(self, finished: RequestFinished) -> None:
-        self._held += 1  # an id may come twice with one time and different words
-        heapq.heappush(self._heap, (finished.time_seconds, finished.id, self._held, finished))
-
-    def due(self, until_seconds: float) -> list[RequestFinished]:
-        found = []
-        while self._heap and self._heap[0][0] <= until_seconds:
-            found.append(heapq.heappop(self._heap)[3])
-        return found
-
-    def until(self, time_seconds: float) -> list[RequestFinished]:
-        """Those up to a time; they stay held."""
-        return [entry[3] for entry in sorted(entry for entry in self._heap if entry[0] <= time_seconds)]
 
 
 class _EngineSamples:
@@ -266,10 +302,13 @@ class _EngineSamples:
     def at(self, time_seconds: float) -> tuple[float, float, float]:
         """Running and waiting requests of all pods, and mean KV usage; NaN where unknown."""
         newest = []
-        for samples in self._pods.values():
+        for key, samples in list(self._pods.items()):
+            if samples[-1].time_seconds < time_seconds - SAMPLE_SECONDS:  # its pod is gone
+                del self._pods[key]
+                continue
             while len(samples) > 1 and samples[1].time_seconds <= time_seconds:
                 samples.popleft()
-            if samples and samples[0].time_seconds <= time_seconds:
+            if time_seconds - SAMPLE_SECONDS <= samples[0].time_seconds <= time_seconds:
                 newest.append(samples[0])
         usage = [s.kv_cache_usage_ratio for s in newest if s.kv_cache_usage_ratio is not None]
         return (

@@ -38,9 +38,25 @@ def prometheus() -> str:
     return _program("prometheus", "install Prometheus (Debian: apt-get install prometheus)")
 
 
+def chromium() -> str:
+    """The path of the Chromium browser."""
+    return _program("chromium", "install Chromium (Debian: apt-get install chromium)")
+
+
 def openssl() -> str:
     """The path of `openssl`."""
     return _program("openssl", "install OpenSSL (Debian: apt-get install openssl)")
+
+
+def alertmanager() -> str:
+    """The path of Prometheus' Alertmanager, which Debian calls `prometheus-alertmanager`."""
+    named = "prometheus-alertmanager" if shutil.which("prometheus-alertmanager") else "alertmanager"
+    return _program(named, "install Alertmanager (Debian: apt-get install prometheus-alertmanager)")
+
+
+def amtool() -> str:
+    """The path of Alertmanager's `amtool`."""
+    return _program("amtool", "install Alertmanager (Debian: apt-get install prometheus-alertmanager)")
 
 
 def helm() -> str:

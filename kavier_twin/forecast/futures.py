@@ -38,15 +38,18 @@ def draw_futures(snapshot: Snapshot, horizon_seconds: float, seeds: Sequence[int
 
 
 class Futures:
-    """The futures of one snapshot: the recent stream is read once, each future drawn when it is asked for."""
+    """The futures of one snapshot: the recent stream is read once, each future drawn when it is asked for.
 
-    def __init__(self, snapshot: Snapshot, horizon_seconds: float) -> None:
+    Requests arrive `load` times as often as foreseen.
+    """
+
+    def __init__(self, snapshot: Snapshot, horizon_seconds: float, load: float = 1.0) -> None:
         recent = snapshot.recent
         if recent.index.size and not (recent.output > 0).any():
             recent = recent._replace(output=np.full_like(recent.output, _assumed_by_live(snapshot.fleet)))
         self._snapshot = snapshot
         self._horizon_seconds = horizon_seconds
-        self._rate = arrival_rate(snapshot)
+        self._rate = load * arrival_rate(snapshot)
         self._stream = read_stream(recent)
         self._first_index = _first_free_index(snapshot)
 

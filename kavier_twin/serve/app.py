@@ -32,12 +32,14 @@ from starlette.types import ASGIApp
 
 from kavier_twin import __version__
 from kavier_twin.forecast.policy_set import SETTINGS, PolicyInForce, PolicySet
+from kavier_twin.forecast.whatif import Answer, Busy, NothingYet, Question
 from kavier_twin.serve import models, problems
 from kavier_twin.serve.access import Access, guarded
 from kavier_twin.serve.envelope import Envelope, Limits
 from kavier_twin.serve.exporter import registry_of
 from kavier_twin.serve.history import CHARTED, History, Point
 from kavier_twin.serve.problems import ProblemError
+from kavier_twin.serve.score_models import AllScores, PoolScores
 from kavier_twin.serve.view import TwinView
 from kavier_twin.twin.replicas import ReplicaDetail
 
@@ -64,6 +66,9 @@ class Pool(Protocol):
     def replica(self, number: int) -> ReplicaDetail | None:
         """A replica as it is now; None: there is none of this number."""
 
+    def what_if(self, question: Question) -> Answer:
+        """The answer, once those asked before have theirs. Raises RefusedError, Busy and NothingYet."""
+
 
 @dataclass(frozen=True)
 class Twin:
@@ -82,12 +87,14 @@ class PolicyChange(PolicySet):
 
 _Pool = Annotated[str | None, Query(description="Only this pool; without it all of them.")]
 _REFUSALS: Final = {
+    400: "The body is not text.",
     401: "The token is missing or wrong.",
     403: "No token is configured.",
     404: "There is no such pool or replica.",
     413: "The body is too long.",
     422: "A field is wrong; `errors` names it.",
-    503: "Too many requests at once.",
+    429: "Too many questions wait already.",
+    503: "Too many requests at once, or there is nothing to ask yet.",
 }
 
 
@@ -105,7 +112,7 @@ def make_app(twin: Twin, access: Access, limits: Limits) -> ASGIApp:
     problems.install(app)
     app.include_router(_plain(twin, access))
     app.include_router(_reading(twin, access))
-    app.include_router(_changing(twin, access))
+    app.include_router(_changing(twin, access, limits))
     app.mount("/static", StaticFiles(directory=str(STATIC)))
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return Envelope(app, limits)
@@ -171,6 +178,10 @@ def _reading(twin: Twin, access: Access) -> APIRouter:
     def forecast(pool: _Pool = None) -> models.Forecasts:
         return models.Forecasts(pools=tuple(map(models.PoolForecast.model_validate, _views(twin, pool))))
 
+    @router.get("/scores", summary="How good the forecasts have been")
+    def scores(pool: _Pool = None) -> AllScores:
+        return AllScores(pools=tuple(map(PoolScores.model_validate, _views(twin, pool))))
+
     @router.get("/history", summary="The last hour, mirror beside reality")
     def history(
         pool: _Pool = None,
@@ -188,12 +199,12 @@ def _reading(twin: Twin, access: Access) -> APIRouter:
     return router
 
 
-def _changing(twin: Twin, access: Access) -> APIRouter:
+def _changing(twin: Twin, access: Access, limits: Limits) -> APIRouter:
     router = APIRouter(
         prefix="/v1",
         tags=["changing"],
         route_class=guarded(access.to_change),
-        responses=_problems(401, 403, 404, 413, 422, 503),
+        responses=_problems(400, 401, 403, 404, 413, 422, 503),
         dependencies=[Security(_BEARER)],
     )
 
@@ -205,6 +216,20 @@ def _changing(twin: Twin, access: Access) -> APIRouter:
         except RefusedError as error:
             raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, str(error), field=error.field) from None
         return _policies(twin, [name])
+
+    @router.post("/whatif", summary="What another policy or load would do from now on", responses=_problems(429))
+    def what_if(question: Question) -> Answer:
+        name = _named(twin, question.pool or "")
+        pool = _pool(twin, name)
+        _check_cost(question, twin.current()[name], limits)
+        try:
+            return pool.what_if(question)
+        except RefusedError as error:
+            raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, str(error), field=error.field) from None
+        except Busy as error:
+            raise ProblemError(HTTPStatus.TOO_MANY_REQUESTS, str(error), headers={"Retry-After": "5"}) from None
+        except NothingYet as error:
+            raise ProblemError(HTTPStatus.SERVICE_UNAVAILABLE, str(error), headers={"Retry-After": "5"}) from None
 
     return router
 
@@ -232,6 +257,18 @@ def _named(twin: Twin, name: str) -> str:
     if name or len(twin.pools) != 1:
         return name
     return next(iter(twin.pools))
+
+
+def _check_cost(question: Question, view: TwinView, limits: Limits) -> None:
+    """Refuse a question that would take too long. Raises ProblemError."""
+    if question.horizon_seconds > limits.horizon_seconds:
+        most = f"at most {limits.horizon_seconds:g} (http.max_horizon_seconds)"
+        raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, most, field="horizon_seconds")
+    rate = view.outlook.rate_per_second if view.outlook else 0.0
+    requests = rate * question.load * question.horizon_seconds
+    if requests > limits.requests:
+        most = f"would be {requests:.0f} requests within the horizon; at most {limits.requests} are simulated"
+        raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, most, field="load")
 
 
 def _no_such_pool(name: str, known: Mapping[str, Any]) -> ProblemError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Final
 
 import numpy as np
@@ -11,10 +12,25 @@ import numpy as np
 from kavier_twin.forecast.policy_set import PolicyInForce
 from kavier_twin.forecast.result import Forecast, Row, Verdict
 from kavier_twin.forecast.slo import Slo
-from kavier_twin.serve.view import Beside, Best, CacheBeside, Horizon, Outlook, PolicyOutlook, Predicted, SloLine
+from kavier_twin.serve.view import (
+    Beside,
+    Best,
+    CacheBeside,
+    CalibrationState,
+    Horizon,
+    KpiTrust,
+    Outlook,
+    PolicyOutlook,
+    PowerBeside,
+    Predicted,
+    SloLine,
+    TwinView,
+    WindowError,
+)
 from kavier_twin.twin.cache_watch import CacheWatch
 from kavier_twin.twin.fidelity import Score
 from kavier_twin.twin.mirror import Mirror
+from kavier_twin.twin.power_watch import PowerWatch
 
 _LATENCIES: Final = {"ttft_seconds": (50, 99), "e2e_seconds": (95,), "queue_seconds": (95,)}
 _METRICS: Final = {  # the forecaster's metric -> KPI and statistic shown
@@ -36,7 +52,7 @@ _METRICS: Final = {  # the forecaster's metric -> KPI and statistic shown
     "carbon_grams_per_million_tokens": ("carbon_grams_per_million_tokens", ""),
     "cost_per_million_tokens": ("cost_per_million_tokens", ""),
 }
-STREAM_RESULTS: Final = ("accepted", "duplicate", "late")
+STREAM_RESULTS: Final = ("accepted", "duplicate", "late", "future_time")
 
 
 def beside(mirror: Mirror, reported: tuple[float, float, float]) -> tuple[Beside, ...]:
@@ -68,6 +84,15 @@ def caches(watch: CacheWatch) -> tuple[CacheBeside, ...]:
     return tuple(entries)
 
 
+def power(watch: PowerWatch, mirror: Mirror) -> PowerBeside | None:
+    """Watts of a GPU, mirrored beside observed."""
+    footprint = mirror.fleet.settings.footprint
+    if footprint is None:
+        return None
+    model = footprint.power
+    return PowerBeside(*watch.means(), model.idle_watts, model.compute_watts, model.memory_watts, watch.calibrations)
+
+
 def records(mirror: Mirror, rejected: int) -> tuple[dict[str, int], dict[str, int]]:
     """Records by result, and requests given up by reason."""
     results = {name: mirror.ingested[name] for name in STREAM_RESULTS}
@@ -86,7 +111,12 @@ def outlook(forecast: Forecast, made_unix_seconds: float, policies: Mapping[str,
     shown = []
     for name in dict.fromkeys(row.policy for row in forecast.rows):
         horizons = tuple(_horizon(row) for row in forecast.rows if row.policy == name)
-        shown.append(PolicyOutlook(name, policies[name].flags, policies[name].deployable, horizons))
+        first = {
+            breach.slo: {0.1: breach.early_seconds, 0.5: breach.expected_seconds}
+            for breach in forecast.first_breaches
+            if breach.policy == name
+        }
+        shown.append(PolicyOutlook(name, policies[name].flags, policies[name].deployable, horizons, first_breach=first))
     shown += [PolicyOutlook(failed.policy, (), False, (), problem=failed.error) for failed in forecast.failed]
     return Outlook(
         event_seconds=forecast.time_seconds,
@@ -96,8 +126,58 @@ def outlook(forecast: Forecast, made_unix_seconds: float, policies: Mapping[str,
         rate_per_second=forecast.rate_requests_per_second,
         calibrated=forecast.calibrated,
         policies=tuple(sorted(shown, key=lambda policy: _rank(policy, forecast.verdict))),
-        best=None if forecast.verdict is None else _best(forecast.verdict),
+        best=_best(forecast.verdict),
+        stopped_because=forecast.stopped_because,
+        shed=forecast.shed,
+        notes=forecast.notes,
     )
+
+
+def judged(view: TwinView, mirror: Mirror) -> TwinView:
+    """The view with the mirror's errors and calibration in it, and what is to be trusted marked in all it shows."""
+    fitted = mirror.calibration.coefficients if mirror.calibration else {}
+    trust = {kpi: KpiTrust(found.trusted, found.reason) for kpi, found in mirror.judge.trust.items()}
+    observed = {score.kpi for score in mirror.scores} & trust.keys()
+    reasons = [trust[kpi].reason for kpi in trust if kpi in observed and not trust[kpi].trusted]
+    if not observed:
+        reasons.append("nothing was observed yet that a prediction could be compared with")
+    if not mirror.calibrated:
+        reasons.append("step times are not fitted to this pool yet")
+    return replace(
+        view,
+        step_time_deviation={name: found.deviation for name, found in fitted.items()},
+        calibration=CalibrationState(
+            event_seconds=mirror.calibrated_seconds,
+            changes=mirror.speed_changes,
+            change_event_seconds=mirror.last_change.since_seconds if mirror.last_change else math.nan,
+            change_ratio=mirror.last_change.ratio if mirror.last_change else math.nan,
+            failures=dict(mirror.calibration_failures),
+        ),
+        errors=tuple(
+            WindowError(s.kpi, s.statistic, s.window, s.count, s.predicted, s.observed, s.error) for s in mirror.scores
+        ),
+        trust=trust,
+        trusted=not reasons,
+        untrusted_reasons=tuple(reasons),
+        beside=tuple(replace(entry, trusted=_trusted(trust, entry.kpi)) for entry in view.beside),
+        outlook=view.outlook and _judged_outlook(view.outlook, trust, {slo.name: slo.kpi for slo in view.slos}),
+    )
+
+
+def _judged_outlook(outlook: Outlook, trust: Mapping[str, KpiTrust], slo_kpis: Mapping[str, str]) -> Outlook:
+    def horizon(entry: Horizon) -> Horizon:
+        return replace(
+            entry,
+            predicted=tuple(replace(p, trusted=_trusted(trust, p.kpi)) for p in entry.predicted),
+            breach_trusted={slo: _trusted(trust, slo_kpis.get(slo, "")) for slo in entry.breach},
+        )
+
+    policies = (replace(policy, horizons=tuple(map(horizon, policy.horizons))) for policy in outlook.policies)
+    return replace(outlook, policies=tuple(policies))
+
+
+def _trusted(trust: Mapping[str, KpiTrust], kpi: str) -> bool:
+    return kpi in trust and trust[kpi].trusted
 
 
 def _of_score(kpi: str, statistic: str, score: Score, error: float) -> Beside:
@@ -115,13 +195,18 @@ def _horizon(row: Row) -> Horizon:
     predicted = []
     for metric, values in row.kpis.items():
         kpi, statistic = _METRICS[metric]
-        predicted.append(Predicted(kpi, statistic, {0.1: values.p10, 0.5: values.p50, 0.9: values.p90}))
-    return Horizon(row.horizon_seconds, tuple(predicted), dict(row.breach_probability))
+        predicted.append(Predicted(kpi, statistic, values.values))
+    return Horizon(
+        row.horizon_seconds,
+        tuple(predicted),
+        dict(row.breach_probability),
+        breach_interval=dict(row.breach_interval),
+    )
 
 
-def _rank(policy: PolicyOutlook, verdict: Verdict | None) -> tuple[bool, bool, float, float]:
+def _rank(policy: PolicyOutlook, verdict: Verdict) -> tuple[bool, bool, float, float]:
     """The verdict, then by expected breaches and latency at the longest horizon; what was not simulated is last."""
-    chosen = verdict is not None and verdict.policy == policy.name
+    chosen = verdict.policy == policy.name
     breaches = sum(sum(horizon.breach.values()) for horizon in policy.horizons)
     latency = policy.horizons[-1].median("e2e_seconds", "p95") if policy.horizons else math.inf
     return not chosen, not policy.horizons, breaches, math.inf if math.isnan(latency) else latency
@@ -135,4 +220,17 @@ def _best(verdict: Verdict) -> Best:
     reason = f"expected SLO breaches {breaches}"
     if math.isfinite(verdict.e2e_p95_seconds):
         reason += f", e2e p95 {latency}"
-    return Best(verdict.policy, verdict.vllm_flags, verdict.deployable, reason)
+    if math.isfinite(verdict.gain.probability):
+        reason += f"; better than today's with probability {verdict.gain.probability:.2f}"
+    switch = verdict.switch
+    if switch is not None:
+        reason += f", {switch.gain.probability:.2f} while it is brought to the engines"
+    return Best(
+        verdict.policy,
+        verdict.vllm_flags,
+        verdict.deployable,
+        reason,
+        gain=verdict.gain,
+        switch=() if switch is None else tuple(map(_horizon, switch.rows)),
+        switch_gain=None if switch is None else switch.gain,
+    )

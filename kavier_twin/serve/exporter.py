@@ -3,6 +3,7 @@
 A collector renders the views that are current when Prometheus asks. What is not known has no sample. Latencies carry
 their `statistic` (mean, p50, p90, p95, p99) over requests; predictions also a `quantile`: of the distribution over the
 simulated futures, so the 0.1 and 0.9 of a p99 are the ends of its interval. They are summaries without count and sum.
+`trusted` is "1" where the mirror has been right on that KPI lately (fidelity_metrics.py), `source` what it follows.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ from prometheus_client.registry import Collector
 
 from kavier_twin import __version__
 from kavier_twin.serve.cache_metrics import cache_metrics
+from kavier_twin.serve.calibration_metrics import calibration_metrics
+from kavier_twin.serve.fidelity_metrics import PREFIX, fidelity_metrics, flag
+from kavier_twin.serve.power_metrics import power_metrics
+from kavier_twin.serve.score_metrics import score_metrics
+from kavier_twin.serve.sweep_metrics import sweep_metrics
 from kavier_twin.serve.view import Outlook, TwinView
-
-PREFIX: Final = "kavier_twin"
 
 
 class Kpi(NamedTuple):
@@ -107,17 +111,22 @@ def _metrics(view: TwinView) -> Iterator[Metric]:
     yield from _stream(view)
     yield from _mirror(view)
     yield from _fidelity(view)
+    yield from calibration_metrics(view)
+    yield from fidelity_metrics(view)
     yield from cache_metrics(view.pool, view.caches)
+    yield from power_metrics(view.pool, view.power)
+    yield from sweep_metrics(view)
     yield from _forecasts(view)
+    yield from score_metrics(view.pool, view.scores)
     if view.outlook is not None:
-        yield from _predictions(view.pool, view.outlook)
+        yield from _predictions(view.pool, view.source, view.outlook)
 
 
 def _stream(view: TwinView) -> Iterator[Metric]:
     yield _counter(
         "records",
         "Telemetry records by what became of them since the start: accepted, duplicate, late (behind the watermark), "
-        "rejected (not a record).",
+        "future_time (far ahead of all others), rejected (not a record).",
         ["pool", "result"],
         [([view.pool, result], count) for result, count in sorted(view.records.items())],
     )
@@ -135,6 +144,20 @@ def _stream(view: TwinView) -> Iterator[Metric]:
         f"{PREFIX}_source_up",
         "Whether the source can be read (1), or its figures are stale for a reason told in the log and the status (0).",
         labels=["pool", "source"],
+    )
+    yield _gauge(
+        "stale",
+        "Whether the pool's figures are old (1), as a source fails or is behind for longer than stale_after_seconds, "
+        "or fresh (0). The status tells why.",
+        view.pool,
+        float(bool(view.stale)),
+    )
+    yield _gauge(
+        "engine_contradictions",
+        "Settings that an engine tells otherwise than the settings file, whose word holds, or than another engine. The "
+        "notes of the status name them.",
+        view.pool,
+        view.engine_contradictions,
     )
     newest = GaugeMetricFamily(
         f"{PREFIX}_source_last_record_timestamp_seconds",
@@ -166,7 +189,10 @@ def _stream(view: TwinView) -> Iterator[Metric]:
     yield _counter(
         "requests_dropped",
         "Requests that the mirror could not follow since the start: unknown_request (a finish without an arrival), "
-        "never_finished (no finish record came in time).",
+        "never_finished (no finish record came in time), ended_after_all (of those, ends that came later), "
+        "replica_restarted (their pod began anew before they ended), "
+        "not_simulated (gone from the simulation before their end was told: lost in a restart, or refused), "
+        "too_many_pods (they went where the router said).",
         ["pool", "reason"],
         [([view.pool, reason], count) for reason, count in sorted(view.dropped.items())],
     )
@@ -258,16 +284,6 @@ def _fidelity(view: TwinView) -> Iterator[Metric]:
         view.pool,
         view.pace_ratio,
     )
-    errors = GaugeMetricFamily(
-        f"{PREFIX}_fidelity_error_ratio",
-        "Error of the mirror before it was corrected, over the last requests finished (500 at most): "
-        "(mirrored - observed) / observed for latencies, mirrored - observed for the prefix cache hit ratio.",
-        labels=["pool", "kpi", "statistic"],
-    )
-    for entry in view.beside:
-        if entry.kpi not in _MOMENT:
-            _add(errors, [view.pool, entry.kpi, entry.statistic], entry.error)
-    yield errors
     yield _gauge(
         "fidelity_exact_cache_ratio",
         "Requests whose prefix cache hit was mirrored to the token, 0 to 1, over the last requests finished (500 at "
@@ -316,9 +332,9 @@ def _forecasts(view: TwinView) -> Iterator[Metric]:
     )
 
 
-def _predictions(pool: str, outlook: Outlook) -> Iterator[Metric]:
+def _predictions(pool: str, source: str, outlook: Outlook) -> Iterator[Metric]:
     for name, kpi in KPIS.items():
-        labels = ["pool", "policy", "horizon", *(["statistic"] if kpi.has_statistic else [])]
+        labels = ["pool", "policy", "horizon", "trusted", "source", *(["statistic"] if kpi.has_statistic else [])]
         family = SummaryMetricFamily(
             f"{PREFIX}_predicted_{kpi.metric}",
             f"{_sentence(kpi.says)}, as foreseen over the horizon (seconds from the forecast's start); the quantile is "
@@ -330,7 +346,8 @@ def _predictions(pool: str, outlook: Outlook) -> Iterator[Metric]:
                 for entry in horizon.predicted:
                     if entry.kpi != name:
                         continue
-                    values = _labels(kpi, [pool, policy.name, f"{horizon.seconds:g}"], entry.statistic)
+                    about = [pool, policy.name, f"{horizon.seconds:g}", flag(entry.trusted), source]
+                    values = _labels(kpi, about, entry.statistic)
                     for quantile, value in sorted(entry.quantiles.items()):
                         if math.isfinite(value):
                             named = {**dict(zip(labels, values, strict=True)), "quantile": f"{quantile:g}"}
@@ -339,7 +356,7 @@ def _predictions(pool: str, outlook: Outlook) -> Iterator[Metric]:
     breach = GaugeMetricFamily(
         f"{PREFIX}_slo_breach_probability_ratio",
         "Share of simulated futures, 0 to 1, in which the SLO is breached within the horizon (seconds).",
-        labels=["pool", "policy", "horizon", "slo"],
+        labels=["pool", "policy", "horizon", "slo", "trusted", "source"],
     )
     best = GaugeMetricFamily(
         f"{PREFIX}_best_policy",
@@ -358,7 +375,8 @@ def _predictions(pool: str, outlook: Outlook) -> Iterator[Metric]:
         )
         for horizon in policy.horizons:
             for slo, probability in sorted(horizon.breach.items()):
-                _add(breach, [pool, policy.name, f"{horizon.seconds:g}", slo], probability)
+                trusted = flag(horizon.breach_trusted.get(slo, False))
+                _add(breach, [pool, policy.name, f"{horizon.seconds:g}", slo, trusted, source], probability)
         if outlook.best is not None:
             _add(best, [pool, policy.name], float(outlook.best.policy == policy.name))
     yield breach

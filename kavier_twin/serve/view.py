@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from kavier_twin.forecast.result import Gain
+from kavier_twin.forecast.scores import Scores
 from kavier_twin.twin.replicas import Replica
 
 Quantiles = Mapping[float, float]
@@ -31,6 +33,43 @@ class Beside:
     observed: float
     error: float = math.nan
     requests: int = 0  # in the window; 0 where the values are of a moment
+    trusted: bool = False
+
+
+@dataclass(frozen=True)
+class WindowError:
+    """The error of one statistic of a KPI over a window of event time ("5m", "1h").
+
+    `error` is (predicted - observed) / observed, or the plain difference for ratios. `observations`: requests, or
+    samples of the engines' gauges, which are means over the replicas.
+    """
+
+    kpi: str
+    statistic: str
+    window: str
+    observations: int
+    predicted: float
+    observed: float
+    error: float
+
+
+@dataclass(frozen=True)
+class CalibrationState:
+    """How step times follow the fleet."""
+
+    event_seconds: float = math.nan  # of the last fit
+    changes: int = 0  # jumps of the fleet's speed that were met
+    change_event_seconds: float = math.nan  # since about when the last of them
+    change_ratio: float = math.nan  # duration of a step after it over that before
+    failures: Mapping[str, int] = field(default_factory=dict)  # reason -> fits not made
+
+
+@dataclass(frozen=True)
+class KpiTrust:
+    """Whether a KPI is to be trusted now; `reason` tells why not."""
+
+    trusted: bool
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -40,6 +79,7 @@ class Predicted:
     kpi: str
     statistic: str
     quantiles: Quantiles
+    trusted: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,6 +89,8 @@ class Horizon:
     seconds: float
     predicted: tuple[Predicted, ...]
     breach: Mapping[str, float]  # SLO -> probability
+    breach_trusted: Mapping[str, bool] = field(default_factory=dict)
+    breach_interval: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # SLO -> 90 % interval of it
 
     def median(self, kpi: str, statistic: str = "") -> float:
         """The median over the futures; NaN where nothing is known."""
@@ -71,6 +113,7 @@ class PolicyOutlook:
     deployable: bool
     horizons: tuple[Horizon, ...]
     problem: str = ""  # why it could not be simulated
+    first_breach: Mapping[str, Quantiles] = field(default_factory=dict)  # SLO -> seconds from now; infinite: none
 
     def at(self, horizon_seconds: float) -> Horizon | None:
         """The outlook over one horizon."""
@@ -79,12 +122,28 @@ class PolicyOutlook:
 
 @dataclass(frozen=True)
 class Best:
-    """The verdict: the policy with the fewest expected SLO breaches, then the lowest latency."""
+    """The verdict: the policy that is best under the objectives, what it gains over today's, and how sure that is.
+
+    `switch` tells of it where the restart that brings it is counted from now on.
+    """
 
     policy: str
     flags: tuple[str, ...]
     deployable: bool
     reason: str
+    gain: Gain | None = None
+    switch: tuple[Horizon, ...] = ()
+    switch_gain: Gain | None = None
+
+
+@dataclass(frozen=True)
+class SweepCounts:
+    """What became of the forecast cycles since the start."""
+
+    late: int = 0  # took longer than they come
+    futures: int = 0  # simulated
+    shed: Mapping[str, int] = field(default_factory=dict)  # policy -> cycles without time for it
+    stopped: Mapping[str, int] = field(default_factory=dict)  # why no more futures were simulated -> cycles
 
 
 @dataclass(frozen=True)
@@ -99,6 +158,9 @@ class Outlook:
     calibrated: bool
     policies: tuple[PolicyOutlook, ...]  # best first
     best: Best | None
+    stopped_because: str = ""  # no more futures were simulated
+    shed: tuple[str, ...] = ()  # policies without time for them
+    notes: tuple[str, ...] = ()  # what a reader of its figures must know
 
 
 @dataclass(frozen=True)
@@ -142,6 +204,23 @@ class CacheBeside:
 
 
 @dataclass(frozen=True)
+class PowerBeside:
+    """Mean watts of one GPU over the last minutes, mirrored and observed, and the power model in use."""
+
+    mirrored_watts: float
+    observed_watts: float
+    idle_watts: float
+    compute_watts: float  # above idle
+    memory_watts: float
+    calibrations: int = 0  # fits to observed watts so far
+
+    @property
+    def error_ratio(self) -> float:
+        """(mirrored - observed) / observed; NaN where nothing was observed."""
+        return self.mirrored_watts / self.observed_watts - 1.0 if self.observed_watts > 0.0 else math.nan
+
+
+@dataclass(frozen=True)
 class TwinView:
     """The twin of one pool at one moment."""
 
@@ -162,21 +241,36 @@ class TwinView:
     checkpoint_unix_seconds: float | None = None  # of the last one written; NaN before, None where none are kept
     checkpoint_failures: int = 0
     step_time: Mapping[str, float] = field(default_factory=dict)  # coefficient -> seconds
+    step_time_deviation: Mapping[str, float] = field(default_factory=dict)  # of those fitted
+    calibration: CalibrationState = CalibrationState()
     exact_cache_ratio: float = math.nan
     beside: tuple[Beside, ...] = ()
+    errors: tuple[WindowError, ...] = ()
+    trust: Mapping[str, KpiTrust] = field(default_factory=dict)  # every KPI that is predicted -> now
+    trusted: bool = False  # of the KPIs observed, every one
+    untrusted_reasons: tuple[str, ...] = ()
+    source: str = "stream"  # what the mirror follows: a stream of requests, or "metrics" alone
     replicas: tuple[Replica, ...] = ()
     caches: tuple[CacheBeside, ...] = ()
+    power: PowerBeside | None = None  # None where no power model is told
     sources: tuple[SourceState, ...] = ()
     forecasts: Mapping[str, int] = field(default_factory=dict)  # result -> cycles
+    sweeps: SweepCounts = SweepCounts()
     every_seconds: float = math.nan  # between two forecasts
     slos: tuple[SloLine, ...] = ()
     outlook: Outlook | None = None
+    scores: Scores = field(default_factory=Scores)  # of the forecasts whose time has come
     currency: str = ""  # of costs, ISO 4217; empty where no footprint is told
     notes: tuple[str, ...] = ()  # what a reader of these figures must know
+    stale: tuple[str, ...] = ()  # why the figures are old: one line for each source that fails or is behind
+    engine_contradictions: int = 0  # settings that engines tell otherwise than the settings file or each other
+    warming_up: bool = False  # the past of the logs is being mirrored
 
     def not_ready(self) -> list[str]:
         """Why the figures are not there yet; empty when they are."""
         reasons = []
+        if self.warming_up:
+            reasons.append("warming up: the past of the logs is being mirrored")
         if not math.isfinite(self.event_seconds):
             reasons.append("no telemetry record has been processed yet")
         if self.outlook is None:

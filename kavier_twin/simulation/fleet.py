@@ -8,7 +8,7 @@ is still to come is plain data (`_arrivals`, `_actions`), so a fork is a copy of
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Collection, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -31,7 +31,7 @@ from kavier_twin.simulation.settings import FleetSettings
 from kavier_twin.simulation.state import FleetState, Records
 from kavier_twin.simulation.workload import Workload, concatenate, take_rows
 
-Kind = Literal["join", "drain", "leave", "fail", "policy", "sample"]
+Kind = Literal["join", "drain", "leave", "fail", "restart", "accept", "policy", "sample"]
 
 
 class Action(NamedTuple):
@@ -138,6 +138,15 @@ class Fleet:
     def fail(self, replica: int, time_seconds: float) -> None:
         """The replica is gone at once; its requests start again elsewhere, keeping their arrival times."""
         self._at(Action(time_seconds, "fail", replica))
+
+    def restart(self, replica: int, time_seconds: float, drain_seconds: float, startup_seconds: float) -> None:
+        """The replica is drained, stopped and started: it comes back with nothing cached.
+
+        What it still serves after `drain_seconds` starts again elsewhere, keeping its arrival time.
+        """
+        self._at(Action(time_seconds, "drain", replica))
+        self._at(Action(time_seconds + drain_seconds, "restart", replica))
+        self._at(Action(time_seconds + drain_seconds + startup_seconds, "accept", replica))
 
     def switch_policy(self, overrides: Mapping[str, Override], time_seconds: float) -> None:
         """From then on the fleet runs with these overrides (see `policies`)."""
@@ -265,6 +274,62 @@ class Fleet:
         if fleet["outcomes"] + fleet["live"] + 1 > self.state.outcomes.size:
             self.grow(request_kernels.GROW_OUTCOMES)
 
+    # --- what an outside world tells about replicas -------------------------------------------------------------------
+
+    @property
+    def replicas_alive(self) -> int:
+        """Those that are there, the leaving ones included."""
+        return int(self.state.replicas["alive"].sum())
+
+    def are_gone(self, numbers: Iterable[int]) -> bool:
+        """Whether these replicas have left; the empty ones of those that were to leave do so now."""
+        self._retire()
+        return not any(self.state.replicas["alive"][number] for number in numbers)
+
+    def admit(self) -> int:
+        """A replica joins now with a cold cache, in the place of one that is gone if possible. Returns its number."""
+        gone = np.flatnonzero(self.state.replicas["alive"] == 0)
+        if gone.size:
+            build.begin_anew(self.state, int(gone[0]), self._fresh())
+        else:
+            self._join()
+        self._count_replicas()
+        return int(gone[0]) if gone.size else self.state.replicas.size - 1
+
+    def dismiss(self, number: int) -> None:
+        """The replica gets no new requests and is gone once it has ended those it has."""
+        self.state.replicas["accepting"][number] = 0
+        self._let_go(number)
+        self._retire()
+        self._count_replicas()
+
+    def recall(self, number: int) -> None:
+        """One that was dismissed, and is not gone, stays."""
+        self.state.replicas["accepting"][number], self.state.replicas["leaving"][number] = 1, 0
+        self.state.replicas["left"][number] = np.inf
+        self._count_replicas()
+
+    def begin_anew(self, number: int, again: Collection[int]) -> list[Live]:
+        """The replica begins anew now, with a cold cache. Returns where those of its requests are that start again.
+
+        These are the ones whose index is in `again`; the others are gone without an outcome.
+        """
+        rows = build.rows_of_live(self.state, number, self.now_seconds)
+        for live in self.live():
+            if live.replica == number:
+                replica_kernels.abandon(self.state, number, live.slot, self.now_seconds)
+        build.begin_anew(self.state, number, self._fresh())
+        rows = take_rows(rows, np.flatnonzero(np.isin(rows.index, list(again))))
+        rows = rows._replace(replica=np.full(rows.index.size, number, np.int64))
+        places = self.deliver(rows, 0, rows.index.size)
+        found = [Live(int(index), *map(int, place)) for index, place in zip(rows.index, places, strict=True)]
+        return [live for live in found if live.slot >= 0]
+
+    def _count_replicas(self) -> None:
+        """What policies count from."""
+        accepting = int(self.state.replicas["accepting"].sum())
+        self.settings = self.settings.model_copy(update={"replicas": accepting})
+
     # --- what can be seen -----------------------------------------------------------------------------------------
 
     @property
@@ -330,6 +395,10 @@ class Fleet:
             raise ValueError(f"{action.kind}: there is no replica {action.replica}")
         elif action.kind == "fail":
             self._fail(action.replica)
+        elif action.kind == "restart":
+            self._restart(action.replica)
+        elif action.kind == "accept":
+            replicas["accepting"][action.replica] = 1
         else:
             replicas["accepting"][action.replica] = 0
             if action.kind == "leave":
@@ -348,23 +417,40 @@ class Fleet:
         empty = (replicas["running"] == 0) & (waiting == 0) & (replicas["in_flight"] == 0)
         replicas["alive"][(replicas["leaving"] == 1) & empty] = 0
 
-    def _join(self) -> None:
+    def _fresh(self) -> FleetState:
+        """A replica that begins now."""
         fresh = build.new_state(self.settings.model_copy(update={"replicas": 1}), stepping=self._stepping)
         for name in ("now", "accounted", "last_completion", "joined"):
             fresh.replicas[name] = self.now_seconds
-        self.state = build.with_replica(self.state, fresh)
+        return fresh
+
+    def _join(self) -> None:
+        self.state = build.with_replica(self.state, self._fresh())
 
     def _fail(self, number: int) -> None:
+        again = self._abandon(number)
+        self.state.replicas["alive"][number] = 0
+        self.state.replicas["left"][number] = self.now_seconds
+        self.deliver(again, 0, again.index.size)
+
+    def _restart(self, number: int) -> None:
+        replica_kernels.settle(self.state, number)
+        replica_kernels.settle_tiers(self.state, number)
+        again = self._abandon(number)
+        reshape.clear_cache(self.state, number)
+        build.clear_tiers(self.state, number, self.settings.engine)
+        self.deliver(again, 0, again.index.size)
+
+    def _abandon(self, number: int) -> Workload:
+        """Take the replica's requests away, to start again elsewhere."""
         again = build.rows_of_live(self.state, number, self.now_seconds)
         self.state.replicas["accepting"][number] = 0
         for live in self.live():
             if live.replica == number:
                 replica_kernels.abandon(self.state, number, live.slot, self.now_seconds)
         self.state.replicas["in_flight"][number] = 0
-        self.state.replicas["alive"][number] = 0
-        self.state.replicas["left"][number] = self.now_seconds
         self.requeued += again.index.size
-        self.deliver(again, 0, again.index.size)
+        return again
 
     def _lose(self, workload: Workload, row: int) -> None:
         self._room_for_outcomes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
+from dataclasses import astuple
 from typing import Any
 
 from kavier_twin.simulation.fleet import Fleet, Live
@@ -12,7 +13,9 @@ from kavier_twin.telemetry import EngineSample, RequestFinished, RequestSeen
 from kavier_twin.twin.calibration import Calibration, Coefficient
 from kavier_twin.twin.checkpoint import CheckpointError, Saved
 from kavier_twin.twin.mirror import Mirror, MirrorSettings, Seen
+from kavier_twin.twin.online import Change
 from kavier_twin.twin.pace import Pace
+from kavier_twin.twin.windows import WindowScore
 
 
 def save(mirror: Mirror) -> Saved:
@@ -20,8 +23,14 @@ def save(mirror: Mirror) -> Saved:
     fleet = mirror.fleet
     document = {
         "settings": fleet.settings.model_dump(mode="json"),
+        "configured": mirror.configured.model_dump(mode="json"),
+        "pods": mirror.pods.save(),
         "now_seconds": fleet.now_seconds,
         "fidelity": mirror.fidelity.save(),
+        "windows": mirror.windows.save(),
+        "gauges": mirror.gauges.save(),
+        "judge": mirror.judge.save(),
+        "scores": [astuple(score) for score in mirror.scores],
         "calibration": _calibration(mirror.calibration),
         "calibrated": mirror.calibrated,
         "frontend_seconds": mirror.frontend_seconds,
@@ -34,8 +43,13 @@ def save(mirror: Mirror) -> Saved:
         "recent": [_seen(entry) for entry in mirror._recent.values()],
         "running": [[identity, *live] for identity, live in mirror._running.items()],
         "next_index": mirror._next_index,
-        "longest_output": mirror._longest_output,
+        "lengths": mirror._lengths.save(),
         "finished_at_calibration": mirror._finished_at_calibration,
+        "calibrated_seconds": mirror.calibrated_seconds,
+        "calibration_failures": dict(mirror.calibration_failures),
+        "speed_changes": mirror.speed_changes,
+        "last_change": mirror.last_change,
+        "online": mirror._online.save(),
         "pace": mirror._pace.save(),
     }
     return Saved(document, dict(fleet.state._asdict()))
@@ -48,14 +62,20 @@ def restore(saved: Saved, settings: MirrorSettings, fleet: FleetSettings) -> Mir
     """
     document = saved.document
     old = FleetSettings.model_validate(document["settings"])
+    configured = FleetSettings.model_validate(document["configured"])
     # Step times move with calibration, the footprint with the grid: neither is part of the state.
-    same = old.model_copy(update={"step_time": fleet.step_time, "footprint": fleet.footprint})
+    same = configured.model_copy(update={"step_time": fleet.step_time, "footprint": fleet.footprint})
     if same != fleet:
         raise CheckpointError("the fleet's settings have changed since")
     mirror = Mirror(settings, fleet)
-    current = fleet.model_copy(update={"step_time": old.step_time})
+    current = old.model_copy(update={"footprint": fleet.footprint})
+    mirror.pods.restore(document["pods"])
     mirror.fleet = Fleet(current, start_seconds=document["now_seconds"], state=FleetState(**saved.arrays))
     mirror.fidelity.restore(document["fidelity"])
+    mirror.windows.restore(document["windows"])
+    mirror.gauges.restore(document["gauges"])
+    mirror.judge.restore(document["judge"])
+    mirror.scores = tuple(WindowScore(*score) for score in document["scores"])
     mirror.calibration = _calibration_of(document["calibration"])
     mirror.calibrated = document["calibrated"]
     mirror.frontend_seconds = document["frontend_seconds"]
@@ -68,8 +88,13 @@ def restore(saved: Saved, settings: MirrorSettings, fleet: FleetSettings) -> Mir
     mirror._recent = {entry.seen.id: entry for entry in map(_seen_of, document["recent"])}
     mirror._running = {identity: Live(*live) for identity, *live in document["running"]}
     mirror._next_index = document["next_index"]
-    mirror._longest_output = document["longest_output"]
+    mirror._lengths.restore(document["lengths"])
     mirror._finished_at_calibration = document["finished_at_calibration"]
+    mirror.calibrated_seconds = document["calibrated_seconds"]
+    mirror.calibration_failures = Counter(document["calibration_failures"])
+    mirror.speed_changes = document["speed_changes"]
+    mirror.last_change = Change(*document["last_change"]) if document["last_change"] else None
+    mirror._online.restore(document["online"])
     mirror._pace = Pace(current.step_time)
     mirror._pace.restore(document["pace"])
     return mirror

@@ -18,6 +18,7 @@ UNITS = ("seconds", "ratio", "total", "records", "blocks", "requests", "futures"
 UNITS += ("joules_per_million_tokens", "grams_per_million_tokens", "cost_per_million_tokens")
 # Counts of things in their own unit, and flags.
 WITHOUT_UNIT = ("source_up", "_running", "_waiting", "_preemptions", "_rejected", "_calibrated", "_best_policy")
+WITHOUT_UNIT += ("_trusted", "_stale", "_breaches", "_contradictions")
 
 
 def text_of(view: TwinView) -> str:
@@ -26,6 +27,10 @@ def text_of(view: TwinView) -> str:
 
 def value(view: TwinView, name: str, **labels: str) -> float | None:
     return registry_of(lambda: {view.pool: view}).get_sample_value(name, {"pool": "chat", **labels})
+
+
+# Scores count forecasts and alerts; an error is in the unit of the KPI that its label names.
+OF_SCORES = ("_forecasts", "score_alerts", "score_breaches", "_brier", "_absolute_error", "_prediction_bound")
 
 
 @pytest.mark.real
@@ -41,7 +46,7 @@ def test_every_metric_says_what_it_is_and_ends_in_its_unit() -> None:
     assert len(families) > 30
     for family in families:
         name = f"{family.name}_total" if family.type == "counter" else family.name
-        assert name.endswith((*UNITS, *WITHOUT_UNIT)), name
+        assert name.endswith((*UNITS, *WITHOUT_UNIT, *OF_SCORES)), name
         assert len(family.documentation) > 20, name
         assert family.documentation.endswith("."), name
 
@@ -63,10 +68,12 @@ def test_openmetrics_holds_the_same() -> None:
 
 def test_predictions_carry_policy_horizon_and_quantile() -> None:
     view = full_view()
-    at = {"policy": "half", "horizon": "300", "quantile": "0.9"}
-    assert value(view, "kavier_twin_predicted_ttft_seconds", statistic="p99", **at) == 1.0
-    assert value(view, "kavier_twin_predicted_prefix_cache_hit_ratio", **at) == 1.0
-    assert value(view, "kavier_twin_slo_breach_probability_ratio", policy="today", horizon="60", slo="fast") == 0.25
+    at = {"policy": "half", "horizon": "300", "quantile": "0.9", "source": "stream"}
+    assert value(view, "kavier_twin_predicted_ttft_seconds", statistic="p99", trusted="1", **at) == 1.0
+    assert value(view, "kavier_twin_predicted_prefix_cache_hit_ratio", trusted="0", **at) == 1.0
+    breach = {"policy": "today", "horizon": "60", "source": "stream"}
+    assert value(view, "kavier_twin_slo_breach_probability_ratio", slo="fast", trusted="1", **breach) == 0.25
+    assert value(view, "kavier_twin_slo_breach_probability_ratio", slo="steady", trusted="0", **breach) == 0.0
     assert value(view, "kavier_twin_best_policy", policy="half") == 1.0
     assert value(view, "kavier_twin_best_policy", policy="today") == 0.0
     flags = {"flags": "--max-num-seqs 3 --no-async-scheduling", "deployable": "true"}
@@ -84,7 +91,7 @@ def test_every_kpi_predicted_is_exported() -> None:
 
 def test_energy_carbon_and_cost() -> None:
     view = full_view()
-    at = {"policy": "half", "horizon": "300", "quantile": "0.5"}
+    at = {"policy": "half", "horizon": "300", "quantile": "0.5", "trusted": "0", "source": "stream"}
     for kpi in (
         "power_watts",
         "energy_joules_per_million_tokens",
@@ -102,8 +109,27 @@ def test_mirrored_beside_observed() -> None:
     assert value(view, "kavier_twin_observed_ttft_seconds", statistic="p99") == 1.0
     assert value(view, "kavier_twin_mirrored_requests_waiting") == 1.0
     assert value(view, "kavier_twin_observed_requests_waiting") is None  # not known: no sample
-    assert value(view, "kavier_twin_fidelity_error_ratio", kpi="e2e_seconds", statistic="mean") == -0.2
-    assert value(view, "kavier_twin_fidelity_error_ratio", kpi="queue_seconds", statistic="mean") is None
+
+
+def test_errors_and_trust() -> None:
+    view = full_view()
+    errors = "kavier_twin_fidelity_error_ratio"
+    assert value(view, errors, kpi="e2e_seconds", statistic="mean", window="1h") == -0.2
+    assert value(view, errors, kpi="queue_seconds", statistic="mean", window="5m") is None  # not known
+    assert value(view, "kavier_twin_fidelity_observed_requests", kpi="ttft_seconds", window="5m") == 40.0
+    assert value(view, "kavier_twin_trusted", kpi="ttft_seconds") == 1.0
+    assert value(view, "kavier_twin_trusted", kpi="e2e_seconds") == 0.0
+    assert value(view, "kavier_twin_pool_trusted") == 0.0
+
+
+def test_how_step_times_follow_the_fleet() -> None:
+    view = full_view()
+    deviation = "kavier_twin_step_time_coefficient_deviation_seconds"
+    assert value(view, deviation, coefficient="fixed") == 0.001
+    assert value(view, deviation, coefficient="per_prefill_token") is None  # nothing is known of it
+    assert value(view, "kavier_twin_calibration_last_timestamp_seconds") == 1.7e9
+    assert value(view, "kavier_twin_calibration_changes_total") == 2.0
+    assert value(view, "kavier_twin_calibration_failures_total", reason="too_few_latencies") == 1.0
 
 
 def test_the_stream() -> None:
@@ -136,3 +162,28 @@ def test_caches_are_shown_where_they_are_known() -> None:
     assert value(full_view(), "kavier_twin_kv_cache_blocks", where="only_real", **engine) == 8
     assert value(full_view(), "kavier_twin_kv_cache_filled_blocks", **engine) == 350
     assert value(full_view(), "kavier_twin_kv_cache_agreement_ratio", pod="vllm-1", engine="0") is None
+
+
+def test_watts_are_shown_side_by_side() -> None:
+    assert value(full_view(), "kavier_twin_gpu_power_watts", side="mirrored") == 412.0
+    assert value(full_view(), "kavier_twin_gpu_power_watts", side="observed") == 400.0
+    assert value(full_view(), "kavier_twin_gpu_power_error_ratio") == pytest.approx(0.03)
+    assert value(empty_view(), "kavier_twin_gpu_power_calibrations_total") is None
+
+
+def test_sweeps_and_what_their_verdict_is_worth() -> None:
+    view = full_view()
+    assert value(view, "kavier_twin_forecast_late_total") == 2.0
+    assert value(view, "kavier_twin_forecast_simulated_futures_total") == 28.0
+    assert value(view, "kavier_twin_forecast_shed_total", policy="slow") == 3.0
+    assert value(view, "kavier_twin_forecast_stops_total", reason="time") == 1.0
+    breach = {"policy": "today", "horizon": "300", "slo": "fast", "trusted": "1", "source": "stream"}
+    assert value(view, "kavier_twin_slo_breach_probability_bound_ratio", **breach, bound="high") == 0.65
+    first = {"policy": "today", "slo": "fast", "trusted": "1", "source": "stream"}
+    assert value(view, "kavier_twin_time_to_breach_seconds", **first, futures="worst") == 120.0
+    assert value(view, "kavier_twin_time_to_breach_seconds", **first, futures="median") is None
+    best = {"policy": "half"}
+    assert value(view, "kavier_twin_best_policy_gain_probability_ratio", **best, switch="no") == 0.97
+    assert value(view, "kavier_twin_best_policy_gain_probability_ratio", **best, switch="yes") == 0.2
+    assert value(view, "kavier_twin_best_policy_gain_ratio", **best, switch="no", objective="cost") == -0.1
+    assert value(view, "kavier_twin_best_policy_avoided_breaches", **best, switch="yes") == -0.25

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import math
 
+from kavier_twin.forecast.result import Gain
 from kavier_twin.serve.assemble import _METRICS
 from kavier_twin.serve.view import (
     Beside,
     Best,
     CacheBeside,
+    CalibrationState,
     Horizon,
+    KpiTrust,
     Outlook,
     PolicyOutlook,
+    PowerBeside,
     Predicted,
     SloLine,
     SourceState,
+    SweepCounts,
     TwinView,
+    WindowError,
 )
 from kavier_twin.twin.replicas import Replica
 
@@ -26,8 +32,10 @@ def full_view(pool: str = "chat") -> TwinView:
     horizons = tuple(
         Horizon(
             seconds,
-            tuple(Predicted(kpi, statistic, QUANTILES) for kpi, statistic in _METRICS.values()),
+            tuple(Predicted(kpi, statistic, QUANTILES, kpi == "ttft_seconds") for kpi, statistic in _METRICS.values()),
             {"fast": 0.25, "steady": 0.0},
+            {"fast": True, "steady": False},
+            breach_interval={"fast": (0.04, 0.65), "steady": (0.0, 0.37)},
         )
         for seconds in (60.0, 300.0)
     )
@@ -39,11 +47,22 @@ def full_view(pool: str = "chat") -> TwinView:
         rate_per_second=2.5,
         calibrated=True,
         policies=(
-            PolicyOutlook("today", (), True, horizons),
+            PolicyOutlook("today", (), True, horizons, first_breach={"fast": {0.1: 120.0, 0.5: math.inf}}),
             PolicyOutlook("half", ("--max-num-seqs 3", "--no-async-scheduling"), True, horizons),
             PolicyOutlook("odd", (), False, (), problem='cannot be "applied"'),
         ),
-        best=Best("half", ("--max-num-seqs 3",), True, "expected SLO breaches 0.25"),
+        best=Best(
+            "half",
+            ("--max-num-seqs 3",),
+            True,
+            "expected SLO breaches 0.25",
+            gain=Gain({"slo": 0.5, "cost": -0.1}, "slo", 0.97),
+            switch=horizons,
+            switch_gain=Gain({"slo": -0.25, "cost": -0.2}, "slo", 0.2),
+        ),
+        stopped_because="certain",
+        shed=("slow",),
+        notes=("4 futures are few",),
     )
     return TwinView(
         pool=pool,
@@ -61,6 +80,8 @@ def full_view(pool: str = "chat") -> TwinView:
         pace_ratio=1.1,
         frontend_seconds=0.005,
         step_time={"fixed": 0.01, "per_prefill_token": 3e-5},
+        step_time_deviation={"fixed": 0.001, "per_prefill_token": math.inf},
+        calibration=CalibrationState(1.7e9, 2, 1.69e9, 1.4, {"too_few_latencies": 1}),
         exact_cache_ratio=0.99,
         beside=(
             Beside("ttft_seconds", "mean", 0.11, 0.1, 0.1, 500),
@@ -72,9 +93,16 @@ def full_view(pool: str = "chat") -> TwinView:
             Beside("requests_waiting", "", 1.0, math.nan),
             Beside("kv_cache_usage_ratio", "", 0.2, 0.25, -0.05),
         ),
+        errors=(
+            WindowError("ttft_seconds", "mean", "5m", 40, 0.11, 0.1, 0.1),
+            WindowError("e2e_seconds", "mean", "1h", 500, 2.0, 2.5, -0.2),
+            WindowError("queue_seconds", "mean", "5m", 40, 0.0, 0.0, math.nan),
+        ),
+        trust={"ttft_seconds": KpiTrust(True), "e2e_seconds": KpiTrust(False, "e2e_seconds: 20 % off")},
+        untrusted_reasons=("e2e_seconds: 20 % off",),
         replicas=(
-            Replica(0, "serving", 3, 1, 0.2, 0.8, 5, 500, 0),
-            Replica(1, "draining", 0, 0, 0.0, math.nan, 0, 0, 0),
+            Replica(0, "vllm-0", "serving", 3, 1, 0.2, 0.8, 5, 500, 0),
+            Replica(1, "", "draining", 0, 0, 0.0, math.nan, 0, 0, 0),
         ),
         slos=(
             SloLine("fast", "ttft_seconds", "p99", 1.0, False),
@@ -85,8 +113,10 @@ def full_view(pool: str = "chat") -> TwinView:
             CacheBeside("vllm-0", "0", 0.95, both=380, only_mirrored=12, only_real=8, filled=350),
             CacheBeside("vllm-1", "0"),
         ),
+        power=PowerBeside(412.0, 400.0, 118.0, 450.0, 270.0, calibrations=3),
         sources=(SourceState("file:a", False, {"not-json": 3, "bad-value": 1}), SourceState("file:b", True, {})),
         forecasts={"succeeded": 7, "failed": 1},
+        sweeps=SweepCounts(late=2, futures=28, shed={"slow": 3}, stopped={"certain": 6, "time": 1}),
         outlook=outlook,
         currency="EUR",
         notes=("a note",),
