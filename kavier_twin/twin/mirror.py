@@ -39,6 +39,7 @@ from kavier_twin.telemetry import (
 from kavier_twin.twin.calibration import Calibration, CalibrationError, Observed, calibrate
 from kavier_twin.twin.fidelity import Fidelity
 from kavier_twin.twin.pace import Pace
+from kavier_twin.twin.rate_history import RateHistory
 from kavier_twin.twin.snapshot import Snapshot
 from kavier_twin.twin.stream import OrderedStream
 
@@ -91,6 +92,7 @@ class Mirror:
         self._longest_output = 0
         self._finished_at_calibration = 0
         self._pace = Pace(fleet.step_time)
+        self._arrivals = RateHistory()
         self._is_fork = False
 
     # --- taking records in ----------------------------------------------------------------------------------------
@@ -155,6 +157,7 @@ class Mirror:
         twin._stream = self._stream.fork(ends)
         twin._recent, twin._running = self._recent.copy(), self._running.copy()
         twin._pace = copy(self._pace)
+        twin._arrivals = self._arrivals.fork()
         twin._is_fork = True
         return twin
 
@@ -206,6 +209,7 @@ class Mirror:
             recent_seconds=min(self.settings.recent_seconds, max(self.time_seconds - start, 1e-9)),
             frontend_seconds=self.frontend_seconds,
             calibrated=self.calibrated,
+            arrivals=self._arrivals.until(self.time_seconds),
         )
 
     # --- events ---------------------------------------------------------------------------------------------------
@@ -233,6 +237,7 @@ class Mirror:
     def _arrive(self, seen: RequestSeen) -> None:
         self._recent.pop(seen.id, None)  # an id used again
         self._recent[seen.id] = Seen(seen)
+        self._arrivals.add(seen.time_seconds)
         if len(self._recent) > self.settings.recent_requests:
             del self._recent[next(iter(self._recent))]
         self._next_index += 1
@@ -373,21 +378,27 @@ def _arrival(seen: RequestSeen, assumed_output: int, index: int) -> Workload:
         hash_tokens=seen.block_tokens or 0,
         covered=known,
         priority=seen.priority,
-        # The same number for the same session in every process, so that a router keeps its sessions.
-        session=-index if seen.session is None else zlib.crc32(seen.session.encode()),
+        session=_session(seen, -index),
         held=1,
         index=index,
     )
 
 
+def _session(seen: RequestSeen, without: int) -> int:
+    """The same number for the same session in every process, so that a router keeps its sessions."""
+    return without if seen.session is None else zlib.crc32(seen.session.encode())
+
+
 def _workload(entries: list[Seen]) -> Workload:
     """Recent requests as arrays; those in flight with an output of 0."""
-    return workload_of(
+    workload = workload_of(
         [
             _whole(entry.seen, entry.finished or RequestFinished(id=entry.seen.id, time_seconds=0.0, output_tokens=0))
             for entry in entries
         ]
     )
+    sessions = [_session(entry.seen, -1 - number) for number, entry in enumerate(entries)]
+    return workload._replace(session=np.array(sessions, np.int64))
 
 
 def _observed(entries: list[Seen]) -> Observed:

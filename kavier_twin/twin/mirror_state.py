@@ -37,6 +37,7 @@ def save(mirror: Mirror) -> Saved:
         "longest_output": mirror._longest_output,
         "finished_at_calibration": mirror._finished_at_calibration,
         "pace": mirror._pace.save(),
+        "arrivals": mirror._arrivals.save(),
     }
     return Saved(document, dict(fleet.state._asdict()))
 
@@ -72,6 +73,7 @@ def restore(saved: Saved, settings: MirrorSettings, fleet: FleetSettings) -> Mir
     mirror._finished_at_calibration = document["finished_at_calibration"]
     mirror._pace = Pace(current.step_time)
     mirror._pace.restore(document["pace"])
+    mirror._arrivals.restore(document["arrivals"])
     return mirror
 
 
