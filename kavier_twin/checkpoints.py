@@ -1,36 +1,26 @@
-"""Checkpoints of a running daemon: mirror and source positions together, so that neither is ahead of the other."""
+"""Checkpoints of a running daemon: mirrors and source positions together, so that neither is ahead of the other."""
 
 from __future__ import annotations
 
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from connectors.source import Seekable, Source
-from kavier_twin.simulation.settings import FleetSettings
+from kavier_twin.pool import PoolTwin
 from kavier_twin.simulation.state import copy_state
 from kavier_twin.telemetry import RequestFinished
 from kavier_twin.twin import checkpoint, mirror_state
+from kavier_twin.twin.cache_watch import CacheWatch
 from kavier_twin.twin.checkpoint import CheckpointError, Saved
-from kavier_twin.twin.mirror import Mirror, MirrorSettings
 
 log = logging.getLogger(__name__)
 
 EVERY_SECONDS: Final = 30.0
 KEEP: Final = 3
-
-
-@dataclass(frozen=True)
-class Restored:
-    """A daemon's state as it was."""
-
-    mirror: Mirror
-    ends: list[RequestFinished]
-    positions: dict[str, Any]
 
 
 class Checkpoints:
@@ -46,34 +36,63 @@ class Checkpoints:
         self._due = time.monotonic() + every_seconds
         self._trouble = ""
 
-    def restore(self, settings: MirrorSettings, fleet: FleetSettings) -> Restored | None:
-        """The last state that can be used; None to begin anew. What is wrong with others is logged."""
+    def restore(self, pools: Mapping[str, PoolTwin], sources: Iterable[Source]) -> None:
+        """Bring pools and sources to the last state that can be used. What is wrong with others is logged.
+
+        A pool that is not in it, or is another fleet's there, begins anew; if all do, so do the sources.
+        """
         saved, self._sequence, problems = checkpoint.newest(self.directory)
         for problem in problems:
             log.warning("checkpoint %s", problem)
         if saved is None:
             log.info("no checkpoint in %s: the twin begins anew", self.directory)
-            return None
+            return
+        restored = [name for name, pool in pools.items() if self._restore(pool, saved)]
+        if restored:
+            for key, source in seekable(sources):
+                source.seek(saved.document["positions"].get(key, {}))
+
+    def _restore(self, pool: PoolTwin, saved: Saved) -> bool:
+        document = saved.document["pools"].get(pool.name)
+        if document is None:
+            log.warning("checkpoint %d in %s does not know pool %s, which begins anew", *self._place, pool.name)
+            return False
+        prefix = f"{pool.name}/"
+        arrays = {name.removeprefix(prefix): array for name, array in saved.arrays.items() if name.startswith(prefix)}
         try:
-            mirror = mirror_state.restore(saved, settings, fleet)
+            mirror = mirror_state.restore(Saved(document["mirror"], arrays), pool.mirror.settings, pool.fleet)
         except CheckpointError as error:
-            log.warning("checkpoint %d in %s: %s; the twin begins anew", self._sequence, self.directory, error)
-            return None
-        daemon = saved.document["daemon"]
-        log.info("going on from checkpoint %d, %d requests finished by then", self._sequence, mirror.finished)
-        return Restored(mirror, [RequestFinished.model_validate(end) for end in daemon["ends"]], daemon["positions"])
+            log.warning("checkpoint %d in %s: pool %s begins anew: %s", *self._place, pool.name, error)
+            return False
+        ends = [RequestFinished.model_validate(end) for end in document["ends"]]
+        pool.resume(mirror, ends, CacheWatch.restored(document["caches"]))
+        log.info("pool %s goes on from checkpoint %d, %d requests finished", pool.name, self._sequence, mirror.finished)
+        return True
+
+    @property
+    def _place(self) -> tuple[int, Path]:
+        return self._sequence, self.directory
 
     @property
     def due(self) -> bool:
         """Whether it is time for one."""
         return time.monotonic() >= self._due
 
-    def take(self, mirror: Mirror, ends: Iterable[RequestFinished], sources: Iterable[Source]) -> Saved:
+    def take(self, pools: Iterable[PoolTwin], sources: Iterable[Source]) -> Saved:
         """The state now, as something that does not change any more."""
-        found = mirror_state.save(mirror)
         positions = {key: source.positions() for key, source in seekable(sources)}
-        daemon = {"ends": [end.model_dump(mode="json", exclude_defaults=True) for end in ends], "positions": positions}
-        return Saved({**found.document, "daemon": daemon}, copy_state(mirror.fleet.state)._asdict())
+        documents: dict[str, Any] = {}
+        arrays: dict[str, Any] = {}
+        for pool in pools:
+            ends = [end.model_dump(mode="json", exclude_defaults=True) for end in pool.held_ends]
+            documents[pool.name] = {
+                "mirror": mirror_state.save(pool.mirror).document,
+                "ends": ends,
+                "caches": pool.caches.save(),
+            }
+            state = copy_state(pool.mirror.fleet.state)._asdict()
+            arrays |= {f"{pool.name}/{name}": array for name, array in state.items()}
+        return Saved({"pools": documents, "positions": positions}, arrays)
 
     def write(self, saved: Saved) -> None:
         """To disk. Trouble is counted, and logged once for each kind; the last good one stays."""

@@ -17,7 +17,7 @@ from kavier_twin.errors import UserError
 from kavier_twin.footprint_file import fleet_with_carbon_read
 from kavier_twin.forecast.forecaster import ForecastSettings
 from kavier_twin.hardware import FleetFile
-from kavier_twin.live_sources import SECRET_GIVEN, KvEvents, Prometheus, VllmMetrics
+from kavier_twin.live_sources import SECRET_GIVEN, KvEvents, LiveSource, Prometheus, VllmMetrics
 from kavier_twin.simulation.policies import PolicyError, apply_overrides
 from kavier_twin.simulation.settings import StepTime
 from kavier_twin.twin.mirror import MirrorSettings
@@ -83,6 +83,7 @@ class TraceFile(_Settings):
     format: str | None = None
     follow: bool = True
     name: Annotated[str, Field(min_length=1)] | None = None
+    pool: Annotated[str, Field(min_length=1)] | None = None  # of records that name none
 
     @field_validator("format")
     @classmethod
@@ -129,18 +130,37 @@ class CheckpointConfig(_Settings):
     keep: Annotated[int, Field(ge=1, le=100)] = KEEP
 
 
-class Settings(_Settings):
-    """Everything the daemon is told."""
+class PoolSettings(_Settings):
+    """One pool: engines of one model on one kind of hardware with the same settings."""
 
-    pool: Annotated[str, Field(min_length=1, max_length=512)] = "default"
     fleet: PoolFleet
     mirror: MirrorConfig = MirrorConfig()
     forecast: ForecastSettings = ForecastSettings()
+
+
+PoolName = Annotated[str, Field(min_length=1, max_length=512)]
+
+
+class Settings(_Settings):
+    """Everything the daemon is told. `pools`, or for a single one `pool` (its name), `fleet`, `mirror`, `forecast`."""
+
+    pool: PoolName = "default"
+    fleet: PoolFleet | None = None
+    mirror: MirrorConfig = MirrorConfig()
+    forecast: ForecastSettings = ForecastSettings()
+    pools: dict[PoolName, PoolSettings] = {}
     sources: Annotated[tuple[AnySource, ...], Field(min_length=1)]
     http: HttpConfig = HttpConfig()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     checkpoints: CheckpointConfig | None = None  # without it a restart begins anew
     dead_letters: Path | None = None  # where rejected lines are noted (file, line, reason; never their text)
+
+    @property
+    def by_pool(self) -> Mapping[str, PoolSettings]:
+        """Every pool's settings, whichever form they were given in."""
+        if self.fleet is None:
+            return self.pools
+        return {self.pool: PoolSettings(fleet=self.fleet, mirror=self.mirror, forecast=self.forecast)}
 
 
 def read_settings(path: Path) -> Settings:
@@ -171,16 +191,13 @@ def check_settings(content: dict[str, Any], path: Path) -> Settings:
         # A list whose entries are all wrong passes for an empty one.
         beneath = {entry["loc"][:depth] for entry in found for depth in range(1, len(entry["loc"]))}
         problems += [_problem(e) for e in found if not (e["type"] == "too_short" and e["loc"] in beneath)]
-    problems += _policy_problems(content)
+    problems += _pool_problems(content)
+    for prefix, pool in _pools_given(content):
+        problems += _policy_problems(prefix, pool)
     if settings is not None:
         settings = _with_absolute_paths(settings, path.resolve().parent)
-        problems += _path_problems(settings)
-        try:
-            settings = settings.model_copy(
-                update={"fleet": fleet_with_carbon_read(settings.fleet, path.resolve().parent)}
-            )
-        except UserError as error:
-            problems.append(f"fleet.footprint.carbon.file: {error}")
+        problems += _source_pool_problems(settings) + _path_problems(settings)
+        settings = _with_carbon_read(settings, path.resolve().parent, problems)
     if problems or settings is None:
         lines = "\n".join(f"  {path}: {problem}" for problem in problems)
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
@@ -210,11 +227,55 @@ def _path_problems(settings: Settings) -> list[str]:
     return problems
 
 
-def _policy_problems(content: Mapping[str, Any]) -> list[str]:
-    """Policies that cannot be applied to this fleet, as far as both can be read."""
+def _pools_given(content: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Each pool as the file gives it, with the place where its settings begin."""
+    pools = content.get("pools")
+    if not isinstance(pools, Mapping):
+        return [("", content)]
+    return [(f"pools.{name}.", pool) for name, pool in pools.items() if isinstance(pool, Mapping)]
+
+
+def _pool_problems(content: Mapping[str, Any]) -> list[str]:
+    if not content.get("pools"):
+        return [] if content.get("fleet") is not None else ["fleet: missing; add it, or pools for several"]
+    both = [name for name in ("pool", *PoolSettings.model_fields) if name in content]
+    return [f"{name}: belongs to each of the pools; move it to pools.NAME.{name}" for name in both]
+
+
+def _source_pool_problems(settings: Settings) -> list[str]:
+    """Sources of a pool that is not there, and figures that would have none."""
+    problems = []
+    known = settings.by_pool
+    for number, source in enumerate(settings.sources):
+        if source.pool is not None and source.pool not in known:
+            known_pools = ", ".join(known)
+            problems.append(f"sources.{number}.pool: there is no pool {source.pool!r}; known: {known_pools}")
+        elif source.pool is None and len(known) > 1 and isinstance(source, LiveSource):
+            problems.append(f"sources.{number}.pool: missing; say whose figures these are: {', '.join(known)}")
+    return problems
+
+
+def _with_carbon_read(settings: Settings, directory: Path, problems: list[str]) -> Settings:
+    """With the contents of carbon files; what is wrong with them is added to `problems`."""
+    found = {}
+    for name, pool in settings.by_pool.items():
+        place = "" if settings.fleet else f"pools.{name}."
+        try:
+            fleet = fleet_with_carbon_read(pool.fleet, directory)
+        except UserError as error:
+            problems.append(f"{place}fleet.footprint.carbon.file: {error}")
+            continue
+        found[name] = pool.model_copy(update={"fleet": fleet})
+        if settings.fleet:
+            return settings.model_copy(update={"fleet": fleet})
+    return settings.model_copy(update={"pools": found})
+
+
+def _policy_problems(prefix: str, pool: Mapping[str, Any]) -> list[str]:
+    """Policies that cannot be applied to a pool's fleet, as far as both can be read."""
     try:
-        fleet = PoolFleet.model_validate(content.get("fleet")).settings()
-        forecast = ForecastSettings.model_validate(content.get("forecast", {}))
+        fleet = PoolFleet.model_validate(pool.get("fleet")).settings()
+        forecast = ForecastSettings.model_validate(pool.get("forecast", {}))
     except ValidationError:
         return []  # told already
     problems = []
@@ -222,7 +283,7 @@ def _policy_problems(content: Mapping[str, Any]) -> list[str]:
         try:
             apply_overrides(fleet, policy.overrides)
         except PolicyError as error:
-            problems.append(f"forecast.policies.{number} ({policy.name}): {error}")
+            problems.append(f"{prefix}forecast.policies.{number} ({policy.name}): {error}")
     return problems
 
 

@@ -67,6 +67,7 @@ class LiveSource(_Settings):
     """What all of them have. Relative paths count from the settings file."""
 
     name: Name | None = None
+    pool: Name | None = None  # whose figures these are; needed where there are several
 
     def with_paths_from(self, directory: Path) -> Self:
         """The same with absolute paths."""

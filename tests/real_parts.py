@@ -43,6 +43,11 @@ def openssl() -> str:
     return _program("openssl", "install OpenSSL (Debian: apt-get install openssl)")
 
 
+def helm() -> str:
+    """The path of `helm`."""
+    return _program("helm", "install Helm 3 (go install helm.sh/helm/v3/cmd/helm@v3.19.0)")
+
+
 def _program(name: str, how: str) -> str:
     path = shutil.which(name)
     require(name, path is not None, how)

@@ -95,6 +95,7 @@ class KafkaSettings(_Settings):
     brokers: Annotated[tuple[Broker, ...], Field(min_length=1)]
     topics: Annotated[tuple[Topic, ...], Field(min_length=1)]
     name: Annotated[str, Field(min_length=1)] | None = None
+    pool: Annotated[str, Field(min_length=1)] | None = None  # of records that name none, as spans do
     start: Annotated[Literal["earliest", "latest"] | float, PlainValidator(_start)] = "latest"
     group: Annotated[str, Field(min_length=1)] | None = "kavier-twin"
     tls: Tls | None = None

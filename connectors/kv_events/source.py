@@ -10,7 +10,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from connectors.background import BackgroundSource
 from connectors.kv_events.wire import Batch, WireError, decode_batch
-from kavier_twin.telemetry import KvEventBatch
+from kavier_twin.telemetry import KvEventBatch, TelemetryRecord
 
 _POLL_MILLISECONDS: Final = 200
 _RETRY_SECONDS: Final = 1.0
@@ -57,9 +57,32 @@ class KvEventsSource(BackgroundSource):
         self._topic, self._pod, self._pool, self._bind = topic, pod, pool, bind
         self._replay_timeout = replay_timeout_seconds
         self._publishers: dict[tuple[bytes, int], _Publisher] = {}
+        self._handed_out: dict[str, _Publisher] = {}  # by rank
         self._in_doubt = False  # whether the next batch may not follow although its number says so
         if not bind:
             self.trouble = f"not connected to {endpoint}"
+
+    def poll(self, max_records: int) -> list[TelemetryRecord]:
+        records = super().poll(max_records)
+        for record in records:
+            if isinstance(record, KvEventBatch):
+                self._handed_out[record.engine] = _Publisher(record.sequence, record.time_seconds)
+        return records
+
+    def positions(self) -> dict[str, Any]:
+        """By rank, number and time of the last batch handed out.
+
+        Empty for a source that engines connect to: what it missed it cannot ask for.
+        """
+        if self._bind:
+            return {}
+        return {rank: [newest.sequence, newest.time_seconds] for rank, newest in self._handed_out.items()}
+
+    def seek(self, positions: dict[str, Any]) -> None:
+        """Go on after these batches; the engine is asked for those since, and whether it is still the same."""
+        self._handed_out = {rank: _Publisher(*newest) for rank, newest in positions.items()}
+        self._publishers = {(b"", int(rank)): newest for rank, newest in self._handed_out.items()}
+        self._in_doubt = bool(positions)
 
     def _fetch(self) -> None:
         with zmq.Context() as context, context.socket(zmq.SUB) as socket:

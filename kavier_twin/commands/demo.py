@@ -26,8 +26,10 @@ from kavier_twin.commands.run import leave, set_up_logging
 from kavier_twin.config import CRUDE_STEP_TIME, DEFAULT_HOST, DEFAULT_PORT
 from kavier_twin.daemon import Daemon, StopSignals
 from kavier_twin.errors import UserError
+from kavier_twin.feed import Feed
 from kavier_twin.forecast.forecaster import Forecaster, ForecastSettings
 from kavier_twin.forecast.slo import Slo
+from kavier_twin.pool import PoolTwin
 from kavier_twin.replay_source import ReplaySource
 from kavier_twin.serve.view import Beside, Horizon, Outlook, PolicyOutlook, TwinView
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings
@@ -100,16 +102,14 @@ def run(args: argparse.Namespace) -> int:
     fleet = FleetSettings(engine=_engine(trace), step_time=CRUDE_STEP_TIME)
     source = ReplaySource(trace.records, samples, name=f"replay:{trace.path.parent.name}")
     with StopSignals() as signals:
-        daemon = Daemon(
+        pool = PoolTwin(
             fleet,
-            [source],
-            mirror=MIRROR,
-            forecast=FORECAST,
-            host=args.host,
-            port=args.port,
+            MIRROR,
+            FORECAST,
             event_clock=lambda: source.event_seconds,
             notes=("A recording of a real vLLM server, replayed as if live.",),
         )
+        daemon = Daemon([pool], [Feed(source)], host=args.host, port=args.port)
         seconds = source.end_seconds - source.start_seconds
         console.print(f"Kavier Twin demo: {len(trace.records)} requests to a real {_server(trace)}, {seconds:.0f} s.")
         left = TOTAL_SECONDS - _warm_up(console, trace, fleet)

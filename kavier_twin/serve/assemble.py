@@ -9,7 +9,8 @@ from typing import Final
 import numpy as np
 
 from kavier_twin.forecast.result import Forecast, Row, Verdict
-from kavier_twin.serve.view import Beside, Best, Horizon, Outlook, PolicyOutlook, Predicted
+from kavier_twin.serve.view import Beside, Best, CacheBeside, Horizon, Outlook, PolicyOutlook, Predicted
+from kavier_twin.twin.cache_watch import CacheWatch
 from kavier_twin.twin.fidelity import Score
 from kavier_twin.twin.mirror import Mirror
 
@@ -52,6 +53,16 @@ def beside(mirror: Mirror, reported: tuple[float, float, float]) -> tuple[Beside
         names = ("requests_running", "requests_waiting", "kv_cache_usage_ratio")
         for kpi, mirrored, observed in zip(names, mirror.load(), reported, strict=True):
             entries.append(Beside(kpi, "", float(mirrored), observed, mirrored - observed))
+    return tuple(entries)
+
+
+def caches(watch: CacheWatch) -> tuple[CacheBeside, ...]:
+    """Real KV caches beside mirrored ones, as of the last comparison."""
+    entries = []
+    for engine in sorted(watch.engines):
+        share = watch.share(engine)
+        ratio = math.nan if share is None else share.ratio
+        entries.append(CacheBeside(*engine, ratio, *(share or (0, 0, 0)), filled=watch.filled.get(engine)))
     return tuple(entries)
 
 

@@ -1,6 +1,6 @@
 """The twin as Prometheus metrics, `kavier_twin_*`.
 
-A collector renders the view that is current when Prometheus asks. What is not known has no sample. Latencies carry
+A collector renders the views that are current when Prometheus asks. What is not known has no sample. Latencies carry
 their `statistic` (mean, p50, p90, p95, p99) over requests; predictions also a `quantile`: of the distribution over the
 simulated futures, so the 0.1 and 0.9 of a p99 are the ends of its interval. They are summaries without count and sum.
 """
@@ -8,7 +8,7 @@ simulated futures, so the 0.1 and 0.9 of a p99 are the ends of its interval. The
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final, NamedTuple
 
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -16,6 +16,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from kavier_twin import __version__
+from kavier_twin.serve.cache_metrics import cache_metrics
 from kavier_twin.serve.view import Outlook, TwinView
 
 PREFIX: Final = "kavier_twin"
@@ -62,24 +64,28 @@ _MOMENT: Final = frozenset({"requests_running", "requests_waiting", "kv_cache_us
 
 
 class TwinCollector(Collector):
-    """Renders the current view at each scrape."""
+    """Renders the current views of all pools at each scrape."""
 
-    def __init__(self, current: Callable[[], TwinView]) -> None:
+    def __init__(self, current: Callable[[], Mapping[str, TwinView]]) -> None:
         self._current = current
 
     def describe(self) -> Iterator[Metric]:
-        """Nothing: the names follow from the view."""
+        """Nothing: the names follow from the views."""
         return iter(())
 
     def collect(self) -> Iterator[Metric]:
-        """All metrics of the current view."""
-        view = self._current()
-        for metric in _metrics(view):
-            if metric.samples:
-                yield metric
+        """All metrics of the current views, each once with the samples of all pools."""
+        found: dict[str, Metric] = {}
+        for view in self._current().values():
+            for metric in _metrics(view):
+                found.setdefault(metric.name, metric)
+                if found[metric.name] is not metric:
+                    found[metric.name].samples += metric.samples
+        yield _build()
+        yield from (metric for metric in found.values() if metric.samples)
 
 
-def registry_of(current: Callable[[], TwinView]) -> CollectorRegistry:
+def registry_of(current: Callable[[], Mapping[str, TwinView]]) -> CollectorRegistry:
     """A registry of its own that serves the twin's metrics and those of its process."""
     registry = CollectorRegistry()
     registry.register(TwinCollector(current))
@@ -87,10 +93,13 @@ def registry_of(current: Callable[[], TwinView]) -> CollectorRegistry:
     return registry
 
 
-def _metrics(view: TwinView) -> Iterator[Metric]:
+def _build() -> Metric:
     build = InfoMetricFamily(f"{PREFIX}_build", "The running twin, always 1.")
-    build.add_metric([], {"version": view.version})
-    yield build
+    build.add_metric([], {"version": __version__})
+    return build
+
+
+def _metrics(view: TwinView) -> Iterator[Metric]:
     if view.currency:
         currency = InfoMetricFamily(f"{PREFIX}_cost", "The currency of costs (ISO 4217), always 1.", labels=["pool"])
         currency.add_metric([view.pool], {"currency": view.currency})
@@ -98,6 +107,7 @@ def _metrics(view: TwinView) -> Iterator[Metric]:
     yield from _stream(view)
     yield from _mirror(view)
     yield from _fidelity(view)
+    yield from cache_metrics(view.pool, view.caches)
     yield from _forecasts(view)
     if view.outlook is not None:
         yield from _predictions(view.pool, view.outlook)

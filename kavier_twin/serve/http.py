@@ -4,7 +4,7 @@
 |---|---|
 | `/` | the status page |
 | `/metrics` | Prometheus text or OpenMetrics, as the scraper asks |
-| `/status.json` | the view that the page is drawn from |
+| `/status.json` | the views by pool, which the page is drawn from |
 | `/healthz` | 200 while the process serves |
 | `/readyz` | 200 once there are figures to serve, else 503 and why |
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -52,12 +52,12 @@ class _Answer(NamedTuple):
 
 
 class HttpServer:
-    """Serves the current view, each connection on a thread of its own. Raises AddressError.
+    """Serves the current views by pool, each connection on a thread of its own. Raises AddressError.
 
     Port 0 takes a free one: `port` tells which.
     """
 
-    def __init__(self, current: Callable[[], TwinView], host: str, port: int) -> None:
+    def __init__(self, current: Callable[[], Mapping[str, TwinView]], host: str, port: int) -> None:
         self._current = current
         self._registry = registry_of(current)
         try:
@@ -92,17 +92,17 @@ class HttpServer:
         if path == "/":
             return _Answer(HTTPStatus.OK, "text/html; charset=utf-8", _page())
         if path == "/status.json":
-            body = json.dumps(self._current().to_dict(), allow_nan=False).encode()
+            pools = {name: view.to_dict() for name, view in self._current().items()}
+            body = json.dumps({"pools": pools}, allow_nan=False).encode()
             return _Answer(HTTPStatus.OK, "application/json", body)
         if path == "/healthz":
             return _Answer(HTTPStatus.OK, _TEXT, b"ok\n")
         if path == "/readyz":
-            reasons = self._current().not_ready()
+            reasons = [f"{name}: {why}" for name, view in self._current().items() for why in view.not_ready()]
             if not reasons:
                 return _Answer(HTTPStatus.OK, _TEXT, b"ready\n")
-            return _Answer(
-                HTTPStatus.SERVICE_UNAVAILABLE, _TEXT, "".join(f"not ready: {why}\n" for why in reasons).encode()
-            )
+            body = "".join(f"not ready: pool {why}\n" for why in reasons).encode()
+            return _Answer(HTTPStatus.SERVICE_UNAVAILABLE, _TEXT, body)
         return _Answer(HTTPStatus.NOT_FOUND, _TEXT, b"nothing here; try /, /metrics, /status.json, /healthz, /readyz\n")
 
 

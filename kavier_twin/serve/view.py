@@ -113,6 +113,22 @@ class SourceState:
 
 
 @dataclass(frozen=True)
+class CacheBeside:
+    """An engine's KV cache as its events tell, beside the mirrored one: blocks, and those in both per block in either.
+
+    `filled`: blocks that the mirror took over when the twin began, None where it took none over.
+    """
+
+    pod: str
+    engine: str  # data-parallel rank
+    agreement_ratio: float = math.nan
+    both: int = 0
+    only_mirrored: int = 0
+    only_real: int = 0
+    filled: int | None = None
+
+
+@dataclass(frozen=True)
 class TwinView:
     """The twin of one pool at one moment."""
 
@@ -135,6 +151,7 @@ class TwinView:
     step_time: Mapping[str, float] = field(default_factory=dict)  # coefficient -> seconds
     exact_cache_ratio: float = math.nan
     beside: tuple[Beside, ...] = ()
+    caches: tuple[CacheBeside, ...] = ()
     sources: tuple[SourceState, ...] = ()
     forecasts: Mapping[str, int] = field(default_factory=dict)  # result -> cycles
     outlook: Outlook | None = None

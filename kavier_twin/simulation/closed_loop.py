@@ -6,13 +6,19 @@ arrivals depend on how fast the server is, so no list of arrival times can stand
 
 from __future__ import annotations
 
+import heapq
+import math
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 
 from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.kernels import closed_loop as kernels
+from kavier_twin.simulation.kernels import replica as replica_kernels
 from kavier_twin.simulation.kernels.requests import OK
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings
+from kavier_twin.simulation.state import Records
 from kavier_twin.simulation.workload import Workload
 
 
@@ -61,6 +67,62 @@ def simulate_closed_loop(
         progress[kernels.SEEN] = fleet.state.fleet["outcomes"][0]
     fleet.run()  # nothing is left to do; the clock is brought up to the last end
     return fleet
+
+
+def simulate_sessions(
+    settings: FleetSettings,
+    workload: Workload,
+    arrival_after: Callable[[int, float], float],
+    *,
+    frontend_seconds: float = 0.0,
+) -> Records:
+    """Run sessions in a closed loop on one cold engine: each turn follows the end of the turn before it.
+
+    First turns arrive when the workload says, every later row of a session at `arrival_after(row, finish)`, finish
+    being when the row before it ended (seconds). Returns the outcomes in the order of the workload's rows, whose
+    `index` must number them. Raises ValueError for more than one replica, and for a request that could never be served.
+    """
+    if settings.replicas != 1:
+        raise ValueError(f"{settings.replicas} replicas: sessions in a closed loop are simulated on one")
+    _refuse_unservable(settings.engine, workload)
+    follower, firsts = _turns(workload)
+    arrival = workload.arrival.copy()
+    workload = workload._replace(arrival=arrival, delivered=arrival + frontend_seconds)
+    coming = [(float(workload.delivered[row]), row) for row in firsts]
+    heapq.heapify(coming)
+    fleet = Fleet(settings, start_seconds=min(0.0, float(arrival.min(initial=0.0))))
+    ended: list[Records] = []
+    while True:
+        replica_kernels.advance_until_end(fleet.state, 0, coming[0][0] if coming else math.inf)
+        ended.append(fleet.collect())
+        for outcome in ended[-1]:
+            row = int(follower[outcome["index"]])
+            if row >= 0:
+                arrival[row] = max(arrival_after(row, float(outcome["finish"])), float(outcome["finish"]))
+                workload.delivered[row] = arrival[row] + frontend_seconds
+                heapq.heappush(coming, (float(workload.delivered[row]), row))
+        if ended[-1].size:
+            continue
+        if not coming:
+            break
+        _, row = heapq.heappop(coming)
+        fleet.deliver(workload, row, row + 1)
+    outcomes = np.concatenate(ended)
+    return outcomes[np.argsort(outcomes["index"], kind="stable")]
+
+
+def _turns(workload: Workload) -> tuple[npt.NDArray[np.int64], list[int]]:
+    """By row the next of its session (-1: none), and the first rows of all sessions."""
+    follower = np.full(workload.index.size, -1)
+    last: dict[int, int] = {}
+    firsts = []
+    for row, session in enumerate(workload.session.tolist()):
+        if session in last:
+            follower[last[session]] = row
+        else:
+            firsts.append(row)
+        last[session] = row
+    return follower, firsts
 
 
 def _refuse_unservable(engine: EngineSettings, workload: Workload) -> None:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Set
-from typing import NamedTuple
+from copy import copy
+from typing import Any, NamedTuple
 
+import numpy as np
+
+from kavier_twin.simulation.kernels.blocks import chain_key
 from kavier_twin.telemetry import KvBlocksRemoved, KvBlocksStored, KvEventBatch
+
+START = 0  # the parent's key of a prompt's first block
 
 
 class CacheShare(NamedTuple):
@@ -23,6 +28,13 @@ class CacheShare(NamedTuple):
         return self.both / either if either else 1.0
 
 
+class Link(NamedTuple):
+    """A block as the simulation names it: its key and that of the block before it."""
+
+    key: int
+    parent: int
+
+
 class KvCacheView:
     """The blocks cached by one engine, by hash.
 
@@ -32,19 +44,25 @@ class KvCacheView:
     `exact` tells that the GPU's cache is known exactly: it was watched from the first batch, or since it was empty.
     Where batches were lost everything known until then is forgotten, since its end may have been among them; what is
     told afterwards is then some of the cache, never more.
+
+    The simulation chains the hashes of the stream once more (`chain_key`). `links` holds its names for the blocks in
+    the GPU's first group, in the order in which they were last stored; a block whose beginning was not told has none.
     """
 
     def __init__(self) -> None:
         self.exact = False
+        self.links: dict[int, Link] = {}  # by hash
         self._copies: Counter[tuple[int, int, str]] = Counter()  # (hash, group, medium) -> copies
 
     def apply(self, batch: KvEventBatch) -> None:
         """Take in a batch of this engine; batches come in the order of the source."""
         if not batch.continues:
             self._copies.clear()
+            self.links.clear()
             self.exact = batch.sequence == 0
         for event in batch.events:
             if isinstance(event, KvBlocksStored):
+                self._link(event)
                 for block in event.block_hashes:
                     self._copies[block, event.group, event.medium] += 1
             elif isinstance(event, KvBlocksRemoved):
@@ -52,7 +70,14 @@ class KvCacheView:
                     self._remove((block, event.group, event.medium))
             else:  # comes from the GPU's block pool and says nothing of other media
                 self._copies = Counter({key: n for key, n in self._copies.items() if key[2] != "GPU"})
+                self.links.clear()
                 self.exact = True
+
+    def fork(self) -> KvCacheView:
+        """An independent copy."""
+        twin = copy(self)
+        twin.links, twin._copies = self.links.copy(), self._copies.copy()
+        return twin
 
     def blocks(self, medium: str = "GPU", group: int = 0) -> frozenset[int]:
         """The hashes of the blocks cached on a medium for a group of layers."""
@@ -64,14 +89,54 @@ class KvCacheView:
         """How many blocks of a medium hold something cached, copies and groups counted each."""
         return sum(copies for (_, _, its_medium), copies in self._copies.items() if its_medium == medium)
 
-    def share(self, mirrored: Set[int], medium: str = "GPU", group: int = 0) -> CacheShare:
-        """Beside the set of hashes that another cache holds, the mirror's for one."""
-        real = self.blocks(medium, group)
-        both = len(real & mirrored)
-        return CacheShare(both, len(mirrored) - both, len(real) - both)
+    def keys_by_use(self) -> list[int]:
+        """The keys of `links` in the order in which they would be evicted, as far as events tell; a copy each.
+
+        Hits are not told. But a request that stores a block holds all blocks before it, and frees them last.
+        """
+        place = {link.key: number for number, link in enumerate(self.links.values())}
+        depth = {START: 0}
+        for link in self.links.values():
+            depth[link.key] = depth.get(link.parent, 0) + 1
+        for link in reversed(self.links.values()):
+            if link.parent in place:
+                place[link.parent] = max(place[link.parent], place[link.key])
+        ordered = sorted(self.links.items(), key=lambda entry: (place[entry[1].key], -depth[entry[1].key]))
+        return [link.key for block, link in ordered for _ in range(self._copies[block, 0, "GPU"])]
+
+    def save(self) -> dict[str, Any]:
+        """As JSON types."""
+        copies = [[*key, count] for key, count in self._copies.items()]
+        return {"exact": self.exact, "copies": copies, "links": [[block, *link] for block, link in self.links.items()]}
+
+    @classmethod
+    def restored(cls, saved: dict[str, Any]) -> KvCacheView:
+        """What `save` gave."""
+        view = cls()
+        view.exact = saved["exact"]
+        view._copies = Counter({(block, group, medium): count for block, group, medium, count in saved["copies"]})
+        view.links = {block: Link(key, parent) for block, key, parent in saved["links"]}
+        return view
+
+    def _link(self, event: KvBlocksStored) -> None:
+        if (event.group, event.medium) != (0, "GPU"):
+            return
+        parent = START
+        if event.parent_hash is not None:
+            link = self.links.get(event.parent_hash)
+            if link is None:
+                return
+            parent = link.key
+        for block in event.block_hashes:
+            key = int(chain_key(np.uint64(parent), np.uint64(block)))
+            self.links.pop(block, None)  # to the end
+            self.links[block] = Link(key, parent)
+            parent = key
 
     def _remove(self, key: tuple[int, int, str]) -> None:
         if self._copies[key] > 1:
             self._copies[key] -= 1
         else:
             del self._copies[key]  # nothing happens where it is not there
+            if key[1:] == (0, "GPU"):
+                self.links.pop(key[0], None)

@@ -59,8 +59,12 @@ class OrderedStream:
         """A copy that hands out what is buffered and `more`; nothing may be offered to it."""
         twin = copy(self)
         twin._heap = self._heap.copy()
+        added = set()  # each once here too: of one id and time, the heap could not tell which comes first
         for event in more:
-            heapq.heappush(twin._heap, _entry(event))
+            identity = (event.kind, event.id)
+            if identity not in self._known and identity not in added:
+                added.add(identity)
+                heapq.heappush(twin._heap, _entry(event))
         return twin
 
     def save(self) -> dict[str, Any]:

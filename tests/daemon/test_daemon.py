@@ -24,7 +24,9 @@ from connectors.traces import read_trace
 from kavier_twin.config import CRUDE_STEP_TIME
 from kavier_twin.daemon import Daemon
 from kavier_twin.errors import UserError
+from kavier_twin.feed import Feed
 from kavier_twin.forecast.forecaster import ForecastSettings
+from kavier_twin.pool import PoolTwin
 from kavier_twin.replay_source import ReplaySource
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings
 from kavier_twin.telemetry import EngineSample, RequestFinished, RequestRecord, RequestSeen, TelemetryRecord
@@ -82,7 +84,7 @@ def metric(text: str, name: str, **labels: str) -> float | None:
 
 @contextmanager
 def running(source: Source, **options: Any) -> Iterator[Daemon]:
-    daemon = Daemon(FLEET, [source], **{"mirror": MIRROR, "forecast": FORECAST, "port": 0, **options})
+    daemon = Daemon([PoolTwin(FLEET, MIRROR, FORECAST)], [Feed(source)], **{"port": 0, **options})
     daemon.start()
     try:
         yield daemon
@@ -185,7 +187,7 @@ def test_a_port_in_use_is_told_with_the_way_out() -> None:
     with running(MemorySource()) as daemon:
         assert daemon.http is not None
         with pytest.raises(UserError, match=rf"127\.0\.0\.1:{daemon.http.port}.*choose another"):
-            Daemon(FLEET, [MemorySource()], port=daemon.http.port)
+            Daemon([PoolTwin(FLEET)], [Feed(MemorySource())], port=daemon.http.port)
 
 
 # --- as a process -------------------------------------------------------------------------------------------------

@@ -18,7 +18,9 @@ from connectors.follow import FollowFile
 from connectors.traces import read_trace
 from kavier_twin.checkpoints import Checkpoints
 from kavier_twin.daemon import Daemon
+from kavier_twin.feed import Feed
 from kavier_twin.forecast.forecaster import ForecastSettings
+from kavier_twin.pool import PoolTwin
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
 from kavier_twin.telemetry import RequestRecord
 from kavier_twin.twin import checkpoint
@@ -43,11 +45,14 @@ sys.exit(0 if daemon.stop() else 1)
 
 def make_daemon(directory: Path) -> Daemon:
     engine = EngineSettings(block_size=32, num_gpu_blocks=300, max_num_seqs=16, max_num_batched_tokens=1024)
-    return Daemon(
+    pool = PoolTwin(
         FleetSettings(engine=engine, step_time=StepTime(fixed=0.015)),
-        [FollowFile(directory / "requests.jsonl", "telemetry")],
-        mirror=MirrorSettings(calibrate_after_requests=100, recalibrate_every_requests=100),
-        forecast=ForecastSettings(every_seconds=3600.0),
+        MirrorSettings(calibrate_after_requests=100, recalibrate_every_requests=100),
+        ForecastSettings(every_seconds=3600.0),
+    )
+    return Daemon(
+        [pool],
+        [Feed(FollowFile(directory / "requests.jsonl", "telemetry"))],
         host=None,
         checkpoints=Checkpoints(directory / "state", every_seconds=0.05),
     )
@@ -70,7 +75,7 @@ def last_state(directory: Path) -> tuple[str, dict]:
     digest = hashlib.sha256()
     for name in sorted(saved.arrays):
         digest.update(saved.arrays[name].tobytes())
-    document = saved.document
+    document = saved.document["pools"]["default"]["mirror"]
     return digest.hexdigest(), {
         name: document[name] for name in ("ingested", "finished", "fidelity", "calibration", "pace")
     }

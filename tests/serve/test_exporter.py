@@ -14,18 +14,18 @@ from kavier_twin.serve.view import TwinView
 from real_parts import promtool
 from serve.views import empty_view, full_view
 
-UNITS = ("seconds", "ratio", "total", "records", "requests", "futures", "per_second", "info", "watts")
+UNITS = ("seconds", "ratio", "total", "records", "blocks", "requests", "futures", "per_second", "info", "watts")
 UNITS += ("joules_per_million_tokens", "grams_per_million_tokens", "cost_per_million_tokens")
 # Counts of things in their own unit, and flags.
 WITHOUT_UNIT = ("source_up", "_running", "_waiting", "_preemptions", "_rejected", "_calibrated", "_best_policy")
 
 
 def text_of(view: TwinView) -> str:
-    return generate_latest(registry_of(lambda: view)).decode()
+    return generate_latest(registry_of(lambda: {view.pool: view})).decode()
 
 
 def value(view: TwinView, name: str, **labels: str) -> float | None:
-    return registry_of(lambda: view).get_sample_value(name, {"pool": "chat", **labels})
+    return registry_of(lambda: {view.pool: view}).get_sample_value(name, {"pool": "chat", **labels})
 
 
 @pytest.mark.real
@@ -47,7 +47,7 @@ def test_every_metric_says_what_it_is_and_ends_in_its_unit() -> None:
 
 
 def test_openmetrics_holds_the_same() -> None:
-    registry = registry_of(full_view)
+    registry = registry_of(lambda: {"chat": full_view(), "code": full_view("code")})
     samples = {
         (sample.name, *sorted(sample.labels.items()))
         for family in parse_openmetrics(generate_openmetrics(registry).decode())
@@ -124,7 +124,15 @@ def test_what_is_not_known_has_no_sample() -> None:
 
 def test_labels_are_escaped() -> None:
     view = replace(full_view(), pool='a"b\\c\nd')
-    found = registry_of(lambda: view).get_sample_value("kavier_twin_pace_ratio", {"pool": view.pool})
+    found = registry_of(lambda: {view.pool: view}).get_sample_value("kavier_twin_pace_ratio", {"pool": view.pool})
     assert found == 1.1
     read = next(family for family in parse(text_of(view)) if family.name == "kavier_twin_pace_ratio")
     assert read.samples[0].labels["pool"] == view.pool
+
+
+def test_caches_are_shown_where_they_are_known() -> None:
+    engine = {"pod": "vllm-0", "engine": "0"}
+    assert value(full_view(), "kavier_twin_kv_cache_agreement_ratio", **engine) == 0.95
+    assert value(full_view(), "kavier_twin_kv_cache_blocks", where="only_real", **engine) == 8
+    assert value(full_view(), "kavier_twin_kv_cache_filled_blocks", **engine) == 350
+    assert value(full_view(), "kavier_twin_kv_cache_agreement_ratio", pod="vllm-1", engine="0") is None

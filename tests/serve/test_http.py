@@ -17,7 +17,7 @@ class Served:
 
     def __init__(self) -> None:
         self.view: TwinView = full_view()
-        self.server = HttpServer(lambda: self.view, "127.0.0.1", 0)
+        self.server = HttpServer(lambda: {"chat": self.view}, "127.0.0.1", 0)
         self.server.start()
 
     def ask(self, method: str, path: str, **headers: str) -> tuple[int, dict[str, str], bytes]:
@@ -58,7 +58,7 @@ def test_page_needs_nothing_from_elsewhere(served: Served) -> None:
 def test_status_is_the_view_as_json(served: Served) -> None:
     status, headers, body = served.ask("GET", "/status.json")
     assert (status, headers["content-type"]) == (200, "application/json")
-    found = json.loads(body)
+    found = json.loads(body)["pools"]["chat"]
     assert found["beside"][0]["observed"] == 0.1
     assert found["beside"][3]["error"] is None
     assert found["outlook"]["policies"][0]["horizons"][0]["predicted"][0]["quantiles"] == {
@@ -76,8 +76,8 @@ def test_health_and_readiness(served: Served) -> None:
     status, _, body = served.ask("GET", "/readyz")
     assert status == 503
     assert body.decode().splitlines() == [
-        "not ready: no telemetry record has been processed yet",
-        "not ready: no forecast has been made yet",
+        "not ready: pool chat: no telemetry record has been processed yet",
+        "not ready: pool chat: no forecast has been made yet",
     ]
 
 
@@ -115,7 +115,7 @@ def test_a_client_that_is_gone_harms_nothing(served: Served) -> None:
 
 
 def test_a_view_that_fails_is_told_without_its_inside(served: Served) -> None:
-    def fail() -> TwinView:
+    def fail() -> dict[str, TwinView]:
         raise RuntimeError("secret")
 
     served.server._current = fail
@@ -126,19 +126,19 @@ def test_a_view_that_fails_is_told_without_its_inside(served: Served) -> None:
 
 def test_a_port_in_use_is_named(served: Served) -> None:
     with pytest.raises(AddressError, match=rf"127\.0\.0\.1:{served.server.port}"):
-        HttpServer(full_view, "127.0.0.1", served.server.port)
+        HttpServer(lambda: {}, "127.0.0.1", served.server.port)
 
 
 def test_an_address_that_is_not_here() -> None:
     with pytest.raises(AddressError, match=r"no\.such\.host\.invalid:0"):
-        HttpServer(full_view, "no.such.host.invalid", 0)
+        HttpServer(lambda: {}, "no.such.host.invalid", 0)
     with pytest.raises(AddressError):
-        HttpServer(full_view, "192.0.2.1", 0)
+        HttpServer(lambda: {}, "192.0.2.1", 0)
 
 
 def test_close_frees_the_port_and_may_come_twice() -> None:
-    server = HttpServer(full_view, "127.0.0.1", 0)
+    server = HttpServer(lambda: {}, "127.0.0.1", 0)
     server.start()
     server.close()
     server.close()
-    HttpServer(full_view, "127.0.0.1", server.port).close()
+    HttpServer(lambda: {}, "127.0.0.1", server.port).close()

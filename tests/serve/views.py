@@ -8,6 +8,7 @@ from kavier_twin.serve.assemble import _METRICS
 from kavier_twin.serve.view import (
     Beside,
     Best,
+    CacheBeside,
     Horizon,
     Outlook,
     PolicyOutlook,
@@ -68,6 +69,10 @@ def full_view(pool: str = "chat") -> TwinView:
             Beside("requests_running", "", 3.0, 4.0, -1.0),
             Beside("requests_waiting", "", 1.0, math.nan),
             Beside("kv_cache_usage_ratio", "", 0.2, 0.25, -0.05),
+        ),
+        caches=(
+            CacheBeside("vllm-0", "0", 0.95, both=380, only_mirrored=12, only_real=8, filled=350),
+            CacheBeside("vllm-1", "0"),
         ),
         sources=(SourceState("file:a", False, {"not-json": 3, "bad-value": 1}), SourceState("file:b", True, {})),
         forecasts={"succeeded": 7, "failed": 1},

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kavier_twin.simulation.closed_loop import simulate_closed_loop
+from kavier_twin.simulation.closed_loop import simulate_closed_loop, simulate_sessions
 from kavier_twin.simulation.fleet import simulate
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
 from kavier_twin.simulation.state import Records
@@ -146,3 +146,26 @@ def test_refusals(users: int, think: float, prompt: int, what: str) -> None:
         simulate_closed_loop(
             FleetSettings(engine=engine, step_time=STEP_TIME), make_workload([0.0], prompt, 5), users, think
         )
+
+
+@given(loop=loops(), sessions=st.integers(1, 12))
+@examples(40)
+def test_the_turns_of_a_session_wait_for_each_other(loop: Loop, sessions: int) -> None:
+    """Turns come one think time after the end of the last, and the arrivals that follow lead to the same run."""
+    count = loop.workload.index.size
+    workload = loop.workload._replace(session=np.arange(count) % sessions)
+    settings = loop.fleet.model_copy(update={"replicas": 1})
+    outcomes = simulate_sessions(
+        settings, workload, lambda row, end: end + loop.think[row], frontend_seconds=loop.frontend
+    )
+    assert outcomes["index"].tolist() == list(range(count))
+    assert np.array_equal(outcomes["arrival"][:sessions], workload.arrival[:sessions])
+    assert np.array_equal(outcomes["arrival"][sessions:], outcomes["finish"][:-sessions] + loop.think[sessions:])
+    order = np.lexsort((outcomes["index"], outcomes["arrival"]))
+    arrivals = outcomes["arrival"][order]
+    again = take_rows(workload, order)._replace(arrival=arrivals, delivered=arrivals + loop.frontend)
+    replayed = simulate(settings, again).collect()
+    replayed = replayed[np.argsort(replayed["index"], kind="stable")]
+    assert np.array_equal(outcomes["cached"], replayed["cached"])
+    for name in ("scheduled", "first_token", "finish"):
+        assert np.allclose(outcomes[name], replayed[name], rtol=1e-9, atol=0.0), name

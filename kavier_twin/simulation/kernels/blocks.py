@@ -7,7 +7,7 @@ the head, no de-duplication, the first registered copy answers a lookup.
 
 import numpy as np
 
-from kavier_twin.simulation.kernels.compile import kernel
+from kavier_twin.simulation.kernels.compile import kernel, small_kernel
 from kavier_twin.simulation.state import PRIVATE, UNHASHED
 
 _UNHASHED = np.uint64(UNHASHED)
@@ -21,7 +21,7 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 _S30, _S27, _S31 = np.uint64(30), np.uint64(27), np.uint64(31)
 
 
-@kernel
+@small_kernel
 def mix(value):
     """The finaliser of SplitMix64 (Steele, Lea, Flood 2014): 64 bits in, 64 well-mixed bits out."""
     value = value + _GOLDEN
@@ -30,7 +30,7 @@ def mix(value):
     return value ^ (value >> _S31)
 
 
-@kernel
+@small_kernel
 def chain_key(parent, content):
     """Key of a hash block with this content behind that parent (0 for the first): vLLM chains hashes the same way."""
     return (mix(parent ^ mix(content)) & ~_SUB_MASK) | _TOP_BIT
@@ -46,19 +46,19 @@ def chain_keys(hashes, starts):
             hashes[link] = parent
 
 
-@kernel
+@small_kernel
 def private_key(uid, block):
     """Key of block number `block` of request `uid` where no hash of the trace identifies its content."""
     return mix(mix(np.uint64(uid)) + np.uint64(block)) | _TOP_BIT
 
 
-@kernel
+@small_kernel
 def _bucket(buckets, key):
     # Blocks under one coarse hash lie in neighbouring buckets: a prefix walk stays in a few cache lines.
     return np.int64((mix(key >> _SUB_BITS) + (key & _SUB_MASK)) & np.uint64(buckets.size - 1))
 
 
-@kernel
+@small_kernel
 def find(blocks, buckets, key):
     """The first registered block with this key, 0 if there is none."""
     found = 0
@@ -70,7 +70,7 @@ def find(blocks, buckets, key):
     return found
 
 
-@kernel
+@small_kernel
 def insert(blocks, buckets, block, key):
     """Make `block` findable under `key`."""
     bucket = _bucket(buckets, key)
@@ -79,7 +79,7 @@ def insert(blocks, buckets, block, key):
     buckets[bucket] = block
 
 
-@kernel
+@small_kernel
 def remove(blocks, buckets, block):
     """Take a findable block out of the hash table. Its key stays."""
     bucket = _bucket(buckets, blocks[block].key)
@@ -92,7 +92,7 @@ def remove(blocks, buckets, block):
     blocks[at].chain = blocks[block].chain
 
 
-@kernel
+@small_kernel
 def forget(replica, blocks, buckets, block):
     """Drop a block's cached content, if any. Counts the eviction."""
     key = blocks[block].key
@@ -103,7 +103,7 @@ def forget(replica, blocks, buckets, block):
         replica.evictions += 1
 
 
-@kernel
+@small_kernel
 def allocate(replica, blocks, buckets, table, start, count):
     """Take `count` blocks from the head of the free list into `table[start:]`. The caller checked there are as many.
 
@@ -120,7 +120,7 @@ def allocate(replica, blocks, buckets, table, start, count):
     replica.free_blocks -= count
 
 
-@kernel
+@small_kernel
 def touch(replica, blocks, block):
     """A prefix hit: one more reference; an evictable block leaves the free list."""
     if blocks[block].refs == 0:
@@ -131,7 +131,7 @@ def touch(replica, blocks, block):
     blocks[block].refs += 1
 
 
-@kernel
+@small_kernel
 def release(replica, blocks, block):
     """Drop one reference; the last one returns the block: cached content to the tail, none to the head."""
     blocks[block].refs -= 1
@@ -146,3 +146,24 @@ def release(replica, blocks, block):
     blocks[block].next = after
     blocks[before].next = block
     blocks[after].prev = block
+
+
+@small_kernel
+def release_table(replica, blocks, table, start, count):
+    """`release` of the blocks `table[start : start + count]`, the last one first."""
+    last = blocks[0].prev  # what goes to the tail is linked as it comes, the list's end only once
+    for at in range(start + count - 1, start - 1, -1):
+        block = np.int64(table[at])
+        if blocks[block].refs == 1 and blocks[block].key != _UNHASHED:
+            blocks[block].refs = 0
+            blocks[block].prev = last
+            blocks[last].next = block
+            last = block
+            replica.free_blocks += 1
+        else:
+            blocks[last].next = 0
+            blocks[0].prev = last
+            release(replica, blocks, block)
+            last = blocks[0].prev
+    blocks[last].next = 0
+    blocks[0].prev = last

@@ -11,6 +11,7 @@ import numpy as np
 from kavier_twin.simulation.kernels.compile import kernel
 from kavier_twin.simulation.kernels.fleet import arrive
 from kavier_twin.simulation.kernels.flow import next_end
+from kavier_twin.simulation.kernels.reference import by_reference
 from kavier_twin.simulation.kernels.replica import advance_until_end
 from kavier_twin.simulation.kernels.requests import OK
 from kavier_twin.simulation.kernels.scheduler import shortest_step
@@ -83,6 +84,7 @@ def run_closed_loop(state, workload, think, frontend_seconds, pending, progress,
     written when the request before it ended, `think[row]` seconds later; it reaches the router `frontend_seconds` after
     that. `places` is for `arrive`. Returns a status: any but OK names what must grow before calling again.
     """
+    state, workload = by_reference(state), by_reference(workload)
     while True:
         _send_next(state, workload, think, frontend_seconds, pending, progress)
         row, due = np.int64(-1), np.inf

@@ -50,3 +50,7 @@ kernel = njit(nogil=True, cache=_FOLDER is not None, error_model="numpy", _nrt=F
 inlined_kernel = njit(  # type: ignore[call-overload]
     nogil=True, cache=_FOLDER is not None, error_model="numpy", _nrt=False, inline="always"
 )
+# Part of its callers' machine code: for the few instructions that touch one block.
+small_kernel = njit(  # type: ignore[call-overload]
+    nogil=True, cache=_FOLDER is not None, error_model="numpy", _nrt=False, forceinline=True
+)

@@ -5,6 +5,7 @@ import numpy as np
 from kavier_twin.simulation.kernels.compile import kernel
 from kavier_twin.simulation.kernels.eviction import belady
 from kavier_twin.simulation.kernels.flow import refresh
+from kavier_twin.simulation.kernels.reference import by_reference
 from kavier_twin.simulation.kernels.replica import advance
 from kavier_twin.simulation.kernels.requests import OK, push
 from kavier_twin.simulation.kernels.router import route
@@ -26,6 +27,7 @@ def arrive(state, workload, start, stop, places):
     `places[row]` gets (replica, slot) of each, slot -1 if it was rejected at once. Returns (rows delivered + start,
     status, replica): a status other than OK names what must grow (on that replica) before going on.
     """
+    state, workload = by_reference(state), by_reference(workload)
     for row in range(start, stop):
         time = workload.delivered[row]
         number = route(state, workload, row, time)
@@ -51,6 +53,7 @@ def arrive(state, workload, start, stop, places):
 @kernel
 def advance_all(state, until):
     """Run every replica up to `until` (infinity: until all their requests ended)."""
+    state = by_reference(state)
     for number in range(state.replicas.size):
         advance(state, number, until)
     _refresh_all(state)
@@ -59,6 +62,7 @@ def advance_all(state, until):
 @kernel
 def live_requests(state):
     """(running, waiting, used blocks) of the whole fleet."""
+    state = by_reference(state)
     running, waiting, used = 0, 0, 0
     for number in range(state.replicas.size):
         replica = state.replicas[number]

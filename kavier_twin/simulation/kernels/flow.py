@@ -12,6 +12,7 @@ asks), the flow is dissolved: its requests become ordinary ones, and the ordinar
 import numpy as np
 
 from kavier_twin.simulation.kernels.compile import kernel
+from kavier_twin.simulation.kernels.reference import by_reference
 
 
 @kernel
@@ -219,6 +220,7 @@ def _sort_entries(requests, entries, count):
 @kernel
 def dissolve_flow(state, number):
     """Make every request of the flow an ordinary one."""
+    state = by_reference(state)
     replica, requests, running = state.replicas[number], state.requests[number], state.running[number]
     if replica.flowing > 0:
         for place in range(replica.running):

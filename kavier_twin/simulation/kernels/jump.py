@@ -179,9 +179,11 @@ def jump(state, number, until):
     account(replica, engine, replica.now)
     requests, phases = state.requests[number], state.phases[number]
     size, caching, in_order = engine.block_size, engine.prefix_caching, fills_in_order(engine)
-    batches = replica.scheduled_batches
+    batches, began = replica.scheduled_batches, replica.now
+    at, unused_block_seconds = (batches + 1) % size - 1, 0.0
     for step in range(steps):
-        phase = phases[(batches + 1 + step) % size]
+        at = at + 1 if at + 1 < size else 0
+        phase = phases[at]
         if phase.count == 0:
             if in_order:
                 schedule_flow_in_order(state, number, batches + 1 + step)
@@ -190,7 +192,7 @@ def jump(state, number, until):
             steps = step
             break
         if step > 0:
-            account(replica, engine, origin + span(first, slope, float(step - ahead)))
+            unused_block_seconds += phase.count * (origin + span(first, slope, float(step - ahead)) - began)
         if in_order:
             schedule_flow_in_order(state, number, batches + 1 + step)
             continue
@@ -216,6 +218,7 @@ def jump(state, number, until):
     replica.flow_context += steps * flowing
     end = origin + span(first, slope, float(steps - ahead))
     account(replica, engine, end)
+    replica.used_block_seconds -= unused_block_seconds  # until they were allocated
     if ahead:
         add_work(replica.work, batch.work)
         batch.work[2] = flowing

@@ -12,6 +12,7 @@ from kavier_twin.simulation.kernels.eviction.stranded import stranded_blocks
 from kavier_twin.simulation.kernels.flow import dissolve_flow, leave, list_explicit
 from kavier_twin.simulation.kernels.jump import jump
 from kavier_twin.simulation.kernels.loads import break_off, observe
+from kavier_twin.simulation.kernels.reference import by_reference
 from kavier_twin.simulation.kernels.requests import (
     GROW_ARENA,
     OK,
@@ -130,6 +131,7 @@ def set_output(state, number, slot, output, final):
 
     Never below what is delivered and in flight, unless it is `final`: the caller ends the request at once.
     """
+    state = by_reference(state)
     replica, request = state.replicas[number], state.requests[number][slot]
     if request.flowing:
         leave(state, number, slot)
@@ -157,6 +159,7 @@ def learn_chain(state, number, slot, chain, covered):
     `chain` is the whole chain of keys (`chain_keys`), of prompt and output. Returns OK or GROW_ARENA (then nothing
     changed).
     """
+    state = by_reference(state)
     engine, arena = state.engines[number], state.arena[number]
     blocks, buckets = state.blocks[number], state.buckets[number]
     request = state.requests[number][slot]
@@ -221,6 +224,7 @@ def finish_now(state, number, slot, time):
     catches up, all requests together; what then is still missing is completed for this request alone (a request still
     waiting is admitted on the spot), so that the cache holds what the real one holds.
     """
+    state = by_reference(state)
     replica, engine = state.replicas[number], state.engines[number]
     blocks, buckets, arena = state.blocks[number], state.buckets[number], state.arena[number]
     request = state.requests[number][slot]
@@ -296,6 +300,7 @@ def hold(state, number, until):
 @kernel
 def abandon(state, number, slot, time):
     """Drop a live request without a trace: it will start again elsewhere, or be reported lost by the caller."""
+    state = by_reference(state)
     account(state.replicas[number], state.engines[number], time)
     recall_load(state, number, slot)
     withdraw(state, number, slot)
@@ -306,6 +311,7 @@ def abandon(state, number, slot, time):
 @kernel
 def settle(state, number):
     """Complete the batches in flight without scheduling more, every request spelled out."""
+    state = by_reference(state)
     dissolve_flow(state, number)
     while state.replicas[number].in_flight > 0:
         complete(state, number)
@@ -314,6 +320,7 @@ def settle(state, number):
 @kernel
 def settle_tiers(state, number):
     """Let a settled replica's transfers be complete, and its requests that load go back to the queue."""
+    state = by_reference(state)
     replica, tier, loading = state.replicas[number], state.tiers[number], state.tier_slots[number, 0]
     if tier.chunks == 0:
         return

@@ -12,13 +12,14 @@ from kavier_twin.simulation.kernels.blocks import (
     find,
     insert,
     private_key,
-    release,
+    release_table,
     touch,
 )
-from kavier_twin.simulation.kernels.compile import inlined_kernel, kernel
+from kavier_twin.simulation.kernels.compile import inlined_kernel, kernel, small_kernel
 from kavier_twin.simulation.kernels.eviction import dispatch
 from kavier_twin.simulation.kernels.eviction.order import order_of
 from kavier_twin.simulation.kernels.flow import leave
+from kavier_twin.simulation.kernels.reference import by_reference
 from kavier_twin.simulation.state import (
     FINISHED,
     FREE,
@@ -71,7 +72,7 @@ def give_cells(arena, arena_free, offset, size):
     arena_free[size] = offset
 
 
-@kernel
+@small_kernel
 def account(replica, engine, time):
     """Run the integrals up to `time`. Called before anything they integrate changes."""
     elapsed = time - replica.accounted
@@ -85,7 +86,7 @@ def account(replica, engine, time):
         replica.accounted = time
 
 
-@kernel
+@small_kernel
 def block_key(request, arena, block, block_size):
     """Key of the request's block number `block`: from its hash chain, or private where the chain ends."""
     if block < request.known:
@@ -96,7 +97,7 @@ def block_key(request, arena, block, block_size):
     return _PRIVATE
 
 
-@kernel
+@small_kernel
 def keys_from(request, block, block_size):
     """Where the key of block number `block` comes from: (cell of its hash, which block under that hash).
 
@@ -107,7 +108,7 @@ def keys_from(request, block, block_size):
     return request.cells + last // hash_tokens, last % hash_tokens
 
 
-@kernel
+@small_kernel
 def next_key(cell, within, hash_tokens, block_size):
     """The place (as in `keys_from`) of the following block."""
     within += block_size
@@ -117,7 +118,7 @@ def next_key(cell, within, hash_tokens, block_size):
     return cell, within
 
 
-@kernel
+@small_kernel
 def _register(request, blocks, buckets, arena, block_size, full):
     first = request.registered
     table = request.cells + request.chain_length
@@ -210,7 +211,7 @@ def lookup(request, blocks, buckets, arena, block_size):
     return most, evictable, _ZERO
 
 
-@kernel
+@small_kernel
 def _take_hits(replica, request, blocks, arena, hits):
     table = request.cells + request.chain_length
     for number in range(hits):
@@ -234,7 +235,7 @@ def take_hits(state, number, request, hits):
     request.registered = hits
 
 
-@kernel
+@small_kernel
 def _add_blocks(replica, request, blocks, buckets, arena, count):
     allocate(replica, blocks, buckets, arena, request.cells + request.chain_length + request.blocks, count)
     request.blocks += count
@@ -258,11 +259,9 @@ def add_blocks(state, number, request, count):
         _add_blocks_by_policy(state, number, request, count)
 
 
-@kernel
+@small_kernel
 def _free_blocks(replica, request, blocks, arena):
-    table = request.cells + request.chain_length
-    for number in range(request.blocks - 1, -1, -1):
-        release(replica, blocks, np.int64(arena[table + number]))
+    release_table(replica, blocks, arena, request.cells + request.chain_length, request.blocks)
 
 
 @kernel
@@ -369,6 +368,7 @@ def cells_needed(engine, tier, chain_length, tokens):
 @kernel
 def clear_marks(state, number, slot):
     """No chunk is marked yet. Marks lie at the end of a request's piece, behind all else: see `stores.marks_cell`."""
+    state = by_reference(state)
     request, arena = state.requests[number][slot], state.arena[number]
     for cell in range(request.chain_length + request.blocks, 1 << np.int64(request.cell_class)):
         arena[request.cells + cell] = _ZERO

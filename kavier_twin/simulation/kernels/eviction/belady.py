@@ -12,6 +12,7 @@ from kavier_twin.simulation.kernels.blocks import find, mix
 from kavier_twin.simulation.kernels.compile import kernel
 from kavier_twin.simulation.kernels.eviction import heap
 from kavier_twin.simulation.kernels.eviction.order import order_of
+from kavier_twin.simulation.kernels.reference import by_reference
 from kavier_twin.simulation.state import BELADY, PRIVATE, UNHASHED
 
 _PRIVATE = np.uint64(PRIVATE)
@@ -109,6 +110,7 @@ def passed(state, row, workload, number):
 @kernel
 def learn(state, number, time):
     """The uses after `time` became known: what is cached is wanted at the first of them."""
+    state = by_reference(state)
     order = order_of(state, number)
     for block in range(1, order.blocks.size):
         key = order.blocks[block].key

@@ -1,0 +1,63 @@
+{{- define "kavier-twin.name" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" -}}
+{{- end -}}
+
+{{- define "kavier-twin.fullname" -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride | trunc 52 | trimSuffix "-" -}}
+{{- else if contains (include "kavier-twin.name" .) .Release.Name -}}
+{{- .Release.Name | trunc 52 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name (include "kavier-twin.name" .) | trunc 52 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "kavier-twin.selectorLabels" -}}
+app.kubernetes.io/name: {{ include "kavier-twin.name" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{- define "kavier-twin.labels" -}}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
+{{ include "kavier-twin.selectorLabels" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+{{- end -}}
+
+{{- define "kavier-twin.serviceAccountName" -}}
+{{- if .Values.serviceAccount.create -}}
+{{- default (include "kavier-twin.fullname" .) .Values.serviceAccount.name -}}
+{{- else -}}
+{{- default "default" .Values.serviceAccount.name -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "kavier-twin.image" -}}
+{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
+{{- end -}}
+
+{{- define "kavier-twin.givenSettings" -}}
+{{- .Values.settings | default (.Files.Get "samples/prometheus-only.yaml" | fromYaml).settings | toYaml -}}
+{{- end -}}
+
+{{/* The settings file: those given, with what the chart decides. */}}
+{{- define "kavier-twin.settings" -}}
+{{- $fixed := dict "http" (dict "host" "0.0.0.0" "port" 9469) "checkpoints" (dict "directory" "/var/lib/kavier-twin") -}}
+{{- mergeOverwrite (include "kavier-twin.givenSettings" . | fromYaml) $fixed | toYaml -}}
+{{- end -}}
+
+{{/* Pod Security Standards, profile "restricted". */}}
+{{- define "kavier-twin.podSecurityContext" -}}
+runAsNonRoot: true
+runAsUser: 10001
+runAsGroup: 10001
+fsGroup: 10001
+fsGroupChangePolicy: OnRootMismatch
+seccompProfile: {type: RuntimeDefault}
+{{- end -}}
+
+{{- define "kavier-twin.securityContext" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities: {drop: [ALL]}
+{{- end -}}

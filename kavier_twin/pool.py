@@ -1,0 +1,277 @@
+"""The twin of one pool: its mirror, what is foreseen from it, and what is shown of both."""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from threading import Lock, Thread
+from typing import Final
+
+from kavier_twin import __version__
+from kavier_twin.forecast.forecaster import Forecaster, ForecastSettings
+from kavier_twin.forecast.result import Forecast
+from kavier_twin.serve import assemble
+from kavier_twin.serve.view import Outlook, SourceState, TwinView
+from kavier_twin.simulation.policies import PolicyError, apply_overrides, hypothetical_reasons, vllm_flags
+from kavier_twin.simulation.settings import COEFFICIENTS, FleetSettings
+from kavier_twin.telemetry import EngineSample, KvEventBatch, RequestFinished, RequestRecord, TelemetryRecord
+from kavier_twin.twin.cache_watch import CacheWatch
+from kavier_twin.twin.mirror import Mirror, MirrorSettings
+from kavier_twin.twin.snapshot import Snapshot
+
+log = logging.getLogger(__name__)
+
+LIVE_WITHIN_SECONDS: Final = 300.0  # a stream whose newest record is this close to the wall clock is live
+SAMPLES_KEPT: Final = 1_000  # for each pod
+
+
+class PoolTwin:
+    """One pool's mirror and forecaster. One thread ingests, another forecasts, any may ask for a view.
+
+    `event_clock` tells the stream's time now where the source knows it (a replay). Otherwise a stream of unix times
+    close to now is live, and time passes without records; any other stream's time follows its records.
+    """
+
+    def __init__(
+        self,
+        fleet: FleetSettings,
+        mirror: MirrorSettings | None = None,
+        forecast: ForecastSettings | None = None,
+        *,
+        calibrated: bool = False,
+        event_clock: Callable[[], float] | None = None,
+        notes: Iterable[str] = (),
+    ) -> None:
+        forecast = forecast or ForecastSettings()
+        self.fleet = fleet  # as configured
+        self.forecaster = Forecaster(forecast)
+        self.mirror = Mirror(mirror or MirrorSettings(), fleet, calibrated=calibrated)
+        self.caches = CacheWatch()
+        self._ends = _HeldEnds()
+        self._lock = Lock()
+        self._event_clock = event_clock
+        self._notes = tuple(notes)
+        self._policies = _flags(fleet, forecast)
+        self._reported = _EngineSamples()
+        self._outlook: Outlook | None = None
+        self._live = False
+        self._behind = False
+        self._last_record_unix = math.nan
+        self._calibrated_on = 0
+
+    @property
+    def name(self) -> str:
+        """The pool's."""
+        return self.mirror.settings.pool
+
+    @property
+    def held_ends(self) -> list[RequestFinished]:
+        """Ends taken in that the stream has not come to."""
+        return self._ends.until(math.inf)
+
+    def resume(self, mirror: Mirror, ends: Iterable[RequestFinished], caches: CacheWatch) -> None:
+        """Go on from another's state, before `start`."""
+        self.mirror = mirror
+        self.caches = caches
+        for end in ends:
+            self._ends.hold(end)
+
+    def start(self) -> None:
+        """Forecast from now on."""
+        self.forecaster.start(self._snapshot, self._take_forecast)
+
+    def stop(self) -> Thread:
+        """End forecasting. Returns what waits for a forecast under way."""
+        ending = Thread(target=self.forecaster.stop, name=f"stop-forecaster-{self.name}", daemon=True)
+        ending.start()
+        return ending
+
+    def ingest(self, records: Sequence[TelemetryRecord], *, more: bool, ended: bool) -> None:
+        """Take records in and let the mirror catch up. `more` of them are there now; `ended`: none will ever come."""
+        if records:
+            self._last_record_unix = time.time()
+        with self._lock:
+            for record in records:
+                self._take(record)
+            newest = self.mirror.newest_seconds
+            for held in self._ends.due(math.inf if ended else newest):
+                self.mirror.ingest(held)
+            # Nothing comes any more: what is buffered need not wait for the watermark.
+            lateness = self.mirror.settings.lateness_seconds
+            last = self.mirror.newest_seconds + lateness
+            if last - lateness < self.mirror.newest_seconds:  # rounded
+                last = math.nextafter(last, math.inf)
+            self.mirror.advance(last if ended and math.isfinite(last) else None)
+            self.caches.follow(self.mirror.fleet, self._replica_of)
+            self._behind = more
+            self._tell_of_calibration()
+
+    def view(self, sources: tuple[SourceState, ...]) -> TwinView:
+        """The figures now; of checkpoints they know nothing."""
+        with self._lock:
+            return self._seen(self._present(), sources)
+
+    def _seen(self, mirror: Mirror, sources: tuple[SourceState, ...]) -> TwinView:
+        records, dropped = assemble.records(mirror, sum(sum(state.rejected.values()) for state in sources))
+        settings = mirror.fleet.settings
+        lag = max(0.0, mirror.newest_seconds - mirror.time_seconds) if math.isfinite(mirror.time_seconds) else math.nan
+        return TwinView(
+            pool=self.name,
+            version=__version__,
+            unix_seconds=time.time(),
+            event_seconds=mirror.time_seconds,
+            lag_seconds=lag,
+            buffered_records=mirror.buffered + len(self._ends),
+            last_record_unix_seconds=self._last_record_unix,
+            records=records,
+            dropped=dropped,
+            finished_requests=mirror.finished,
+            calibrated=mirror.calibrated,
+            calibrated_on_requests=mirror.calibration.requests if mirror.calibration else 0,
+            pace_ratio=mirror.pace,
+            frontend_seconds=mirror.frontend_seconds if mirror.calibration else math.nan,
+            step_time={name: getattr(settings.step_time, name) for name in COEFFICIENTS},
+            exact_cache_ratio=mirror.fidelity.exact_cache_ratio(),
+            beside=assemble.beside(mirror, self._reported.at(mirror.time_seconds)),
+            caches=assemble.caches(self.caches),
+            sources=sources,
+            forecasts={"succeeded": self.forecaster.cycles, "failed": self.forecaster.failures},
+            outlook=self._outlook,
+            currency=settings.footprint.currency if settings.footprint else "",
+            notes=self._notes,
+        )
+
+    # --- the mirror -----------------------------------------------------------------------------------------------
+
+    def _take(self, record: TelemetryRecord) -> None:
+        """Into the mirror; the end of a request told in one record with its arrival has to wait for its time."""
+        if isinstance(record, RequestRecord):
+            for held in self._ends.due(record.time_seconds):
+                self.mirror.ingest(held)
+            finished = record.finished()
+            if finished is not None:
+                self._ends.hold(finished)
+            self.mirror.ingest(record.seen())
+            return
+        if isinstance(record, EngineSample):
+            self._reported.add(record)
+        if isinstance(record, KvEventBatch):
+            self.caches.take(record)
+        self.mirror.ingest(record)
+
+    def _replica_of(self, _pod: str) -> int | None:
+        """The replica that mirrors a pod: known where there is one of each."""
+        return 0 if self.mirror.fleet.settings.replicas == 1 else None
+
+    def _present(self) -> Mirror:
+        """The mirror as of now: of a stream whose time is a clock's, moved on to where no record has come yet."""
+        now = None if self._behind else self._event_now()
+        if now is None or now <= self.mirror.time_seconds:
+            return self.mirror
+        present = self.mirror.fork(self._ends.until(now))
+        present.advance(now)
+        return present
+
+    def _event_now(self) -> float | None:
+        if self._event_clock is not None:
+            return self._event_clock()
+        now = time.time()
+        if not self._live and abs(now - self.mirror.newest_seconds) < LIVE_WITHIN_SECONDS:
+            self._live = True
+            log.info("pool %s: the stream is live: its time is the wall clock's", self.name)
+        return now if self._live else None
+
+    def _tell_of_calibration(self) -> None:
+        calibration = self.mirror.calibration
+        if calibration is not None and calibration.requests != self._calibrated_on:
+            self._calibrated_on = calibration.requests
+            log.info(
+                "pool %s: step times fitted on %d requests: mean TTFT %.3f and mean end-to-end latency %.3f of those "
+                "observed",
+                self.name,
+                calibration.requests,
+                calibration.mean_ttft_ratio,
+                calibration.mean_e2e_ratio,
+            )
+
+    # --- forecasting ----------------------------------------------------------------------------------------------
+
+    def _snapshot(self) -> Snapshot | None:
+        with self._lock:
+            return self._present().snapshot()
+
+    def _take_forecast(self, forecast: Forecast) -> None:
+        if self._outlook is None:
+            log.info("pool %s: first forecast made in %.1f s", self.name, forecast.duration_seconds or 0.0)
+        self._outlook = assemble.outlook(forecast, time.time(), self._policies)
+
+
+class _HeldEnds:
+    """Ends of requests whose record told arrival and end at once, until the stream has come so far."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, str, int, RequestFinished]] = []
+        self._held = 0
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    def hold(self, finished: RequestFinished) -> None:
+        self._held += 1  # an id may come twice with one time and different words
+        heapq.heappush(self._heap, (finished.time_seconds, finished.id, self._held, finished))
+
+    def due(self, until_seconds: float) -> list[RequestFinished]:
+        found = []
+        while self._heap and self._heap[0][0] <= until_seconds:
+            found.append(heapq.heappop(self._heap)[3])
+        return found
+
+    def until(self, time_seconds: float) -> list[RequestFinished]:
+        """Those up to a time; they stay held."""
+        return [entry[3] for entry in sorted(entry for entry in self._heap if entry[0] <= time_seconds)]
+
+
+class _EngineSamples:
+    """What the engines said of themselves lately, to be read at the time the mirror stands at."""
+
+    def __init__(self) -> None:
+        self._pods: dict[tuple[str, str, str], deque[EngineSample]] = {}
+
+    def add(self, sample: EngineSample) -> None:
+        self._pods.setdefault((sample.namespace, sample.pod, sample.engine), deque(maxlen=SAMPLES_KEPT)).append(sample)
+
+    def at(self, time_seconds: float) -> tuple[float, float, float]:
+        """Running and waiting requests of all pods, and mean KV usage; NaN where unknown."""
+        newest = []
+        for samples in self._pods.values():
+            while len(samples) > 1 and samples[1].time_seconds <= time_seconds:
+                samples.popleft()
+            if samples and samples[0].time_seconds <= time_seconds:
+                newest.append(samples[0])
+        usage = [s.kv_cache_usage_ratio for s in newest if s.kv_cache_usage_ratio is not None]
+        return (
+            _sum([s.requests_running for s in newest]),
+            _sum([s.requests_waiting for s in newest]),
+            sum(usage) / len(usage) if usage else math.nan,
+        )
+
+
+def _flags(fleet: FleetSettings, forecast: ForecastSettings) -> dict[str, tuple[tuple[str, ...], bool]]:
+    """By policy: the flags that deploy it, and whether flags deploy all of it."""
+    found = {}
+    for policy in forecast.policies:
+        try:
+            changed = apply_overrides(fleet, policy.overrides)
+        except PolicyError:
+            continue
+        found[policy.name] = (tuple(vllm_flags(fleet, changed)), not hypothetical_reasons(fleet, changed))
+    return found
+
+
+def _sum(values: Sequence[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return float(sum(known)) if known else math.nan

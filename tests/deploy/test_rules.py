@@ -1,0 +1,47 @@
+"""The rules for Prometheus: their own unit tests, and that what they point to exists."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from real_parts import promtool
+
+ROOT = Path(__file__).parents[2]
+RULES = ROOT / "deploy/prometheus/kavier-twin.rules.yaml"
+UNIT_TESTS = RULES.with_name("kavier-twin.test.yaml")
+ALERTS = [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"] if "alert" in rule]
+
+
+@pytest.mark.real
+def test_unit_tests_of_the_rules() -> None:
+    run_promtool("test", "rules", UNIT_TESTS)
+
+
+@pytest.mark.real
+def test_promtool_finds_nothing_to_criticise() -> None:
+    run_promtool("check", "rules", "--lint=all", "--lint-fatal", RULES)
+
+
+def test_every_alert_is_seen_firing_and_not_firing_in_a_unit_test() -> None:
+    checks = [check for test in yaml.safe_load(UNIT_TESTS.read_text())["tests"] for check in test["alert_rule_test"]]
+    for alert in {alert["alert"] for alert in ALERTS}:
+        seen = {bool(check["exp_alerts"]) for check in checks if check["alertname"] == alert}
+        assert seen == {True, False}, alert
+
+
+@pytest.mark.parametrize("alert", ALERTS, ids=[f"{alert['alert']}-{alert['labels']['severity']}" for alert in ALERTS])
+def test_an_alert_has_a_severity_and_leads_to_its_section_of_the_runbook(alert: dict[str, dict[str, str]]) -> None:
+    assert alert["labels"]["severity"] in {"critical", "warning", "info"}
+    page, _, section = alert["annotations"]["runbook_url"].partition("#")
+    headings = re.findall(r"^#+ (.*)$", (ROOT / page).read_text(), re.MULTILINE)
+    assert section in {heading.lower().replace(" ", "-") for heading in headings}
+
+
+def run_promtool(*arguments: str | Path) -> None:
+    done = subprocess.run([promtool(), *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
