@@ -35,23 +35,28 @@ def draw_futures(
     snapshot: Snapshot,
     horizon_seconds: float,
     seeds: Sequence[int | Sequence[int]],
-    load: LoadForecast | None = None,
+    arrivals: LoadForecast | None = None,
 ) -> list[Workload]:
-    """One `draw_future` per seed; `load`: the arrivals to come, forecast from the snapshot if it is not given."""
-    futures = Futures(snapshot, horizon_seconds, load)
+    """One `draw_future` per seed; `arrivals` are forecast from the snapshot if they are not given."""
+    futures = Futures(snapshot, horizon_seconds, arrivals=arrivals)
     return [futures.draw(seed) for seed in seeds]
 
 
 class Futures:
-    """The futures of one snapshot: the recent stream is read once, each future drawn when it is asked for."""
+    """The futures of one snapshot: the recent stream is read once, each future drawn when it is asked for.
 
-    def __init__(self, snapshot: Snapshot, horizon_seconds: float, load: LoadForecast | None = None) -> None:
+    `load` times as many requests arrive as `arrivals` says, which is forecast from the snapshot if not given.
+    """
+
+    def __init__(
+        self, snapshot: Snapshot, horizon_seconds: float, load: float = 1.0, arrivals: LoadForecast | None = None
+    ) -> None:
         recent = snapshot.recent
         if recent.index.size and not (recent.output > 0).any():
             recent = recent._replace(output=np.full_like(recent.output, _assumed_by_live(snapshot.fleet)))
         self._snapshot = snapshot
         self._horizon_seconds = horizon_seconds
-        self._load = load or LoadForecaster().forecast(snapshot, horizon_seconds)
+        self._arrivals = (arrivals or LoadForecaster().forecast(snapshot, horizon_seconds)).scaled(load)
         self._stream = read_stream(recent)
         self._first_index = _first_free_index(snapshot)
 
@@ -59,7 +64,7 @@ class Futures:
         """The future of this seed."""
         snapshot, stream = self._snapshot, self._stream
         arrivals_rng, rng = np.random.default_rng(seed).spawn(2)
-        arrivals = self._load.draw_arrivals(self._horizon_seconds, arrivals_rng)
+        arrivals = self._arrivals.draw_arrivals(self._horizon_seconds, arrivals_rng)
         n = stream.recent.index.size
         if not n:
             arrivals = arrivals[:0]

@@ -10,6 +10,7 @@ Methods are fitted, tried and chosen on schedule (event time), and fed with the 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ _NEIGHBOURS = 6  # buckets on each side of a gap that tell how many were due
 _DISPERSION_LIMITS = 0.2, 20.0
 _DISPERSION_REQUESTS = 50  # fewer tell nothing of how bursty they are
 _DISPERSION_BUCKETS = 360  # an hour
+_SURPRISE = 4.0  # standard deviations from what was foreseen at the last fit that call for another
 _MOST_RELATIVE_DEVIATION = 1.0
 # Before anything was tried: a rate is a fifth off after a quarter of an hour, as persistence is on the hour of Azure's
 # production chat. It counts like so many trials.
@@ -93,6 +95,11 @@ class LoadForecast:
         path = self.mean if method is None else self.others[method]
         return float(path[: _steps(horizon_seconds)].mean()) if path.size else 0.0
 
+    def scaled(self, factor: float) -> LoadForecast:
+        """The same with `factor` times as many requests."""
+        others = {name: factor * path for name, path in self.others.items()}
+        return dataclasses.replace(self, mean=factor * self.mean, deviation=factor * self.deviation, others=others)
+
     def interval(self, horizon_seconds: float) -> tuple[float, float]:
         """The 10 % and 90 % quantiles of the rate at the end of `horizon_seconds`."""
         step = min(_steps(horizon_seconds), self.mean.size) - 1
@@ -126,14 +133,14 @@ class LoadForecast:
             pauses = arrivals_rng.gamma(1.0 / self.dispersion_ratio, self.dispersion_ratio, _CHUNK)
             chunks.append(chunks[-1][-1] + np.cumsum(pauses))
         elapsed = np.interp(np.concatenate(chunks[1:]), expected, STEP_SECONDS * np.arange(expected.size), right=np.inf)
-        return self.time_seconds + elapsed[elapsed < horizon_seconds]
+        return np.asarray(self.time_seconds + elapsed[elapsed < horizon_seconds], np.float64)
 
     def draw_rate(self, rng: np.random.Generator) -> Floats:
         """One path of the rate, requests per second: [steps]."""
         spread = _log_deviation(self.mean, self.deviation)
         grown = np.diff(spread**2, prepend=0.0)
         walk = np.cumsum(np.sqrt(np.maximum(grown, 0.0)) * rng.standard_normal(spread.size))
-        return self.mean * np.exp(walk - spread**2 / 2.0)
+        return np.asarray(self.mean * np.exp(walk - spread**2 / 2.0), np.float64)
 
 
 class LoadForecaster:
@@ -144,6 +151,7 @@ class LoadForecaster:
         self._fitted: dict[str, Method] = {}
         self._errors: dict[str, float] = {}
         self._trials: _Trials | None = None
+        self._expected = np.zeros(0)  # requests in each step since the last fit, as the method in use foresaw then
         self._method = "persistence"
         self._refitted_seconds = -math.inf
         self._history_steps = 0
@@ -156,7 +164,7 @@ class LoadForecaster:
         dispersion = dispersion_ratio(fine)
         due = snapshot.time_seconds - self._refitted_seconds >= self._refit_seconds
         doubled = history.steps.size >= 2 * self._history_steps  # tells much more
-        if due or doubled or snapshot.time_seconds < self._refitted_seconds:
+        if due or doubled or self._surprised(snapshot, history, dispersion):
             self._refit(snapshot, fine, history, steps, dispersion)
         told = {name: method.predict(history, steps) for name, method in self._fitted.items()}
         mean, own = told[self._method]
@@ -173,16 +181,28 @@ class LoadForecaster:
             others={name: path / STEP_SECONDS for name, (path, _) in told.items()},
         )
 
+    def _surprised(self, snapshot: Snapshot, history: History, dispersion: float) -> bool:
+        """Whether what came since the last fit is far from what it said: the level has shifted."""
+        since = int((snapshot.time_seconds - self._refitted_seconds) // STEP_SECONDS)
+        if not 0 <= since <= min(self._expected.size, history.steps.size):
+            return True  # another past
+        expected = float(self._expected[:since].sum())
+        came = float(history.steps[history.steps.size - since :].sum())
+        return abs(came - expected) > _SURPRISE * math.sqrt(dispersion * max(expected, 1.0))
+
     def _refit(self, snapshot: Snapshot, fine: Floats, history: History, steps: int, dispersion: float) -> None:
         self._fitted = fit_all(history, list(METHODS))
         self._refitted_seconds = snapshot.time_seconds
         self._history_steps = history.steps.size
-        trials = _trials(snapshot, fine, list(self._fitted), min(max(steps, _FEWEST_TRIED_STEPS), _tried_steps(history)))
+        tried_steps = min(max(steps, _FEWEST_TRIED_STEPS), _tried_steps(history))
+        trials = _trials(snapshot, fine, list(self._fitted), tried_steps)
         errors = {name: (trials.error(name) if trials else math.nan) for name in self._fitted}
         self._errors = errors
         tried = {name: error for name, error in errors.items() if not math.isnan(error)}
         self._method = min(tried, key=lambda name: tried[name]) if tried else "persistence"
         self._trials = trials
+        ahead = max(1, math.ceil(self._refit_seconds / STEP_SECONDS))
+        self._expected = self._fitted[self._method].predict(history, ahead)[0]
 
     def _deviation(self, history: History, mean: Floats, own: Floats, dispersion: float) -> Floats:
         """Standard deviation of requests expected in each step: the largest of three answers.
@@ -193,7 +213,7 @@ class LoadForecaster:
         safe = np.maximum(mean, 1e-12)
         counted = persistence_steps(history.steps)
         level = max(float(history.steps[-counted:].sum()), 1.0) if history.steps.size else 1.0
-        ahead_seconds = STEP_SECONDS * (np.arange(mean.size) + 1.0)
+        ahead_seconds = STEP_SECONDS * np.arange(1.0, mean.size + 1.0, dtype=np.float64)
         observed = _PRIOR_RELATIVE_VARIANCE * ahead_seconds
         if self._trials is not None:
             moments = self._trials.came.shape[0]
@@ -261,7 +281,9 @@ def _trials(snapshot: Snapshot, fine: Floats, names: list[str], steps: int) -> _
     scale = float(differences.mean()) if differences.size else 0.0
     everywhere = {name: np.array(paths) for name, paths in predicted.items() if len(paths) == len(came)}
     unknown = np.full((len(came), _BLOCKS), np.nan)  # a method that did not apply at all moments
-    return _Trials({name: everywhere.get(name, unknown) for name in names}, np.array(came), block * STEP_SECONDS, scale or 1.0)
+    return _Trials(
+        {name: everywhere.get(name, unknown) for name in names}, np.array(came), block * STEP_SECONDS, scale or 1.0
+    )
 
 
 def _in_blocks(steps: Floats, block: int) -> Floats:

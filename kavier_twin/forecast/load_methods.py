@@ -123,9 +123,7 @@ class Seasonal:
         self._model: Any = model.fit(y=history.coarse[-_MOST_COARSE:])
 
     def predict(self, history: History, steps: int) -> tuple[Floats, Floats]:
-        told = self._model.forward(
-            y=history.coarse[-_MOST_COARSE:], h=_coarse_ahead(history, steps), level=[_LEVEL]
-        )
+        told = self._model.forward(y=history.coarse[-_MOST_COARSE:], h=_coarse_ahead(history, steps), level=[_LEVEL])
         mean, deviation = _told(told)
         return _in_steps(mean, history, steps), _in_steps(deviation, history, steps)
 
@@ -177,7 +175,7 @@ def _in_steps(coarse: Floats, history: History, steps: int) -> Floats:
     """A forecast in coarse buckets, the first of which began `lag_seconds` ago, in steps from now."""
     middle = history.lag_seconds + STEP_SECONDS * (np.arange(steps) + 0.5)
     between = np.interp(middle / COARSE_COUNT_SECONDS, np.arange(coarse.size) + 0.5, coarse)
-    return np.maximum(between, 0.0) / _COARSE_STEPS
+    return np.asarray(np.maximum(between, 0.0) / _COARSE_STEPS, np.float64)
 
 
 def fit_all(history: History, names: Sequence[str]) -> dict[str, Method]:

@@ -10,7 +10,6 @@ import numpy.typing as npt
 from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.workload import Workload
 
-
 COUNT_SECONDS = 10.0  # width of the buckets in `ArrivalCounts.fine`
 COARSE_COUNT_SECONDS = 900.0  # and in `.coarse`
 
@@ -37,7 +36,8 @@ class Snapshot:
     `fleet` is a fork whose live requests still have their assumed output lengths: a forecast draws them. `recent`
     holds the requests seen over the last `recent_seconds`, in order of arrival, with the output length of those that
     finished and 0 for those in flight; `recent.session` numbers sessions as the fleet does (a request without one has a
-    number of its own, below zero). `arrivals` counts the requests of a longer past. Times are the stream's event time, seconds.
+    number of its own, below zero). `arrivals` counts the requests of a longer past. Times are the stream's event time,
+    seconds.
     """
 
     pool: str
