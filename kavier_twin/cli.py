@@ -9,7 +9,18 @@ import sys
 from kavier_twin import __version__
 from kavier_twin.errors import UserError
 
-COMMANDS = ("simulate", "compare", "accuracy", "counterfactual", "kavier", "demo", "run", "calibrate_power", "schema")
+COMMANDS = (
+    "simulate",
+    "compare",
+    "accuracy",
+    "counterfactual",
+    "kavier",
+    "demo",
+    "run",
+    "whatif",
+    "calibrate_power",
+    "schema",
+)
 
 _EXAMPLES = """examples:
   kavier-twin demo                                 watch the twin mirror a recorded vLLM and forecast it

@@ -17,13 +17,12 @@ from kavier_twin.errors import UserError
 from kavier_twin.footprint_file import fleet_with_carbon_read
 from kavier_twin.forecast.forecaster import ForecastSettings
 from kavier_twin.hardware import FleetFile
+from kavier_twin.http_settings import HttpConfig
 from kavier_twin.live_sources import SECRET_GIVEN, KvEvents, LiveSource, Prometheus, VllmMetrics
 from kavier_twin.simulation.policies import PolicyError, apply_overrides
 from kavier_twin.simulation.settings import StepTime
 from kavier_twin.twin.mirror import MirrorSettings
 
-DEFAULT_HOST: Final = "127.0.0.1"
-DEFAULT_PORT: Final = 9469
 # Until the mirror has fitted the pool's own: a step of a mid-sized model on a data-centre GPU. Not to be trusted.
 CRUDE_STEP_TIME: Final = StepTime(
     fixed=0.01, per_prefill_token=3e-5, per_decode_sequence=3e-5, per_context_token=6e-8, per_prefill_attention=1e-9
@@ -115,13 +114,6 @@ SOURCE_TYPES: Final[dict[str, type[BaseModel]]] = {
 }
 
 
-class HttpConfig(_Settings):
-    """Where metrics and the status page are served. Port 0 takes a free one."""
-
-    host: Annotated[str, Field(min_length=1)] = DEFAULT_HOST
-    port: Annotated[int, Field(ge=0, le=65535)] = DEFAULT_PORT
-
-
 class CheckpointConfig(_Settings):
     """Where the twin's state is kept across restarts, and how often it is written."""
 
@@ -211,13 +203,17 @@ def _with_absolute_paths(settings: Settings, directory: Path) -> Settings:
     checkpoints = settings.checkpoints and settings.checkpoints.model_copy(
         update={"directory": directory / settings.checkpoints.directory}
     )
-    return settings.model_copy(update={"sources": sources, "dead_letters": letters, "checkpoints": checkpoints})
+    http = settings.http.with_paths_from(directory)
+    return settings.model_copy(
+        update={"sources": sources, "dead_letters": letters, "checkpoints": checkpoints, "http": http}
+    )
 
 
 def _path_problems(settings: Settings) -> list[str]:
     problems = [
         f"sources.{number}.{problem}" for number, source in enumerate(settings.sources) for problem in source.problems()
     ]
+    problems += [f"http.{problem}" for problem in settings.http.problems()]
     if settings.checkpoints and not settings.checkpoints.directory.is_dir():
         problems.append(
             f"checkpoints.directory: the directory {settings.checkpoints.directory} does not exist; create it"

@@ -11,7 +11,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from threading import Event, Thread
@@ -23,11 +23,15 @@ from connectors.follow import FollowFile
 from connectors.source import Source
 from connectors.traces import TraceError
 from kavier_twin.checkpoints import Checkpoints
-from kavier_twin.config import DEFAULT_HOST, DEFAULT_PORT, AnySource, Settings, TraceFile
+from kavier_twin.config import AnySource, Settings, TraceFile
 from kavier_twin.errors import UserError
 from kavier_twin.feed import UNNAMED_POOL, Feed
+from kavier_twin.http_settings import HttpConfig
 from kavier_twin.live_sources import LiveSource
 from kavier_twin.pool import PoolTwin
+from kavier_twin.pool_control import PoolControl
+from kavier_twin.serve.app import Twin
+from kavier_twin.serve.history import History
 from kavier_twin.serve.http import AddressError, HttpServer
 from kavier_twin.serve.view import SourceState, TwinView
 from kavier_twin.telemetry import TelemetryRecord
@@ -44,7 +48,7 @@ REJECTS_LOGGED_EVERY_SECONDS: Final = 30.0
 class Daemon:
     """The twins of some pools and the feeds that they share, running between `start` and `stop`.
 
-    With `host` None nothing is served. Raises UserError for an address that cannot be listened on.
+    With `http` None nothing is served. Raises UserError for an address that cannot be listened on.
     """
 
     def __init__(
@@ -52,8 +56,7 @@ class Daemon:
         pools: Sequence[PoolTwin],
         feeds: Sequence[Feed],
         *,
-        host: str | None = DEFAULT_HOST,
-        port: int = DEFAULT_PORT,
+        http: HttpConfig | None = None,
         checkpoints: Checkpoints | None = None,
     ) -> None:
         self.failed = False
@@ -66,8 +69,9 @@ class Daemon:
         self._ended: set[str] = set()
         self._stopping = Event()
         self._views: Mapping[str, TwinView] = {}
+        self._history = History()
         self._publish()
-        self.http = _listen(lambda: self._views, host, port) if host is not None else None
+        self.http = self._listen(http) if http else None
         self._thread = Thread(target=self._keep_ingesting, name="ingest", daemon=True)
         if checkpoints:
             checkpoints.restore(self.pools, self._sources)
@@ -90,10 +94,19 @@ class Daemon:
         return cls(
             pools,
             feeds,
-            host=settings.http.host,
-            port=settings.http.port,
+            http=settings.http,
             checkpoints=Checkpoints(**settings.checkpoints.model_dump()) if settings.checkpoints else None,
         )
+
+    def _listen(self, http: HttpConfig) -> HttpServer:
+        twin = Twin(lambda: self._views, {name: PoolControl(pool) for name, pool in self.pools.items()}, self._history)
+        try:
+            return HttpServer(twin, http.host, http.port, http.access, http.limits)
+        except AddressError as error:
+            raise UserError(
+                f"{error.strerror}; stop what listens there, or choose another address "
+                "(http.host and http.port in the settings file, --host and --port of the demo)"
+            ) from None
 
     @property
     def views(self) -> Mapping[str, TwinView]:
@@ -198,6 +211,7 @@ class Daemon:
                 checkpoint_failures=kept.failures if kept else 0,
             )
         self._views = views
+        self._history.add(views.values())
         self._published = time.monotonic()
 
 
@@ -259,13 +273,3 @@ def _open(entry: AnySource, settings: Settings, letters: DeadLetters | None) -> 
     kafka = import_module("connectors.kafka.source")  # needs an extra, which the settings' check found
     source: Source = kafka.KafkaSource(entry, pool=pool, letters=letters)
     return source
-
-
-def _listen(current: Callable[[], Mapping[str, TwinView]], host: str, port: int) -> HttpServer:
-    try:
-        return HttpServer(current, host, port)
-    except AddressError as error:
-        raise UserError(
-            f"{error.strerror}; stop what listens there, or choose another address "
-            "(http.host and http.port in the settings file, --host and --port of the demo)"
-        ) from None

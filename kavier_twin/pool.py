@@ -9,21 +9,26 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from threading import Lock, Thread
-from typing import Final
+from typing import Final, TypeVar
 
 from kavier_twin import __version__
 from kavier_twin.forecast.forecaster import Forecaster, ForecastSettings
+from kavier_twin.forecast.policy_set import in_force
 from kavier_twin.forecast.result import Forecast
+from kavier_twin.forecast.whatif import WhatIf
 from kavier_twin.serve import assemble
 from kavier_twin.serve.view import Outlook, SourceState, TwinView
-from kavier_twin.simulation.policies import PolicyError, apply_overrides, hypothetical_reasons, vllm_flags
+from kavier_twin.simulation.policies import Policy
 from kavier_twin.simulation.settings import COEFFICIENTS, FleetSettings
 from kavier_twin.telemetry import EngineSample, KvEventBatch, RequestFinished, RequestRecord, TelemetryRecord
 from kavier_twin.twin.cache_watch import CacheWatch
 from kavier_twin.twin.mirror import Mirror, MirrorSettings
+from kavier_twin.twin.replicas import replicas
 from kavier_twin.twin.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
+
+Found = TypeVar("Found")
 
 LIVE_WITHIN_SECONDS: Final = 300.0  # a stream whose newest record is this close to the wall clock is live
 SAMPLES_KEPT: Final = 1_000  # for each pod
@@ -49,13 +54,14 @@ class PoolTwin:
         forecast = forecast or ForecastSettings()
         self.fleet = fleet  # as configured
         self.forecaster = Forecaster(forecast)
+        self.what_if = WhatIf(self._snapshot, forecast.slos, forecast.workers, self.forecaster.load)
         self.mirror = Mirror(mirror or MirrorSettings(), fleet, calibrated=calibrated)
         self.caches = CacheWatch()
         self._ends = _HeldEnds()
         self._lock = Lock()
         self._event_clock = event_clock
         self._notes = tuple(notes)
-        self._policies = _flags(fleet, forecast)
+        self._policies = {policy.name: in_force(fleet, policy) for policy in forecast.policies}
         self._reported = _EngineSamples()
         self._outlook: Outlook | None = None
         self._live = False
@@ -110,6 +116,18 @@ class PoolTwin:
             self._behind = more
             self._tell_of_calibration()
 
+    def look(self, see: Callable[[Mirror], Found]) -> Found:
+        """What `see` finds in the mirror as of now, of which it may keep nothing."""
+        with self._lock:
+            return see(self._present())
+
+    def forecast_under(self, policies: tuple[Policy, ...]) -> None:
+        """Forecast these from the next cycle on."""
+        settings, fleet = self.forecaster.settings, self.mirror.fleet.settings
+        # A cycle under way still tells of those before.
+        self._policies = {policy.name: in_force(fleet, policy) for policy in (*settings.policies, *policies)}
+        self.forecaster.settings = settings.model_copy(update={"policies": policies})
+
     def view(self, sources: tuple[SourceState, ...]) -> TwinView:
         """The figures now; of checkpoints they know nothing."""
         with self._lock:
@@ -137,9 +155,12 @@ class PoolTwin:
             step_time={name: getattr(settings.step_time, name) for name in COEFFICIENTS},
             exact_cache_ratio=mirror.fidelity.exact_cache_ratio(),
             beside=assemble.beside(mirror, self._reported.at(mirror.time_seconds)),
+            replicas=replicas(mirror),
             caches=assemble.caches(self.caches),
             sources=sources,
             forecasts={"succeeded": self.forecaster.cycles, "failed": self.forecaster.failures},
+            every_seconds=self.forecaster.settings.every_seconds,
+            slos=assemble.slo_lines(self.forecaster.settings.slos),
             outlook=self._outlook,
             currency=settings.footprint.currency if settings.footprint else "",
             notes=self._notes,
@@ -258,18 +279,6 @@ class _EngineSamples:
             _sum([s.requests_waiting for s in newest]),
             sum(usage) / len(usage) if usage else math.nan,
         )
-
-
-def _flags(fleet: FleetSettings, forecast: ForecastSettings) -> dict[str, tuple[tuple[str, ...], bool]]:
-    """By policy: the flags that deploy it, and whether flags deploy all of it."""
-    found = {}
-    for policy in forecast.policies:
-        try:
-            changed = apply_overrides(fleet, policy.overrides)
-        except PolicyError:
-            continue
-        found[policy.name] = (tuple(vllm_flags(fleet, changed)), not hypothetical_reasons(fleet, changed))
-    return found
 
 
 def _sum(values: Sequence[float | None]) -> float:

@@ -23,12 +23,13 @@ from connectors.traces import Trace, TraceError, read_trace
 from connectors.traces.base import each_line
 from connectors.traces.telemetry import TelemetryReader
 from kavier_twin.commands.run import leave, set_up_logging
-from kavier_twin.config import CRUDE_STEP_TIME, DEFAULT_HOST, DEFAULT_PORT
+from kavier_twin.config import CRUDE_STEP_TIME
 from kavier_twin.daemon import Daemon, StopSignals
 from kavier_twin.errors import UserError
 from kavier_twin.feed import Feed
 from kavier_twin.forecast.forecaster import Forecaster, ForecastSettings
 from kavier_twin.forecast.slo import Slo
+from kavier_twin.http_settings import DEFAULT_HOST, DEFAULT_PORT, HttpConfig
 from kavier_twin.pool import PoolTwin
 from kavier_twin.replay_source import ReplaySource
 from kavier_twin.serve.view import Beside, Horizon, Outlook, PolicyOutlook, TwinView
@@ -109,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
             event_clock=lambda: source.event_seconds,
             notes=("A recording of a real vLLM server, replayed as if live.",),
         )
-        daemon = Daemon([pool], [Feed(source)], host=args.host, port=args.port)
+        daemon = Daemon([pool], [Feed(source)], http=HttpConfig(host=args.host, port=args.port))
         seconds = source.end_seconds - source.start_seconds
         console.print(f"Kavier Twin demo: {len(trace.records)} requests to a real {_server(trace)}, {seconds:.0f} s.")
         left = TOTAL_SECONDS - _warm_up(console, trace, fleet)

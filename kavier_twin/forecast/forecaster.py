@@ -14,6 +14,8 @@ from apscheduler.schedulers.background import BackgroundScheduler
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from kavier_twin.forecast.executors import ThreadExecutor
+from kavier_twin.forecast.load import LoadForecaster
+from kavier_twin.forecast.policy_set import refuse_doubles, with_today
 from kavier_twin.forecast.result import Forecast
 from kavier_twin.forecast.slo import DEFAULT_SLOS, Slo
 from kavier_twin.forecast.sweep import sweep
@@ -47,22 +49,13 @@ class ForecastSettings(BaseModel):
     @field_validator("policies")
     @classmethod
     def _one_is_today(cls, policies: tuple[Policy, ...]) -> tuple[Policy, ...]:
-        _refuse_doubles([policy.name for policy in policies])
-        if all(policy.overrides for policy in policies):
-            raise ValueError("one policy without overrides is needed: today's, which the others are compared with")
-        return policies
+        return with_today(policies)
 
     @field_validator("slos")
     @classmethod
     def _by_name(cls, slos: tuple[Slo, ...]) -> tuple[Slo, ...]:
-        _refuse_doubles([slo.name for slo in slos])
+        refuse_doubles([slo.name for slo in slos])
         return slos
-
-
-def _refuse_doubles(names: list[str]) -> None:
-    doubles = sorted({name for name in names if names.count(name) > 1})
-    if doubles:
-        raise ValueError(f"names must differ, these occur more than once: {', '.join(doubles)}")
 
 
 class Forecaster:
@@ -72,6 +65,7 @@ class Forecaster:
         self.settings = settings
         self.cycles = 0  # forecasts published
         self.failures = 0  # cycles that raised
+        self.load = LoadForecaster()
         self._executor = ThreadExecutor(settings.workers)
         self._scheduler: BackgroundScheduler | None = None
 
@@ -87,6 +81,7 @@ class Forecaster:
             settings.seed,
             settings.slos,
             self._executor,
+            self.load.forecast(snapshot, settings.horizons_seconds[-1]),
         )
         return dataclasses.replace(forecast, duration_seconds=time.perf_counter() - began)
 

@@ -14,6 +14,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from threading import Lock
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +43,8 @@ _NEIGHBOURS = 6  # buckets on each side of a gap that tell how many were due
 _DISPERSION_LIMITS = 0.2, 20.0
 _DISPERSION_REQUESTS = 50  # fewer tell nothing of how bursty they are
 _DISPERSION_BUCKETS = 360  # an hour
+_POISSON_BUCKETS = 20  # beside them, so that a few buckets do not tell much
+_BETTER_RATIO = 0.95  # of persistence's error: what is hardly better over a few moments may well be worse
 _SURPRISE = 4.0  # standard deviations from what was foreseen at the last fit that call for another
 _MOST_RELATIVE_DEVIATION = 1.0
 # Before anything was tried: a rate is a fifth off after a quarter of an hour, as persistence is on the hour of Azure's
@@ -144,10 +147,14 @@ class LoadForecast:
 
 
 class LoadForecaster:
-    """Forecasts the load of one pool; keeps the methods fitted last until it is time to fit again."""
+    """Forecasts the load of one pool; keeps the methods fitted last until it is time to fit again.
+
+    Any thread may ask.
+    """
 
     def __init__(self, refit_seconds: float = REFIT_SECONDS) -> None:
         self._refit_seconds = refit_seconds
+        self._lock = Lock()
         self._fitted: dict[str, Method] = {}
         self._errors: dict[str, float] = {}
         self._trials: _Trials | None = None
@@ -156,15 +163,22 @@ class LoadForecaster:
         self._refitted_seconds = -math.inf
         self._history_steps = 0
 
-    def forecast(self, snapshot: Snapshot, horizon_seconds: float) -> LoadForecast:
-        """The arrivals over the next `horizon_seconds`. Deterministic in the snapshots forecast so far."""
+    def forecast(self, snapshot: Snapshot, horizon_seconds: float, *, refit: bool = True) -> LoadForecast:
+        """The arrivals over the next `horizon_seconds`. Deterministic in the snapshots forecast so far.
+
+        Without `refit` the methods stay as they are, if any was fitted yet.
+        """
+        with self._lock:
+            return self._forecast(snapshot, horizon_seconds, refit)
+
+    def _forecast(self, snapshot: Snapshot, horizon_seconds: float, refit: bool) -> LoadForecast:
         fine = counts_of(snapshot)
         steps = _steps(horizon_seconds)
         history = _history(snapshot, fine, steps_ago=0)
         dispersion = dispersion_ratio(fine)
         due = snapshot.time_seconds - self._refitted_seconds >= self._refit_seconds
         doubled = history.steps.size >= 2 * self._history_steps  # tells much more
-        if due or doubled or self._surprised(snapshot, history, dispersion):
+        if not self._fitted or (refit and (due or doubled or self._surprised(snapshot, history, dispersion))):
             self._refit(snapshot, fine, history, steps, dispersion)
         told = {name: method.predict(history, steps) for name, method in self._fitted.items()}
         mean, own = told[self._method]
@@ -200,6 +214,8 @@ class LoadForecaster:
         self._errors = errors
         tried = {name: error for name, error in errors.items() if not math.isnan(error)}
         self._method = min(tried, key=lambda name: tried[name]) if tried else "persistence"
+        if tried and tried[self._method] > _BETTER_RATIO * tried["persistence"]:
+            self._method = "persistence"
         self._trials = trials
         ahead = max(1, math.ceil(self._refit_seconds / STEP_SECONDS))
         self._expected = self._fitted[self._method].predict(history, ahead)[0]
@@ -331,7 +347,9 @@ def dispersion_ratio(counts: Floats) -> float:
     if recent.sum() < _DISPERSION_REQUESTS or recent.size < 3:
         return 1.0
     lowest, highest = _DISPERSION_LIMITS
-    return float(np.clip((np.diff(recent) ** 2).mean() / 2.0 / recent.mean(), lowest, highest))
+    seen = (np.diff(recent) ** 2).mean() / 2.0 / recent.mean()
+    likely = (recent.size * seen + _POISSON_BUCKETS) / (recent.size + _POISSON_BUCKETS)
+    return float(np.clip(likely, lowest, highest))
 
 
 def _history(snapshot: Snapshot, fine: Floats, steps_ago: int) -> History:

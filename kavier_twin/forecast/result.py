@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from kavier_twin.forecast.load import LoadOutlook
 from kavier_twin.forecast.slo import Metric
 
 
@@ -62,11 +63,12 @@ class Forecast:
     pool: str
     time_seconds: float  # event time at which the future begins
     calibrated: bool
-    rate_requests_per_second: float  # of the arrivals assumed
+    rate_requests_per_second: float  # of the arrivals assumed, on average up to the longest horizon
     futures: int
     rows: tuple[Row, ...]  # by policy, then horizon
     failed: tuple[FailedPolicy, ...]
     verdict: Verdict | None  # None: today's policy was not among those simulated
+    load: LoadOutlook | None = None  # the arrivals assumed, in full
     duration_seconds: float | None = None  # wall clock; set by who ran it
 
     def to_dict(self) -> dict[str, Any]:

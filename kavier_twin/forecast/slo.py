@@ -39,11 +39,16 @@ class Slo(BaseModel):
     metric: Metric
     threshold: Annotated[float, Field(allow_inf_nan=False)]
 
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether the objective is breached below its threshold."""
+        return self.metric in _HIGHER_IS_BETTER
+
     def breached(self, value: float) -> bool:
         """Whether this value of the metric breaks the objective. NaN, nothing observed, does not."""
         if math.isnan(value):
             return False
-        return value < self.threshold if self.metric in _HIGHER_IS_BETTER else value > self.threshold
+        return value < self.threshold if self.higher_is_better else value > self.threshold
 
 
 DEFAULT_SLOS = (

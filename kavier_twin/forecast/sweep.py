@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from kavier_twin.forecast.executors import Executor
-from kavier_twin.forecast.futures import draw_futures, settle_lengths
-from kavier_twin.forecast.load import arrival_rate
+from kavier_twin.forecast.futures import Futures, settle_lengths
+from kavier_twin.forecast.load import LoadForecast, LoadForecaster
 from kavier_twin.forecast.measure import measure
 from kavier_twin.forecast.result import FailedPolicy, Forecast, Quantiles, Row
 from kavier_twin.forecast.slo import METRICS, Metric, Slo
 from kavier_twin.forecast.verdict import best_policy
 from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.kpis import Counters
-from kavier_twin.simulation.policies import Policy, PolicyError, apply_overrides
+from kavier_twin.simulation.policies import Override, Policy, PolicyError, apply_overrides
 from kavier_twin.simulation.workload import Workload
 from kavier_twin.twin.snapshot import Snapshot
 
@@ -31,31 +31,33 @@ def sweep(
     seed: int,
     slos: Sequence[Slo],
     executor: Executor,
+    arrivals: LoadForecast | None = None,
 ) -> Forecast:
     """Simulate every policy in the same `futures` futures and read its KPIs at each horizon (ascending, seconds).
 
     Policies that cannot be applied are told in the result; the rest goes on. The snapshot stays as it is. Results
-    depend on the arguments only, not on the executor.
+    depend on the arguments only, not on the executor. `arrivals` are forecast from the snapshot if not given.
     """
+    arrivals = arrivals or LoadForecaster().forecast(snapshot, horizons_seconds[-1])
     applicable, failed = _applicable(snapshot, policies)
-    workloads = draw_futures(snapshot, horizons_seconds[-1], [(seed, number, 0) for number in range(futures)])
-    presents = [_present(snapshot, np.random.default_rng((seed, number, 1))) for number in range(futures)]
+    drawn = draw(snapshot, horizons_seconds[-1], futures, seed, arrivals=arrivals)
     tasks = [
-        _Task(present, workload, policy, tuple(horizons_seconds), snapshot.frontend_seconds)
+        Task(future, policy.overrides, tuple(horizons_seconds), snapshot.frontend_seconds)
         for policy in applicable
-        for present, workload in zip(presents, workloads, strict=True)
+        for future in drawn
     ]
-    measured = executor.map(_simulate, tasks)
+    measured = executor.map(simulate, tasks)
     rows = []
     for number, policy in enumerate(applicable):
         of_policy = measured[number * futures : (number + 1) * futures]
         for place, horizon in enumerate(horizons_seconds):
-            rows.append(_row(policy.name, horizon, [kpis[place] for kpis in of_policy], slos))
+            rows.append(row_of(policy.name, horizon, [kpis[place] for kpis in of_policy], slos))
     return Forecast(
         pool=snapshot.pool,
         time_seconds=snapshot.time_seconds,
         calibrated=snapshot.calibrated,
-        rate_requests_per_second=arrival_rate(snapshot),
+        rate_requests_per_second=arrivals.rate(horizons_seconds[-1]),
+        load=arrivals.outlook(horizons_seconds),
         futures=futures,
         rows=tuple(rows),
         failed=failed,
@@ -63,14 +65,36 @@ def sweep(
     )
 
 
-class _Task(NamedTuple):
-    """One policy in one future. Read only: tasks share the present and the workload."""
+class Future(NamedTuple):
+    """A present in which what is in flight has a length, and the requests to come. Read only: tasks share it."""
 
     present: Fleet
     workload: Workload
-    policy: Policy
+
+
+class Task(NamedTuple):
+    """One policy in one future."""
+
+    future: Future
+    overrides: Mapping[str, Override]
     horizons_seconds: tuple[float, ...]
     frontend_seconds: float
+
+
+def draw(
+    snapshot: Snapshot,
+    horizon_seconds: float,
+    futures: int,
+    seed: int,
+    load: float = 1.0,
+    arrivals: LoadForecast | None = None,
+) -> list[Future]:
+    """So many futures; the first ones of many are the few, and those of another load have the same presents."""
+    futures_of = Futures(snapshot, horizon_seconds, load, arrivals)
+    return [
+        Future(_present(snapshot, np.random.default_rng((seed, number, 1))), futures_of.draw((seed, number, 0)))
+        for number in range(futures)
+    ]
 
 
 def _applicable(snapshot: Snapshot, policies: Sequence[Policy]) -> tuple[list[Policy], tuple[FailedPolicy, ...]]:
@@ -92,13 +116,13 @@ def _present(snapshot: Snapshot, rng: np.random.Generator) -> Fleet:
     return present
 
 
-def _simulate(task: _Task) -> list[dict[Metric, float]]:
+def simulate(task: Task) -> list[dict[Metric, float]]:
     """KPIs at every horizon, from one run."""
-    fleet = task.present.fork()
+    fleet = task.future.present.fork()
     start = fleet.now_seconds
     before = Counters.of(fleet.state, start)
-    fleet.apply(task.policy.overrides)
-    fleet.feed(task.workload)
+    fleet.apply(task.overrides)
+    fleet.feed(task.future.workload)
     outcomes, kpis = [], []
     for horizon in task.horizons_seconds:
         fleet.run(start + horizon)
@@ -107,7 +131,8 @@ def _simulate(task: _Task) -> list[dict[Metric, float]]:
     return kpis
 
 
-def _row(policy: str, horizon: float, kpis: Sequence[dict[Metric, float]], slos: Sequence[Slo]) -> Row:
+def row_of(policy: str, horizon: float, kpis: Sequence[dict[Metric, float]], slos: Sequence[Slo]) -> Row:
+    """A policy's KPIs at one horizon, over as many futures."""
     return Row(
         policy=policy,
         horizon_seconds=horizon,

@@ -8,8 +8,10 @@ from typing import Final
 
 import numpy as np
 
+from kavier_twin.forecast.policy_set import PolicyInForce
 from kavier_twin.forecast.result import Forecast, Row, Verdict
-from kavier_twin.serve.view import Beside, Best, CacheBeside, Horizon, Outlook, PolicyOutlook, Predicted
+from kavier_twin.forecast.slo import Slo
+from kavier_twin.serve.view import Beside, Best, CacheBeside, Horizon, Outlook, PolicyOutlook, Predicted, SloLine
 from kavier_twin.twin.cache_watch import CacheWatch
 from kavier_twin.twin.fidelity import Score
 from kavier_twin.twin.mirror import Mirror
@@ -74,15 +76,17 @@ def records(mirror: Mirror, rejected: int) -> tuple[dict[str, int], dict[str, in
     return results | {"rejected": rejected}, dropped
 
 
-def outlook(
-    forecast: Forecast, made_unix_seconds: float, policies: Mapping[str, tuple[tuple[str, ...], bool]]
-) -> Outlook:
-    """A forecast as it is shown, the best policy first. `policies`: flags and whether deployable, by name."""
+def slo_lines(slos: Sequence[Slo]) -> tuple[SloLine, ...]:
+    """Objectives, each by the KPI it bounds as that is shown."""
+    return tuple(SloLine(slo.name, *_METRICS[slo.metric], slo.threshold, slo.higher_is_better) for slo in slos)
+
+
+def outlook(forecast: Forecast, made_unix_seconds: float, policies: Mapping[str, PolicyInForce]) -> Outlook:
+    """A forecast as it is shown, the best policy first. `policies`: how each is deployed, by name."""
     shown = []
     for name in dict.fromkeys(row.policy for row in forecast.rows):
-        flags, deployable = policies.get(name, ((), False))
         horizons = tuple(_horizon(row) for row in forecast.rows if row.policy == name)
-        shown.append(PolicyOutlook(name, flags, deployable, horizons))
+        shown.append(PolicyOutlook(name, policies[name].flags, policies[name].deployable, horizons))
     shown += [PolicyOutlook(failed.policy, (), False, (), problem=failed.error) for failed in forecast.failed]
     return Outlook(
         event_seconds=forecast.time_seconds,
@@ -90,6 +94,7 @@ def outlook(
         duration_seconds=math.nan if forecast.duration_seconds is None else forecast.duration_seconds,
         futures=forecast.futures,
         rate_per_second=forecast.rate_requests_per_second,
+        load=forecast.load,
         calibrated=forecast.calibrated,
         policies=tuple(sorted(shown, key=lambda policy: _rank(policy, forecast.verdict))),
         best=None if forecast.verdict is None else _best(forecast.verdict),

@@ -18,6 +18,7 @@ from prometheus_client.registry import Collector
 
 from kavier_twin import __version__
 from kavier_twin.serve.cache_metrics import cache_metrics
+from kavier_twin.serve.load_metrics import load_metrics
 from kavier_twin.serve.view import Outlook, TwinView
 
 PREFIX: Final = "kavier_twin"
@@ -111,6 +112,8 @@ def _metrics(view: TwinView) -> Iterator[Metric]:
     yield from _forecasts(view)
     if view.outlook is not None:
         yield from _predictions(view.pool, view.outlook)
+        if view.outlook.load is not None:
+            yield from load_metrics(view.pool, view.outlook.load)
 
 
 def _stream(view: TwinView) -> Iterator[Metric]:

@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from kavier_twin.forecast.load import LoadOutlook
+from kavier_twin.twin.replicas import Replica
+
 Quantiles = Mapping[float, float]
 """Quantile (0..1) over the simulated futures -> value."""
 
@@ -97,6 +100,18 @@ class Outlook:
     calibrated: bool
     policies: tuple[PolicyOutlook, ...]  # best first
     best: Best | None
+    load: LoadOutlook | None = None  # the arrivals assumed
+
+
+@dataclass(frozen=True)
+class SloLine:
+    """A service level objective on a KPI that is shown."""
+
+    name: str
+    kpi: str
+    statistic: str
+    threshold: float
+    higher_is_better: bool  # breached below the threshold
 
 
 @dataclass(frozen=True)
@@ -151,9 +166,12 @@ class TwinView:
     step_time: Mapping[str, float] = field(default_factory=dict)  # coefficient -> seconds
     exact_cache_ratio: float = math.nan
     beside: tuple[Beside, ...] = ()
+    replicas: tuple[Replica, ...] = ()
     caches: tuple[CacheBeside, ...] = ()
     sources: tuple[SourceState, ...] = ()
     forecasts: Mapping[str, int] = field(default_factory=dict)  # result -> cycles
+    every_seconds: float = math.nan  # between two forecasts
+    slos: tuple[SloLine, ...] = ()
     outlook: Outlook | None = None
     currency: str = ""  # of costs, ISO 4217; empty where no footprint is told
     notes: tuple[str, ...] = ()  # what a reader of these figures must know

@@ -55,7 +55,11 @@ _FLAGS = {
 class Policy(BaseModel):
     """A named set of overrides; an empty one is today's configuration."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        json_schema_extra={"examples": [{"name": "half_kv_capacity", "overrides": {"num_gpu_blocks": "0.5x"}}]},
+    )
 
     name: str
     overrides: dict[str, Override] = {}

@@ -7,9 +7,10 @@ import pytest
 import yaml
 
 from connectors.kafka.settings import KafkaSettings
-from kavier_twin.config import CRUDE_STEP_TIME, DEFAULT_PORT, Settings, read_settings
+from kavier_twin.config import CRUDE_STEP_TIME, Settings, read_settings
 from kavier_twin.errors import UserError
 from kavier_twin.forecast.forecaster import ForecastSettings
+from kavier_twin.http_settings import DEFAULT_PORT
 from kavier_twin.twin.mirror import MirrorSettings
 
 
@@ -101,6 +102,25 @@ def test_a_footprint_with_its_carbon_file(tmp_path: Path) -> None:
 
 def test_paths_count_from_the_settings_file(tmp_path: Path) -> None:
     assert read(tmp_path, minimal()).sources[0].path == tmp_path / "requests.jsonl"
+
+
+def test_the_token_is_a_place_and_never_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "token").write_text("first\n")
+    access = read(tmp_path, minimal(http={"token": {"file": "token"}, "open_reading": False})).http.access
+    assert access.token is not None
+    assert access.token() == "first"
+    (tmp_path / "token").write_text("renewed")
+    assert access.token() == "renewed"
+    monkeypatch.delenv("TWIN_TOKEN", raising=False)
+    for http, says in (
+        ({"token": "s3cret"}, "http.token: expected {env: NAME} or {file: PATH}, never the secret itself"),
+        ({"token": {"env": "TWIN_TOKEN"}}, "http.token.env: the environment variable TWIN_TOKEN is not set; set it"),
+        ({"token": {"file": "gone"}}, f"http.token.file: there is no file {tmp_path / 'gone'}"),
+        ({"open_reading": False}, "http: open_reading: false needs a token"),
+    ):
+        [problem] = problems(tmp_path, minimal(http=http))
+        assert problem.startswith(says)
+        assert "s3cret" not in problem
 
 
 def test_all_problems_at_once(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from kavier_twin.daemon import Daemon
 from kavier_twin.errors import UserError
 from kavier_twin.feed import Feed
 from kavier_twin.forecast.forecaster import ForecastSettings
+from kavier_twin.http_settings import HttpConfig
 from kavier_twin.pool import PoolTwin
 from kavier_twin.replay_source import ReplaySource
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings
@@ -84,7 +85,7 @@ def metric(text: str, name: str, **labels: str) -> float | None:
 
 @contextmanager
 def running(source: Source, **options: Any) -> Iterator[Daemon]:
-    daemon = Daemon([PoolTwin(FLEET, MIRROR, FORECAST)], [Feed(source)], **{"port": 0, **options})
+    daemon = Daemon([PoolTwin(FLEET, MIRROR, FORECAST)], [Feed(source)], **{"http": HttpConfig(port=0), **options})
     daemon.start()
     try:
         yield daemon
@@ -128,7 +129,7 @@ def test_from_records_to_metrics() -> None:
 def test_whole_records_in_order_of_arrival_are_never_late() -> None:
     """Their ends lie far behind the arrivals that follow, which a record taken in at once would overtake."""
     source = MemorySource()
-    with running(source, host=None) as daemon:
+    with running(source, http=None) as daemon:
         for record in recorded(200):
             source.push(record)
         source.end()
@@ -138,7 +139,7 @@ def test_whole_records_in_order_of_arrival_are_never_late() -> None:
 
 def test_time_of_a_live_stream_goes_on_without_records() -> None:
     source = MemorySource()
-    with running(source, host=None) as daemon:
+    with running(source, http=None) as daemon:
         now = time.time()
         source.push(RequestSeen(id="a", time_seconds=now, prompt_tokens=100))
         until(lambda: daemon.view.event_seconds > now, "the mirror passes the only record")
@@ -149,7 +150,7 @@ def test_time_of_a_live_stream_goes_on_without_records() -> None:
 
 def test_a_trace_waits_for_its_records() -> None:
     source = MemorySource()
-    with running(source, host=None) as daemon:
+    with running(source, http=None) as daemon:
         source.push(RequestSeen(id="a", time_seconds=5.0, prompt_tokens=100))
         source.push(RequestSeen(id="b", time_seconds=9.0, prompt_tokens=100))
         until(lambda: daemon.view.event_seconds == 5.0 and daemon.view.buffered_records == 1, "the watermark at 8.5")
@@ -187,7 +188,7 @@ def test_a_port_in_use_is_told_with_the_way_out() -> None:
     with running(MemorySource()) as daemon:
         assert daemon.http is not None
         with pytest.raises(UserError, match=rf"127\.0\.0\.1:{daemon.http.port}.*choose another"):
-            Daemon([PoolTwin(FLEET)], [Feed(MemorySource())], port=daemon.http.port)
+            Daemon([PoolTwin(FLEET)], [Feed(MemorySource())], http=HttpConfig(port=daemon.http.port))
 
 
 # --- as a process -------------------------------------------------------------------------------------------------

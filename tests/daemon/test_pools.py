@@ -17,6 +17,7 @@ from kavier_twin.config import read_settings
 from kavier_twin.daemon import Daemon
 from kavier_twin.errors import UserError
 from kavier_twin.feed import Feed
+from kavier_twin.http_settings import HttpConfig
 from kavier_twin.pool import PoolTwin
 from kavier_twin.telemetry import RequestFinished, RequestRecord, RequestSeen, TelemetryRecord
 from kavier_twin.twin.mirror import MirrorSettings
@@ -39,7 +40,7 @@ def state_of(found: PoolTwin) -> tuple[str, dict[str, int], int]:
 
 def test_records_go_to_the_pool_they_name_and_nowhere_else() -> None:
     source = MemorySource("bus")
-    daemon = Daemon([pool("chat"), pool("code")], [Feed(source)], port=0)
+    daemon = Daemon([pool("chat"), pool("code")], [Feed(source)], http=HttpConfig(port=0))
     daemon.start()
     try:
         chat, code = stream("chat", 60), stream("code", 30)

@@ -53,7 +53,6 @@ def make_daemon(directory: Path) -> Daemon:
     return Daemon(
         [pool],
         [Feed(FollowFile(directory / "requests.jsonl", "telemetry"))],
-        host=None,
         checkpoints=Checkpoints(directory / "state", every_seconds=0.05),
     )
 

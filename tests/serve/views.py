@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from kavier_twin.forecast.load import LoadAhead, LoadOutlook
 from kavier_twin.serve.assemble import _METRICS
 from kavier_twin.serve.view import (
     Beside,
@@ -13,9 +14,11 @@ from kavier_twin.serve.view import (
     Outlook,
     PolicyOutlook,
     Predicted,
+    SloLine,
     SourceState,
     TwinView,
 )
+from kavier_twin.twin.replicas import Replica
 
 QUANTILES = {0.1: 0.5, 0.5: 0.75, 0.9: 1.0}
 
@@ -42,6 +45,13 @@ def full_view(pool: str = "chat") -> TwinView:
             PolicyOutlook("odd", (), False, (), problem='cannot be "applied"'),
         ),
         best=Best("half", ("--max-num-seqs 3",), True, "expected SLO breaches 0.25"),
+        load=LoadOutlook(
+            "exponential_smoothing",
+            {"persistence": 1.2, "exponential_smoothing": 0.9, "sparse": math.nan},
+            1.1,
+            90.0,
+            (LoadAhead(60.0, 2.5, 2.0, 3.0, {"persistence": 2.4, "exponential_smoothing": 2.5, "sparse": 2.4}),),
+        ),
     )
     return TwinView(
         pool=pool,
@@ -70,6 +80,15 @@ def full_view(pool: str = "chat") -> TwinView:
             Beside("requests_waiting", "", 1.0, math.nan),
             Beside("kv_cache_usage_ratio", "", 0.2, 0.25, -0.05),
         ),
+        replicas=(
+            Replica(0, "serving", 3, 1, 0.2, 0.8, 5, 500, 0),
+            Replica(1, "draining", 0, 0, 0.0, math.nan, 0, 0, 0),
+        ),
+        slos=(
+            SloLine("fast", "ttft_seconds", "p99", 1.0, False),
+            SloLine("cached", "prefix_cache_hit_ratio", "", 0.5, True),
+        ),
+        every_seconds=30.0,
         caches=(
             CacheBeside("vllm-0", "0", 0.95, both=380, only_mirrored=12, only_real=8, filled=350),
             CacheBeside("vllm-1", "0"),
@@ -82,5 +101,5 @@ def full_view(pool: str = "chat") -> TwinView:
     )
 
 
-def empty_view() -> TwinView:
-    return TwinView(pool="chat", version="1.2.3", unix_seconds=1.7e9)
+def empty_view(pool: str = "chat") -> TwinView:
+    return TwinView(pool=pool, version="1.2.3", unix_seconds=1.7e9)

@@ -1,0 +1,204 @@
+"""What if: one question to the live state, answered from a fork of it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from threading import Lock
+from typing import Annotated, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from kavier_twin.forecast.executors import Executor, ThreadExecutor
+from kavier_twin.forecast.load import LoadForecast, LoadForecaster
+from kavier_twin.forecast.result import Row
+from kavier_twin.forecast.slo import Metric, Slo
+from kavier_twin.forecast.sweep import Task, draw, row_of, simulate
+from kavier_twin.simulation.policies import Override, apply_overrides, hypothetical_reasons, vllm_flags
+from kavier_twin.twin.snapshot import Snapshot
+
+MOST_WAITING: Final = 8  # questions; each waits some seconds for every one before it
+
+CaseName = Literal["today", "today_at_load", "asked"]
+
+
+class Question(BaseModel):
+    """What to change, how much more load there is, and how far to look."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    overrides: dict[str, Override] = Field(
+        default={},
+        description="Settings to change, `replicas` included; names and factors such as `0.5x` as in a policy.",
+        examples=[{"kv_cache_dtype": "fp8", "replicas": 6}],
+    )
+    load: Annotated[float, Field(gt=0.0, le=100.0, allow_inf_nan=False)] = Field(
+        default=1.0, description="Arrivals as a multiple of those foreseen.", examples=[1.5]
+    )
+    horizon_seconds: Annotated[float, Field(gt=0.0, le=86_400.0, allow_inf_nan=False)] = Field(
+        default=900.0, description="Seconds from now.", examples=[900.0]
+    )
+    futures: Annotated[int, Field(ge=1, le=64)] = Field(default=2, description="Futures simulated for each case.")
+    seed: Annotated[int, Field(ge=0)] = Field(default=0, description="The same seed and state give the same answer.")
+    pool: str | None = Field(default=None, description="The pool asked about; may be left out where there is one.")
+
+
+class Spread(BaseModel):
+    """A KPI over the futures; null: nothing was observed."""
+
+    p10: float | None
+    p50: float | None
+    p90: float | None
+
+
+class Case(BaseModel):
+    """One policy under one load, from now to the horizon.
+
+    `today`: today's policy under the load foreseen; `today_at_load`: under the load asked about; `asked`: the question.
+    """
+
+    name: CaseName
+    overrides: dict[str, Override]
+    load: float
+    kpis: dict[Metric, Spread] = Field(description="By KPI, in the unit that its name ends with.")
+    breach_probability: dict[str, float] = Field(description="By SLO: the share of futures that break it.")
+
+
+class Answer(BaseModel):
+    """Today's policy beside the one asked about, on the same futures."""
+
+    pool: str
+    event_seconds: float = Field(description="Event time of the state asked.")
+    calibrated: bool
+    horizon_seconds: float
+    futures: int
+    rate_requests_per_second: float = Field(description="Arrivals foreseen, before `load`.")
+    deployable: bool = Field(description="Whether `vllm serve` has a flag for all that changes.")
+    vllm_flags: tuple[str, ...]
+    hypothetical_reasons: tuple[str, ...] = Field(description="Why flags do not deploy it, where they do not.")
+    cases: tuple[Case, ...] = Field(description="Today's policy first, what was asked last; what is equal is one case.")
+    duration_seconds: float = Field(description="Wall clock, without waiting for other questions.")
+
+
+class Busy(Exception):
+    """Too many questions wait already."""
+
+
+class NothingYet(Exception):
+    """There is no state to ask yet."""
+
+
+def answer(
+    snapshot: Snapshot,
+    question: Question,
+    slos: Sequence[Slo],
+    executor: Executor,
+    arrivals: LoadForecast | None = None,
+) -> Answer:
+    """The KPIs of today's policy and of the one asked about. The snapshot stays as it is.
+
+    `arrivals` are forecast from the snapshot if not given.
+    Raises PolicyError for overrides that this fleet cannot have.
+    """
+    began = time.perf_counter()
+    arrivals = arrivals or LoadForecaster().forecast(snapshot, question.horizon_seconds)
+    settings = snapshot.fleet.settings
+    changed = apply_overrides(settings, question.overrides)
+    horizons = (question.horizon_seconds,)
+    cases = _cases(question)
+    futures = {
+        load: draw(snapshot, question.horizon_seconds, question.futures, question.seed, load, arrivals)
+        for load in {load for _, _, load in cases}
+    }
+    tasks = [
+        Task(future, overrides, horizons, snapshot.frontend_seconds)
+        for _, overrides, load in cases
+        for future in futures[load]
+    ]
+    measured = [kpis[0] for kpis in executor.map(simulate, tasks)]
+    return Answer(
+        pool=snapshot.pool,
+        event_seconds=snapshot.time_seconds,
+        calibrated=snapshot.calibrated,
+        horizon_seconds=question.horizon_seconds,
+        futures=question.futures,
+        rate_requests_per_second=arrivals.rate(question.horizon_seconds),
+        deployable=not hypothetical_reasons(settings, changed),
+        vllm_flags=tuple(vllm_flags(settings, changed)),
+        hypothetical_reasons=tuple(hypothetical_reasons(settings, changed)),
+        cases=tuple(
+            _case(name, overrides, load, row_of(name, question.horizon_seconds, of_case, slos))
+            for number, (name, overrides, load) in enumerate(cases)
+            for of_case in [measured[number * question.futures : (number + 1) * question.futures]]
+        ),
+        duration_seconds=time.perf_counter() - began,
+    )
+
+
+class WhatIf:
+    """Answers one question at a time; others wait for their turn, up to a limit.
+
+    `snapshot_source` gives a fork of the present, or None where there is none yet; only it touches the mirror.
+    `load` is asked for the arrivals to come as the forecast cycle fitted it.
+    """
+
+    def __init__(
+        self,
+        snapshot_source: Callable[[], Snapshot | None],
+        slos: Sequence[Slo],
+        workers: int,
+        load: LoadForecaster | None = None,
+        most_waiting: int = MOST_WAITING,
+    ) -> None:
+        self._snapshot_source = snapshot_source
+        self._slos = tuple(slos)
+        self._executor = ThreadExecutor(workers)
+        self._load = load or LoadForecaster()
+        self._most_waiting = most_waiting
+        self.asked = 0  # waiting or being answered
+        self._counting = Lock()
+        self._answering = Lock()
+
+    def ask(self, question: Question) -> Answer:
+        """Wait for the turn and answer. Raises Busy, NothingYet, and PolicyError for overrides that cannot be."""
+        with self._counting:
+            if self.asked > self._most_waiting:
+                raise Busy(f"{self._most_waiting} questions wait already; ask again in a few seconds")
+            self.asked += 1
+        try:
+            with self._answering:
+                snapshot = self._snapshot_source()
+                if snapshot is None:
+                    raise NothingYet("the mirror has processed no telemetry yet")
+                arrivals = self._load.forecast(snapshot, question.horizon_seconds, refit=False)
+                return answer(snapshot, question, self._slos, self._executor, arrivals)
+        finally:
+            with self._counting:
+                self.asked -= 1
+
+
+def _cases(question: Question) -> list[tuple[CaseName, dict[str, Override], float]]:
+    cases: list[tuple[CaseName, dict[str, Override], float]] = [("today", {}, 1.0)]
+    if question.load != 1.0 and question.overrides:
+        cases.append(("today_at_load", {}, question.load))
+    if question.load != 1.0 or question.overrides:
+        cases.append(("asked", question.overrides, question.load))
+    return cases
+
+
+def _case(name: CaseName, overrides: dict[str, Override], load: float, row: Row) -> Case:
+    return Case(
+        name=name,
+        overrides=overrides,
+        load=load,
+        kpis={
+            metric: Spread(p10=_known(values.p10), p50=_known(values.p50), p90=_known(values.p90))
+            for metric, values in row.kpis.items()
+        },
+        breach_probability=row.breach_probability,
+    )
+
+
+def _known(value: float) -> float | None:
+    return value if math.isfinite(value) else None

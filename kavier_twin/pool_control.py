@@ -1,0 +1,36 @@
+"""What the API may ask of a pool: its policies, a replica, a what-if."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kavier_twin.forecast.policy_set import PolicyInForce, PolicySet, check_cost, in_force
+from kavier_twin.pool import PoolTwin
+from kavier_twin.serve.app import RefusedError
+from kavier_twin.simulation.policies import PolicyError
+from kavier_twin.twin.replicas import ReplicaDetail, replica_detail
+
+
+class PoolControl:
+    """A pool as the API takes it (`serve.app.Pool`). From any thread."""
+
+    def __init__(self, pool: PoolTwin) -> None:
+        self._pool = pool
+
+    def policies(self) -> Sequence[PolicyInForce]:
+        """Those that are forecast, as they would be deployed now."""
+        fleet = self._pool.mirror.fleet.settings
+        return [in_force(fleet, policy) for policy in self._pool.forecaster.settings.policies]
+
+    def set_policies(self, policies: PolicySet) -> None:
+        """Forecast these from the next cycle on. Raises RefusedError that names the policy at fault."""
+        for number, policy in enumerate(policies.policies):
+            try:
+                check_cost(self._pool.mirror.fleet.settings, policy.overrides)
+            except PolicyError as error:
+                raise RefusedError(f"policies.{number}.overrides", f"{policy.name}: {error}") from None
+        self._pool.forecast_under(policies.policies)
+
+    def replica(self, number: int) -> ReplicaDetail | None:
+        """A replica as it is now; None: there is none of this number."""
+        return self._pool.look(lambda mirror: replica_detail(mirror, number))

@@ -1,0 +1,284 @@
+"""The twin over HTTP: metrics, health, the API under /v1, and the page.
+
+| path | answers |
+|---|---|
+| `/` | the page; its parts lie under `/static/` |
+| `/metrics` | Prometheus text or OpenMetrics, as the scraper asks |
+| `/healthz` | 200 while the process serves |
+| `/readyz` | 200 once there are figures to serve, else 503 and why |
+| `/v1/...` | the API, described by `/openapi.json` and in docs/api.md |
+
+Handlers are plain functions: they run on threads, so that the event loop is free while one of them works.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from importlib.resources import files
+from typing import Annotated, Any, Final, Protocol
+
+from fastapi import APIRouter, FastAPI, Path, Query, Request, Response, Security
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import FileResponse, PlainTextResponse
+from fastapi.security import HTTPBearer
+from fastapi.staticfiles import StaticFiles
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+from pydantic import Field
+from starlette.types import ASGIApp
+
+from kavier_twin import __version__
+from kavier_twin.forecast.policy_set import SETTINGS, PolicyInForce, PolicySet
+from kavier_twin.serve import models, problems
+from kavier_twin.serve.access import Access, guarded
+from kavier_twin.serve.envelope import Envelope, Limits
+from kavier_twin.serve.exporter import registry_of
+from kavier_twin.serve.history import CHARTED, History, Point
+from kavier_twin.serve.problems import ProblemError
+from kavier_twin.serve.view import TwinView
+from kavier_twin.twin.replicas import ReplicaDetail
+
+STATIC: Final = files("kavier_twin.serve").joinpath("static")
+
+
+class RefusedError(ValueError):
+    """A request for a pool that cannot be done. `field` names what is at fault, the message says why."""
+
+    def __init__(self, field: str, why: str) -> None:
+        super().__init__(why)
+        self.field = field
+
+
+class Pool(Protocol):
+    """What the API asks of a pool, beyond its view. All may be called from any thread."""
+
+    def policies(self) -> Sequence[PolicyInForce]:
+        """Those that are forecast, as they would be deployed now."""
+
+    def set_policies(self, policies: PolicySet) -> None:
+        """Forecast these from the next cycle on. Raises RefusedError."""
+
+    def replica(self, number: int) -> ReplicaDetail | None:
+        """A replica as it is now; None: there is none of this number."""
+
+
+@dataclass(frozen=True)
+class Twin:
+    """What is served: `current` gives the views by pool, `pools` what can be asked of each."""
+
+    current: Callable[[], Mapping[str, TwinView]]
+    pools: Mapping[str, Pool] = field(default_factory=dict)
+    history: History = field(default_factory=History)
+
+
+class PolicyChange(PolicySet):
+    """The policies a pool shall be forecast under."""
+
+    pool: str = Field(default="", description="May be left out where there is one pool.", examples=["chat"])
+
+
+_Pool = Annotated[str | None, Query(description="Only this pool; without it all of them.")]
+_REFUSALS: Final = {
+    401: "The token is missing or wrong.",
+    403: "No token is configured.",
+    404: "There is no such pool or replica.",
+    413: "The body is too long.",
+    422: "A field is wrong; `errors` names it.",
+    503: "Too many requests at once.",
+}
+
+
+def make_app(twin: Twin, access: Access, limits: Limits) -> ASGIApp:
+    """The ASGI application."""
+    app = FastAPI(
+        title="Kavier Twin",
+        version=__version__,
+        summary="The twin of a fleet of vLLM servers: what it mirrors, what it foresees, how far to trust it.",
+        docs_url=None,  # both would load scripts from elsewhere
+        redoc_url=None,
+        redirect_slashes=False,
+        telemetry={"auto_configure": False},
+    )
+    problems.install(app)
+    app.include_router(_plain(twin, access))
+    app.include_router(_reading(twin, access))
+    app.include_router(_changing(twin, access))
+    app.mount("/static", StaticFiles(directory=str(STATIC)))
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    return Envelope(app, limits)
+
+
+def _plain(twin: Twin, access: Access) -> APIRouter:
+    """What is not JSON."""
+    router = APIRouter(include_in_schema=False)
+    registry = registry_of(twin.current)
+
+    @router.get("/")
+    def page() -> FileResponse:
+        return FileResponse(str(STATIC.joinpath("index.html")), media_type="text/html; charset=utf-8")
+
+    @router.get("/metrics")
+    def metrics(request: Request) -> Response:
+        access.to_read(request)
+        return _metrics(registry, request.headers.get("accept", ""))
+
+    @router.get("/healthz")
+    async def healthy() -> PlainTextResponse:
+        return PlainTextResponse("ok\n")
+
+    @router.get("/readyz")
+    def ready() -> PlainTextResponse:
+        reasons = [f"pool {name}: {why}" for name, view in twin.current().items() for why in view.not_ready()]
+        if not reasons:
+            return PlainTextResponse("ready\n")
+        return PlainTextResponse("".join(f"not ready: {why}\n" for why in reasons), HTTPStatus.SERVICE_UNAVAILABLE)
+
+    return router
+
+
+def _reading(twin: Twin, access: Access) -> APIRouter:
+    router = APIRouter(
+        prefix="/v1",
+        tags=["reading"],
+        route_class=guarded(access.to_read),
+        responses=_problems(401, 404, 422, 503),
+        dependencies=[] if access.open_reading else [Security(_BEARER)],
+    )
+
+    @router.get("/state", summary="The mirror, by pool and replica")
+    def state(pool: _Pool = None) -> models.State:
+        found = tuple(models.PoolState.model_validate(view) for view in _views(twin, pool))
+        return models.State(version=__version__, unix_seconds=time.time(), pools=found)
+
+    @router.get("/state/{pool}/replicas/{replica}", summary="A replica with its cache and its batch")
+    def replica(
+        pool: Annotated[str, Path(description="The pool.")],
+        replica: Annotated[int, Path(ge=0, lt=2**31, description="The replica's number, as in /v1/state.")],
+    ) -> models.ReplicaDetail:
+        found = _pool(twin, pool).replica(replica)
+        if found is None:
+            raise ProblemError(HTTPStatus.NOT_FOUND, f"pool {pool} has no replica {replica}", field="replica")
+        return models.ReplicaDetail.model_validate(found)
+
+    @router.get("/fidelity", summary="How far to trust the figures")
+    def fidelity(pool: _Pool = None) -> models.Fidelity:
+        return models.Fidelity(pools=tuple(map(models.PoolFidelity.model_validate, _views(twin, pool))))
+
+    @router.get("/forecast", summary="What is foreseen, policy by policy")
+    def forecast(pool: _Pool = None) -> models.Forecasts:
+        return models.Forecasts(pools=tuple(map(models.PoolForecast.model_validate, _views(twin, pool))))
+
+    @router.get("/history", summary="The last hour, mirror beside reality")
+    def history(
+        pool: _Pool = None,
+        since: Annotated[float, Query(description="Only points made after this unix time.", examples=[0])] = 0.0,
+    ) -> models.Histories:
+        views = _views(twin, pool)
+        return models.Histories(
+            pools=tuple(_history(view.pool, twin.history.since(view.pool, since)) for view in views)
+        )
+
+    @router.get("/policies", summary="The policies that are forecast")
+    def policies(pool: _Pool = None) -> models.Policies:
+        return _policies(twin, [view.pool for view in _views(twin, pool)])
+
+    return router
+
+
+def _changing(twin: Twin, access: Access) -> APIRouter:
+    router = APIRouter(
+        prefix="/v1",
+        tags=["changing"],
+        route_class=guarded(access.to_change),
+        responses=_problems(401, 403, 404, 413, 422, 503),
+        dependencies=[Security(_BEARER)],
+    )
+
+    @router.put("/policies", summary="Forecast other policies from the next cycle on, until the twin ends")
+    def set_policies(change: PolicyChange) -> models.Policies:
+        name = _named(twin, change.pool)
+        try:
+            _pool(twin, name).set_policies(PolicySet(policies=change.policies))
+        except RefusedError as error:
+            raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, str(error), field=error.field) from None
+        return _policies(twin, [name])
+
+    return router
+
+
+_BEARER: Final = HTTPBearer(auto_error=False, scheme_name="token", description="The token of http.token.")
+
+
+def _views(twin: Twin, pool: str | None) -> list[TwinView]:
+    views = twin.current()
+    if pool is None:
+        return list(views.values())
+    if pool not in views:
+        raise _no_such_pool(pool, views)
+    return [views[pool]]
+
+
+def _pool(twin: Twin, name: str) -> Pool:
+    if name not in twin.pools:
+        raise _no_such_pool(name, twin.pools)
+    return twin.pools[name]
+
+
+def _named(twin: Twin, name: str) -> str:
+    """The pool meant where its name may be left out."""
+    if name or len(twin.pools) != 1:
+        return name
+    return next(iter(twin.pools))
+
+
+def _no_such_pool(name: str, known: Mapping[str, Any]) -> ProblemError:
+    why = f"there is no pool {name!r}" if name else "which pool?"
+    return ProblemError(HTTPStatus.NOT_FOUND, f"{why}; there are: {', '.join(known)}", field="pool")
+
+
+def _policies(twin: Twin, names: Sequence[str]) -> models.Policies:
+    pools = [{"pool": name, "policies": tuple(_pool(twin, name).policies()), "settings": SETTINGS} for name in names]
+    return models.Policies.model_validate({"pools": pools})
+
+
+def _history(pool: str, points: Sequence[Point]) -> models.PoolHistory:
+    series = tuple(
+        models.Series(
+            kpi=kpi,
+            statistic=statistic,
+            mirrored=tuple(point.values[number][0] for point in points),
+            observed=tuple(point.values[number][1] for point in points),
+        )
+        for number, (kpi, statistic) in enumerate(CHARTED)
+    )
+    return models.PoolHistory(
+        pool=pool,
+        unix_seconds=tuple(point.unix_seconds for point in points),
+        event_seconds=tuple(point.event_seconds for point in points),
+        series=series,
+    )
+
+
+def _metrics(registry: CollectorRegistry, accept: str) -> Response:
+    encode, content_type = choose_encoder(accept)
+    return Response(encode(registry), media_type=content_type)
+
+
+def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": problems.Problem, "description": _REFUSALS[status]} for status in statuses}
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's description, problems under the media type they have."""
+    if app.openapi_schema is None:
+        found = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
+        for operations in found["paths"].values():
+            for operation in operations.values():
+                for status, response in operation["responses"].items():
+                    if int(status) >= 400:
+                        response["content"] = {problems.MEDIA_TYPE: response["content"]["application/json"]}
+        app.openapi_schema = found
+    return app.openapi_schema

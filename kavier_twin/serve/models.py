@@ -1,0 +1,295 @@
+"""What the HTTP API answers. A value not known is null, never zero; times are seconds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def _known(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _by_text(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {f"{key:g}" if isinstance(key, float) else key: entry for key, entry in value.items()}
+    return value
+
+
+def _reasons(value: Any) -> Any:
+    return value() if callable(value) else value
+
+
+Figure = Annotated[float | None, BeforeValidator(_known)]
+Quantiles = Annotated[dict[str, Figure], BeforeValidator(_by_text)]
+PoolName = Annotated[str, Field(description="The pool.", examples=["chat"])]
+EventSeconds = Annotated[
+    Figure, Field(description="On the stream's clock: unix time for live sources.", examples=[1767225600.5])
+]
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(from_attributes=True, frozen=True)
+
+
+class Beside(_Answer):
+    """One KPI, mirrored beside observed."""
+
+    kpi: str = Field(examples=["ttft_seconds"])
+    statistic: str = Field(description="mean, p50, ... of a latency; else empty.", examples=["mean"])
+    mirrored: Figure = Field(examples=[0.12])
+    observed: Figure = Field(examples=[0.11])
+    error: Figure = Field(description="Relative for latencies, a difference for the rest.", examples=[0.09])
+    requests: int = Field(description="In the window; 0 where the values are of this moment.", examples=[500])
+
+
+class Replica(_Answer):
+    """A mirrored replica; counters since it joined."""
+
+    replica: int = Field(examples=[0])
+    state: str = Field(description="serving or draining.", examples=["serving"])
+    requests_running: int = Field(examples=[12])
+    requests_waiting: int = Field(examples=[3])
+    kv_cache_usage_ratio: Figure = Field(examples=[0.71])
+    prefix_cache_hit_ratio: Figure = Field(examples=[0.44])
+    requests_finished: int = Field(examples=[1830])
+    output_tokens: int = Field(examples=[240113])
+    preemptions: int = Field(examples=[0])
+
+
+class LiveRequest(_Answer):
+    """A request in a replica."""
+
+    state: str = Field(description="prefill, decode, waiting, preempted or loading.", examples=["decode"])
+    age_seconds: float = Field(examples=[1.25])
+    prompt_tokens: int = Field(examples=[812])
+    output_tokens: int = Field(description="So far.", examples=[57])
+    cached_tokens: int = Field(description="Prefix hits at its admission.", examples=[512])
+    blocks: int = Field(examples=[28])
+    preemptions: int = Field(examples=[0])
+
+
+class ReplicaDetail(_Answer):
+    """A mirrored replica with its cache and its batch."""
+
+    summary: Replica
+    block_tokens: int = Field(description="Tokens of a block.", examples=[16])
+    blocks: int = Field(description="Without vLLM's null block.", examples=[2999])
+    blocks_in_use: int = Field(description="Held by requests.", examples=[2130])
+    blocks_cached: int = Field(description="Not held; their content can still be found.", examples=[869])
+    blocks_empty: int = Field(examples=[0])
+    evictions: int = Field(description="Blocks that lost their content since it joined.", examples=[14031])
+    max_num_seqs: int = Field(examples=[256])
+    max_num_batched_tokens: int = Field(examples=[8192])
+    requests: tuple[LiveRequest, ...] = Field(description="Running first, then waiting; the first 256.")
+
+
+class Source(_Answer):
+    """Where records come from."""
+
+    name: str = Field(examples=["kafka:requests"])
+    ended: bool = Field(examples=[False])
+    trouble: str = Field(description="What keeps it from reading now; empty: nothing.", examples=[""])
+    rejected: dict[str, int] = Field(
+        description="Pieces of input that made no record, by reason.", examples=[{"not-json": 2}]
+    )
+    lost: dict[str, int] = Field(description="Records that left the log unread, by reason.", examples=[{"expired": 0}])
+    last_record_seconds: EventSeconds
+    lag_records: Figure = Field(description="In the log and not read yet.", examples=[0])
+
+
+class PoolState(_Answer):
+    """The mirror of one pool."""
+
+    pool: PoolName
+    not_ready: Annotated[tuple[str, ...], BeforeValidator(_reasons)] = Field(
+        description="Why there are no figures yet; empty: there are.", examples=[[]]
+    )
+    event_seconds: EventSeconds
+    lag_seconds: Figure = Field(description="By which the mirror trails the newest record.", examples=[0.5])
+    last_record_unix_seconds: Figure = Field(examples=[1767225600.5])
+    buffered_records: int = Field(examples=[4])
+    records: dict[str, int] = Field(description="By what became of them.", examples=[{"accepted": 5321}])
+    dropped: dict[str, int] = Field(description="Requests given up, by reason.", examples=[{"never_finished": 0}])
+    finished_requests: int = Field(examples=[2601])
+    beside: tuple[Beside, ...]
+    replicas: tuple[Replica, ...]
+    sources: tuple[Source, ...]
+    notes: tuple[str, ...] = Field(description="What a reader must know.", examples=[[]])
+
+
+class State(_Answer):
+    """The mirror of every pool asked for."""
+
+    version: str = Field(examples=["0.1.0"])
+    unix_seconds: float = Field(description="When this was answered.", examples=[1767225600.5])
+    pools: tuple[PoolState, ...]
+
+
+class PoolFidelity(_Answer):
+    """How far to trust one pool's figures."""
+
+    pool: PoolName
+    calibrated: bool = Field(description="Whether step times were fitted to the stream or given.", examples=[True])
+    calibrated_on_requests: int = Field(examples=[800])
+    pace_ratio: float = Field(description="How much longer real steps last than the coefficients say.", examples=[1.02])
+    exact_cache_ratio: Figure = Field(description="Requests whose prefix hits were exact.", examples=[0.993])
+    step_time: dict[str, Figure] = Field(description="Coefficients.", examples=[{"fixed": 0.008}])
+    beside: tuple[Beside, ...]
+
+
+class Fidelity(_Answer):
+    """How far to trust the figures of every pool asked for."""
+
+    pools: tuple[PoolFidelity, ...]
+
+
+class Predicted(_Answer):
+    """One KPI over one horizon."""
+
+    kpi: str = Field(examples=["ttft_seconds"])
+    statistic: str = Field(examples=["p99"])
+    quantiles: Quantiles = Field(description="Quantile over the futures: value.", examples=[{"0.5": 0.8}])
+
+
+class Horizon(_Answer):
+    """What is foreseen between now and `seconds` later."""
+
+    seconds: float = Field(examples=[300])
+    predicted: tuple[Predicted, ...]
+    breach: dict[str, float] = Field(description="Probability by SLO.", examples=[{"ttft_p99": 0.25}])
+
+
+class PolicyOutlook(_Answer):
+    """A policy and what is foreseen under it."""
+
+    name: str = Field(examples=["half_max_num_seqs"])
+    flags: tuple[str, ...] = Field(description="Of `vllm serve`.", examples=[["--max-num-seqs 128"]])
+    deployable: bool = Field(description="Whether the flags deploy all of it.", examples=[True])
+    problem: str = Field(description="Why it could not be simulated; empty: it was.", examples=[""])
+    horizons: tuple[Horizon, ...]
+
+
+class Best(_Answer):
+    """The policy recommended."""
+
+    policy: str = Field(examples=["half_max_num_seqs"])
+    flags: tuple[str, ...] = Field(examples=[["--max-num-seqs 128"]])
+    deployable: bool = Field(examples=[True])
+    reason: str = Field(examples=["expected SLO breaches 0.25 (today's: 1.50)"])
+
+
+class LoadAhead(_Answer):
+    """The arrival rate over one horizon, requests per second."""
+
+    horizon_seconds: float = Field(examples=[300])
+    mean: float = Field(examples=[4.2])
+    p10: float = Field(description="Of the rate at the horizon's end.", examples=[3.5])
+    p90: float = Field(description="Of the rate at the horizon's end.", examples=[5.0])
+    by_method: dict[str, float] = Field(description="The mean by method.", examples=[{"persistence": 4.0}])
+
+
+class LoadOutlook(_Answer):
+    """How the load to come is forecast."""
+
+    method: str = Field(description="In use: best over the recent past.", examples=["exponential_smoothing"])
+    errors: dict[str, Figure] = Field(
+        description="Mean absolute scaled error by method; null: not tried yet.", examples=[{"persistence": 1.1}]
+    )
+    dispersion_ratio: float = Field(description="Variance over mean of arrival counts; 1: Poisson.", examples=[1.0])
+    refitted_seconds: Figure = Field(description="Event time of the last fit.", examples=[1767225600.5])
+    ahead: tuple[LoadAhead, ...]
+
+
+class Outlook(_Answer):
+    """One forecast."""
+
+    event_seconds: float = Field(description="Where the future begins.", examples=[1767225600.5])
+    made_unix_seconds: float = Field(examples=[1767225601.0])
+    duration_seconds: Figure = Field(description="That it took.", examples=[2.5])
+    futures: int = Field(examples=[8])
+    rate_per_second: Figure = Field(description="Arrivals assumed.", examples=[4.2])
+    calibrated: bool = Field(description="False: not to be trusted.", examples=[True])
+    policies: tuple[PolicyOutlook, ...] = Field(description="Best first.")
+    best: Best | None
+    load: LoadOutlook | None
+
+
+class SloTold(_Answer):
+    """A service level objective."""
+
+    name: str = Field(examples=["ttft_p99"])
+    kpi: str = Field(examples=["ttft_seconds"])
+    statistic: str = Field(examples=["p99"])
+    threshold: float = Field(examples=[1.0])
+    higher_is_better: bool = Field(description="Breached below the threshold instead of above.", examples=[False])
+
+
+class PoolForecast(_Answer):
+    """What is foreseen for one pool."""
+
+    pool: PoolName
+    currency: str = Field(description="Of costs (ISO 4217); empty: none told.", examples=["EUR"])
+    every_seconds: Figure = Field(description="Between two forecasts.", examples=[30])
+    forecasts: dict[str, int] = Field(description="Made since the start, by result.", examples=[{"succeeded": 12}])
+    slos: tuple[SloTold, ...]
+    outlook: Outlook | None
+
+
+class Forecasts(_Answer):
+    """What is foreseen for every pool asked for."""
+
+    pools: tuple[PoolForecast, ...]
+
+
+class PolicyTold(_Answer):
+    """A policy that is forecast."""
+
+    name: str = Field(examples=["half_max_num_seqs"])
+    overrides: dict[str, bool | int | float | str] = Field(examples=[{"max_num_seqs": "0.5x"}])
+    flags: tuple[str, ...] = Field(description="Of `vllm serve`.", examples=[["--max-num-seqs 128"]])
+    deployable: bool = Field(description="Whether the flags deploy all of it.", examples=[True])
+    problem: str = Field(description="Why it cannot be applied; empty: it can.", examples=[""])
+
+
+class PoolPolicies(_Answer):
+    """The policies that one pool is forecast under."""
+
+    pool: PoolName
+    policies: tuple[PolicyTold, ...]
+    settings: tuple[str, ...] = Field(description="What a policy may override.", examples=[["max_num_seqs"]])
+
+
+class Policies(_Answer):
+    """The policies of every pool asked for."""
+
+    pools: tuple[PoolPolicies, ...]
+
+
+class Series(_Answer):
+    """One KPI over the times of its pool's history."""
+
+    kpi: str = Field(examples=["ttft_seconds"])
+    statistic: str = Field(examples=["p99"])
+    mirrored: tuple[Figure, ...] = Field(examples=[[0.12, 0.13]])
+    observed: tuple[Figure, ...] = Field(examples=[[0.11, 0.14]])
+
+
+class PoolHistory(_Answer):
+    """The last hour of one pool."""
+
+    pool: PoolName
+    unix_seconds: tuple[float, ...] = Field(
+        description="When each point was made.", examples=[[1767225600, 1767225605]]
+    )
+    event_seconds: tuple[float, ...] = Field(description="On the stream's clock.", examples=[[1767225599, 1767225604]])
+    series: tuple[Series, ...]
+
+
+class Histories(_Answer):
+    """The last hour of every pool asked for."""
+
+    pools: tuple[PoolHistory, ...]

@@ -1,0 +1,104 @@
+"""Errors over HTTP: RFC 9457 problem documents that name the field at fault."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+from starlette.routing import Match
+
+log = logging.getLogger(__name__)
+
+MEDIA_TYPE = "application/problem+json"
+
+
+class FieldProblem(BaseModel):
+    """What is wrong with one field of the request."""
+
+    field: str = Field(description="Path of the field, its parts joined by dots.", examples=["horizon_seconds"])
+    detail: str = Field(description="What is wrong and what would be right.", examples=["at most 3600"])
+
+
+class Problem(BaseModel):
+    """Why a request was not answered (RFC 9457)."""
+
+    type: str = Field(default="about:blank", description="`about:blank`: the status says it all.")
+    title: str = Field(description="The status in words.", examples=["Unprocessable Content"])
+    status: int = Field(description="The HTTP status.", examples=[422])
+    detail: str = Field(description="What happened and what to do.", examples=["horizon_seconds: at most 3600"])
+    errors: tuple[FieldProblem, ...] = Field(default=(), description="One entry for each field at fault.")
+
+
+class ProblemError(Exception):
+    """Answers the request with a problem document. `field`: the one at fault, where there is one."""
+
+    def __init__(
+        self, status: HTTPStatus, detail: str, *, field: str = "", headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(detail)
+        self.status, self.detail = status, detail
+        self.errors = (FieldProblem(field=field, detail=detail),) if field else ()
+        self.headers = headers
+
+
+def answer(
+    status: int, detail: str, errors: Sequence[FieldProblem] = (), headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    """The response of a problem."""
+    problem = Problem(title=HTTPStatus(status).phrase, status=status, detail=detail, errors=tuple(errors))
+    return JSONResponse(problem.model_dump(), status, headers, media_type=MEDIA_TYPE)
+
+
+def install(app: FastAPI) -> None:
+    """Let every error of the app be told as a problem."""
+
+    @app.exception_handler(ProblemError)
+    def _told(_: Request, error: ProblemError) -> JSONResponse:
+        return answer(error.status, error.detail, error.errors, error.headers)
+
+    @app.exception_handler(HTTPException)
+    def _by_status(request: Request, error: HTTPException) -> JSONResponse:
+        if error.status_code == 404:
+            return answer(404, "nothing is here; /openapi.json lists what there is")
+        if error.status_code == 405:
+            allowed = ", ".join(_allowed(app, request))
+            return answer(405, f"not for this path; allowed: {allowed}", headers={"Allow": allowed})
+        return answer(error.status_code, str(error.detail), headers=error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        found = error.errors()
+        # A list whose entries are all wrong passes for an empty one.
+        beneath = {entry["loc"][:depth] for entry in found for depth in range(1, len(entry["loc"]))}
+        errors = [_field_problem(entry) for entry in found if entry["loc"] not in beneath]
+        return answer(422, "; ".join(f"{entry.field}: {entry.detail}" for entry in errors), errors)
+
+    @app.exception_handler(Exception)
+    def _unforeseen(_: Request, error: Exception) -> JSONResponse:
+        return answer(500, "an error inside the twin; its log says more")  # which uvicorn writes
+
+
+def _allowed(app: FastAPI, request: Request) -> list[str]:
+    """The methods of a path. The router only knows those of the first route it has there."""
+    return [
+        method
+        for method in ("GET", "HEAD", "POST", "PUT")
+        for scope in [{**request.scope, "method": "GET" if method == "HEAD" else method}]
+        if any(route.matches(scope)[0] is Match.FULL for route in app.router.routes)
+    ]
+
+
+def _field_problem(found: Mapping[str, object]) -> FieldProblem:
+    """One of pydantic's findings. The first part of its place is where in the request: path, query or body."""
+    place = found["loc"]
+    assert isinstance(place, tuple)
+    message = str(found["msg"]).removeprefix("Value error, ").replace("Input should", "it should")
+    if found["type"] == "json_invalid":  # its place is an offset
+        return FieldProblem(field="body", detail=f"not JSON ({place[-1]} characters are)")
+    return FieldProblem(field=".".join(map(str, place[1:])) or str(place[0]), detail=message)

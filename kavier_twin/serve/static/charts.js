@@ -1,0 +1,178 @@
+/* Small charts on one time axis: mirror and reality up to now, the forecast's fan from there on, objectives across. */
+
+import { clock, figure, known } from "./words.js";
+
+export const CHARTED = [
+  ["ttft_seconds", "p99", "Time to first token, p99"],
+  ["e2e_seconds", "p95", "End-to-end latency, p95"],
+  ["queue_seconds", "p95", "Queue time, p95"],
+  ["requests_waiting", "", "Requests waiting"],
+  ["prefix_cache_hit_ratio", "", "Prefix-cache hit ratio"],
+  ["kv_cache_usage_ratio", "", "KV cache usage"],
+];
+const HOUR = 3600;
+const charts = new Map();
+
+function color(name) {
+  return getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+}
+
+/* What a chart shows: columns of uPlot, and what its marks need. */
+function dataOf(view, kpi, statistic) {
+  const series = view.history.series.find((one) => one.kpi === kpi && one.statistic === statistic);
+  const times = view.history.event_seconds;
+  const from = times.length ? times[times.length - 1] - HOUR : 0;
+  const x = [], observed = [], mirrored = [], low = [], middle = [], high = [];
+  const at = (time, real, twin, fan) => {
+    x.push(time); observed.push(real); mirrored.push(twin);
+    low.push(fan ? fan[0] : null); middle.push(fan ? fan[1] : null); high.push(fan ? fan[2] : null);
+  };
+  const fan = fanOf(view, kpi, statistic);
+  const start = view.outlook ? view.outlook.event_seconds : Infinity;
+  let begun = !fan.length;
+  times.forEach((time, i) => {
+    if (time < from) return;
+    const twin = series ? series.mirrored[i] : null;
+    const begins = !begun && time >= start && known(twin);
+    begun = begun || begins;
+    at(time, series ? series.observed[i] : null, twin, begins ? [twin, twin, twin] : null);
+  });
+  for (const [time, quantiles] of fan) if (!x.length || time > x[x.length - 1]) at(time, null, null, quantiles);
+  return [x, observed, mirrored, high, low, middle];
+}
+
+function fanOf(view, kpi, statistic) {
+  const today = view.outlook && view.outlook.policies.find((policy) => policy.name === view.today);
+  if (!today) return [];
+  return today.horizons.flatMap((horizon) => {
+    const found = horizon.predicted.find((one) => one.kpi === kpi && one.statistic === statistic);
+    if (!found || !known(found.quantiles["0.5"])) return [];
+    const keys = Object.keys(found.quantiles).sort((a, b) => a - b);
+    const values = [keys[0], "0.5", keys[keys.length - 1]].map((key) => found.quantiles[key]);
+    return [[view.outlook.event_seconds + horizon.seconds, values]];
+  });
+}
+
+function make(kpi, title, node) {
+  const box = document.createElement("div");
+  box.className = "chart";
+  const head = document.createElement("h3"), figures = document.createElement("p"), plot = document.createElement("div");
+  head.textContent = title;
+  figures.className = "figures";
+  plot.className = "plot";
+  plot.setAttribute("role", "img");
+  box.append(head, figures, plot);
+  node.append(box);
+  const chart = { box, figures, plot, view: null, slos: [], data: null, uplot: null };
+  chart.draw = () => { chart.uplot?.destroy(); chart.uplot = build(chart, kpi); };
+  new ResizeObserver(() => {
+    if (chart.uplot && plot.clientWidth !== chart.uplot.width) chart.uplot.setSize({ width: plot.clientWidth, height: 150 });
+  }).observe(plot);
+  return chart;
+}
+
+function build(chart, kpi) {
+  const soft = color("soft"), line = color("line"), fan = color("fan");
+  const axis = { stroke: soft, grid: { stroke: line, width: 1 }, ticks: { stroke: line, width: 1, size: 4 }, font: "11px system-ui" };
+  const top = (data) => {
+    let most = 0;
+    for (const column of data.slice(1)) for (const value of column) if (known(value) && value > most) most = value;
+    // An objective far above would flatten what there is; its line is then named at the edge.
+    for (const slo of chart.slos) if (slo.threshold > most && slo.threshold <= 2.5 * most) most = slo.threshold;
+    return kpi.endsWith("_ratio") ? Math.min(1.0, Math.max(1.15 * most, 0.05)) : 1.15 * most || 1;
+  };
+  const options = {
+    width: chart.plot.clientWidth || 320,
+    height: 150,
+    cursor: { y: false, drag: { x: false, y: false } },
+    legend: { show: false },
+    scales: { x: { time: false }, y: { range: (self) => [0, top(self.data)] } },
+    axes: [
+      { ...axis, size: 26, space: 70, values: (_, ticks) => ticks.map(clock) },
+      { ...axis, size: 52, space: 28, values: (_, ticks) => ticks.map((tick) => (tick === 0 ? "0" : figure(tick, kpi))) },
+    ],
+    series: [
+      {},
+      { stroke: color("real"), width: 2.5, dash: [2, 4], cap: "round", points: { show: false } },
+      { stroke: color("mirror"), width: 2, points: { show: false } },
+      { stroke: fan, width: 0.5, spanGaps: true, points: { show: false } },
+      { stroke: fan, width: 0.5, spanGaps: true, points: { show: false } },
+      { stroke: fan, width: 2, dash: [6, 4], spanGaps: true, points: { show: false } },
+    ],
+    bands: [{ series: [3, 4], fill: `${fan}38` }],
+    hooks: { draw: [(self) => mark(self, chart, kpi)] },
+  };
+  return new uPlot(options, chart.data, chart.plot);
+}
+
+/* The line of now and those of the objectives. */
+function mark(self, chart, kpi) {
+  const { ctx, bbox } = self, ratio = devicePixelRatio;
+  ctx.save();
+  ctx.font = `${11 * ratio}px system-ui`;
+  ctx.lineWidth = ratio;
+  ctx.strokeStyle = ctx.fillStyle = color("soft");
+  if (known(chart.now)) {
+    const x = Math.round(self.valToPos(chart.now, "x", true));
+    ctx.beginPath();
+    ctx.moveTo(x, bbox.top);
+    ctx.lineTo(x, bbox.top + bbox.height);
+    ctx.stroke();
+    const right = x > bbox.left + 0.85 * bbox.width;
+    ctx.textAlign = right ? "right" : "left";
+    ctx.fillText("now", x + (right ? -4 : 4) * ratio, bbox.top + bbox.height - 5 * ratio);
+  }
+  ctx.strokeStyle = ctx.fillStyle = color("slo");
+  ctx.textAlign = "left";
+  ctx.setLineDash([6 * ratio, 4 * ratio]);
+  ctx.lineWidth = 1.5 * ratio;
+  for (const slo of chart.slos) {
+    const inside = slo.threshold <= self.scales.y.max;
+    const y = inside ? self.valToPos(slo.threshold, "y", true) : bbox.top;
+    if (inside) {
+      ctx.beginPath();
+      ctx.moveTo(bbox.left, y);
+      ctx.lineTo(bbox.left + bbox.width, y);
+      ctx.stroke();
+    }
+    const says = `${slo.name} ${slo.higher_is_better ? "≥" : "≤"} ${figure(slo.threshold, kpi)}${inside ? "" : " ↑"}`;
+    const below = y < bbox.top + 14 * ratio;
+    ctx.fillText(says, bbox.left + 4 * ratio, y + (below ? 12 : -4) * ratio);
+  }
+  ctx.restore();
+}
+
+/* `view`: history, outlook (or null), today (name of today's policy), slos, now (event seconds), latest (KPI -> beside). */
+export function drawCharts(node, view) {
+  for (const [kpi, statistic, title] of CHARTED) {
+    if (!charts.has(kpi)) charts.set(kpi, make(kpi, title, node));
+    const chart = charts.get(kpi), last = view.latest(kpi, statistic);
+    chart.slos = view.slos.filter((slo) => slo.kpi === kpi && slo.statistic === statistic);
+    chart.now = view.now;
+    chart.data = dataOf(view, kpi, statistic);
+    const mirror = figure(last?.mirrored, kpi), real = figure(last?.observed, kpi);
+    const parts = [["mirror ", mirror, "mirror"], [" · reality ", real, "real"]];
+    chart.figures.replaceChildren(...parts.flatMap(([word, value, cls]) => {
+      const shown = document.createElement("span");
+      shown.className = cls;
+      shown.textContent = value;
+      return [word, shown];
+    }));
+    chart.box.dataset.kpi = kpi;
+    const danger = view.outlook?.policies.find((policy) => policy.name === view.today)?.horizons
+      .some((horizon) => chart.slos.some((slo) => horizon.breach[slo.name] >= 0.5));
+    chart.box.classList.toggle("alert", Boolean(danger));
+    chart.plot.setAttribute("aria-label", `${title}: mirror ${mirror}, reality ${real}` + ahead(view, kpi, statistic));
+    if (chart.uplot) chart.uplot.setData(chart.data);
+    else chart.draw();
+  }
+}
+
+function ahead(view, kpi, statistic) {
+  const fan = fanOf(view, kpi, statistic);
+  if (!fan.length) return "";
+  const [low, middle, high] = fan[fan.length - 1][1].map((value) => figure(value, kpi));
+  return `; ahead ${middle}, between ${low} and ${high}`;
+}
+
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => charts.forEach((chart) => chart.draw()));

@@ -1,0 +1,393 @@
+/* The page: asks the API every two seconds and shows what it says. Names from outside are text, never markup. */
+
+import { drawCharts } from "./charts.js";
+import { element, interval, keepFocus, table } from "./elements.js";
+import { settingsKnown, startWhatIf } from "./whatif.js";
+import { clock, errorOf, figure, known, kpiName, percent, span } from "./words.js";
+
+const $ = (id) => document.getElementById(id);
+const EVERY_MS = 2000;
+const LATE_CYCLES = 3; // a forecast older than so many cycles is late
+const COLUMNS = [
+  ["TTFT p99", "ttft_seconds", "p99", 1], ["e2e p95", "e2e_seconds", "p95", 1], ["hit ratio", "prefix_cache_hit_ratio", "", 1],
+  ["waiting", "requests_waiting", "", 1], ["W", "power_watts", "", 1],
+  ["Wh / Mtoken", "energy_joules_per_million_tokens", "", 1 / 3600], ["gCO₂ / Mtoken", "carbon_grams_per_million_tokens", "", 1],
+  [" / Mtoken", "cost_per_million_tokens", "", 1],
+];
+const page = { pool: null, token: "", horizon: null, sort: null, replica: null, history: null, answeredAt: null };
+
+// --- asking ---------------------------------------------------------------------------------------------------------
+
+async function ask(path) {
+  const headers = page.token ? { Authorization: `Bearer ${page.token}` } : {};
+  const answer = await fetch(path, { headers, cache: "no-store" });
+  if (answer.status === 401 || answer.status === 403) {
+    $("token-form").hidden = false;
+    throw new Error("reading needs a token");
+  }
+  if (!answer.ok) throw new Error((await answer.json()).detail);
+  return answer.json();
+}
+
+async function askPool(what, parameters = {}) {
+  const query = new URLSearchParams({ pool: page.pool, ...parameters });
+  return (await ask(`v1/${what}?${query}`)).pools[0];
+}
+
+async function refresh() {
+  try {
+    const state = await ask("v1/state");
+    choosePool(state.pools.map((pool) => pool.pool));
+    const since = page.history?.unix_seconds.at(-1) ?? 0;
+    const [fidelity, forecast, policies, history] = await Promise.all([
+      askPool("fidelity"), askPool("forecast"), askPool("policies"), askPool("history", { since }),
+    ]);
+    extendHistory(history);
+    page.answeredAt = Date.now();
+    $("token-form").hidden = true;
+    draw(state, fidelity, forecast, policies);
+    if (page.replica !== null) await drawReplica();
+    connected(null);
+  } catch (problem) {
+    connected(problem);
+  }
+  setTimeout(refresh, EVERY_MS);
+}
+
+function choosePool(names) {
+  if (!names.includes(page.pool)) page.pool = names.includes(location.hash.slice(1)) ? location.hash.slice(1) : names[0];
+  const shown = [...$("pool").options].map((option) => option.value);
+  if (shown.join("\n") !== names.join("\n")) {
+    $("pool").replaceChildren(...names.map((name) => new Option(name, name, false, name === page.pool)));
+  }
+  $("pool").disabled = names.length < 2;
+}
+
+$("pool").onchange = () => {
+  Object.assign(page, { pool: $("pool").value, history: null, replica: null, horizon: null });
+  location.hash = page.pool;
+  $("replica").replaceChildren();
+  $("whatif-answer").replaceChildren();
+};
+
+$("token-form").onsubmit = (event) => {
+  event.preventDefault();
+  page.token = $("token").value;
+};
+
+function extendHistory(more) {
+  if (!page.history || page.history.pool !== more.pool) { page.history = more; return; }
+  const all = page.history, from = Math.max(0, all.unix_seconds.length + more.unix_seconds.length - 4000);
+  const join = (a, b) => [...a, ...b].slice(from);
+  for (const name of ["unix_seconds", "event_seconds"]) all[name] = join(all[name], more[name]);
+  all.series.forEach((series, i) => {
+    for (const side of ["mirrored", "observed"]) series[side] = join(series[side], more.series[i][side]);
+  });
+}
+
+function connected(problem) {
+  document.body.classList.toggle("old", problem !== null);
+  $("connection").hidden = problem === null;
+  if (problem === null) return;
+  const since = page.answeredAt ? ` These figures are ${span(Math.round((Date.now() - page.answeredAt) / 1000))} old.` : "";
+  const why = problem instanceof TypeError ? "it cannot be reached" : problem.message;
+  $("connection").textContent = `✕ The twin does not answer: ${why}.${since}`;
+}
+
+// --- showing --------------------------------------------------------------------------------------------------------
+
+function draw(state, fidelity, forecast, policies) {
+  const pool = state.pools.find((one) => one.pool === page.pool);
+  if (!pool) return;
+  const today = policies.policies.find((policy) => !Object.keys(policy.overrides).length)?.name;
+  const age = forecast.outlook ? state.unix_seconds - forecast.outlook.made_unix_seconds : null;
+  const late = known(age) && known(forecast.every_seconds)
+    && age > LATE_CYCLES * forecast.every_seconds + (forecast.outlook.duration_seconds ?? 0);
+  $("version").textContent = `version ${state.version}`;
+  $("clock").textContent = `stream at ${clock(pool.event_seconds)} · updated ${new Date().toLocaleTimeString()}`;
+  drawTrust(pool, fidelity, forecast, late, age);
+  drawCharts($("charts"), {
+    history: page.history, outlook: forecast.outlook, today, slos: forecast.slos, now: pool.event_seconds,
+    latest: (kpi, statistic) => pool.beside.find((one) => one.kpi === kpi && one.statistic === statistic),
+  });
+  const some = forecast.outlook?.policies.find((one) => one.horizons.length)?.horizons[0].predicted[0];
+  if (some) $("fan-words").textContent = `median and ${rangeWords(some.quantiles)} of the futures, today’s policy`;
+  keepFocus(() => {
+    drawBeside(pool);
+    drawOdds(forecast, today);
+    drawForecast(forecast, late, age);
+    drawReplicas(pool);
+  });
+  drawStream(pool, fidelity, forecast);
+  settingsKnown(policies.settings);
+}
+
+function rangeWords(quantiles) {
+  const keys = Object.keys(quantiles).map(Number).sort((a, b) => a - b);
+  return `${100 * keys[0]} to ${100 * keys.at(-1)} % range`;
+}
+
+function drawTrust(pool, fidelity, forecast, late, age) {
+  const why = [...(fidelity.reasons ?? [])], notYet = [...pool.not_ready];
+  for (const source of pool.sources) if (source.trouble) why.push(`${source.name} cannot be read: ${source.trouble}`);
+  if (!fidelity.calibrated) notYet.push("step times are not fitted to this fleet yet");
+  if (late) why.push(`the last forecast is ${span(Math.round(age))} old; one is due every ${span(forecast.every_seconds)}`);
+  const level = notYet.length ? "warn" : why.length ? "bad" : "good";
+  const [mark, word] = { good: ["✓", "Trusted"], warn: ["…", "Not to be trusted yet"], bad: ["✕", "Not to be trusted"] }[level];
+  const good = [`Step times fitted on ${fidelity.calibrated_on_requests} requests; real steps last ` +
+    `${fidelity.pace_ratio.toFixed(2)} times what they say now.`];
+  const ttft = pool.beside.find((one) => one.kpi === "ttft_seconds" && one.statistic === "mean");
+  const hits = pool.beside.find((one) => one.kpi === "prefix_cache_hit_ratio");
+  const errors = [ttft && `mean TTFT ${errorOf(ttft.error, ttft.kpi)}`, hits && `hit ratio ${errorOf(hits.error, hits.kpi)}`];
+  if (ttft || hits) good.push(`Mirror against reality now: ${errors.filter(Boolean).join(", ")}.`);
+  if (known(fidelity.exact_cache_ratio)) {
+    good.push(`Prefix hits exact to the token for ${(100 * fidelity.exact_cache_ratio).toFixed(1)} % of requests.`);
+  }
+  if ($("trust").dataset.level !== level) {
+    $("trust").dataset.level = level;
+    $("trust").className = `card trust ${level}`;
+    $("trust-mark").textContent = mark;
+    $("trust-word").textContent = word;
+  }
+  const lines = [...notYet, ...why, ...(fidelity.calibrated ? good : [])];
+  if ($("trust-why").textContent !== lines.join("")) $("trust-why").replaceChildren(...lines.map((line) => element("li", line)));
+}
+
+function drawBeside(pool) {
+  const rows = pool.beside.map((one) => [
+    kpiName(one.kpi, one.statistic), figure(one.mirrored, one.kpi), figure(one.observed, one.kpi), errorOf(one.error, one.kpi),
+    one.requests ? `${one.requests} requests` : "now",
+  ]);
+  table($("beside"), ["KPI", "mirror", "reality", "error", "over"], rows, "Mirror beside reality");
+}
+
+function drawOdds(forecast, today) {
+  const policies = forecast.outlook?.policies ?? [];
+  const now = policies.find((policy) => policy.name === today && policy.horizons.length);
+  if (!now) { $("odds").replaceChildren(element("p", "No forecast yet.", "soft")); return; }
+  const cell = (share) => {
+    const node = element("td", percent(share));
+    const bar = element("span", "", "bar"), fill = element("span");
+    fill.style.width = `${100 * (share ?? 0)}%`;
+    bar.append(fill);
+    node.append(bar);
+    return node;
+  };
+  const rows = Object.keys(now.horizons[0].breach).map((slo) => {
+    const told = forecast.slos.find((one) => one.name === slo);
+    const name = element("th", slo);
+    if (told) name.append(element("span", `${kpiName(told.kpi, told.statistic)} ${told.higher_is_better ? "≥" : "≤"} ` +
+      figure(told.threshold, told.kpi), "soft range"));
+    return [name, ...now.horizons.map((horizon) => cell(horizon.breach[slo]))];
+  });
+  table($("odds"), ["objective", ...now.horizons.map((horizon) => `within ${span(horizon.seconds)}`)], rows, "Odds of breach", "odds");
+}
+
+// --- policies -------------------------------------------------------------------------------------------------------
+
+function predictedOf(horizon, kpi, statistic) {
+  return horizon?.predicted.find((one) => one.kpi === kpi && one.statistic === statistic)?.quantiles;
+}
+
+function drawForecast(forecast, late, age) {
+  const outlook = forecast.outlook;
+  if (!outlook) {
+    $("ahead-words").textContent = "No forecast yet.";
+    for (const id of ["best", "horizons", "policies"]) $(id).replaceChildren();
+    return;
+  }
+  const horizons = [...new Set(outlook.policies.flatMap((policy) => policy.horizons.map((one) => one.seconds)))].sort((a, b) => a - b);
+  if (!horizons.includes(page.horizon)) page.horizon = horizons.at(-1);
+  $("ahead-words").textContent = `${late ? "LATE: made" : "Made"} ${span(Math.max(0, Math.round(age)))} ago, from the fleet as it ` +
+    `stood at ${clock(outlook.event_seconds)}: ${outlook.futures} futures at ${figure(outlook.rate_per_second, "")} requests/s, the ` +
+    "same for every policy." + (outlook.calibrated ? "" : " Made before calibration: not to be trusted.");
+  $("ahead-words").classList.toggle("bad-text", late);
+  drawBest(outlook);
+  $("horizons").replaceChildren(...horizons.map((seconds) => {
+    const button = element("button", `next ${span(seconds)}`);
+    button.type = "button";
+    button.dataset.key = `horizon ${seconds}`;
+    button.setAttribute("aria-pressed", String(seconds === page.horizon));
+    button.onclick = () => { page.horizon = seconds; keepFocus(() => drawForecast(forecast, late, age)); };
+    return button;
+  }));
+  drawPolicies(forecast, outlook, () => keepFocus(() => drawForecast(forecast, late, age)));
+}
+
+function drawBest(outlook) {
+  const best = outlook.best;
+  if (!best) { $("best").replaceChildren(element("p", "No verdict: today’s policy could not be simulated.")); return; }
+  const words = element("p");
+  words.append(element("span", "recommended", "tag"), " ", element("b", best.policy), ` · ${best.reason}`);
+  if (!best.deployable) words.append(" · ", element("span", "hypothetical: no flag deploys all of it", "tag warn"));
+  $("best").replaceChildren(words);
+  if (best.flags.length) $("best").append(flags(best.flags, "vllm serve … ", "best"));
+}
+
+/* Flags with a button that copies them. */
+function flags(list, before, key) {
+  const node = element("div", "", "flags"), text = list.join(" ");
+  const button = element("button", "Copy");
+  button.type = "button";
+  button.dataset.key = `copy ${key}`;
+  button.setAttribute("aria-label", `Copy ${text}`);
+  button.onclick = async () => {
+    try {
+      await navigator.clipboard.writeText(text);
+      button.textContent = "Copied";
+    } catch {
+      getSelection().selectAllChildren(node.firstChild); // no right to the clipboard: marked, to be copied by hand
+      button.textContent = "Marked";
+    }
+  };
+  node.append(element("code", before + text), button);
+  return node;
+}
+
+function drawPolicies(forecast, outlook, again) {
+  const at = (policy) => policy.horizons.find((one) => one.seconds === page.horizon);
+  const slos = [...new Set(outlook.policies.flatMap((policy) => Object.keys(at(policy)?.breach ?? {})))];
+  const columns = COLUMNS.filter(([, kpi, statistic]) =>
+    outlook.policies.some((policy) => known(predictedOf(at(policy), kpi, statistic)?.["0.5"])));
+  const sorters = [
+    (policy) => policy.name,
+    ...slos.map((slo) => (policy) => at(policy)?.breach[slo]),
+    ...columns.map(([, kpi, statistic]) => (policy) => predictedOf(at(policy), kpi, statistic)?.["0.5"]),
+  ];
+  const titles = ["policy", ...slos.map((slo) => `breach ${slo}`),
+    ...columns.map(([title, kpi]) => (kpi.startsWith("cost") ? forecast.currency + title : title))];
+  const head = titles.map((title, i) => {
+    const cell = element("th"), button = element("button", title);
+    const way = page.sort && page.sort[0] === i ? page.sort[1] : 0;
+    button.type = "button";
+    button.dataset.key = `sort ${i}`;
+    if (way) button.append(way > 0 ? " ▲" : " ▼");
+    cell.setAttribute("aria-sort", way ? (way > 0 ? "ascending" : "descending") : "none");
+    button.onclick = () => { page.sort = way < 0 ? null : [i, way > 0 ? -1 : 1]; again(); };
+    cell.append(button);
+    return cell;
+  });
+  head.push(element("th", "vllm serve flags", "left"));
+  const rows = sorted(outlook.policies, sorters).map((policy) => {
+    const row = [element("th", policy.name)], horizon = at(policy), isBest = outlook.best?.policy === policy.name;
+    if (isBest) row[0].append(" ", element("span", "recommended", "tag"));
+    row.className = isBest ? "best" : "";
+    if (!horizon) {
+      const why = element("td", policy.problem || "not simulated", "left soft");
+      why.colSpan = head.length - 1;
+      return Object.assign([row[0], why], { className: "" });
+    }
+    for (const slo of slos) row.push(element("td", percent(horizon.breach[slo]), horizon.breach[slo] >= 0.5 ? "bad-text" : ""));
+    for (const [, kpi, statistic, factor] of columns) row.push(interval(predictedOf(horizon, kpi, statistic), kpi, factor));
+    const how = element("td", "", "left");
+    how.append(policy.flags.length ? flags(policy.flags, "", policy.name)
+      : element("span", policy.deployable ? "as it is" : "hypothetical", "soft"));
+    row.push(how);
+    return row;
+  });
+  table($("policies"), head, rows, "Policies");
+}
+
+/* The recommended policy first and the order of the twin, unless a column was chosen. */
+function sorted(policies, sorters) {
+  if (!page.sort) return policies;
+  const [column, way] = page.sort, key = sorters[column];
+  const order = (a, b) => (typeof a === "string" ? a.localeCompare(b) : a - b);
+  return [...policies].sort((a, b) => {
+    const [x, y] = [key(a), key(b)], [has, hasToo] = [x ?? null, y ?? null].map((value) => value !== null);
+    return has && hasToo ? way * order(x, y) : Number(hasToo) - Number(has); // what is not known is last either way
+  });
+}
+
+// --- replicas -------------------------------------------------------------------------------------------------------
+
+function drawReplicas(pool) {
+  const rows = pool.replicas.map((one) => {
+    const button = element("button", page.replica === one.replica ? "Hide" : "Cache and batch");
+    button.type = "button";
+    button.dataset.key = `replica ${one.replica}`;
+    button.setAttribute("aria-expanded", String(page.replica === one.replica));
+    button.setAttribute("aria-controls", "replica");
+    button.onclick = () => {
+      page.replica = page.replica === one.replica ? null : one.replica;
+      keepFocus(() => drawReplicas(pool));
+      drawReplica();
+    };
+    const usage = element("td"), meter = element("span", "", "meter"), fill = element("i");
+    fill.style.width = `${100 * (one.kv_cache_usage_ratio ?? 0)}%`;
+    meter.append(fill);
+    usage.append(meter, figure(one.kv_cache_usage_ratio, "_ratio"));
+    const more = element("td");
+    more.append(button);
+    return [element("th", one.pod || `replica ${one.replica}`), one.state, usage, one.requests_running, one.requests_waiting,
+      figure(one.prefix_cache_hit_ratio, "_ratio"), one.requests_finished, one.preemptions, more];
+  });
+  const head = ["replica", "state", "KV cache usage", "running", "waiting", "hit ratio", "finished", "preemptions", ""];
+  table($("replicas"), head, rows, "Replicas");
+}
+
+async function drawReplica() {
+  const number = page.replica;
+  if (number === null) { $("replica").replaceChildren(); return; }
+  let detail;
+  try {
+    detail = await ask(`v1/state/${encodeURIComponent(page.pool)}/replicas/${number}`);
+  } catch (problem) {
+    $("replica").replaceChildren(element("p", problem.message, "bad-text"));
+    return;
+  }
+  if (page.replica !== number) return;
+  const share = (blocks) => `${(100 * blocks / Math.max(1, detail.blocks)).toFixed(1)}%`;
+  const cache = element("div", "", "cache"), use = element("i", "", "use"), kept = element("i", "", "kept");
+  use.style.width = share(detail.blocks_in_use);
+  kept.style.width = share(detail.blocks_cached);
+  cache.append(use, kept);
+  cache.setAttribute("role", "img");
+  const words = `${detail.blocks_in_use} of ${detail.blocks} blocks in use, ${detail.blocks_cached} cached for reuse (hatched), ` +
+    `${detail.blocks_empty} empty; ${detail.block_tokens} tokens a block; ${detail.evictions} evicted so far`;
+  cache.setAttribute("aria-label", words);
+  const batch = element("div", "", "batch");
+  const most = Math.max(1, ...detail.requests.map((one) => one.prompt_tokens + one.output_tokens));
+  for (const one of detail.requests) {
+    const tokens = element("div", "", "tokens");
+    const parts = [["hit", one.cached_tokens], ["prompt", one.prompt_tokens - one.cached_tokens], ["output", one.output_tokens]];
+    for (const [cls, count] of parts) {
+      const part = element("i", "", cls);
+      part.style.width = `${100 * count / most}%`;
+      if (count) tokens.append(part);
+    }
+    batch.append(element("span", one.state), tokens,
+      element("span", `${one.cached_tokens} hit of ${one.prompt_tokens} + ${one.output_tokens} tokens, ${span(one.age_seconds.toFixed(1))}`));
+  }
+  const title = element("h3", `Replica ${number}: ${detail.summary.requests_running} of at most ${detail.max_num_seqs} running, ` +
+    `${detail.summary.requests_waiting} waiting`);
+  const legend = element("p", "Prompt (hatched: found in the cache), then output so far.", "soft");
+  const scrolled = $("replica").querySelector(".batch")?.scrollTop ?? 0;
+  $("replica").replaceChildren(title, cache, element("p", words, "soft"), ...(detail.requests.length ? [batch, legend] : []));
+  batch.scrollTop = scrolled;
+}
+
+// --- the stream -----------------------------------------------------------------------------------------------------
+
+function drawStream(pool, fidelity, forecast) {
+  $("notes").replaceChildren(...pool.notes.map((note) => element("p", note, "soft")));
+  const facts = [
+    ...Object.entries(pool.records).map(([result, count]) => [`records ${result}`, count]),
+    ["requests followed to their end", pool.finished_requests],
+    ...Object.entries(pool.dropped).map(([reason, count]) => [reason.replaceAll("_", " "), count]),
+    ["mirror behind the newest record", known(pool.lag_seconds) ? `${pool.lag_seconds.toFixed(1)} s` : "–"],
+    ["records buffered", pool.buffered_records],
+    ...Object.entries(forecast.forecasts).map(([result, count]) => [`forecasts ${result}`, count]),
+    ["last forecast took", known(forecast.outlook?.duration_seconds) ? `${forecast.outlook.duration_seconds.toFixed(2)} s` : "–"],
+    ["pace", fidelity.pace_ratio.toFixed(2)],
+    ...pool.sources.map((source) => [source.name, source.ended ? "ended" : source.trouble || "open"]),
+  ];
+  $("facts").replaceChildren(...facts.map(([name, value]) => {
+    const row = element("div");
+    row.append(element("dt", name), element("dd", String(value)));
+    return row;
+  }));
+}
+
+startWhatIf(page);
+refresh();

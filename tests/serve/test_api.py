@@ -1,0 +1,128 @@
+"""The API against its own description."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import schemathesis
+from hypothesis import HealthCheck, settings
+from schemathesis.generation import GenerationMode
+
+from kavier_twin.serve.access import Access
+from kavier_twin.serve.app import Twin, make_app
+from kavier_twin.serve.envelope import Limits
+from kavier_twin.serve.history import CAPACITY, CHARTED, History
+from serve.twins import TOKEN, FakePool, Served
+from serve.views import empty_view, full_view
+
+APP = make_app(
+    Twin(lambda: {"chat": full_view(), "code": empty_view("code")}, {"chat": FakePool(), "code": FakePool()}),
+    Access(token=lambda: TOKEN),
+    Limits(),
+)
+SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", APP)
+SCHEMA.config.generation.update(modes=[GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
+
+
+@SCHEMA.parametrize()
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+def test_answers_are_as_described(case: schemathesis.Case) -> None:
+    """Whatever is asked, right or wrong: the status, the media type and the content are among those described."""
+    # Which settings there are, and that one policy is today's, is more than a schema of fields can say.
+    excluded = [] if case.method == "GET" else [schemathesis.checks.positive_data_acceptance]
+    case.call_and_validate(headers={"Authorization": f"Bearer {TOKEN}"}, excluded_checks=excluded)
+
+
+def test_the_description_has_examples_for_what_is_sent_and_answered() -> None:
+    served = Served()
+    try:
+        described = json.loads(served.ask("GET", "/openapi.json")[2])
+    finally:
+        served.server.close()
+    assert described["paths"]["/v1/policies"]["put"]["security"] == [{"token": []}]
+    assert "security" not in described["paths"]["/v1/policies"]["get"]
+    for name, schema in described["components"]["schemas"].items():
+        for field, told in schema["properties"].items():
+            composed = "$ref" in json.dumps(told)  # what it is made of has examples of its own
+            assert composed or "examples" in told or "examples" in schema or "default" in told, f"{name}.{field}"
+
+
+def test_state_tells_what_is_not_known_as_null() -> None:
+    served = Served()
+    try:
+        found = json.loads(served.ask("GET", "/v1/state")[2])["pools"][0]
+    finally:
+        served.server.close()
+    assert found["beside"][0] == {
+        "kpi": "ttft_seconds",
+        "statistic": "mean",
+        "mirrored": 0.11,
+        "observed": 0.1,
+        "error": 0.1,
+        "requests": 500,
+    }
+    assert found["beside"][3]["error"] is None
+    assert [(replica["state"], replica["prefix_cache_hit_ratio"]) for replica in found["replicas"]] == [
+        ("serving", 0.8),
+        ("draining", None),
+    ]
+
+
+def test_forecast_tells_quantiles_and_objectives() -> None:
+    served = Served()
+    try:
+        found = json.loads(served.ask("GET", "/v1/forecast?pool=chat")[2])["pools"][0]
+    finally:
+        served.server.close()
+    predicted = found["outlook"]["policies"][0]["horizons"][0]["predicted"][0]
+    assert predicted["quantiles"] == {"0.1": 0.5, "0.5": 0.75, "0.9": 1.0}
+    assert found["slos"][0] == {
+        "name": "fast",
+        "kpi": "ttft_seconds",
+        "statistic": "p99",
+        "threshold": 1.0,
+        "higher_is_better": False,
+    }
+
+
+# --- the history --------------------------------------------------------------------------------------------------
+
+
+def test_history_keeps_the_last_hour_in_bounded_memory() -> None:
+    history = History()
+    view = full_view()
+    seconds = 0.0
+    while seconds <= 3 * 3600.0:
+        history.add([replace(view, unix_seconds=1e9 + seconds, event_seconds=seconds)])
+        seconds += 0.5
+        points = history.since("chat")
+        assert len(points) <= CAPACITY
+        if seconds == 60.0:
+            assert len(points) == 120  # a minute after the start each view is there
+    assert points[-1].event_seconds - points[0].event_seconds >= 3600.0
+    apart = [b.event_seconds - a.event_seconds for a, b in pairwise(points)]
+    assert max(apart) == min(apart) == 8.0
+    assert points[-1].values[CHARTED.index(("ttft_seconds", "p99"))] == (1.1, 1.0)
+
+
+def test_history_is_told_by_pool_and_from_a_moment_on() -> None:
+    served = Served()
+    try:
+        served.views["code"] = replace(full_view("code"), beside=(), unix_seconds=1.7e9 + 9.0, event_seconds=7.0)
+        served.twin.history.add(served.views.values())
+        served.twin.history.add([empty_view("code")])  # nothing has happened there
+        found = json.loads(served.ask("GET", "/v1/history?since=1700000000")[2])["pools"]
+    finally:
+        served.server.close()
+    assert [(pool["pool"], pool["event_seconds"]) for pool in found] == [("chat", []), ("code", [7.0])]
+    assert found[1]["series"][0]["mirrored"] == [None]
+
+
+def test_history_takes_no_moment_twice() -> None:
+    history = History()
+    for unix_seconds in (1.0, 2.0, 3.0):
+        history.add([replace(full_view(), unix_seconds=unix_seconds, event_seconds=math.floor(unix_seconds / 2))])
+    assert [point.event_seconds for point in history.since("chat")] == [0.0, 1.0]

@@ -1,0 +1,66 @@
+"""A twin whose views and answers a test sets, served."""
+
+from __future__ import annotations
+
+import http.client
+from collections.abc import Sequence
+
+from kavier_twin.forecast.policy_set import PolicyInForce, PolicySet, in_force
+from kavier_twin.serve.access import Access
+from kavier_twin.serve.app import RefusedError, Twin
+from kavier_twin.serve.envelope import Limits
+from kavier_twin.serve.http import HttpServer
+from kavier_twin.serve.view import TwinView
+from kavier_twin.simulation.policies import DEFAULT_POLICIES, PolicyError, apply_overrides
+from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
+from kavier_twin.twin.mirror import Mirror, MirrorSettings
+from kavier_twin.twin.replicas import ReplicaDetail, replica_detail
+from serve.views import full_view
+
+TOKEN = "the-right-token"
+FLEET = FleetSettings(engine=EngineSettings(num_gpu_blocks=300), step_time=StepTime(fixed=0.01))
+
+
+class FakePool:
+    """A pool with a mirror that has seen nothing."""
+
+    def __init__(self) -> None:
+        self.set = PolicySet(policies=DEFAULT_POLICIES)
+        self.mirror = Mirror(MirrorSettings(), FLEET)
+
+    def policies(self) -> Sequence[PolicyInForce]:
+        return [in_force(FLEET, policy) for policy in self.set.policies]
+
+    def set_policies(self, policies: PolicySet) -> None:
+        for number, policy in enumerate(policies.policies):
+            try:
+                apply_overrides(FLEET, policy.overrides)
+            except PolicyError as error:
+                raise RefusedError(f"policies.{number}.overrides", str(error)) from None
+        self.set = policies
+
+    def replica(self, number: int) -> ReplicaDetail | None:
+        return replica_detail(self.mirror, number)
+
+
+class Served:
+    """A server whose view the test sets."""
+
+    def __init__(self, access: Access | None = None, limits: Limits | None = None) -> None:
+        self.views: dict[str, TwinView] = {"chat": full_view()}
+        self.pools = {"chat": FakePool()}
+        self.twin = Twin(lambda: self.views, self.pools)
+        self.twin.history.add(self.views.values())
+        self.server = HttpServer(self.twin, "127.0.0.1", 0, access, limits)
+        self.server.start()
+
+    def ask(
+        self, method: str, path: str, body: bytes | None = None, **headers: str
+    ) -> tuple[int, dict[str, str], bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=20)
+        try:
+            connection.request(method, path, body, headers)
+            answer = connection.getresponse()
+            return answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read()
+        finally:
+            connection.close()
