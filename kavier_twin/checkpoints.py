@@ -66,6 +66,8 @@ class Checkpoints:
             return False
         ends = [RequestFinished.model_validate(end) for end in document["ends"]]
         pool.resume(mirror, ends, CacheWatch.restored(document["caches"]))
+        if pool.metrics and document["metrics"]:
+            pool.metrics.restore(document["metrics"])
         log.info("pool %s goes on from checkpoint %d, %d requests finished", pool.name, self._sequence, mirror.finished)
         return True
 
@@ -89,6 +91,7 @@ class Checkpoints:
                 "mirror": mirror_state.save(pool.mirror).document,
                 "ends": ends,
                 "caches": pool.caches.save(),
+                "metrics": pool.metrics.save() if pool.metrics else None,
             }
             state = copy_state(pool.mirror.fleet.state)._asdict()
             arrays |= {f"{pool.name}/{name}": array for name, array in state.items()}

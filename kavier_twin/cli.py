@@ -17,6 +17,7 @@ COMMANDS = (
     "kavier",
     "demo",
     "run",
+    "replay",
     "whatif",
     "calibrate_power",
     "schema",

@@ -77,7 +77,7 @@ def compare(
         done(len(finished), len(runs))
         return result
 
-    measured = dict(zip(runs, ThreadExecutor(workers).map(measure, list(runs)), strict=True))
+    measured = dict(zip(runs, ThreadExecutor(workers).run(lambda run, _: measure(run), list(runs)), strict=True))
     return [
         Compared(
             policy=policy,

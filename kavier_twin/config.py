@@ -22,6 +22,7 @@ from kavier_twin.live_sources import SECRET_GIVEN, KvEvents, LiveSource, Prometh
 from kavier_twin.simulation.policies import PolicyError, apply_overrides
 from kavier_twin.simulation.settings import StepTime
 from kavier_twin.twin.mirror import MirrorSettings
+from kavier_twin.twin.trust import TrustSettings
 
 # Until the mirror has fitted the pool's own: a step of a mid-sized model on a data-centre GPU. Not to be trusted.
 CRUDE_STEP_TIME: Final = StepTime(
@@ -68,10 +69,11 @@ class MirrorConfig(_Settings):
     calibrate_after_requests: Annotated[int, Field(ge=30)] = _MIRROR.calibrate_after_requests
     recalibrate_every_requests: Annotated[int, Field(ge=1)] = _MIRROR.recalibrate_every_requests
     give_up_seconds: PositiveSeconds = _MIRROR.give_up_seconds
+    trust: TrustSettings = _MIRROR.trust
 
     def settings(self, pool: str) -> MirrorSettings:
         """As the mirror takes it."""
-        return MirrorSettings(pool=pool, **self.model_dump())
+        return MirrorSettings(pool=pool, **dict(self))
 
 
 class TraceFile(_Settings):

@@ -84,7 +84,16 @@ class Daemon:
         pools = []
         for name, pool in settings.by_pool.items():
             mirror = replace(pool.mirror.settings(name), prior=pool.fleet.prior, floor=pool.fleet.floor)
-            pools.append(PoolTwin(pool.fleet.settings(), mirror, pool.forecast, calibrated=pool.fleet.calibrated))
+            entries = [entry for entry in settings.sources if entry.pool in (None, name)]
+            pools.append(
+                PoolTwin(
+                    pool.fleet.settings(),
+                    mirror,
+                    pool.forecast,
+                    calibrated=pool.fleet.calibrated,
+                    from_metrics=all(isinstance(entry, LiveSource) for entry in entries),
+                )
+            )
         feeds = []
         for entry in settings.sources:
             try:

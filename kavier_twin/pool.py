@@ -22,6 +22,7 @@ from kavier_twin.simulation.policies import Policy
 from kavier_twin.simulation.settings import COEFFICIENTS, FleetSettings
 from kavier_twin.telemetry import EngineSample, KvEventBatch, RequestFinished, RequestRecord, TelemetryRecord
 from kavier_twin.twin.cache_watch import CacheWatch
+from kavier_twin.twin.metrics_stream import MetricsStream, mirror_settings
 from kavier_twin.twin.mirror import Mirror, MirrorSettings
 from kavier_twin.twin.replicas import replicas
 from kavier_twin.twin.snapshot import Snapshot
@@ -38,7 +39,8 @@ class PoolTwin:
     """One pool's mirror and forecaster. One thread ingests, another forecasts, any may ask for a view.
 
     `event_clock` tells the stream's time now where the source knows it (a replay). Otherwise a stream of unix times
-    close to now is live, and time passes without records; any other stream's time follows its records.
+    close to now is live, and time passes without records; any other stream's time follows its records. With
+    `from_metrics` there is no stream: one is made up from what engines count, and time follows their samples.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class PoolTwin:
         forecast: ForecastSettings | None = None,
         *,
         calibrated: bool = False,
+        from_metrics: bool = False,
         event_clock: Callable[[], float] | None = None,
         notes: Iterable[str] = (),
     ) -> None:
@@ -55,7 +58,9 @@ class PoolTwin:
         self.fleet = fleet  # as configured
         self.forecaster = Forecaster(forecast)
         self.what_if = WhatIf(self._snapshot, forecast.slos, forecast.workers, self.forecaster.load)
-        self.mirror = Mirror(mirror or MirrorSettings(), fleet, calibrated=calibrated)
+        mirror = mirror or MirrorSettings()
+        self.metrics = MetricsStream(mirror.pool, fleet.engine) if from_metrics else None
+        self.mirror = Mirror(mirror_settings(mirror) if from_metrics else mirror, fleet, calibrated=calibrated)
         self.caches = CacheWatch()
         self._ends = _HeldEnds()
         self._lock = Lock()
@@ -103,6 +108,8 @@ class PoolTwin:
         with self._lock:
             for record in records:
                 self._take(record)
+            if self.metrics:
+                self.metrics.lead(self.mirror)
             newest = self.mirror.newest_seconds
             for held in self._ends.due(math.inf if ended else newest):
                 self.mirror.ingest(held)
@@ -137,7 +144,7 @@ class PoolTwin:
         records, dropped = assemble.records(mirror, sum(sum(state.rejected.values()) for state in sources))
         settings = mirror.fleet.settings
         lag = max(0.0, mirror.newest_seconds - mirror.time_seconds) if math.isfinite(mirror.time_seconds) else math.nan
-        return TwinView(
+        view = TwinView(
             pool=self.name,
             version=__version__,
             unix_seconds=time.time(),
@@ -165,6 +172,7 @@ class PoolTwin:
             currency=settings.footprint.currency if settings.footprint else "",
             notes=self._notes,
         )
+        return assemble.judged(view, mirror)
 
     # --- the mirror -----------------------------------------------------------------------------------------------
 
@@ -180,6 +188,8 @@ class PoolTwin:
             return
         if isinstance(record, EngineSample):
             self._reported.add(record)
+            if self.metrics:
+                self.metrics.take(record)
         if isinstance(record, KvEventBatch):
             self.caches.take(record)
         self.mirror.ingest(record)
@@ -200,6 +210,8 @@ class PoolTwin:
     def _event_now(self) -> float | None:
         if self._event_clock is not None:
             return self._event_clock()
+        if self.metrics:  # what happened since the last sample is not known yet
+            return None
         now = time.time()
         if not self._live and abs(now - self.mirror.newest_seconds) < LIVE_WITHIN_SECONDS:
             self._live = True

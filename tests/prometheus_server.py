@@ -21,14 +21,16 @@ from real_parts import prometheus, promtool
 class RealPrometheus:
     """The server as a child process, with its data in a directory that outlives it."""
 
-    def __init__(self, directory: Path, scrape_configs: Iterable[Mapping[str, Any]] = (), web: Any = None) -> None:
+    def __init__(
+        self, directory: Path, scrape_configs: Iterable[Mapping[str, Any]] = (), web: Any = None, **settings: Any
+    ) -> None:
         self.directory = directory
         self.data = directory / "data"
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.address = f"127.0.0.1:{free.getsockname()[1]}"
         self.url = f"http://{self.address}"
         self._settings = directory / "prometheus.yml"
-        self._settings.write_text(yaml.safe_dump({"scrape_configs": list(scrape_configs)}))
+        self._settings.write_text(yaml.safe_dump({"scrape_configs": list(scrape_configs), **settings}))
         self._web = directory / "web.yml"
         self._web.write_text(yaml.safe_dump(web or {}))
         self._process: subprocess.Popen[bytes] | None = None

@@ -43,6 +43,17 @@ def openssl() -> str:
     return _program("openssl", "install OpenSSL (Debian: apt-get install openssl)")
 
 
+def alertmanager() -> str:
+    """The path of Prometheus' Alertmanager, which Debian calls `prometheus-alertmanager`."""
+    named = "prometheus-alertmanager" if shutil.which("prometheus-alertmanager") else "alertmanager"
+    return _program(named, "install Alertmanager (Debian: apt-get install prometheus-alertmanager)")
+
+
+def amtool() -> str:
+    """The path of Alertmanager's `amtool`."""
+    return _program("amtool", "install Alertmanager (Debian: apt-get install prometheus-alertmanager)")
+
+
 def helm() -> str:
     """The path of `helm`."""
     return _program("helm", "install Helm 3 (go install helm.sh/helm/v3/cmd/helm@v3.19.0)")

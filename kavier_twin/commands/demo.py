@@ -7,8 +7,6 @@ import math
 import sys
 import time
 import urllib.request
-from collections.abc import Mapping
-from importlib.resources import as_file, files
 from pathlib import Path
 from threading import Timer
 from typing import Any, Final
@@ -19,9 +17,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from connectors.traces import Trace, TraceError, read_trace
-from connectors.traces.base import each_line
-from connectors.traces.telemetry import TelemetryReader
+from connectors.traces import Trace
 from kavier_twin.commands.run import leave, set_up_logging
 from kavier_twin.config import CRUDE_STEP_TIME
 from kavier_twin.daemon import Daemon, StopSignals
@@ -31,10 +27,10 @@ from kavier_twin.forecast.forecaster import Forecaster, ForecastSettings
 from kavier_twin.forecast.slo import Slo
 from kavier_twin.http_settings import DEFAULT_HOST, DEFAULT_PORT, HttpConfig
 from kavier_twin.pool import PoolTwin
+from kavier_twin.recording import read_recording, recorded_engine, recorded_server
 from kavier_twin.replay_source import ReplaySource
 from kavier_twin.serve.view import Beside, Horizon, Outlook, PolicyOutlook, TwinView
-from kavier_twin.simulation.settings import EngineSettings, FleetSettings
-from kavier_twin.telemetry import EngineSample
+from kavier_twin.simulation.settings import FleetSettings
 from kavier_twin.twin.mirror import Mirror, MirrorSettings
 
 TOTAL_SECONDS: Final = 70.0  # that the demo is to take unless a speed is given, compilation included
@@ -99,8 +95,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--port {args.port}: expected 0 to 65535")
     set_up_logging("warning")
     console = Console(highlight=False, width=_width())
-    trace, samples = _read(args.recording)
-    fleet = FleetSettings(engine=_engine(trace), step_time=CRUDE_STEP_TIME)
+    trace, samples = read_recording(args.recording)
+    fleet = FleetSettings(engine=recorded_engine(trace), step_time=CRUDE_STEP_TIME)
     source = ReplaySource(trace.records, samples, name=f"replay:{trace.path.parent.name}")
     with StopSignals() as signals:
         pool = PoolTwin(
@@ -112,7 +108,9 @@ def run(args: argparse.Namespace) -> int:
         )
         daemon = Daemon([pool], [Feed(source)], http=HttpConfig(host=args.host, port=args.port))
         seconds = source.end_seconds - source.start_seconds
-        console.print(f"Kavier Twin demo: {len(trace.records)} requests to a real {_server(trace)}, {seconds:.0f} s.")
+        console.print(
+            f"Kavier Twin demo: {len(trace.records)} requests to a real {recorded_server(trace)}, {seconds:.0f} s."
+        )
         left = TOTAL_SECONDS - _warm_up(console, trace, fleet)
         source.speed = args.speed or max(1.0, seconds / max(left, SHORTEST_REPLAY_SECONDS))
         console.print(f"Replayed {source.speed:.1f} times as fast as it happened.")
@@ -135,47 +133,6 @@ def run(args: argparse.Namespace) -> int:
 def _width() -> int | None:
     """As wide as the terminal; where there is none, wide enough for the tables."""
     return None if sys.stdout.isatty() else 160
-
-
-# --- the recording ------------------------------------------------------------------------------------------------
-
-
-def _read(directory: Path | None) -> tuple[Trace, list[EngineSample]]:
-    """The recording, and what its server said of itself where that lies beside it as telemetry. Raises UserError."""
-    if directory is None:
-        with as_file(files("kavier_twin").joinpath("demo_data", "ramp-300")) as shipped:
-            return _read(shipped)
-    try:
-        trace = read_trace(directory, "recording")
-    except TraceError as error:
-        raise UserError(f"{error}; give a recording with --recording DIR") from None
-    samples: list[EngineSample] = []
-    path = trace.path.parent / "samples.jsonl.gz"
-    if path.is_file():
-        reader = TelemetryReader(path)
-
-        def take(_: int, line: bytes) -> None:
-            record = reader.parse(line)
-            if isinstance(record, EngineSample):
-                samples.append(record)
-
-        each_line(path, take, lambda *_: None)
-    return trace, samples
-
-
-def _engine(trace: Trace) -> EngineSettings:
-    told: Any = trace.settings.get("engine")
-    if not isinstance(told, Mapping):
-        raise UserError(f"{trace.path.parent}/meta.json: engine: expected the engine's settings")
-    try:
-        return EngineSettings(**{name: told[name] for name in EngineSettings.model_fields if name in told})
-    except ValueError as error:
-        raise UserError(f"{trace.path.parent}/meta.json: engine: {error}") from None
-
-
-def _server(trace: Trace) -> str:
-    told: Any = trace.settings.get("engine")
-    return str(told.get("engine", "vLLM")) if isinstance(told, Mapping) else "vLLM"
 
 
 def _warm_up(console: Console, trace: Trace, fleet: FleetSettings) -> float:

@@ -4,58 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Annotated
+from importlib import import_module
+from threading import Event
+from typing import Any
 
 from apscheduler.schedulers.background import BackgroundScheduler
-from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from kavier_twin.forecast.executors import ThreadExecutor
+from kavier_twin.forecast.executors import Executor, ThreadExecutor
 from kavier_twin.forecast.load import LoadForecaster
-from kavier_twin.forecast.policy_set import refuse_doubles, with_today
 from kavier_twin.forecast.result import Forecast
-from kavier_twin.forecast.slo import DEFAULT_SLOS, Slo
-from kavier_twin.forecast.sweep import sweep
-from kavier_twin.simulation.policies import DEFAULT_POLICIES, Policy
+from kavier_twin.forecast.settings import ForecastSettings as ForecastSettings
+from kavier_twin.forecast.sweep import OutOfTime, sweep, sweep_within
 from kavier_twin.twin.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
-
-Seconds = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-
-
-class ForecastSettings(BaseModel):
-    """What is forecast, and how often."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    every_seconds: Seconds = 30.0
-    horizons_seconds: Annotated[tuple[Seconds, ...], Field(min_length=1)] = (60.0, 300.0, 900.0)
-    futures: Count = 4
-    workers: Count = Field(default_factory=lambda: os.cpu_count() or 1)
-    seed: Annotated[int, Field(ge=0)] = 0
-    policies: tuple[Policy, ...] = DEFAULT_POLICIES
-    slos: tuple[Slo, ...] = DEFAULT_SLOS
-
-    @field_validator("horizons_seconds")
-    @classmethod
-    def _ascending(cls, horizons: tuple[float, ...]) -> tuple[float, ...]:
-        return tuple(sorted(set(horizons)))
-
-    @field_validator("policies")
-    @classmethod
-    def _one_is_today(cls, policies: tuple[Policy, ...]) -> tuple[Policy, ...]:
-        return with_today(policies)
-
-    @field_validator("slos")
-    @classmethod
-    def _by_name(cls, slos: tuple[Slo, ...]) -> tuple[Slo, ...]:
-        refuse_doubles([slo.name for slo in slos])
-        return slos
 
 
 class Forecaster:
@@ -65,24 +31,21 @@ class Forecaster:
         self.settings = settings
         self.cycles = 0  # forecasts published
         self.failures = 0  # cycles that raised
+        self.late = 0  # cycles that took longer than they come
+        self.futures = 0  # simulated in all cycles, of today's policy
+        self.shed: Counter[str] = Counter()  # by policy: cycles that had no time for it
+        self.stopped: Counter[str] = Counter()  # by reason: why cycles simulated no more futures
         self.load = LoadForecaster()
-        self._executor = ThreadExecutor(settings.workers)
+        self._executor = _executor(settings)
         self._scheduler: BackgroundScheduler | None = None
+        self._stopping = Event()
+        self._told_shed: tuple[str, ...] = ()
 
     def run(self, snapshot: Snapshot) -> Forecast:
-        """The forecast from this snapshot, which stays as it is."""
-        settings = self.settings
+        """The forecast from this snapshot, which stays as it is: all the futures needed, however long that takes."""
         began = time.perf_counter()
-        forecast = sweep(
-            snapshot,
-            settings.policies,
-            settings.horizons_seconds,
-            settings.futures,
-            settings.seed,
-            settings.slos,
-            self._executor,
-            self.load.forecast(snapshot, settings.horizons_seconds[-1]),
-        )
+        arrivals = self.load.forecast(snapshot, self.settings.horizons_seconds[-1])
+        forecast = sweep(snapshot, self.settings, self._executor, arrivals=arrivals)
         return dataclasses.replace(forecast, duration_seconds=time.perf_counter() - began)
 
     def start(self, snapshot_source: Callable[[], Snapshot | None], publish: Callable[[Forecast], None]) -> None:
@@ -93,6 +56,7 @@ class Forecaster:
         """
         if self._scheduler is not None:
             raise RuntimeError("the forecaster is already started")
+        self._stopping.clear()
         self._scheduler = BackgroundScheduler(timezone=UTC)
         self._scheduler.add_job(
             self._cycle,
@@ -107,17 +71,49 @@ class Forecaster:
         self._scheduler.start()
 
     def stop(self) -> None:
-        """Wait for a cycle under way and start no other."""
+        """Cut a sweep under way short, wait for its cycle and start no other."""
+        self._stopping.set()
         if self._scheduler is not None:
             self._scheduler.shutdown(wait=True)
             self._scheduler = None
 
     def _cycle(self, snapshot_source: Callable[[], Snapshot | None], publish: Callable[[Forecast], None]) -> None:
+        began, settings = time.perf_counter(), self.settings
         try:
             snapshot = snapshot_source()
-            if snapshot is not None:
-                publish(self.run(snapshot))
-                self.cycles += 1
+            if snapshot is None:
+                return
+            arrivals = self.load.forecast(snapshot, settings.horizons_seconds[-1])
+            left = settings.cycle_seconds - (time.perf_counter() - began)
+            forecast = sweep_within(snapshot, settings, self._executor, left, self._stopping.is_set, arrivals)
+            seconds = time.perf_counter() - began
+            publish(dataclasses.replace(forecast, duration_seconds=seconds))
+            self._count(forecast, seconds)
+        except OutOfTime:
+            pass  # told to stop
         except Exception:
             self.failures += 1
             log.exception("a forecast failed; the next one is tried in %g s", self.settings.every_seconds)
+
+    def _count(self, forecast: Forecast, seconds: float) -> None:
+        self.cycles += 1
+        self.late += seconds > self.settings.every_seconds
+        self.futures += forecast.futures
+        self.shed.update(forecast.shed)
+        self.stopped[forecast.stopped_because] += 1
+        if forecast.shed != self._told_shed:
+            self._told_shed = forecast.shed
+            if forecast.shed:
+                log.warning(
+                    "pool %s: no time to simulate %s; give forecast.budget_seconds more, or fewer policies or futures",
+                    forecast.pool,
+                    ", ".join(forecast.shed),
+                )
+
+
+def _executor(settings: ForecastSettings) -> Executor:
+    if settings.executor == "ray":
+        ray: Any = import_module("kavier_twin.forecast.ray_executor")  # needs the extra `ray`
+        executor: Executor = ray.RayExecutor(settings.workers)
+        return executor
+    return ThreadExecutor(settings.workers)

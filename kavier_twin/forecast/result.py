@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from kavier_twin.forecast.load import LoadOutlook
 from kavier_twin.forecast.slo import Metric
 
+StopReason = Literal["certain", "time", "all_futures"]
+"""Why no more futures were simulated: the best policy is known well enough, the budget ended, or there were enough."""
+
 
 @dataclass(frozen=True)
 class Quantiles:
-    """A KPI over the futures simulated. NaN: no future had anything to observe."""
+    """A KPI over the futures simulated: quantile (0..1) -> value. NaN: no future had anything to observe."""
 
-    p10: float
-    p50: float
-    p90: float
+    values: Mapping[float, float]
+
+    @property
+    def p50(self) -> float:
+        """The median."""
+        return self.values[0.5]
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,20 @@ class Row:
     horizon_seconds: float
     kpis: dict[Metric, Quantiles]
     breach_probability: dict[str, float]  # by SLO: the share of futures that break it
+    breach_interval: dict[str, tuple[float, float]]  # by SLO: 90 % credible interval of that probability
+
+
+@dataclass(frozen=True)
+class FirstBreach:
+    """When an SLO is first broken, seconds from now: in the median future, and in the worst tenth of them.
+
+    Found in windows as long as the shortest horizon. Infinite: not within the longest horizon.
+    """
+
+    policy: str
+    slo: str
+    expected_seconds: float
+    early_seconds: float
 
 
 @dataclass(frozen=True)
@@ -38,11 +59,32 @@ class FailedPolicy:
 
 
 @dataclass(frozen=True)
+class Gain:
+    """What a policy gains over today's, on the same futures.
+
+    `by_objective`: for "slo" fewer expected breaches, for others the share saved (0.1: a tenth less), at the longest
+    horizon. `probability` that it is truly better in the objective that decides; NaN for today's own.
+    """
+
+    by_objective: dict[str, float]
+    decided_by: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Switch:
+    """The best policy where it is first brought to the engines, from now on, by restarting them one after another."""
+
+    rows: tuple[Row, ...]
+    gain: Gain
+
+
+@dataclass(frozen=True)
 class Verdict:
     """The best policy, beside today's. Expected breaches are the breach probabilities summed over SLOs and horizons.
 
     Latency and throughput are medians over the futures at the longest horizon. `deployable`: `vllm serve` has a flag
-    for every setting that the policy changes.
+    for every setting that the policy changes. `switch` is None where today's is best, or no time was left.
     """
 
     policy: str
@@ -54,6 +96,8 @@ class Verdict:
     today_e2e_p95_seconds: float
     output_tokens_per_second: float
     today_output_tokens_per_second: float
+    gain: Gain
+    switch: Switch | None = None
 
 
 @dataclass(frozen=True)
@@ -65,21 +109,25 @@ class Forecast:
     calibrated: bool
     rate_requests_per_second: float  # of the arrivals assumed, on average up to the longest horizon
     futures: int
+    stopped_because: StopReason
+    shed: tuple[str, ...]  # policies left out for want of time
     rows: tuple[Row, ...]  # by policy, then horizon
+    first_breaches: tuple[FirstBreach, ...]  # by policy, then SLO
     failed: tuple[FailedPolicy, ...]
-    verdict: Verdict | None  # None: today's policy was not among those simulated
+    verdict: Verdict
+    notes: tuple[str, ...] = ()  # what a reader of these figures must know
     load: LoadOutlook | None = None  # the arrivals assumed, in full
     duration_seconds: float | None = None  # wall clock; set by who ran it
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; NaN becomes None."""
+        """Plain JSON types; NaN and infinity become None."""
         plain: dict[str, Any] = _plain(asdict(self))
         return plain
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
+        return {f"{key:g}" if isinstance(key, float) else key: _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Final, Literal, get_args
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
 Metric = Literal[
@@ -44,11 +45,13 @@ class Slo(BaseModel):
         """Whether the objective is breached below its threshold."""
         return self.metric in _HIGHER_IS_BETTER
 
+    def breaches(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+        """Which values of the metric break the objective. NaN, nothing observed, does not."""
+        return values < self.threshold if self.higher_is_better else values > self.threshold
+
     def breached(self, value: float) -> bool:
-        """Whether this value of the metric breaks the objective. NaN, nothing observed, does not."""
-        if math.isnan(value):
-            return False
-        return value < self.threshold if self.higher_is_better else value > self.threshold
+        """Whether this one does."""
+        return bool(self.breaches(np.array(value)))
 
 
 DEFAULT_SLOS = (

@@ -2,67 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from kavier_twin.forecast.executors import Executor
+from kavier_twin.forecast.executors import Cancelled, Executor, never
 from kavier_twin.forecast.futures import Futures, settle_lengths
 from kavier_twin.forecast.load import LoadForecast, LoadForecaster
 from kavier_twin.forecast.measure import measure
-from kavier_twin.forecast.result import FailedPolicy, Forecast, Quantiles, Row
-from kavier_twin.forecast.slo import METRICS, Metric, Slo
-from kavier_twin.forecast.verdict import best_policy
+from kavier_twin.forecast.restart import begin_restart, needs_restart
+from kavier_twin.forecast.result import FailedPolicy, FirstBreach, Forecast, Quantiles, Row, StopReason, Switch, Verdict
+from kavier_twin.forecast.settings import ForecastSettings, RollingRestart
+from kavier_twin.forecast.slo import METRICS, Slo
+from kavier_twin.forecast.statistics import quantiles, share_interval
+from kavier_twin.forecast.verdict import Ranking, Table, verdict
 from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.kpis import Counters
 from kavier_twin.simulation.policies import Override, Policy, PolicyError, apply_overrides
+from kavier_twin.simulation.state import Records
 from kavier_twin.simulation.workload import Workload
 from kavier_twin.twin.snapshot import Snapshot
 
-_QUANTILES = (0.10, 0.50, 0.90)
+Floats = npt.NDArray[np.float64]
+
+_MOST_WINDOWS = 60  # in which a first breach is looked for
 
 
-def sweep(
-    snapshot: Snapshot,
-    policies: Sequence[Policy],
-    horizons_seconds: Sequence[float],
-    futures: int,
-    seed: int,
-    slos: Sequence[Slo],
-    executor: Executor,
-    arrivals: LoadForecast | None = None,
-) -> Forecast:
-    """Simulate every policy in the same `futures` futures and read its KPIs at each horizon (ascending, seconds).
-
-    Policies that cannot be applied are told in the result; the rest goes on. The snapshot stays as it is. Results
-    depend on the arguments only, not on the executor. `arrivals` are forecast from the snapshot if not given.
-    """
-    arrivals = arrivals or LoadForecaster().forecast(snapshot, horizons_seconds[-1])
-    applicable, failed = _applicable(snapshot, policies)
-    drawn = draw(snapshot, horizons_seconds[-1], futures, seed, arrivals=arrivals)
-    tasks = [
-        Task(future, policy.overrides, tuple(horizons_seconds), snapshot.frontend_seconds)
-        for policy in applicable
-        for future in drawn
-    ]
-    measured = executor.map(simulate, tasks)
-    rows = []
-    for number, policy in enumerate(applicable):
-        of_policy = measured[number * futures : (number + 1) * futures]
-        for place, horizon in enumerate(horizons_seconds):
-            rows.append(row_of(policy.name, horizon, [kpis[place] for kpis in of_policy], slos))
-    return Forecast(
-        pool=snapshot.pool,
-        time_seconds=snapshot.time_seconds,
-        calibrated=snapshot.calibrated,
-        rate_requests_per_second=arrivals.rate(horizons_seconds[-1]),
-        load=arrivals.outlook(horizons_seconds),
-        futures=futures,
-        rows=tuple(rows),
-        failed=failed,
-        verdict=best_policy(snapshot.fleet.settings, applicable, rows),
-    )
+class OutOfTime(Exception):
+    """The sweep was cancelled before it had anything to tell."""
 
 
 class Future(NamedTuple):
@@ -73,28 +47,259 @@ class Future(NamedTuple):
 
 
 class Task(NamedTuple):
-    """One policy in one future."""
+    """One policy in one future. `deadline_unix_seconds`: when its result is of no use any more."""
 
     future: Future
     overrides: Mapping[str, Override]
     horizons_seconds: tuple[float, ...]
+    slos: tuple[Slo, ...]
     frontend_seconds: float
+    deadline_unix_seconds: float = math.inf
+    restart: RollingRestart | None = None
+
+
+class Seen(NamedTuple):
+    """What one policy did in one future."""
+
+    kpis: Floats  # [horizons, METRICS]
+    first_breach_seconds: Floats  # [slos] from now; infinite: none
+
+
+def sweep(
+    snapshot: Snapshot,
+    settings: ForecastSettings,
+    executor: Executor,
+    cancelled: Cancelled = never,
+    arrivals: LoadForecast | None = None,
+) -> Forecast:
+    """Simulate every policy in the same futures, one after the other, and read its KPIs at each horizon.
+
+    All of `settings.futures`, unless the ranking is certain before: results depend on snapshot and settings only, not
+    on the executor. Policies that cannot be applied are told in the result; the rest goes on. The snapshot stays as it
+    is. `arrivals` are forecast from the snapshot if not given. Raises OutOfTime if cancelled.
+    """
+    return _Sweep(snapshot, settings, executor, cancelled, arrivals).forecast(math.inf)
+
+
+def sweep_within(
+    snapshot: Snapshot,
+    settings: ForecastSettings,
+    executor: Executor,
+    seconds: float,
+    cancelled: Cancelled = never,
+    arrivals: LoadForecast | None = None,
+) -> Forecast:
+    """The same in so many seconds of wall clock: fewer futures where they do not suffice, then fewer policies.
+
+    One future of today's policy is always simulated.
+    """
+    return _Sweep(snapshot, settings, executor, cancelled, arrivals).forecast(seconds)
 
 
 def draw(
     snapshot: Snapshot,
     horizon_seconds: float,
-    futures: int,
+    numbers: Sequence[int],
     seed: int,
     load: float = 1.0,
     arrivals: LoadForecast | None = None,
-) -> list[Future]:
-    """So many futures; the first ones of many are the few, and those of another load have the same presents."""
-    futures_of = Futures(snapshot, horizon_seconds, load, arrivals)
-    return [
-        Future(_present(snapshot, np.random.default_rng((seed, number, 1))), futures_of.draw((seed, number, 0)))
-        for number in range(futures)
-    ]
+) -> Iterator[Future]:
+    """The futures of these numbers; a future has the same present under every load."""
+    futures = Futures(snapshot, horizon_seconds, load, arrivals)
+    for number in numbers:
+        present = snapshot.fleet.fork()
+        settle_lengths(present, snapshot.recent, np.random.default_rng((seed, number, 1)))
+        present.collect()  # what ended before is not of the future
+        yield Future(present, futures.draw((seed, number, 0)))
+
+
+def simulate(task: Task, cancelled: Cancelled = never) -> Seen | None:
+    """KPIs at every horizon from one run, which goes on in slices; None if cancelled or past the deadline."""
+    fleet = task.future.present.fork()
+    start = fleet.now_seconds
+    before = at_window = Counters.of(fleet.state, start)
+    if task.restart is None:
+        fleet.apply(task.overrides)
+    else:
+        begin_restart(fleet, task.overrides, task.restart)
+    fleet.feed(task.future.workload)
+    watched = {slo.metric for slo in task.slos}
+    outcomes: list[Records] = []
+    kpis = np.empty((len(task.horizons_seconds), len(METRICS)))
+    first_breach = np.full(len(task.slos), np.inf)
+    for end in _slices(task.horizons_seconds):
+        if cancelled() or time.time() > task.deadline_unix_seconds:
+            return None
+        fleet.run(start + end)
+        ended = fleet.collect()
+        outcomes.append(ended)
+        window = measure(fleet, at_window, ended, task.frontend_seconds, watched)
+        at_window = Counters.of(fleet.state, fleet.now_seconds)
+        for number, slo in enumerate(task.slos):
+            if first_breach[number] == np.inf and slo.breached(window[slo.metric]):
+                first_breach[number] = end
+        if end in task.horizons_seconds:
+            outcomes = [np.concatenate(outcomes)]
+            found = measure(fleet, before, outcomes[0], task.frontend_seconds, METRICS)
+            kpis[task.horizons_seconds.index(end)] = [found[name] for name in METRICS]
+    return Seen(kpis, first_breach)
+
+
+def row_of(policy: str, horizon: float, kpis: Floats, slos: Sequence[Slo], at: Sequence[float]) -> Row:
+    """A policy at one horizon, from KPIs [futures, METRICS], with quantiles `at`."""
+    breaches = {slo.name: int(slo.breaches(kpis[:, METRICS.index(slo.metric)]).sum()) for slo in slos}
+    return Row(
+        policy=policy,
+        horizon_seconds=horizon,
+        kpis={name: Quantiles(quantiles(kpis[:, number], at)) for number, name in enumerate(METRICS)},
+        breach_probability={name: count / len(kpis) for name, count in breaches.items()},
+        breach_interval={name: share_interval(count, len(kpis)) for name, count in breaches.items()},
+    )
+
+
+class _Sweep:
+    """One sweep under way."""
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        settings: ForecastSettings,
+        executor: Executor,
+        cancelled: Cancelled,
+        arrivals: LoadForecast | None,
+    ) -> None:
+        self._snapshot = snapshot
+        self._settings = settings
+        self._executor = executor
+        self._cancelled = cancelled
+        self._arrivals = arrivals or LoadForecaster().forecast(snapshot, settings.horizons_seconds[-1])
+        self._policies, self._failed = _applicable(snapshot, settings.policies)
+        self._today = next(policy for policy in self._policies if not policy.overrides)
+        # The most important first: when time runs out, the last have to go.
+        self._active = [self._today, *(policy for policy in self._policies if policy is not self._today)]
+        self._seen: dict[str, list[Seen]] = {policy.name: [] for policy in self._policies}
+        self._deadline = math.inf
+
+    def forecast(self, seconds: float) -> Forecast:
+        """Run it, in so many seconds."""
+        self._deadline = time.time() + seconds
+        stopped_because = self._simulate()
+        if not self._seen[self._today.name]:
+            raise OutOfTime
+        complete = max(1, min(len(self._seen[policy.name]) for policy in self._active))
+        kept = [policy for policy in self._policies if policy in self._active and self._seen[policy.name]]
+        seen = {policy.name: self._seen[policy.name][:complete] for policy in kept}
+        table = _table(seen)
+        rows = self._rows(table)
+        return Forecast(
+            pool=self._snapshot.pool,
+            time_seconds=self._snapshot.time_seconds,
+            calibrated=self._snapshot.calibrated,
+            rate_requests_per_second=self._arrivals.rate(self._settings.horizons_seconds[-1]),
+            futures=complete,
+            stopped_because=stopped_because,
+            shed=tuple(policy.name for policy in self._policies if policy not in kept),
+            rows=rows,
+            first_breaches=tuple(self._first_breaches(seen)),
+            failed=self._failed,
+            verdict=self._verdict(table, rows, complete),
+            notes=tuple(_notes(complete, self._settings.quantiles)),
+            load=self._arrivals.outlook(self._settings.horizons_seconds),
+        )
+
+    def _simulate(self) -> StopReason:
+        """Fill `_seen`, future by future."""
+        began = time.time()
+        handed: deque[tuple[int, Policy]] = deque()
+
+        def tasks() -> Iterator[Task]:
+            numbers = range(self._settings.futures)
+            for number, future in enumerate(self._draw(numbers)):
+                for policy in list(self._active):
+                    handed.append((number, policy))
+                    first = number == 0 and policy is self._today
+                    yield self._task(future, policy, math.inf if first else self._deadline)
+
+        with closing(self._executor.run(simulate, tasks(), self._cancelled)) as results:
+            for seen in results:
+                number, policy = handed.popleft()
+                if policy not in self._active:
+                    continue
+                if seen is None:
+                    return "time"
+                self._seen[policy.name].append(seen)
+                if policy is self._active[-1] and number + 1 < self._settings.futures:
+                    reason = self._enough(number + 1, (time.time() - began) / (number + 1))
+                    if reason is not None:
+                        return reason
+        return "all_futures"
+
+    def _enough(self, complete: int, round_seconds: float) -> StopReason | None:
+        """Whether to stop after so many futures, each of which took all policies `round_seconds`; sheds policies."""
+        least = min(self._settings.least_futures, self._settings.futures)
+        left = self._deadline - time.time()
+        if complete >= least:
+            if self._ranking(_table(self._seen_by_active())).certain(self._settings.certainty):
+                return "certain"
+            return "time" if round_seconds > left else None
+        affordable = left / (round_seconds / len(self._active)) / (least - complete)
+        del self._active[max(1, int(min(affordable, len(self._active)))) :]
+        return None
+
+    def _seen_by_active(self) -> dict[str, list[Seen]]:
+        return {policy.name: self._seen[policy.name] for policy in self._active}
+
+    def _draw(self, numbers: Sequence[int]) -> Iterator[Future]:
+        horizon, seed = self._settings.horizons_seconds[-1], self._settings.seed
+        return draw(self._snapshot, horizon, numbers, seed, arrivals=self._arrivals)
+
+    def _task(self, future: Future, policy: Policy, deadline: float, restart: RollingRestart | None = None) -> Task:
+        return Task(
+            future=future,
+            overrides=policy.overrides,
+            horizons_seconds=self._settings.horizons_seconds,
+            slos=self._settings.slos,
+            frontend_seconds=self._snapshot.frontend_seconds,
+            deadline_unix_seconds=deadline,
+            restart=restart,
+        )
+
+    def _ranking(self, table: Table) -> Ranking:
+        return Ranking(table, self._today.name, self._settings.slos, self._settings.objective)
+
+    def _rows(self, table: Table) -> tuple[Row, ...]:
+        settings = self._settings
+        return tuple(
+            row_of(name, horizon, kpis[:, place], settings.slos, settings.quantiles)
+            for name, kpis in table.items()
+            for place, horizon in enumerate(settings.horizons_seconds)
+        )
+
+    def _first_breaches(self, seen: Mapping[str, Sequence[Seen]]) -> Iterator[FirstBreach]:
+        for policy, of_policy in seen.items():
+            times = np.array([one.first_breach_seconds for one in of_policy])
+            for number, slo in enumerate(self._settings.slos):
+                # Between a finite time and none lies none.
+                early, expected = np.quantile(times[:, number], (0.1, 0.5), method="inverted_cdf")
+                yield FirstBreach(policy, slo.name, float(expected), float(early))
+
+    def _verdict(self, table: Table, rows: Sequence[Row], complete: int) -> Verdict:
+        settings = self._snapshot.fleet.settings
+        ranking = self._ranking(table)
+        best = next(policy for policy in self._policies if policy.name == ranking.best)
+        found = verdict(settings, best, self._today.name, ranking, rows)
+        if not needs_restart(settings, best.overrides):
+            return found
+        tasks = (
+            self._task(future, best, self._deadline, self._settings.switch) for future in self._draw(range(complete))
+        )
+        with closing(self._executor.run(simulate, tasks, self._cancelled)) as results:
+            switching = [seen for seen in results if seen is not None]
+        if len(switching) < complete:
+            return found
+        both = {self._today.name: table[self._today.name], **_table({best.name: switching})}
+        gain = self._ranking(both).gain(best.name)
+        return replace(found, switch=Switch(self._rows({best.name: both[best.name]}), gain))
 
 
 def _applicable(snapshot: Snapshot, policies: Sequence[Policy]) -> tuple[list[Policy], tuple[FailedPolicy, ...]]:
@@ -108,41 +313,22 @@ def _applicable(snapshot: Snapshot, policies: Sequence[Policy]) -> tuple[list[Po
     return applicable, tuple(failed)
 
 
-def _present(snapshot: Snapshot, rng: np.random.Generator) -> Fleet:
-    """The fleet as a future begins: what is in flight has a length, and nothing has ended yet."""
-    present = snapshot.fleet.fork()
-    settle_lengths(present, snapshot.recent, rng)
-    present.collect()
-    return present
+def _table(seen: Mapping[str, Sequence[Seen]]) -> Table:
+    return {policy: np.array([one.kpis for one in of_policy]) for policy, of_policy in seen.items()}
 
 
-def simulate(task: Task) -> list[dict[Metric, float]]:
-    """KPIs at every horizon, from one run."""
-    fleet = task.future.present.fork()
-    start = fleet.now_seconds
-    before = Counters.of(fleet.state, start)
-    fleet.apply(task.overrides)
-    fleet.feed(task.future.workload)
-    outcomes, kpis = [], []
-    for horizon in task.horizons_seconds:
-        fleet.run(start + horizon)
-        outcomes.append(fleet.collect())
-        kpis.append(measure(fleet, before, np.concatenate(outcomes), task.frontend_seconds))
-    return kpis
+def _slices(horizons: Sequence[float]) -> list[float]:
+    """Ends of the stretches a run goes in: windows as long as the shortest horizon, and the horizons."""
+    window = max(horizons[0], horizons[-1] / _MOST_WINDOWS)
+    windows = window * np.arange(1, int(horizons[-1] / window) + 1)
+    return sorted({*map(float, windows), *horizons})
 
 
-def row_of(policy: str, horizon: float, kpis: Sequence[dict[Metric, float]], slos: Sequence[Slo]) -> Row:
-    """A policy's KPIs at one horizon, over as many futures."""
-    return Row(
-        policy=policy,
-        horizon_seconds=horizon,
-        kpis={name: _quantiles([future[name] for future in kpis]) for name in METRICS},
-        breach_probability={
-            slo.name: sum(slo.breached(future[slo.metric]) for future in kpis) / len(kpis) for slo in slos
-        },
-    )
-
-
-def _quantiles(values: Sequence[float]) -> Quantiles:
-    seen = np.array([value for value in values if not np.isnan(value)])
-    return Quantiles(*map(float, np.quantile(seen, _QUANTILES))) if seen.size else Quantiles(np.nan, np.nan, np.nan)
+def _notes(futures: int, at: Sequence[float]) -> list[str]:
+    needed = math.ceil(1.0 / min(*at, 1.0 - max(at))) - 1
+    if futures >= needed:
+        return []
+    return [
+        f"{futures} future(s): quantiles beyond {1 / (futures + 1):.0%} and {futures / (futures + 1):.0%} are the "
+        f"lowest and highest seen; {needed} futures would tell those of {min(at):.0%} and {max(at):.0%}"
+    ]

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from threading import Lock
 from typing import Annotated, Final, Literal
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
 from kavier_twin.forecast.executors import Executor, ThreadExecutor
@@ -18,7 +20,11 @@ from kavier_twin.forecast.sweep import Task, draw, row_of, simulate
 from kavier_twin.simulation.policies import Override, apply_overrides, hypothetical_reasons, vllm_flags
 from kavier_twin.twin.snapshot import Snapshot
 
+Floats = npt.NDArray[np.float64]
+
 MOST_WAITING: Final = 8  # questions; each waits some seconds for every one before it
+
+_QUANTILES: Final = (0.1, 0.5, 0.9)
 
 CaseName = Literal["today", "today_at_load", "asked"]
 
@@ -39,7 +45,10 @@ class Question(BaseModel):
     horizon_seconds: Annotated[float, Field(gt=0.0, le=86_400.0, allow_inf_nan=False)] = Field(
         default=900.0, description="Seconds from now.", examples=[900.0]
     )
-    futures: Annotated[int, Field(ge=1, le=64)] = Field(default=2, description="Futures simulated for each case.")
+    futures: Annotated[int, Field(ge=1, le=64)] = Field(default=8, description="Futures simulated at most.")
+    budget_seconds: Annotated[float, Field(gt=0.0, le=60.0)] = Field(
+        default=2.0, description="Time to answer in; where it does not suffice, fewer futures are simulated, but one."
+    )
     seed: Annotated[int, Field(ge=0)] = Field(default=0, description="The same seed and state give the same answer.")
     pool: str | None = Field(default=None, description="The pool asked about; may be left out where there is one.")
 
@@ -63,6 +72,7 @@ class Case(BaseModel):
     load: float
     kpis: dict[Metric, Spread] = Field(description="By KPI, in the unit that its name ends with.")
     breach_probability: dict[str, float] = Field(description="By SLO: the share of futures that break it.")
+    breach_interval: dict[str, tuple[float, float]] = Field(description="By SLO: its 90 % credible interval.")
 
 
 class Answer(BaseModel):
@@ -105,32 +115,33 @@ def answer(
     arrivals = arrivals or LoadForecaster().forecast(snapshot, question.horizon_seconds)
     settings = snapshot.fleet.settings
     changed = apply_overrides(settings, question.overrides)
-    horizons = (question.horizon_seconds,)
     cases = _cases(question)
-    futures = {
-        load: draw(snapshot, question.horizon_seconds, question.futures, question.seed, load, arrivals)
-        for load in {load for _, _, load in cases}
-    }
-    tasks = [
-        Task(future, overrides, horizons, snapshot.frontend_seconds)
-        for _, overrides, load in cases
-        for future in futures[load]
-    ]
-    measured = [kpis[0] for kpis in executor.map(simulate, tasks)]
+
+    loads = list(dict.fromkeys(load for _, _, load in cases))
+    horizon, seed = question.horizon_seconds, question.seed
+    drawn = {load: draw(snapshot, horizon, range(question.futures), seed, load, arrivals) for load in loads}
+    kpis: list[Floats] = []  # by future: [cases, METRICS]
+    while len(kpis) < question.futures and (
+        not kpis or _time_for_more(len(kpis), time.perf_counter() - began, question)
+    ):
+        future = {load: next(drawn[load]) for load in loads}
+        tasks = (
+            Task(future[load], overrides, (horizon,), (), snapshot.frontend_seconds) for _, overrides, load in cases
+        )
+        kpis.append(np.array([one.kpis[0] for one in executor.run(simulate, tasks) if one is not None]))
     return Answer(
         pool=snapshot.pool,
         event_seconds=snapshot.time_seconds,
         calibrated=snapshot.calibrated,
         horizon_seconds=question.horizon_seconds,
-        futures=question.futures,
+        futures=len(kpis),
         rate_requests_per_second=arrivals.rate(question.horizon_seconds),
         deployable=not hypothetical_reasons(settings, changed),
         vllm_flags=tuple(vllm_flags(settings, changed)),
         hypothetical_reasons=tuple(hypothetical_reasons(settings, changed)),
         cases=tuple(
-            _case(name, overrides, load, row_of(name, question.horizon_seconds, of_case, slos))
-            for number, (name, overrides, load) in enumerate(cases)
-            for of_case in [measured[number * question.futures : (number + 1) * question.futures]]
+            _case(name, overrides, load, row_of(name, question.horizon_seconds, of_case, slos, _QUANTILES))
+            for (name, overrides, load), of_case in zip(cases, np.stack(kpis, axis=1), strict=True)
         ),
         duration_seconds=time.perf_counter() - began,
     )
@@ -140,7 +151,7 @@ class WhatIf:
     """Answers one question at a time; others wait for their turn, up to a limit.
 
     `snapshot_source` gives a fork of the present, or None where there is none yet; only it touches the mirror.
-    `load` is asked for the arrivals to come as the forecast cycle fitted it.
+    `load` tells the arrivals to come, as the forecast cycle fitted it last.
     """
 
     def __init__(
@@ -178,6 +189,11 @@ class WhatIf:
                 self.asked -= 1
 
 
+def _time_for_more(futures: int, seconds: float, question: Question) -> bool:
+    """Whether one more future ends within the budget, if it takes as long as those before."""
+    return seconds * (futures + 1) / futures <= question.budget_seconds
+
+
 def _cases(question: Question) -> list[tuple[CaseName, dict[str, Override], float]]:
     cases: list[tuple[CaseName, dict[str, Override], float]] = [("today", {}, 1.0)]
     if question.load != 1.0 and question.overrides:
@@ -193,10 +209,11 @@ def _case(name: CaseName, overrides: dict[str, Override], load: float, row: Row)
         overrides=overrides,
         load=load,
         kpis={
-            metric: Spread(p10=_known(values.p10), p50=_known(values.p50), p90=_known(values.p90))
+            metric: Spread(**{f"p{100 * at:g}": _known(value) for at, value in values.values.items()})
             for metric, values in row.kpis.items()
         },
         breach_probability=row.breach_probability,
+        breach_interval=row.breach_interval,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Final
 
 import numpy as np
@@ -11,7 +12,19 @@ import numpy as np
 from kavier_twin.forecast.policy_set import PolicyInForce
 from kavier_twin.forecast.result import Forecast, Row, Verdict
 from kavier_twin.forecast.slo import Slo
-from kavier_twin.serve.view import Beside, Best, CacheBeside, Horizon, Outlook, PolicyOutlook, Predicted, SloLine
+from kavier_twin.serve.view import (
+    Beside,
+    Best,
+    CacheBeside,
+    Horizon,
+    KpiTrust,
+    Outlook,
+    PolicyOutlook,
+    Predicted,
+    SloLine,
+    TwinView,
+    WindowError,
+)
 from kavier_twin.twin.cache_watch import CacheWatch
 from kavier_twin.twin.fidelity import Score
 from kavier_twin.twin.mirror import Mirror
@@ -97,8 +110,46 @@ def outlook(forecast: Forecast, made_unix_seconds: float, policies: Mapping[str,
         load=forecast.load,
         calibrated=forecast.calibrated,
         policies=tuple(sorted(shown, key=lambda policy: _rank(policy, forecast.verdict))),
-        best=None if forecast.verdict is None else _best(forecast.verdict),
+        best=_best(forecast.verdict),
     )
+
+
+def judged(view: TwinView, mirror: Mirror) -> TwinView:
+    """The view with the mirror's errors in it, and with what is to be trusted marked in everything it shows."""
+    trust = {kpi: KpiTrust(found.trusted, found.reason) for kpi, found in mirror.judge.trust.items()}
+    observed = {score.kpi for score in mirror.scores} & trust.keys()
+    reasons = [trust[kpi].reason for kpi in trust if kpi in observed and not trust[kpi].trusted]
+    if not observed:
+        reasons.append("nothing was observed yet that a prediction could be compared with")
+    if not mirror.calibrated:
+        reasons.append("step times are not fitted to this pool yet")
+    return replace(
+        view,
+        errors=tuple(
+            WindowError(s.kpi, s.statistic, s.window, s.count, s.predicted, s.observed, s.error) for s in mirror.scores
+        ),
+        trust=trust,
+        trusted=not reasons,
+        untrusted_reasons=tuple(reasons),
+        beside=tuple(replace(entry, trusted=_trusted(trust, entry.kpi)) for entry in view.beside),
+        outlook=view.outlook and _judged_outlook(view.outlook, trust, {slo.name: slo.kpi for slo in view.slos}),
+    )
+
+
+def _judged_outlook(outlook: Outlook, trust: Mapping[str, KpiTrust], slo_kpis: Mapping[str, str]) -> Outlook:
+    def horizon(entry: Horizon) -> Horizon:
+        return replace(
+            entry,
+            predicted=tuple(replace(p, trusted=_trusted(trust, p.kpi)) for p in entry.predicted),
+            breach_trusted={slo: _trusted(trust, slo_kpis.get(slo, "")) for slo in entry.breach},
+        )
+
+    policies = (replace(policy, horizons=tuple(map(horizon, policy.horizons))) for policy in outlook.policies)
+    return replace(outlook, policies=tuple(policies))
+
+
+def _trusted(trust: Mapping[str, KpiTrust], kpi: str) -> bool:
+    return kpi in trust and trust[kpi].trusted
 
 
 def _of_score(kpi: str, statistic: str, score: Score, error: float) -> Beside:
@@ -116,13 +167,13 @@ def _horizon(row: Row) -> Horizon:
     predicted = []
     for metric, values in row.kpis.items():
         kpi, statistic = _METRICS[metric]
-        predicted.append(Predicted(kpi, statistic, {0.1: values.p10, 0.5: values.p50, 0.9: values.p90}))
+        predicted.append(Predicted(kpi, statistic, values.values))
     return Horizon(row.horizon_seconds, tuple(predicted), dict(row.breach_probability))
 
 
-def _rank(policy: PolicyOutlook, verdict: Verdict | None) -> tuple[bool, bool, float, float]:
+def _rank(policy: PolicyOutlook, verdict: Verdict) -> tuple[bool, bool, float, float]:
     """The verdict, then by expected breaches and latency at the longest horizon; what was not simulated is last."""
-    chosen = verdict is not None and verdict.policy == policy.name
+    chosen = verdict.policy == policy.name
     breaches = sum(sum(horizon.breach.values()) for horizon in policy.horizons)
     latency = policy.horizons[-1].median("e2e_seconds", "p95") if policy.horizons else math.inf
     return not chosen, not policy.horizons, breaches, math.inf if math.isnan(latency) else latency

@@ -3,6 +3,7 @@
 A collector renders the views that are current when Prometheus asks. What is not known has no sample. Latencies carry
 their `statistic` (mean, p50, p90, p95, p99) over requests; predictions also a `quantile`: of the distribution over the
 simulated futures, so the 0.1 and 0.9 of a p99 are the ends of its interval. They are summaries without count and sum.
+`trusted` is "1" where the mirror has been right on that KPI lately (fidelity_metrics.py), `source` what it follows.
 """
 
 from __future__ import annotations
@@ -18,10 +19,9 @@ from prometheus_client.registry import Collector
 
 from kavier_twin import __version__
 from kavier_twin.serve.cache_metrics import cache_metrics
+from kavier_twin.serve.fidelity_metrics import PREFIX, fidelity_metrics, flag
 from kavier_twin.serve.load_metrics import load_metrics
 from kavier_twin.serve.view import Outlook, TwinView
-
-PREFIX: Final = "kavier_twin"
 
 
 class Kpi(NamedTuple):
@@ -108,10 +108,11 @@ def _metrics(view: TwinView) -> Iterator[Metric]:
     yield from _stream(view)
     yield from _mirror(view)
     yield from _fidelity(view)
+    yield from fidelity_metrics(view)
     yield from cache_metrics(view.pool, view.caches)
     yield from _forecasts(view)
     if view.outlook is not None:
-        yield from _predictions(view.pool, view.outlook)
+        yield from _predictions(view.pool, view.source, view.outlook)
         if view.outlook.load is not None:
             yield from load_metrics(view.pool, view.outlook.load)
 
@@ -261,16 +262,6 @@ def _fidelity(view: TwinView) -> Iterator[Metric]:
         view.pool,
         view.pace_ratio,
     )
-    errors = GaugeMetricFamily(
-        f"{PREFIX}_fidelity_error_ratio",
-        "Error of the mirror before it was corrected, over the last requests finished (500 at most): "
-        "(mirrored - observed) / observed for latencies, mirrored - observed for the prefix cache hit ratio.",
-        labels=["pool", "kpi", "statistic"],
-    )
-    for entry in view.beside:
-        if entry.kpi not in _MOMENT:
-            _add(errors, [view.pool, entry.kpi, entry.statistic], entry.error)
-    yield errors
     yield _gauge(
         "fidelity_exact_cache_ratio",
         "Requests whose prefix cache hit was mirrored to the token, 0 to 1, over the last requests finished (500 at "
@@ -319,9 +310,9 @@ def _forecasts(view: TwinView) -> Iterator[Metric]:
     )
 
 
-def _predictions(pool: str, outlook: Outlook) -> Iterator[Metric]:
+def _predictions(pool: str, source: str, outlook: Outlook) -> Iterator[Metric]:
     for name, kpi in KPIS.items():
-        labels = ["pool", "policy", "horizon", *(["statistic"] if kpi.has_statistic else [])]
+        labels = ["pool", "policy", "horizon", "trusted", "source", *(["statistic"] if kpi.has_statistic else [])]
         family = SummaryMetricFamily(
             f"{PREFIX}_predicted_{kpi.metric}",
             f"{_sentence(kpi.says)}, as foreseen over the horizon (seconds from the forecast's start); the quantile is "
@@ -333,7 +324,8 @@ def _predictions(pool: str, outlook: Outlook) -> Iterator[Metric]:
                 for entry in horizon.predicted:
                     if entry.kpi != name:
                         continue
-                    values = _labels(kpi, [pool, policy.name, f"{horizon.seconds:g}"], entry.statistic)
+                    about = [pool, policy.name, f"{horizon.seconds:g}", flag(entry.trusted), source]
+                    values = _labels(kpi, about, entry.statistic)
                     for quantile, value in sorted(entry.quantiles.items()):
                         if math.isfinite(value):
                             named = {**dict(zip(labels, values, strict=True)), "quantile": f"{quantile:g}"}
@@ -342,7 +334,7 @@ def _predictions(pool: str, outlook: Outlook) -> Iterator[Metric]:
     breach = GaugeMetricFamily(
         f"{PREFIX}_slo_breach_probability_ratio",
         "Share of simulated futures, 0 to 1, in which the SLO is breached within the horizon (seconds).",
-        labels=["pool", "policy", "horizon", "slo"],
+        labels=["pool", "policy", "horizon", "slo", "trusted", "source"],
     )
     best = GaugeMetricFamily(
         f"{PREFIX}_best_policy",
@@ -361,7 +353,8 @@ def _predictions(pool: str, outlook: Outlook) -> Iterator[Metric]:
         )
         for horizon in policy.horizons:
             for slo, probability in sorted(horizon.breach.items()):
-                _add(breach, [pool, policy.name, f"{horizon.seconds:g}", slo], probability)
+                trusted = flag(horizon.breach_trusted.get(slo, False))
+                _add(breach, [pool, policy.name, f"{horizon.seconds:g}", slo, trusted, source], probability)
         if outlook.best is not None:
             _add(best, [pool, policy.name], float(outlook.best.policy == policy.name))
     yield breach

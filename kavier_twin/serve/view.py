@@ -32,6 +32,32 @@ class Beside:
     observed: float
     error: float = math.nan
     requests: int = 0  # in the window; 0 where the values are of a moment
+    trusted: bool = False
+
+
+@dataclass(frozen=True)
+class WindowError:
+    """The error of one statistic of a KPI over a window of event time ("5m", "1h").
+
+    `error` is (predicted - observed) / observed, or the plain difference for ratios. `observations`: requests, or
+    samples of the engines' gauges, which are means over the replicas.
+    """
+
+    kpi: str
+    statistic: str
+    window: str
+    observations: int
+    predicted: float
+    observed: float
+    error: float
+
+
+@dataclass(frozen=True)
+class KpiTrust:
+    """Whether a KPI is to be trusted now; `reason` tells why not."""
+
+    trusted: bool
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -41,6 +67,7 @@ class Predicted:
     kpi: str
     statistic: str
     quantiles: Quantiles
+    trusted: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,6 +77,7 @@ class Horizon:
     seconds: float
     predicted: tuple[Predicted, ...]
     breach: Mapping[str, float]  # SLO -> probability
+    breach_trusted: Mapping[str, bool] = field(default_factory=dict)
 
     def median(self, kpi: str, statistic: str = "") -> float:
         """The median over the futures; NaN where nothing is known."""
@@ -166,6 +194,11 @@ class TwinView:
     step_time: Mapping[str, float] = field(default_factory=dict)  # coefficient -> seconds
     exact_cache_ratio: float = math.nan
     beside: tuple[Beside, ...] = ()
+    errors: tuple[WindowError, ...] = ()
+    trust: Mapping[str, KpiTrust] = field(default_factory=dict)  # every KPI that is predicted -> now
+    trusted: bool = False  # of the KPIs observed, every one
+    untrusted_reasons: tuple[str, ...] = ()
+    source: str = "stream"  # what the mirror follows: a stream of requests, or "metrics" alone
     replicas: tuple[Replica, ...] = ()
     caches: tuple[CacheBeside, ...] = ()
     sources: tuple[SourceState, ...] = ()

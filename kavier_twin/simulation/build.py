@@ -129,6 +129,15 @@ def _write_tier(state: FleetState, number: int, engine: EngineSettings) -> None:
             clear_table(table)
 
 
+def clear_tiers(state: FleetState, number: int, engine: EngineSettings) -> None:
+    """Forget all that a replica without requests has in its tiers, in place."""
+    state.tiers[number] = np.zeros(1, layout.TIER)[0]
+    state.chunks[number] = np.zeros(1, layout.CHUNK)[0]
+    state.fences[number] = -1
+    state.tier_slots[number] = 0
+    _write_tier(state, number, engine)
+
+
 def chunk_tables(state: FleetState, number: int) -> list[Records]:
     """A replica's tables of host tier, disk tier and offered keys, empty where there are none."""
     tier = state.tiers[number]

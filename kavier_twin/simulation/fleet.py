@@ -31,7 +31,7 @@ from kavier_twin.simulation.settings import FleetSettings
 from kavier_twin.simulation.state import FleetState, Records
 from kavier_twin.simulation.workload import Workload, concatenate, take_rows
 
-Kind = Literal["join", "drain", "leave", "fail", "policy", "sample"]
+Kind = Literal["join", "drain", "leave", "fail", "restart", "accept", "policy", "sample"]
 
 
 class Action(NamedTuple):
@@ -138,6 +138,15 @@ class Fleet:
     def fail(self, replica: int, time_seconds: float) -> None:
         """The replica is gone at once; its requests start again elsewhere, keeping their arrival times."""
         self._at(Action(time_seconds, "fail", replica))
+
+    def restart(self, replica: int, time_seconds: float, drain_seconds: float, startup_seconds: float) -> None:
+        """The replica is drained, stopped and started: it comes back with nothing cached.
+
+        What it still serves after `drain_seconds` starts again elsewhere, keeping its arrival time.
+        """
+        self._at(Action(time_seconds, "drain", replica))
+        self._at(Action(time_seconds + drain_seconds, "restart", replica))
+        self._at(Action(time_seconds + drain_seconds + startup_seconds, "accept", replica))
 
     def switch_policy(self, overrides: Mapping[str, Override], time_seconds: float) -> None:
         """From then on the fleet runs with these overrides (see `policies`)."""
@@ -330,6 +339,10 @@ class Fleet:
             raise ValueError(f"{action.kind}: there is no replica {action.replica}")
         elif action.kind == "fail":
             self._fail(action.replica)
+        elif action.kind == "restart":
+            self._restart(action.replica)
+        elif action.kind == "accept":
+            replicas["accepting"][action.replica] = 1
         else:
             replicas["accepting"][action.replica] = 0
             if action.kind == "leave":
@@ -355,16 +368,29 @@ class Fleet:
         self.state = build.with_replica(self.state, fresh)
 
     def _fail(self, number: int) -> None:
+        again = self._abandon(number)
+        self.state.replicas["alive"][number] = 0
+        self.state.replicas["left"][number] = self.now_seconds
+        self.deliver(again, 0, again.index.size)
+
+    def _restart(self, number: int) -> None:
+        replica_kernels.settle(self.state, number)
+        replica_kernels.settle_tiers(self.state, number)
+        again = self._abandon(number)
+        reshape.clear_cache(self.state, number)
+        build.clear_tiers(self.state, number, self.settings.engine)
+        self.deliver(again, 0, again.index.size)
+
+    def _abandon(self, number: int) -> Workload:
+        """Take the replica's requests away, to start again elsewhere."""
         again = build.rows_of_live(self.state, number, self.now_seconds)
         self.state.replicas["accepting"][number] = 0
         for live in self.live():
             if live.replica == number:
                 replica_kernels.abandon(self.state, number, live.slot, self.now_seconds)
         self.state.replicas["in_flight"][number] = 0
-        self.state.replicas["alive"][number] = 0
-        self.state.replicas["left"][number] = self.now_seconds
         self.requeued += again.index.size
-        self.deliver(again, 0, again.index.size)
+        return again
 
     def _lose(self, workload: Workload, row: int) -> None:
         self._room_for_outcomes()

@@ -38,13 +38,17 @@ from kavier_twin.telemetry import (
 )
 from kavier_twin.twin.calibration import Calibration, CalibrationError, Observed, calibrate
 from kavier_twin.twin.fidelity import Fidelity
+from kavier_twin.twin.gauges import KEPT_SECONDS, Gauges
 from kavier_twin.twin.pace import Pace
 from kavier_twin.twin.rate_history import RateHistory
 from kavier_twin.twin.snapshot import Snapshot
 from kavier_twin.twin.stream import OrderedStream
+from kavier_twin.twin.trust import DEFAULT_TRUST, Judge, TrustSettings
+from kavier_twin.twin.windows import Windows, WindowScore
+
+JUDGE_EVERY_SECONDS: Final = 10
 
 _FIRST_GUESS_OUTPUT_TOKENS: Final = 512
-_LONGEST_HOLD_SECONDS: Final = 0.5
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,9 @@ class MirrorSettings:
     recalibrate_every_requests: int = 200
     prior: StepTime | None = None  # where calibration stays unless the stream says otherwise (`fit`)
     floor: StepTime | None = None  # what it cannot go below
+    longest_hold_seconds: float = 0.5  # that a replica waits which was ahead of an end
     give_up_seconds: float = 3_600.0  # a request without a finish record for so long is dropped
+    trust: TrustSettings = DEFAULT_TRUST
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,10 @@ class Mirror:
         self.settings = settings
         self.fleet = Fleet(fleet, start_seconds=-math.inf)
         self.fidelity = Fidelity()
+        self.windows = Windows()
+        self.gauges = Gauges()
+        self.judge = Judge(settings.trust)
+        self.scores: tuple[WindowScore, ...] = ()  # as of the last judgement
         self.calibration: Calibration | None = None
         self.calibrated = calibrated
         self.frontend_seconds = 0.0
@@ -101,6 +111,7 @@ class Mirror:
         """Take one record in; what became of it is counted in `ingested`."""
         if isinstance(record, EngineSample):
             self.last_sample = record
+            self.gauges.offer(record)
         if isinstance(record, EngineSample | GpuSample | KvEventBatch):  # observed beside the simulation
             self.ingested["accepted"] += 1
             return
@@ -151,7 +162,8 @@ class Mirror:
         """
         twin = copy(self)
         twin.fleet = self.fleet.fork()
-        twin.fidelity = self.fidelity.fork()
+        twin.fidelity, twin.windows, twin.gauges = self.fidelity.fork(), self.windows.fork(), self.gauges.fork()
+        twin.judge = copy(self.judge)
         twin.ingested = Counter(self.ingested)
         twin.observed_ttft, twin.observed_e2e = self.observed_ttft.copy(), self.observed_e2e.copy()
         twin._stream = self._stream.fork(ends)
@@ -218,8 +230,25 @@ class Mirror:
         if not math.isfinite(self.fleet.now_seconds):
             self._start(time_seconds)
         if time_seconds > self.fleet.now_seconds:
-            self.fleet.run(time_seconds)
-            self._extend()
+            last = math.floor(time_seconds)
+            # Of a long silence, as much as gauges are remembered.
+            for second in range(max(math.floor(self.time_seconds), last - KEPT_SECONDS) + 1, last + 1):
+                self._run_to(second)
+                self._look(second)
+            self._run_to(time_seconds)
+
+    def _run_to(self, time_seconds: float) -> None:
+        self.fleet.run(time_seconds)
+        self._extend()
+
+    def _look(self, second: int) -> None:
+        """At every second: the gauges beside what engines reported, and now and then what all errors amount to."""
+        self.gauges.record(second, self.load(), int(self.fleet.state.replicas["alive"].sum()))
+        for pair in self.gauges.due(second):
+            self.windows.add(*pair)
+        if second % JUDGE_EVERY_SECONDS == 0:
+            self.scores = self.windows.scores(second)
+            self.judge.judge(self.scores)
 
     def _start(self, time_seconds: float) -> None:
         self.fleet = Fleet(self.fleet.settings, start_seconds=time_seconds)
@@ -270,17 +299,30 @@ class Mirror:
     def _score(self, seen: RequestSeen, finished: RequestFinished, live: Live) -> None:
         """Predictions as they stood before this record, beside what it says."""
         request = self.fleet.state.requests[live.replica, live.slot]
+        arrival, time = float(request["arrival"]), finished.time_seconds
+        ttft = float(request["first_token"]) - arrival
+        finish = _predicted_finish(request, finished.output_tokens, self.time_seconds)
         if finished.ttft_seconds is not None:
             self.observed_ttft.append(finished.ttft_seconds)
-            self.fidelity.add("ttft_seconds", float(request["first_token"] - request["arrival"]), finished.ttft_seconds)
+            self._pair("ttft_seconds", time, ttft, finished.ttft_seconds)
         if finished.e2e_seconds is not None:
             self.observed_e2e.append(finished.e2e_seconds)
-            predicted = _predicted_finish(request, finished.output_tokens, self.time_seconds)
-            self.fidelity.add("e2e_seconds", predicted - float(request["arrival"]), finished.e2e_seconds)
+            self._pair("e2e_seconds", time, finish - arrival, finished.e2e_seconds)
+        if finished.ttft_seconds is not None and finished.e2e_seconds is not None and finished.output_tokens > 1:
+            decode_seconds = finished.e2e_seconds - finished.ttft_seconds
+            tokens = finished.output_tokens - 1
+            self.windows.add("tpot_seconds", time, (finish - arrival - ttft) / tokens, decode_seconds / tokens)
         if finished.queue_seconds is not None:
-            self.fidelity.add("queue_seconds", float(request["scheduled"] - request["arrival"]), finished.queue_seconds)
+            self._pair("queue_seconds", time, float(request["scheduled"]) - arrival, finished.queue_seconds)
         if finished.cached_tokens is not None and request["state"] not in (FREE, WAITING):
-            self.fidelity.add_cache(float(request["cached"]), finished.cached_tokens, seen.prompt_tokens)
+            cached, prompt = float(request["cached"]), seen.prompt_tokens
+            self.fidelity.add_cache(cached, finished.cached_tokens, prompt)
+            self.windows.add("prefix_cache_hit_ratio", time, cached, finished.cached_tokens, prompt)
+        self.windows.add_end(finish, time, finished.output_tokens)
+
+    def _pair(self, kpi: str, time_seconds: float, predicted: float, observed: float) -> None:
+        self.fidelity.add(kpi, predicted, observed)
+        self.windows.add(kpi, time_seconds, predicted, observed)
 
     def _correct(self, seen: RequestSeen, finished: RequestFinished, live: Live) -> None:
         """Pin the end. A simulation that was ahead waits for as long as it was."""
@@ -300,7 +342,7 @@ class Mirror:
             decode_seconds = finished.e2e_seconds - finished.ttft_seconds
             self._pace.observe(self.time_seconds, decode_seconds, share * outcome["decode_work"])
         if excess > 0.0:
-            hold_until = self.time_seconds + min(excess, _LONGEST_HOLD_SECONDS)
+            hold_until = self.time_seconds + min(excess, self.settings.longest_hold_seconds)
             replica_kernels.hold(self.fleet.state, live.replica, hold_until)
 
     def _drop_the_lost(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
+from dataclasses import astuple
 from typing import Any
 
 from kavier_twin.simulation.fleet import Fleet, Live
@@ -13,6 +14,7 @@ from kavier_twin.twin.calibration import Calibration, Coefficient
 from kavier_twin.twin.checkpoint import CheckpointError, Saved
 from kavier_twin.twin.mirror import Mirror, MirrorSettings, Seen
 from kavier_twin.twin.pace import Pace
+from kavier_twin.twin.windows import WindowScore
 
 
 def save(mirror: Mirror) -> Saved:
@@ -22,6 +24,10 @@ def save(mirror: Mirror) -> Saved:
         "settings": fleet.settings.model_dump(mode="json"),
         "now_seconds": fleet.now_seconds,
         "fidelity": mirror.fidelity.save(),
+        "windows": mirror.windows.save(),
+        "gauges": mirror.gauges.save(),
+        "judge": mirror.judge.save(),
+        "scores": [astuple(score) for score in mirror.scores],
         "calibration": _calibration(mirror.calibration),
         "calibrated": mirror.calibrated,
         "frontend_seconds": mirror.frontend_seconds,
@@ -57,6 +63,10 @@ def restore(saved: Saved, settings: MirrorSettings, fleet: FleetSettings) -> Mir
     current = fleet.model_copy(update={"step_time": old.step_time})
     mirror.fleet = Fleet(current, start_seconds=document["now_seconds"], state=FleetState(**saved.arrays))
     mirror.fidelity.restore(document["fidelity"])
+    mirror.windows.restore(document["windows"])
+    mirror.gauges.restore(document["gauges"])
+    mirror.judge.restore(document["judge"])
+    mirror.scores = tuple(WindowScore(*score) for score in document["scores"])
     mirror.calibration = _calibration_of(document["calibration"])
     mirror.calibrated = document["calibrated"]
     mirror.frontend_seconds = document["frontend_seconds"]

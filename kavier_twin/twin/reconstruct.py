@@ -100,7 +100,7 @@ class _Engine:
     def __init__(self, samples: list[EngineSample]) -> None:
         self._samples = samples
         self._times = np.array([sample.time_seconds for sample in samples])
-        self._restarted = [False, *(_restarted(a, b) for a, b in pairwise(samples))]
+        self._restarted = [False, *(restarted(a, b) for a, b in pairwise(samples))]
 
     def between(self, edges: Curve, curve: Curve) -> Curve:
         """By how much a curve rises from edge to edge."""
@@ -108,7 +108,7 @@ class _Engine:
 
     def curves(self) -> dict[str, Curve]:
         first_tokens = [_count(sample.ttft_seconds) for sample in self._samples]
-        finished = [_finished(sample) for sample in self._samples]
+        finished = [finished_requests(sample) for sample in self._samples]
         found = {
             "first_tokens": self._counter(first_tokens),
             "finished": self._counter(finished),
@@ -177,17 +177,17 @@ class _Engine:
         return np.maximum.accumulate(np.array(curve))
 
 
-def _restarted(before: EngineSample, after: EngineSample) -> bool:
+def restarted(before: EngineSample, after: EngineSample) -> bool:
     """Whether another process counts: it says so, or a counter fell."""
     if before.started_seconds is not None and after.started_seconds is not None:
         return abs(after.started_seconds - before.started_seconds) > _START_TOLERANCE_SECONDS
     counters = ("prompt_tokens", "generation_tokens", "prefix_cache_queries_tokens")
     pairs = [(getattr(before, name), getattr(after, name)) for name in counters]
-    pairs.append((_finished(before), _finished(after)))
+    pairs.append((finished_requests(before), finished_requests(after)))
     return any(a is not None and b is not None and b < a for a, b in pairs)
 
 
-def _finished(sample: EngineSample) -> float | None:
+def finished_requests(sample: EngineSample) -> float | None:
     """Requests that left, whatever the reason."""
     counted = _sum(sample.requests_finished_by_reason)
     return counted if counted is not None else _count(sample.e2e_seconds)

@@ -23,7 +23,9 @@ def snapshot() -> Snapshot:
 
 @pytest.fixture
 def forecaster() -> Iterator[Forecaster]:
-    settings = ForecastSettings(every_seconds=0.02, horizons_seconds=(1.0, 5.0), futures=1, workers=1)
+    settings = ForecastSettings(
+        every_seconds=0.02, budget_seconds=PATIENCE_SECONDS, horizons_seconds=(1.0, 5.0), futures=1, workers=1
+    )
     forecaster = Forecaster(settings)
     yield forecaster
     forecaster.stop()

@@ -10,6 +10,7 @@ import pytest
 from forecast.streams import between, chat_stream, empty_snapshot, fleet_settings, snapshot_at, state_bytes
 from kavier_twin.forecast.executors import ThreadExecutor
 from kavier_twin.forecast.result import Forecast, Row
+from kavier_twin.forecast.settings import ForecastSettings
 from kavier_twin.forecast.slo import METRICS, Slo
 from kavier_twin.forecast.sweep import sweep
 from kavier_twin.simulation.fleet import Fleet
@@ -33,9 +34,13 @@ def snapshot(stream: Workload) -> Snapshot:
     return snapshot_at(stream, fleet_settings(replicas=2, num_gpu_blocks=500), 150.0, 100.0, frontend=0.03, held=True)
 
 
+def settings_of(policies: tuple[Policy, ...], **given: Any) -> ForecastSettings:
+    settings = {"horizons_seconds": (20.0, 60.0), "futures": 2, "slos": ()} | given
+    return ForecastSettings(policies=policies, **settings)
+
+
 def run(snapshot: Snapshot, policies: tuple[Policy, ...] = (TODAY,), workers: int = 1, **given: Any) -> Forecast:
-    arguments = {"horizons_seconds": (20.0, 60.0), "futures": 2, "seed": 0, "slos": ()} | given
-    return sweep(snapshot, policies, executor=ThreadExecutor(workers), **arguments)
+    return sweep(snapshot, settings_of(policies, **given), ThreadExecutor(workers))
 
 
 def row(forecast: Forecast, policy: str, horizon: float) -> Row:
@@ -50,7 +55,8 @@ def test_a_row_for_every_policy_and_horizon(snapshot: Snapshot) -> None:
     for row in forecast.rows:
         assert tuple(row.kpis) == METRICS
         for quantiles in row.kpis.values():
-            assert quantiles.p10 <= quantiles.p50 <= quantiles.p90
+            assert list(quantiles.values) == [0.05, 0.1, 0.5, 0.9, 0.95]
+            assert sorted(quantiles.values.values()) == list(quantiles.values.values())
     assert forecast.rate_requests_per_second == pytest.approx(snapshot.recent.index.size / 100.0, rel=0.05)
     assert forecast.time_seconds == 150.0
     json.dumps(forecast.to_dict(), allow_nan=False)
@@ -101,7 +107,7 @@ def test_less_cache_hits_less_and_none_hits_nothing(snapshot: Snapshot) -> None:
     for horizon in (20.0, 60.0):
         ratios = [row(forecast, name, horizon).kpis["prefix_cache_hit_ratio"] for name in ("today", "half", "uncached")]
         assert ratios[0].p50 > ratios[1].p50 + 0.02
-        assert ratios[1].p50 > ratios[2].p90 == 0.0
+        assert ratios[1].p50 > ratios[2].values[0.95] == 0.0
     assert row(forecast, "uncached", 60.0).kpis["ttft_p50_seconds"].p50 > (
         row(forecast, "today", 60.0).kpis["ttft_p50_seconds"].p50
     )
@@ -138,7 +144,9 @@ def test_nothing_in_sight() -> None:
         assert math.isnan(entry.kpis["ttft_p99_seconds"].p50)
         assert entry.breach_probability == {"hits": 0.0}
     plain = forecast.to_dict()
-    assert plain["rows"][0]["kpis"]["ttft_p99_seconds"] == {"p10": None, "p50": None, "p90": None}
+    assert plain["rows"][0]["kpis"]["ttft_p99_seconds"] == {
+        "values": dict.fromkeys(("0.05", "0.1", "0.5", "0.9", "0.95"))
+    }
     assert plain["verdict"]["policy"] == "today"
 
 
@@ -149,4 +157,4 @@ def test_an_executor_needs_a_worker() -> None:
 
 def test_an_executor_hands_errors_on() -> None:
     with pytest.raises(ZeroDivisionError):
-        ThreadExecutor(2).map(lambda number: 1 // number, [1, 0, 2])
+        list(ThreadExecutor(2).run(lambda number, _: 1 // number, [1, 0, 2]))

@@ -6,6 +6,7 @@ import pytest
 
 from forecast.streams import chat_stream, empty_snapshot, fleet_settings, snapshot_at, state_bytes
 from kavier_twin.forecast.executors import ThreadExecutor
+from kavier_twin.forecast.settings import ForecastSettings
 from kavier_twin.forecast.slo import Slo
 from kavier_twin.forecast.sweep import sweep
 from kavier_twin.forecast.whatif import Answer, Busy, NothingYet, Question, WhatIf, answer
@@ -22,7 +23,7 @@ def snapshot() -> Snapshot:
 
 
 def ask(snapshot: Snapshot, **question: object) -> Answer:
-    given = {"horizon_seconds": 60.0} | question
+    given = {"horizon_seconds": 60.0, "futures": 2, "budget_seconds": 60.0} | question
     return answer(snapshot, Question.model_validate(given), SLOS, ThreadExecutor(2))
 
 
@@ -31,13 +32,15 @@ def test_the_same_figures_as_a_forecast(snapshot: Snapshot) -> None:
     before = state_bytes(snapshot.fleet)
     found = ask(snapshot, overrides={"num_gpu_blocks": "0.5x"}, futures=3, seed=4)
     policies = (Policy(name="today"), Policy(name="half", overrides={"num_gpu_blocks": "0.5x"}))
-    forecast = sweep(snapshot, policies, (60.0,), 3, 4, SLOS, ThreadExecutor(1))
+    settings = ForecastSettings(policies=policies, horizons_seconds=(60.0,), futures=3, seed=4, slos=SLOS)
+    forecast = sweep(snapshot, settings, ThreadExecutor(1))
     assert [case.name for case in found.cases] == ["today", "asked"]
     for case, row in zip(found.cases, forecast.rows, strict=True):
         assert {metric: spread.p50 for metric, spread in case.kpis.items()} == {
             metric: quantiles.p50 for metric, quantiles in row.kpis.items()
         }
         assert case.breach_probability == row.breach_probability
+    assert found.futures == 3
     assert found.vllm_flags == ("--num-gpu-blocks-override 250",)
     assert state_bytes(snapshot.fleet) == before
 

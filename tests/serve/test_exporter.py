@@ -18,6 +18,7 @@ UNITS = ("seconds", "ratio", "total", "records", "blocks", "requests", "futures"
 UNITS += ("joules_per_million_tokens", "grams_per_million_tokens", "cost_per_million_tokens")
 # Counts of things in their own unit, and flags.
 WITHOUT_UNIT = ("source_up", "_running", "_waiting", "_preemptions", "_rejected", "_calibrated", "_best_policy")
+WITHOUT_UNIT += ("_trusted",)
 
 
 def text_of(view: TwinView) -> str:
@@ -63,10 +64,12 @@ def test_openmetrics_holds_the_same() -> None:
 
 def test_predictions_carry_policy_horizon_and_quantile() -> None:
     view = full_view()
-    at = {"policy": "half", "horizon": "300", "quantile": "0.9"}
-    assert value(view, "kavier_twin_predicted_ttft_seconds", statistic="p99", **at) == 1.0
-    assert value(view, "kavier_twin_predicted_prefix_cache_hit_ratio", **at) == 1.0
-    assert value(view, "kavier_twin_slo_breach_probability_ratio", policy="today", horizon="60", slo="fast") == 0.25
+    at = {"policy": "half", "horizon": "300", "quantile": "0.9", "source": "stream"}
+    assert value(view, "kavier_twin_predicted_ttft_seconds", statistic="p99", trusted="1", **at) == 1.0
+    assert value(view, "kavier_twin_predicted_prefix_cache_hit_ratio", trusted="0", **at) == 1.0
+    breach = {"policy": "today", "horizon": "60", "source": "stream"}
+    assert value(view, "kavier_twin_slo_breach_probability_ratio", slo="fast", trusted="1", **breach) == 0.25
+    assert value(view, "kavier_twin_slo_breach_probability_ratio", slo="steady", trusted="0", **breach) == 0.0
     assert value(view, "kavier_twin_best_policy", policy="half") == 1.0
     assert value(view, "kavier_twin_best_policy", policy="today") == 0.0
     flags = {"flags": "--max-num-seqs 3 --no-async-scheduling", "deployable": "true"}
@@ -84,7 +87,7 @@ def test_every_kpi_predicted_is_exported() -> None:
 
 def test_energy_carbon_and_cost() -> None:
     view = full_view()
-    at = {"policy": "half", "horizon": "300", "quantile": "0.5"}
+    at = {"policy": "half", "horizon": "300", "quantile": "0.5", "trusted": "0", "source": "stream"}
     for kpi in (
         "power_watts",
         "energy_joules_per_million_tokens",
@@ -102,8 +105,17 @@ def test_mirrored_beside_observed() -> None:
     assert value(view, "kavier_twin_observed_ttft_seconds", statistic="p99") == 1.0
     assert value(view, "kavier_twin_mirrored_requests_waiting") == 1.0
     assert value(view, "kavier_twin_observed_requests_waiting") is None  # not known: no sample
-    assert value(view, "kavier_twin_fidelity_error_ratio", kpi="e2e_seconds", statistic="mean") == -0.2
-    assert value(view, "kavier_twin_fidelity_error_ratio", kpi="queue_seconds", statistic="mean") is None
+
+
+def test_errors_and_trust() -> None:
+    view = full_view()
+    errors = "kavier_twin_fidelity_error_ratio"
+    assert value(view, errors, kpi="e2e_seconds", statistic="mean", window="1h") == -0.2
+    assert value(view, errors, kpi="queue_seconds", statistic="mean", window="5m") is None  # not known
+    assert value(view, "kavier_twin_fidelity_observed_requests", kpi="ttft_seconds", window="5m") == 40.0
+    assert value(view, "kavier_twin_trusted", kpi="ttft_seconds") == 1.0
+    assert value(view, "kavier_twin_trusted", kpi="e2e_seconds") == 0.0
+    assert value(view, "kavier_twin_pool_trusted") == 0.0
 
 
 def test_the_stream() -> None:

@@ -11,12 +11,14 @@ from kavier_twin.serve.view import (
     Best,
     CacheBeside,
     Horizon,
+    KpiTrust,
     Outlook,
     PolicyOutlook,
     Predicted,
     SloLine,
     SourceState,
     TwinView,
+    WindowError,
 )
 from kavier_twin.twin.replicas import Replica
 
@@ -27,8 +29,9 @@ def full_view(pool: str = "chat") -> TwinView:
     horizons = tuple(
         Horizon(
             seconds,
-            tuple(Predicted(kpi, statistic, QUANTILES) for kpi, statistic in _METRICS.values()),
+            tuple(Predicted(kpi, statistic, QUANTILES, kpi == "ttft_seconds") for kpi, statistic in _METRICS.values()),
             {"fast": 0.25, "steady": 0.0},
+            {"fast": True, "steady": False},
         )
         for seconds in (60.0, 300.0)
     )
@@ -80,6 +83,13 @@ def full_view(pool: str = "chat") -> TwinView:
             Beside("requests_waiting", "", 1.0, math.nan),
             Beside("kv_cache_usage_ratio", "", 0.2, 0.25, -0.05),
         ),
+        errors=(
+            WindowError("ttft_seconds", "mean", "5m", 40, 0.11, 0.1, 0.1),
+            WindowError("e2e_seconds", "mean", "1h", 500, 2.0, 2.5, -0.2),
+            WindowError("queue_seconds", "mean", "5m", 40, 0.0, 0.0, math.nan),
+        ),
+        trust={"ttft_seconds": KpiTrust(True), "e2e_seconds": KpiTrust(False, "e2e_seconds: 20 % off")},
+        untrusted_reasons=("e2e_seconds: 20 % off",),
         replicas=(
             Replica(0, "serving", 3, 1, 0.2, 0.8, 5, 500, 0),
             Replica(1, "draining", 0, 0, 0.0, math.nan, 0, 0, 0),

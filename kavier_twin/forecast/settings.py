@@ -1,0 +1,89 @@
+"""What is forecast, and how."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from kavier_twin.forecast.policy_set import refuse_doubles, with_today
+from kavier_twin.forecast.slo import DEFAULT_SLOS, Slo
+from kavier_twin.simulation.policies import DEFAULT_POLICIES, Policy
+
+Seconds = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Objective = Literal["slo", "latency", "cost", "energy"]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RollingRestart(_Settings):
+    """How a new policy is brought to the engines: some at a time are drained, stopped and started with empty caches.
+
+    `max_unavailable_ratio` of the replicas are out at once, as a Kubernetes Deployment's `maxUnavailable` (25 % by
+    default, rounded down). Where that is none, a new replica is started before an old one is stopped. What an engine
+    still serves after `drain_seconds` begins again on another.
+    """
+
+    startup_seconds: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 120.0
+    drain_seconds: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 30.0
+    max_unavailable_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.25
+
+
+class ForecastSettings(_Settings):
+    """What is forecast, and how often.
+
+    Earlier policies are more important: where a cycle's `budget_seconds` (default: 80 % of `every_seconds`) does not
+    suffice for all, the last ones are left out. `futures` are simulated at most; fewer, but `least_futures`, where the
+    best policy is known with probability `certainty` before.
+    """
+
+    every_seconds: Seconds = 30.0
+    budget_seconds: Seconds | None = None
+    horizons_seconds: Annotated[tuple[Seconds, ...], Field(min_length=1)] = (60.0, 300.0, 900.0)
+    futures: Count = 8
+    least_futures: Count = 4
+    certainty: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
+    quantiles: tuple[Annotated[float, Field(gt=0.0, lt=1.0)], ...] = (0.05, 0.1, 0.5, 0.9, 0.95)
+    workers: Count = Field(default_factory=lambda: os.cpu_count() or 1)
+    executor: Literal["threads", "ray"] = "threads"
+    seed: Annotated[int, Field(ge=0)] = 0
+    policies: tuple[Policy, ...] = DEFAULT_POLICIES
+    slos: tuple[Slo, ...] = DEFAULT_SLOS
+    objective: Annotated[tuple[Objective, ...], Field(min_length=1)] = ("slo", "latency")
+    switch: RollingRestart = RollingRestart()
+
+    @property
+    def cycle_seconds(self) -> float:
+        """What a cycle may take, wall clock."""
+        return self.budget_seconds or 0.8 * self.every_seconds
+
+    @field_validator("horizons_seconds")
+    @classmethod
+    def _ascending(cls, horizons: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(sorted(set(horizons)))
+
+    @field_validator("quantiles")
+    @classmethod
+    def _with_median(cls, quantiles: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(sorted({*quantiles, 0.5}))
+
+    @field_validator("policies")
+    @classmethod
+    def _one_is_today(cls, policies: tuple[Policy, ...]) -> tuple[Policy, ...]:
+        return with_today(policies)
+
+    @field_validator("slos")
+    @classmethod
+    def _by_name(cls, slos: tuple[Slo, ...]) -> tuple[Slo, ...]:
+        refuse_doubles([slo.name for slo in slos])
+        return slos
+
+    @field_validator("objective")
+    @classmethod
+    def _each_once(cls, objective: tuple[Objective, ...]) -> tuple[Objective, ...]:
+        refuse_doubles(list(objective))
+        return objective

@@ -1,0 +1,201 @@
+"""Predicted beside observed over windows of event time, per KPI, in bounded memory whatever the rate.
+
+A window is made of one-minute buckets. They hold sums and, for latencies, counts in bins whose edges grow by 2 %, so
+that a quantile is exact to 1 % (DDSketch; Masson, Rim, Lee 2019).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from copy import copy
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+LATENCIES: Final = {  # KPI -> its quantiles over requests, beside the mean
+    "ttft_seconds": (0.5, 0.99),
+    "tpot_seconds": (0.5, 0.99),
+    "e2e_seconds": (0.95,),
+    "queue_seconds": (0.95,),
+}
+RATIOS: Final = ("prefix_cache_hit_ratio", "kv_cache_usage_ratio")
+RATES: Final = ("requests_per_second", "output_tokens_per_second")
+WINDOWS: Final = {"5m": 300.0, "1h": 3600.0}  # seconds of event time
+BUCKET_SECONDS: Final = 60.0
+
+_BIN_RATIO: Final = 1.02
+_SMALLEST_SECONDS: Final = 1e-6
+_BUCKETS_KEPT: Final = int(max(WINDOWS.values()) / BUCKET_SECONDS) + 1
+_PREDICTED, _OBSERVED = 0, 1
+
+
+@dataclass(frozen=True)
+class WindowScore:
+    """One statistic of a KPI over a window, predicted beside observed.
+
+    `statistic` is "mean", "p50", ... for a latency and empty otherwise. `error` is relative to the observed, or the
+    plain difference for a ratio. `count`: requests, or samples of a gauge.
+    """
+
+    kpi: str
+    statistic: str
+    window: str
+    count: int
+    predicted: float
+    observed: float
+    error: float
+
+
+@dataclass
+class _Sums:
+    """What a bucket holds of one KPI; lists and counters: predicted, observed."""
+
+    count: int = 0
+    weight: float = 0.0
+    sums: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    bins: tuple[Counter[int], Counter[int]] = field(default_factory=lambda: (Counter(), Counter()))
+
+    def take(self, other: _Sums) -> _Sums:
+        self.count += other.count
+        self.weight += other.weight
+        for side in (_PREDICTED, _OBSERVED):
+            self.sums[side] += other.sums[side]
+            self.bins[side].update(other.bins[side])
+        return self
+
+
+class Windows:
+    """The last hour of every KPI, and its scores over each window. The same pairs in the same order, the same bits."""
+
+    def __init__(self) -> None:
+        self._buckets: dict[int, dict[str, _Sums]] = {}
+        self._own: set[int] = set()  # buckets that no fork shares
+        self._since_seconds = math.inf
+
+    def fork(self) -> Windows:
+        """An independent copy; buckets are copied when one side adds to them."""
+        twin = copy(self)
+        twin._buckets = self._buckets.copy()
+        self._own, twin._own = set(), set()
+        return twin
+
+    def save(self) -> dict[str, Any]:
+        """As JSON types."""
+        return {
+            "since_seconds": self._since_seconds,
+            "buckets": [
+                [number, [[kpi, s.count, s.weight, s.sums, *(list(b.items()) for b in s.bins)] for kpi, s in b.items()]]
+                for number, b in self._buckets.items()
+            ],
+        }
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """What `save` gave."""
+        self._since_seconds = saved["since_seconds"]
+        for number, entries in saved["buckets"]:
+            self._buckets[number] = {
+                kpi: _Sums(count, weight, list(sums), (Counter(dict(predicted)), Counter(dict(observed))))
+                for kpi, count, weight, sums, predicted, observed in entries
+            }
+        self._own = set(self._buckets)
+
+    def add(self, kpi: str, time_seconds: float, predicted: float, observed: float, weight: float = 1.0) -> None:
+        """A pair of values that belong to this event time; ignored if anything is not finite.
+
+        Of a ratio that is a quotient of sums, `weight` is the denominator's part and the values are the numerators'.
+        """
+        if not (math.isfinite(predicted) and math.isfinite(observed)):
+            return
+        sums = self._sums(kpi, time_seconds)
+        if sums is None:
+            return
+        sums.count += 1
+        sums.weight += weight
+        for side, value in ((_PREDICTED, predicted), (_OBSERVED, observed)):
+            sums.sums[side] += value
+            if kpi in LATENCIES:
+                sums.bins[side][_bin(value)] += 1
+
+    def add_end(self, predicted_seconds: float, observed_seconds: float, output_tokens: int) -> None:
+        """A request ended, and when it was to end (NaN: later than it did). Both count where their time is."""
+        for kpi, amount in zip(RATES, (1.0, float(output_tokens)), strict=True):
+            observed = self._sums(kpi, observed_seconds)
+            if observed is not None:
+                observed.count += 1
+                observed.sums[_OBSERVED] += amount
+            predicted = self._sums(kpi, predicted_seconds) if math.isfinite(predicted_seconds) else None
+            if predicted is not None:
+                predicted.sums[_PREDICTED] += amount
+
+    def scores(self, now_seconds: float) -> tuple[WindowScore, ...]:
+        """Every statistic of every KPI that was observed within a window that ends now."""
+        found: list[WindowScore] = []
+        for window, seconds in WINDOWS.items():
+            first, last = _bucket(now_seconds - seconds), _bucket(now_seconds)
+            merged: dict[str, _Sums] = {}
+            for number, bucket in self._buckets.items():
+                if first <= number <= last:
+                    for kpi, sums in bucket.items():
+                        if number < last or kpi not in RATES:
+                            merged.setdefault(kpi, _Sums()).take(sums)
+            # Rates are those of whole buckets: of the last one, requests to end later than now are counted already.
+            covered = last * BUCKET_SECONDS - max(self._since_seconds, first * BUCKET_SECONDS)
+            for kpi, sums in merged.items():
+                if sums.count:
+                    found += _scores(kpi, window, sums, covered)
+        return tuple(found)
+
+    def _sums(self, kpi: str, time_seconds: float) -> _Sums | None:
+        """Those of the time's bucket, to be added to; None for what is older than every window."""
+        number = _bucket(time_seconds)
+        newest = max(self._buckets, default=number)
+        if number <= newest - _BUCKETS_KEPT:
+            return None
+        self._since_seconds = min(self._since_seconds, time_seconds)
+        bucket = self._buckets.get(number)
+        if bucket is None:
+            bucket = self._buckets[number] = {}
+            for old in [known for known in self._buckets if known <= number - _BUCKETS_KEPT]:
+                del self._buckets[old]
+        elif number not in self._own:
+            bucket = self._buckets[number] = {name: _Sums().take(sums) for name, sums in bucket.items()}
+        self._own.add(number)
+        return bucket.setdefault(kpi, _Sums())
+
+
+def _bucket(time_seconds: float) -> int:
+    return math.floor(time_seconds / BUCKET_SECONDS)
+
+
+def _bin(seconds: float) -> int:
+    return math.floor(math.log(max(seconds, _SMALLEST_SECONDS)) / math.log(_BIN_RATIO))
+
+
+def _scores(kpi: str, window: str, sums: _Sums, covered_seconds: float) -> list[WindowScore]:
+    denominator = covered_seconds if kpi in RATES else sums.weight
+    if denominator <= 0.0:
+        return []
+    predicted, observed = (total / denominator for total in sums.sums)
+    mean = "mean" if kpi in LATENCIES else ""
+    found = [WindowScore(kpi, mean, window, sums.count, predicted, observed, _error(kpi, predicted, observed))]
+    for share in LATENCIES.get(kpi, ()):
+        predicted, observed = (_quantile(bins, share) for bins in sums.bins)
+        error = _error(kpi, predicted, observed)
+        found.append(WindowScore(kpi, f"p{100 * share:g}", window, sums.count, predicted, observed, error))
+    return found
+
+
+def _error(kpi: str, predicted: float, observed: float) -> float:
+    if kpi in RATIOS:
+        return predicted - observed
+    return (predicted - observed) / observed if observed > 0.0 else math.nan
+
+
+def _quantile(bins: Counter[int], share: float) -> float:
+    """The nearest rank's bin, at its geometric centre."""
+    rank = math.ceil(share * bins.total())
+    for number in sorted(bins):
+        rank -= bins[number]
+        if rank <= 0:
+            return float(_BIN_RATIO ** (number + 0.5))
+    return math.nan
