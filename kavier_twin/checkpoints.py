@@ -12,7 +12,6 @@ from typing import Any, Final
 from connectors.source import Seekable, Source
 from kavier_twin.pool import PoolTwin
 from kavier_twin.simulation.state import copy_state
-from kavier_twin.telemetry import RequestFinished
 from kavier_twin.twin import checkpoint, mirror_state
 from kavier_twin.twin.cache_watch import CacheWatch
 from kavier_twin.twin.checkpoint import CheckpointError, Saved
@@ -36,8 +35,10 @@ class Checkpoints:
         self._due = time.monotonic() + every_seconds
         self._trouble = ""
 
-    def restore(self, pools: Mapping[str, PoolTwin], sources: Iterable[Source]) -> None:
+    def restore(self, pools: Mapping[str, PoolTwin], sources: Iterable[Source]) -> bool:
         """Bring pools and sources to the last state that can be used. What is wrong with others is logged.
+
+        Returns whether there was one.
 
         A pool that is not in it, or is another fleet's there, begins anew; if all do, so do the sources.
         """
@@ -46,11 +47,12 @@ class Checkpoints:
             log.warning("checkpoint %s", problem)
         if saved is None:
             log.info("no checkpoint in %s: the twin begins anew", self.directory)
-            return
+            return False
         restored = [name for name, pool in pools.items() if self._restore(pool, saved)]
         if restored:
             for key, source in seekable(sources):
                 source.seek(saved.document["positions"].get(key, {}))
+        return bool(restored)
 
     def _restore(self, pool: PoolTwin, saved: Saved) -> bool:
         document = saved.document["pools"].get(pool.name)
@@ -64,8 +66,7 @@ class Checkpoints:
         except CheckpointError as error:
             log.warning("checkpoint %d in %s: pool %s begins anew: %s", *self._place, pool.name, error)
             return False
-        ends = [RequestFinished.model_validate(end) for end in document["ends"]]
-        pool.resume(mirror, ends, CacheWatch.restored(document["caches"]))
+        pool.resume(mirror, CacheWatch.restored(document["caches"]))
         if pool.metrics and document["metrics"]:
             pool.metrics.restore(document["metrics"])
         log.info("pool %s goes on from checkpoint %d, %d requests finished", pool.name, self._sequence, mirror.finished)
@@ -86,10 +87,8 @@ class Checkpoints:
         documents: dict[str, Any] = {}
         arrays: dict[str, Any] = {}
         for pool in pools:
-            ends = [end.model_dump(mode="json", exclude_defaults=True) for end in pool.held_ends]
             documents[pool.name] = {
                 "mirror": mirror_state.save(pool.mirror).document,
-                "ends": ends,
                 "caches": pool.caches.save(),
                 "metrics": pool.metrics.save() if pool.metrics else None,
             }

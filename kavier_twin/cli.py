@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+from collections.abc import Sequence
 
 from kavier_twin import __version__
 from kavier_twin.errors import UserError
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"kavier-twin {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     modules = {}
-    for name in COMMANDS:
+    for name in _wanted(sys.argv[1:] if argv is None else argv):
         modules[name.replace("_", "-")] = module = importlib.import_module(f"kavier_twin.commands.{name}")
         module.add_parser(commands)
     args = parser.parse_args(argv)
@@ -56,6 +57,11 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 141
+
+
+def _wanted(argv: Sequence[str]) -> Sequence[str]:
+    """The commands whose code is needed: one that is named at once, all for the help that lists them."""
+    return [name for name in COMMANDS if argv and argv[0] == name.replace("_", "-")] or COMMANDS
 
 
 if __name__ == "__main__":

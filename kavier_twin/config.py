@@ -16,6 +16,7 @@ from kavier_twin.checkpoints import EVERY_SECONDS, KEEP
 from kavier_twin.errors import UserError
 from kavier_twin.footprint_file import fleet_with_carbon_read
 from kavier_twin.forecast.forecaster import ForecastSettings
+from kavier_twin.freshness import STALE_AFTER_SECONDS
 from kavier_twin.hardware import FleetFile
 from kavier_twin.http_settings import HttpConfig
 from kavier_twin.live_sources import SECRET_GIVEN, KvEvents, LiveSource, Prometheus, VllmMetrics
@@ -69,6 +70,8 @@ class MirrorConfig(_Settings):
     calibrate_after_requests: Annotated[int, Field(ge=30)] = _MIRROR.calibrate_after_requests
     recalibrate_every_requests: Annotated[int, Field(ge=1)] = _MIRROR.recalibrate_every_requests
     give_up_seconds: PositiveSeconds = _MIRROR.give_up_seconds
+    pod_silent_seconds: PositiveSeconds = _MIRROR.pod_silent_seconds
+    most_replicas: Annotated[int, Field(ge=1)] = _MIRROR.most_replicas
     trust: TrustSettings = _MIRROR.trust
 
     def settings(self, pool: str) -> MirrorSettings:
@@ -146,6 +149,7 @@ class Settings(_Settings):
     sources: Annotated[tuple[AnySource, ...], Field(min_length=1)]
     http: HttpConfig = HttpConfig()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    stale_after_seconds: PositiveSeconds = STALE_AFTER_SECONDS  # that a source may fail or be behind
     checkpoints: CheckpointConfig | None = None  # without it a restart begins anew
     dead_letters: Path | None = None  # where rejected lines are noted (file, line, reason; never their text)
 

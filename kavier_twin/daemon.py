@@ -26,8 +26,9 @@ from kavier_twin.checkpoints import Checkpoints
 from kavier_twin.config import AnySource, Settings, TraceFile
 from kavier_twin.errors import UserError
 from kavier_twin.feed import UNNAMED_POOL, Feed
+from kavier_twin.freshness import STALE_AFTER_SECONDS, Freshness
 from kavier_twin.http_settings import HttpConfig
-from kavier_twin.live_sources import LiveSource
+from kavier_twin.live_sources import LiveSource, MetricsSource
 from kavier_twin.pool import PoolTwin
 from kavier_twin.pool_control import PoolControl
 from kavier_twin.serve.app import Twin
@@ -48,7 +49,8 @@ REJECTS_LOGGED_EVERY_SECONDS: Final = 30.0
 class Daemon:
     """The twins of some pools and the feeds that they share, running between `start` and `stop`.
 
-    With `http` None nothing is served. Raises UserError for an address that cannot be listened on.
+    With `http` None nothing is served. With `warm_up`, and no checkpoint to go on from, nothing is ready before the
+    logs have been read up to the present. Raises UserError for an address that cannot be listened on.
     """
 
     def __init__(
@@ -58,8 +60,12 @@ class Daemon:
         *,
         http: HttpConfig | None = None,
         checkpoints: Checkpoints | None = None,
+        stale_after_seconds: float = STALE_AFTER_SECONDS,
+        warm_up: bool = False,
     ) -> None:
         self.failed = False
+        self._freshness = Freshness(stale_after_seconds)
+        self._warming_up = warm_up
         self.pools = {pool.name: pool for pool in pools}
         self._feeds = tuple(feeds)
         self._checkpoints = checkpoints
@@ -73,13 +79,16 @@ class Daemon:
         self._publish()
         self.http = self._listen(http) if http else None
         self._thread = Thread(target=self._keep_ingesting, name="ingest", daemon=True)
-        if checkpoints:
-            checkpoints.restore(self.pools, self._sources)
+        if checkpoints and checkpoints.restore(self.pools, self._sources):
+            self._warming_up = False
             self._publish()
 
     @classmethod
-    def of(cls, settings: Settings) -> Daemon:
-        """The daemon that a settings file describes. Raises UserError."""
+    def of(cls, settings: Settings, warm_up_seconds: float = 0.0) -> Daemon:
+        """The daemon that a settings file describes. Raises UserError.
+
+        Without a checkpoint it begins with the last `warm_up_seconds` of the logs, where any are given.
+        """
         letters = DeadLetters(settings.dead_letters) if settings.dead_letters else None
         pools = []
         for name, pool in settings.by_pool.items():
@@ -97,14 +106,18 @@ class Daemon:
         feeds = []
         for entry in settings.sources:
             try:
-                feeds.append(Feed(_open(entry, settings, letters), entry.pool or ""))
+                source = _open(entry, settings, letters, warm_up_seconds)
             except TraceError as error:
                 raise UserError(str(error)) from None
+            every_seconds = entry.interval_seconds if isinstance(entry, MetricsSource) else None
+            feeds.append(Feed(source, entry.pool or "", every_seconds))
         return cls(
             pools,
             feeds,
             http=settings.http,
             checkpoints=Checkpoints(**settings.checkpoints.model_dump()) if settings.checkpoints else None,
+            stale_after_seconds=settings.stale_after_seconds,
+            warm_up=warm_up_seconds > 0.0,
         )
 
     def _listen(self, http: HttpConfig) -> HttpServer:
@@ -210,12 +223,20 @@ class Daemon:
             if state.ended and state.name not in self._ended:
                 self._ended.add(state.name)
                 log.info("source %s has ended; its last figures stay served", state.name)
+        stale = self._freshness.look(self._feeds, states)
+        if self._warming_up and all(map(self._freshness.is_caught_up, self._feeds, states)):
+            self._warming_up = False
+            log.info("warmed up: the logs are read up to the present")
         kept = self._checkpoints
         views = {}
         for name, pool in self.pools.items():
-            sources = tuple(state for feed, state in zip(self._feeds, states, strict=True) if feed.feeds(name))
+            mine = [number for number, feed in enumerate(self._feeds) if feed.feeds(name)]
+            reasons = tuple(stale[number] for number in mine if stale[number])
+            self._freshness.tell(name, reasons)
             views[name] = replace(
-                pool.view(sources),
+                pool.view(tuple(states[number] for number in mine)),
+                stale=reasons,
+                warming_up=self._warming_up,
                 checkpoint_unix_seconds=kept.written_unix_seconds if kept else None,
                 checkpoint_failures=kept.failures if kept else 0,
             )
@@ -272,7 +293,7 @@ class _RejectLog:
         self._told, self._told_at = rejected, now
 
 
-def _open(entry: AnySource, settings: Settings, letters: DeadLetters | None) -> Source:
+def _open(entry: AnySource, settings: Settings, letters: DeadLetters | None, warm_up_seconds: float) -> Source:
     """The source that the settings describe. Raises TraceError."""
     pool = entry.pool or (next(iter(settings.by_pool)) if len(settings.by_pool) == 1 else UNNAMED_POOL)
     if isinstance(entry, LiveSource):
@@ -280,5 +301,6 @@ def _open(entry: AnySource, settings: Settings, letters: DeadLetters | None) -> 
     if isinstance(entry, TraceFile):
         return FollowFile(entry.path, entry.format, follow=entry.follow, name=entry.name, dead_letters=letters)
     kafka = import_module("connectors.kafka.source")  # needs an extra, which the settings' check found
-    source: Source = kafka.KafkaSource(entry, pool=pool, letters=letters)
+    start = time.time() - warm_up_seconds if warm_up_seconds else None
+    source: Source = kafka.KafkaSource(entry, pool=pool, start=start, letters=letters)
     return source

@@ -22,10 +22,14 @@ _NAMES_LOGGED: Final = 10
 
 @dataclass
 class Feed:
-    """`pool` gets the records that name none; empty where only one pool is there, or every record names its own."""
+    """`pool` gets the records that name none; empty where only one pool is there, or every record names its own.
+
+    `every_seconds` is how often a source speaks that always has something to tell: metrics, not requests.
+    """
 
     source: Source
     pool: str = ""
+    every_seconds: float | None = None
     refused: Counter[str] = field(default_factory=Counter)  # records that no pool takes, by reason
     _unknown: set[str] = field(default_factory=set)
 

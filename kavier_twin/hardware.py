@@ -147,9 +147,11 @@ class FleetFile(FleetSettings):
             engine = hardware.engine(given if isinstance(given, Mapping) else {})
         except (CatalogError, TypeError) as error:
             raise ValueError(str(error)) from None
-        prior = hardware.step_time(engine.get("kv_cache_dtype", "auto"))
         footprint = hardware.footprint(content.get("footprint", {}))
-        return {"step_time": prior, **content, "hardware": hardware, "engine": engine, "footprint": footprint}
+        filled = {**content, "hardware": hardware, "engine": engine, "footprint": footprint}
+        if "step_time" not in content:  # seconds of reading where measured operators are installed
+            filled["step_time"] = hardware.step_time(engine.get("kv_cache_dtype", "auto"))
+        return filled
 
     @property
     def prior(self) -> StepTime | None:

@@ -126,7 +126,13 @@ class HttpSource(LiveSource):
         )
 
 
-class Prometheus(HttpSource):
+class MetricsSource(HttpSource):
+    """Metrics, which are always there to be read."""
+
+    interval_seconds: Seconds
+
+
+class Prometheus(MetricsSource):
     """A Prometheus server. `engines` are label values of the pool's vLLM series, `gpus` of the DCGM exporter's.
 
     `gpus: null` leaves GPUs out. `warm_up_seconds` of the past are read at start.
@@ -175,7 +181,7 @@ class EngineAddress(_Settings):
     pod: str = ""
 
 
-class VllmMetrics(HttpSource):
+class VllmMetrics(MetricsSource):
     """The engines' own `/metrics`."""
 
     type: Literal["vllm_metrics"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import logging
 import math
 import time
@@ -20,7 +19,7 @@ from kavier_twin.serve import assemble
 from kavier_twin.serve.view import Outlook, SourceState, TwinView
 from kavier_twin.simulation.policies import Policy
 from kavier_twin.simulation.settings import COEFFICIENTS, FleetSettings
-from kavier_twin.telemetry import EngineSample, KvEventBatch, RequestFinished, RequestRecord, TelemetryRecord
+from kavier_twin.telemetry import EngineSample, KvEventBatch, TelemetryRecord
 from kavier_twin.twin.cache_watch import CacheWatch
 from kavier_twin.twin.metrics_stream import MetricsStream, mirror_settings
 from kavier_twin.twin.mirror import Mirror, MirrorSettings
@@ -33,6 +32,7 @@ Found = TypeVar("Found")
 
 LIVE_WITHIN_SECONDS: Final = 300.0  # a stream whose newest record is this close to the wall clock is live
 SAMPLES_KEPT: Final = 1_000  # for each pod
+SAMPLE_SECONDS: Final = 120.0  # for which an engine's last word counts
 
 
 class PoolTwin:
@@ -62,7 +62,6 @@ class PoolTwin:
         self.metrics = MetricsStream(mirror.pool, fleet.engine) if from_metrics else None
         self.mirror = Mirror(mirror_settings(mirror) if from_metrics else mirror, fleet, calibrated=calibrated)
         self.caches = CacheWatch()
-        self._ends = _HeldEnds()
         self._lock = Lock()
         self._event_clock = event_clock
         self._notes = tuple(notes)
@@ -79,17 +78,10 @@ class PoolTwin:
         """The pool's."""
         return self.mirror.settings.pool
 
-    @property
-    def held_ends(self) -> list[RequestFinished]:
-        """Ends taken in that the stream has not come to."""
-        return self._ends.until(math.inf)
-
-    def resume(self, mirror: Mirror, ends: Iterable[RequestFinished], caches: CacheWatch) -> None:
+    def resume(self, mirror: Mirror, caches: CacheWatch) -> None:
         """Go on from another's state, before `start`."""
         self.mirror = mirror
         self.caches = caches
-        for end in ends:
-            self._ends.hold(end)
 
     def start(self) -> None:
         """Forecast from now on."""
@@ -110,15 +102,9 @@ class PoolTwin:
                 self._take(record)
             if self.metrics:
                 self.metrics.lead(self.mirror)
-            newest = self.mirror.newest_seconds
-            for held in self._ends.due(math.inf if ended else newest):
-                self.mirror.ingest(held)
-            # Nothing comes any more: what is buffered need not wait for the watermark.
-            lateness = self.mirror.settings.lateness_seconds
-            last = self.mirror.newest_seconds + lateness
-            if last - lateness < self.mirror.newest_seconds:  # rounded
-                last = math.nextafter(last, math.inf)
-            self.mirror.advance(last if ended and math.isfinite(last) else None)
+            self.mirror.advance()
+            if ended:
+                self.mirror.end()
             self.caches.follow(self.mirror.fleet, self._replica_of)
             self._behind = more
             self._tell_of_calibration()
@@ -150,7 +136,7 @@ class PoolTwin:
             unix_seconds=time.time(),
             event_seconds=mirror.time_seconds,
             lag_seconds=lag,
-            buffered_records=mirror.buffered + len(self._ends),
+            buffered_records=mirror.buffered,
             last_record_unix_seconds=self._last_record_unix,
             records=records,
             dropped=dropped,
@@ -177,15 +163,6 @@ class PoolTwin:
     # --- the mirror -----------------------------------------------------------------------------------------------
 
     def _take(self, record: TelemetryRecord) -> None:
-        """Into the mirror; the end of a request told in one record with its arrival has to wait for its time."""
-        if isinstance(record, RequestRecord):
-            for held in self._ends.due(record.time_seconds):
-                self.mirror.ingest(held)
-            finished = record.finished()
-            if finished is not None:
-                self._ends.hold(finished)
-            self.mirror.ingest(record.seen())
-            return
         if isinstance(record, EngineSample):
             self._reported.add(record)
             if self.metrics:
@@ -194,16 +171,17 @@ class PoolTwin:
             self.caches.take(record)
         self.mirror.ingest(record)
 
-    def _replica_of(self, _pod: str) -> int | None:
-        """The replica that mirrors a pod: known where there is one of each."""
-        return 0 if self.mirror.fleet.settings.replicas == 1 else None
+    def _replica_of(self, pod: str) -> int | None:
+        """The replica that mirrors a pod; where there is one of each, no name is needed."""
+        alone = 0 if self.mirror.fleet.state.replicas.size == 1 else None
+        return self.mirror.pods.replica_of(pod) if pod else alone
 
     def _present(self) -> Mirror:
         """The mirror as of now: of a stream whose time is a clock's, moved on to where no record has come yet."""
         now = None if self._behind else self._event_now()
         if now is None or now <= self.mirror.time_seconds:
             return self.mirror
-        present = self.mirror.fork(self._ends.until(now))
+        present = self.mirror.fork()
         present.advance(now)
         return present
 
@@ -243,31 +221,6 @@ class PoolTwin:
         self._outlook = assemble.outlook(forecast, time.time(), self._policies)
 
 
-class _HeldEnds:
-    """Ends of requests whose record told arrival and end at once, until the stream has come so far."""
-
-    def __init__(self) -> None:
-        self._heap: list[tuple[float, str, int, RequestFinished]] = []
-        self._held = 0
-
-    def __len__(self) -> int:
-        return len(self._heap)
-
-    def hold(self, finished: RequestFinished) -> None:
-        self._held += 1  # an id may come twice with one time and different words
-        heapq.heappush(self._heap, (finished.time_seconds, finished.id, self._held, finished))
-
-    def due(self, until_seconds: float) -> list[RequestFinished]:
-        found = []
-        while self._heap and self._heap[0][0] <= until_seconds:
-            found.append(heapq.heappop(self._heap)[3])
-        return found
-
-    def until(self, time_seconds: float) -> list[RequestFinished]:
-        """Those up to a time; they stay held."""
-        return [entry[3] for entry in sorted(entry for entry in self._heap if entry[0] <= time_seconds)]
-
-
 class _EngineSamples:
     """What the engines said of themselves lately, to be read at the time the mirror stands at."""
 
@@ -280,10 +233,13 @@ class _EngineSamples:
     def at(self, time_seconds: float) -> tuple[float, float, float]:
         """Running and waiting requests of all pods, and mean KV usage; NaN where unknown."""
         newest = []
-        for samples in self._pods.values():
+        for key, samples in list(self._pods.items()):
+            if samples[-1].time_seconds < time_seconds - SAMPLE_SECONDS:  # its pod is gone
+                del self._pods[key]
+                continue
             while len(samples) > 1 and samples[1].time_seconds <= time_seconds:
                 samples.popleft()
-            if samples and samples[0].time_seconds <= time_seconds:
+            if time_seconds - SAMPLE_SECONDS <= samples[0].time_seconds <= time_seconds:
                 newest.append(samples[0])
         usage = [s.kv_cache_usage_ratio for s in newest if s.kv_cache_usage_ratio is not None]
         return (

@@ -30,7 +30,7 @@ FETCH_MS: Final = 200  # waited for them
 DISCOVER_SECONDS: Final = 30.0  # between looks for new partitions
 CHECK_SECONDS: Final = 5.0  # between questions for the ends of the partitions, and between commits
 LONGEST_BACKOFF_SECONDS: Final = 30.0
-AHEAD_SECONDS: Final = 86_400.0  # that a record's time may be after Kafka's own
+AHEAD_SECONDS: Final = 3_600.0  # that a record's time may be after Kafka's own: clocks that are not the same
 _MESSAGE_BYTES: Final = 1_000  # a message's objects, beside what grows with its length
 _OBJECT_BYTES: Final = 3  # of objects for a byte of JSON: a hash of 20 digits is an integer and its place in a tuple
 
@@ -344,5 +344,5 @@ def _key(partition: TopicPartition) -> str:
 def _not_ahead(record: TelemetryRecord, timestamp_ms: int) -> TelemetryRecord | Malformed:
     """The record, unless its time is far after Kafka's: in milliseconds, say, it would make all that comes late."""
     if 0 < timestamp_ms < (record.time_seconds - AHEAD_SECONDS) * 1000.0:
-        return Malformed("future-time", "time_seconds is more than a day after Kafka's time stamp")
+        return Malformed("future-time", "time_seconds is more than an hour after Kafka's time stamp")
     return record

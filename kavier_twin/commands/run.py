@@ -12,6 +12,7 @@ from typing import Any
 
 from kavier_twin.config import read_settings
 from kavier_twin.daemon import Daemon, StopSignals
+from kavier_twin.duration import seconds_of
 
 _EXAMPLE = """an example of a settings file:
   pool: chat
@@ -28,6 +29,17 @@ _EXAMPLE = """an example of a settings file:
     horizons_seconds: [60, 300]
     slos: [{name: fast, metric: ttft_p99_seconds, threshold: 1.0}]
 
+several pools in one daemon, each with records of its own name:
+  pools:
+    chat: {fleet: {hardware: {gpu: H100 SXM 80GB, model: meta-llama/Llama-3.1-8B}}}
+    code: {fleet: {hardware: {gpu: L40S, model: Qwen/Qwen3-8B}, replicas: 4}}
+  sources:
+    - {type: kafka, brokers: ["kafka:9092"], topics: [llm-requests]}
+    - {type: prometheus, url: "http://prometheus:9090", engines: {namespace: code}, pool: code}
+
+after a first start beside a running fleet:
+  kavier-twin run --config twin.yaml --warm-up 30m
+
 exit status: 0 ended by SIGTERM, 1 failed, 2 wrong use, 130 ended by Ctrl-C
 """
 
@@ -42,6 +54,13 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", type=Path, required=True, metavar="TWIN.yaml", help="the settings file")
+    parser.add_argument(
+        "--warm-up",
+        type=seconds_of,
+        default=0.0,
+        metavar="TIME",
+        help="without a checkpoint, begin with so much of the logs' past, e.g. 30m, and be ready once it is mirrored",
+    )
     parser.add_argument("--check", action="store_true", help="check the settings file and end")
 
 
@@ -53,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     set_up_logging(settings.log_level)
     with StopSignals() as signals:
-        daemon = Daemon.of(settings)
+        daemon = Daemon.of(settings, args.warm_up)
         daemon.start()
         while signals.received is None and not daemon.failed:
             time.sleep(0.1)

@@ -49,7 +49,7 @@ _METRICS: Final = {  # the forecaster's metric -> KPI and statistic shown
     "carbon_grams_per_million_tokens": ("carbon_grams_per_million_tokens", ""),
     "cost_per_million_tokens": ("cost_per_million_tokens", ""),
 }
-STREAM_RESULTS: Final = ("accepted", "duplicate", "late")
+STREAM_RESULTS: Final = ("accepted", "duplicate", "late", "future_time")
 
 
 def beside(mirror: Mirror, reported: tuple[float, float, float]) -> tuple[Beside, ...]:

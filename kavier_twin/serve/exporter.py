@@ -121,7 +121,7 @@ def _stream(view: TwinView) -> Iterator[Metric]:
     yield _counter(
         "records",
         "Telemetry records by what became of them since the start: accepted, duplicate, late (behind the watermark), "
-        "rejected (not a record).",
+        "future_time (far ahead of all others), rejected (not a record).",
         ["pool", "result"],
         [([view.pool, result], count) for result, count in sorted(view.records.items())],
     )
@@ -139,6 +139,13 @@ def _stream(view: TwinView) -> Iterator[Metric]:
         f"{PREFIX}_source_up",
         "Whether the source can be read (1), or its figures are stale for a reason told in the log and the status (0).",
         labels=["pool", "source"],
+    )
+    yield _gauge(
+        "stale",
+        "Whether the pool's figures are old (1), as a source fails or is behind for longer than stale_after_seconds, "
+        "or fresh (0). The status tells why.",
+        view.pool,
+        float(bool(view.stale)),
     )
     newest = GaugeMetricFamily(
         f"{PREFIX}_source_last_record_timestamp_seconds",
@@ -170,7 +177,9 @@ def _stream(view: TwinView) -> Iterator[Metric]:
     yield _counter(
         "requests_dropped",
         "Requests that the mirror could not follow since the start: unknown_request (a finish without an arrival), "
-        "never_finished (no finish record came in time).",
+        "never_finished (no finish record came in time), replica_restarted (their pod began anew before they ended), "
+        "not_simulated (gone from the simulation before their end was told: lost in a restart, or refused), "
+        "too_many_pods (they went where the router said).",
         ["pool", "reason"],
         [([view.pool, reason], count) for reason, count in sorted(view.dropped.items())],
     )
@@ -304,7 +313,7 @@ def _forecasts(view: TwinView) -> Iterator[Metric]:
     )
     yield _gauge(
         "forecast_arrivals_per_second",
-        "Arrival rate that the last forecast continues, requests per second.",
+        "Mean arrival rate that the last forecast assumes up to its longest horizon, requests per second.",
         view.pool,
         outlook.rate_per_second,
     )

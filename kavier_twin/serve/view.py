@@ -208,10 +208,14 @@ class TwinView:
     outlook: Outlook | None = None
     currency: str = ""  # of costs, ISO 4217; empty where no footprint is told
     notes: tuple[str, ...] = ()  # what a reader of these figures must know
+    stale: tuple[str, ...] = ()  # why the figures are old: one line for each source that fails or is behind
+    warming_up: bool = False  # the past of the logs is being mirrored
 
     def not_ready(self) -> list[str]:
         """Why the figures are not there yet; empty when they are."""
         reasons = []
+        if self.warming_up:
+            reasons.append("warming up: the past of the logs is being mirrored")
         if not math.isfinite(self.event_seconds):
             reasons.append("no telemetry record has been processed yet")
         if self.outlook is None:

@@ -280,10 +280,7 @@ def _empty_phases(replicas: int, block_size: int) -> Records:
 
 def with_replica(state: FleetState, fresh: FleetState) -> FleetState:
     """The fleet with one more replica, that of `fresh` (same settings, nothing in it yet)."""
-    while fresh.requests.shape[1] < state.requests.shape[1]:
-        fresh = with_more_slots(fresh)
-    while fresh.arena.shape[1] < state.arena.shape[1]:
-        fresh = with_more_arena(fresh)
+    fresh = _as_wide_as(state, fresh)
     columns = {}
     for name, array in state._asdict().items():
         added = getattr(fresh, name)
@@ -292,6 +289,27 @@ def with_replica(state: FleetState, fresh: FleetState) -> FleetState:
         else:
             columns[name] = np.concatenate([array, added])
     return FleetState(**columns)
+
+
+def begin_anew(state: FleetState, number: int, fresh: FleetState) -> None:
+    """An empty replica becomes that of `fresh` (same settings); its counters go on."""
+    fresh = _as_wide_as(state, fresh)
+    names = layout.REPLICA.names or ()
+    counters = list(names[names.index("steps") : names.index("eviction")])
+    counted = {name: state.replicas[name][number].copy() for name in counters}
+    for name, array in state._asdict().items():
+        if name not in ("fleet", "future", "outcomes"):
+            array[number] = getattr(fresh, name)[0]
+    for name, value in counted.items():
+        state.replicas[name][number] = value
+
+
+def _as_wide_as(state: FleetState, fresh: FleetState) -> FleetState:
+    while fresh.requests.shape[1] < state.requests.shape[1]:
+        fresh = with_more_slots(fresh)
+    while fresh.arena.shape[1] < state.arena.shape[1]:
+        fresh = with_more_arena(fresh)
+    return fresh
 
 
 def with_pool(state: FleetState, num_blocks: int) -> FleetState:

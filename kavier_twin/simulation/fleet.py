@@ -8,7 +8,7 @@ is still to come is plain data (`_arrivals`, `_actions`), so a fork is a copy of
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Collection, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -274,6 +274,62 @@ class Fleet:
         if fleet["outcomes"] + fleet["live"] + 1 > self.state.outcomes.size:
             self.grow(request_kernels.GROW_OUTCOMES)
 
+    # --- what an outside world tells about replicas -------------------------------------------------------------------
+
+    @property
+    def replicas_alive(self) -> int:
+        """Those that are there, the leaving ones included."""
+        return int(self.state.replicas["alive"].sum())
+
+    def are_gone(self, numbers: Iterable[int]) -> bool:
+        """Whether these replicas have left; the empty ones of those that were to leave do so now."""
+        self._retire()
+        return not any(self.state.replicas["alive"][number] for number in numbers)
+
+    def admit(self) -> int:
+        """A replica joins now with a cold cache, in the place of one that is gone if possible. Returns its number."""
+        gone = np.flatnonzero(self.state.replicas["alive"] == 0)
+        if gone.size:
+            build.begin_anew(self.state, int(gone[0]), self._fresh())
+        else:
+            self._join()
+        self._count_replicas()
+        return int(gone[0]) if gone.size else self.state.replicas.size - 1
+
+    def dismiss(self, number: int) -> None:
+        """The replica gets no new requests and is gone once it has ended those it has."""
+        self.state.replicas["accepting"][number] = 0
+        self._let_go(number)
+        self._retire()
+        self._count_replicas()
+
+    def recall(self, number: int) -> None:
+        """One that was dismissed, and is not gone, stays."""
+        self.state.replicas["accepting"][number], self.state.replicas["leaving"][number] = 1, 0
+        self.state.replicas["left"][number] = np.inf
+        self._count_replicas()
+
+    def begin_anew(self, number: int, again: Collection[int]) -> list[Live]:
+        """The replica begins anew now, with a cold cache. Returns where those of its requests are that start again.
+
+        These are the ones whose index is in `again`; the others are gone without an outcome.
+        """
+        rows = build.rows_of_live(self.state, number, self.now_seconds)
+        for live in self.live():
+            if live.replica == number:
+                replica_kernels.abandon(self.state, number, live.slot, self.now_seconds)
+        build.begin_anew(self.state, number, self._fresh())
+        rows = take_rows(rows, np.flatnonzero(np.isin(rows.index, list(again))))
+        rows = rows._replace(replica=np.full(rows.index.size, number, np.int64))
+        places = self.deliver(rows, 0, rows.index.size)
+        found = [Live(int(index), *map(int, place)) for index, place in zip(rows.index, places, strict=True)]
+        return [live for live in found if live.slot >= 0]
+
+    def _count_replicas(self) -> None:
+        """What policies count from."""
+        accepting = int(self.state.replicas["accepting"].sum())
+        self.settings = self.settings.model_copy(update={"replicas": accepting})
+
     # --- what can be seen -----------------------------------------------------------------------------------------
 
     @property
@@ -361,11 +417,15 @@ class Fleet:
         empty = (replicas["running"] == 0) & (waiting == 0) & (replicas["in_flight"] == 0)
         replicas["alive"][(replicas["leaving"] == 1) & empty] = 0
 
-    def _join(self) -> None:
+    def _fresh(self) -> FleetState:
+        """A replica that begins now."""
         fresh = build.new_state(self.settings.model_copy(update={"replicas": 1}), stepping=self._stepping)
         for name in ("now", "accounted", "last_completion", "joined"):
             fresh.replicas[name] = self.now_seconds
-        self.state = build.with_replica(self.state, fresh)
+        return fresh
+
+    def _join(self) -> None:
+        self.state = build.with_replica(self.state, self._fresh())
 
     def _fail(self, number: int) -> None:
         again = self._abandon(number)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import zlib
 from collections import Counter, deque
-from collections.abc import Iterable
 from copy import copy
 from dataclasses import dataclass
 from typing import Final
@@ -40,9 +39,10 @@ from kavier_twin.twin.calibration import Calibration, CalibrationError, Observed
 from kavier_twin.twin.fidelity import Fidelity
 from kavier_twin.twin.gauges import KEPT_SECONDS, Gauges
 from kavier_twin.twin.pace import Pace
+from kavier_twin.twin.pods import Pods, PodSeen
 from kavier_twin.twin.rate_history import RateHistory
 from kavier_twin.twin.snapshot import Snapshot
-from kavier_twin.twin.stream import OrderedStream
+from kavier_twin.twin.stream import MAX_JUMP_SECONDS, OrderedStream
 from kavier_twin.twin.trust import DEFAULT_TRUST, Judge, TrustSettings
 from kavier_twin.twin.windows import Windows, WindowScore
 
@@ -65,6 +65,8 @@ class MirrorSettings:
     floor: StepTime | None = None  # what it cannot go below
     longest_hold_seconds: float = 0.5  # that a replica waits which was ahead of an end
     give_up_seconds: float = 3_600.0  # a request without a finish record for so long is dropped
+    pod_silent_seconds: float = 300.0  # a pod of which nothing is heard for so long, while others are, leaves
+    most_replicas: int = 256  # pods beyond are not mirrored, which bounds the memory
     trust: TrustSettings = DEFAULT_TRUST
 
 
@@ -95,6 +97,8 @@ class Mirror:
         self.observed_ttft: deque[float] = deque(maxlen=500)
         self.observed_e2e: deque[float] = deque(maxlen=500)
         self.last_sample: EngineSample | None = None
+        self.configured_replicas = fleet.replicas
+        self.pods = Pods(fleet.replicas, settings.pod_silent_seconds, settings.most_replicas)
         self._stream = OrderedStream(settings.lateness_seconds)
         self._recent: dict[str, Seen] = {}  # by id, oldest first
         self._running: dict[str, Live] = {}
@@ -111,6 +115,8 @@ class Mirror:
         """Take one record in; what became of it is counted in `ingested`."""
         if isinstance(record, EngineSample):
             self.last_sample = record
+            if record.pod:
+                self._stream.offer_sighting(PodSeen.of(record))
             self.gauges.offer(record)
         if isinstance(record, EngineSample | GpuSample | KvEventBatch):  # observed beside the simulation
             self.ingested["accepted"] += 1
@@ -120,12 +126,14 @@ class Mirror:
             self.ingested["accepted"] += 1
             return
         if isinstance(record, RequestRecord):
-            self.ingested[self._stream.offer(record.seen())] += 1
+            self.ingested.update(self._stream.offer(record.seen()))
             finished = record.finished()
-            if finished is not None:
-                self.ingested[self._stream.offer(finished)] += 1
+            if finished is not None and finished.time_seconds - record.time_seconds > self.settings.give_up_seconds:
+                self.ingested["future_time"] += 1  # it would have been given up by then
+            elif finished is not None:
+                self.ingested.update(self._stream.offer(finished, foretold=True))
             return
-        self.ingested[self._stream.offer(record)] += 1
+        self.ingested.update(self._stream.offer(record))
 
     def _take_carbon(self, sample: CarbonSample) -> None:
         """What the grid emits now takes the place of what the settings say, for forecasts from here on."""
@@ -139,6 +147,7 @@ class Mirror:
     def advance(self, now_seconds: float | None = None) -> int:
         """Process what is due. `now_seconds` (event time) lets time pass where no record comes. Returns events."""
         if now_seconds is not None:
+            self.ingested.update(self._stream.confirm(now_seconds + MAX_JUMP_SECONDS))
             self._stream.raise_floor(now_seconds - self.settings.lateness_seconds)
         events = self._stream.due()
         for event in events:
@@ -146,8 +155,11 @@ class Mirror:
             self._drop_the_lost()
             if isinstance(event, RequestSeen):
                 self._arrive(event)
-            else:
+            elif isinstance(event, RequestFinished):
                 self._finish(event)
+            else:
+                self._sight(event)
+            self.pods.leave_the_silent(self.fleet, self.time_seconds)
         # Only events and the caller's clock move the fleet: where a step is cut must not depend on the order in which
         # records happened to come, lest it round differently.
         if now_seconds is not None and math.isfinite(self.time_seconds):
@@ -155,8 +167,15 @@ class Mirror:
             self._drop_the_lost()
         return len(events)
 
-    def fork(self, ends: Iterable[RequestFinished] = ()) -> Mirror:
-        """A copy that can be moved on to the present without a trace in this one, `ends` being known to it as well.
+    def end(self) -> None:
+        """Process all that was taken in: no record will ever come."""
+        last, lateness = self._stream.last_seconds, self.settings.lateness_seconds
+        if math.isfinite(last):
+            now = last + lateness
+            self.advance(now if now - lateness >= last else math.nextafter(now, math.inf))
+
+    def fork(self) -> Mirror:
+        """A copy that can be moved on to the present without a trace in this one.
 
         It takes no records in, and does not calibrate.
         """
@@ -166,10 +185,11 @@ class Mirror:
         twin.judge = copy(self.judge)
         twin.ingested = Counter(self.ingested)
         twin.observed_ttft, twin.observed_e2e = self.observed_ttft.copy(), self.observed_e2e.copy()
-        twin._stream = self._stream.fork(ends)
+        twin._stream = self._stream.fork()
         twin._recent, twin._running = self._recent.copy(), self._running.copy()
         twin._pace = copy(self._pace)
         twin._arrivals = self._arrivals.fork()
+        twin.pods = self.pods.copy()
         twin._is_fork = True
         return twin
 
@@ -201,7 +221,8 @@ class Mirror:
 
     def load(self) -> tuple[int, int, float]:
         """Running and waiting requests and KV usage (0..1) of the mirrored fleet now."""
-        replicas, engines = self.fleet.state.replicas, self.fleet.state.engines
+        there = self.fleet.state.replicas["alive"] == 1
+        replicas, engines = self.fleet.state.replicas[there], self.fleet.state.engines[there]
         usable = int((engines["num_blocks"] - 1).sum())
         used = usable - int(replicas["free_blocks"].sum())
         return int(replicas["running"].sum()), int((replicas["waiting"] + replicas["loading"]).sum()), used / usable
@@ -270,12 +291,34 @@ class Mirror:
         if len(self._recent) > self.settings.recent_requests:
             del self._recent[next(iter(self._recent))]
         self._next_index += 1
-        workload = _arrival(seen, self._assumed_output(seen), self._next_index)
+        replica = self.pods.serve(self.fleet, self.time_seconds, seen.pod) if seen.pod else -1
+        if replica < 0 and seen.pod:
+            self.ingested["too_many_pods"] += 1
+        workload = _arrival(seen, self._assumed_output(seen), self._next_index, replica)
         delivered = workload._replace(delivered=np.maximum(workload.arrival + self.frontend_seconds, self.time_seconds))
         # The frontend's time passes before the scheduler sees it; events in between have their own turn.
         replica, slot = map(int, self.fleet.deliver(delivered, 0, 1)[0])
         if slot >= 0:
             self._running[seen.id] = Live(self._next_index, replica, slot)
+
+    def _sight(self, seen: PodSeen) -> None:
+        """A pod's metrics: one that restarted lost its cache and the requests that it had."""
+        restart = self.pods.sighted(self.fleet, seen)
+        if restart is None:
+            return
+        requests = self.fleet.state.requests[restart.replica]
+        names = {live.index: name for name, live in self._running.items() if live.replica == restart.replica}
+        again = [i for i, n in names.items() if requests[self._running[n].slot]["arrival"] >= restart.since_seconds]
+        for live in self.fleet.begin_anew(restart.replica, again):
+            self._running[names.pop(live.index)] = live
+        for name in names.values():
+            del self._running[name]
+        self.ingested["replica_restarted"] += len(names)
+
+    def _is_there(self, live: Live) -> bool:
+        """Whether it runs: one that grew until the cache could not hold it has ended, and its slot is another's."""
+        request = self.fleet.state.requests[live.replica, live.slot]
+        return bool(request["state"] != FREE and request["index"] == live.index)
 
     def _assumed_output(self, seen: RequestSeen) -> int:
         assumed = max(_FIRST_GUESS_OUTPUT_TOKENS, 2 * self._longest_output)
@@ -284,12 +327,21 @@ class Mirror:
     def _finish(self, finished: RequestFinished) -> None:
         entry = self._recent.get(finished.id)
         live = self._running.pop(finished.id, None)
-        if entry is None or live is None:
+        if live is None and (entry is None or entry.finished is not None):
             self.ingested["unknown_request"] += 1
             return
-        self._recent[finished.id] = Seen(entry.seen, finished)
         self.finished += 1
         self._longest_output = max(self._longest_output, finished.output_tokens)
+        if entry is not None:
+            self._recent[finished.id] = Seen(entry.seen, finished)
+        if live is None or not self._is_there(live):
+            self.ingested["not_simulated"] += 1
+            return
+        self.pods.ended(self.time_seconds, live.replica)
+        if entry is None:  # so long ago that its content is forgotten
+            self.fleet.finish(live, finished.output_tokens, None, 0)
+            self.fleet.collect()
+            return
         self._score(entry.seen, finished, live)
         self._correct(entry.seen, finished, live)
         self._pace.apply(self.fleet)
@@ -350,6 +402,9 @@ class Mirror:
         oldest = self.time_seconds - self.settings.give_up_seconds
         while self._running:
             identity, live = next(iter(self._running.items()))
+            if not self._is_there(live):
+                del self._running[identity]
+                continue
             request = self.fleet.state.requests[live.replica, live.slot]
             if request["arrival"] > oldest:
                 return
@@ -408,8 +463,8 @@ def _whole(seen: RequestSeen, finished: RequestFinished) -> RequestRecord:
     )
 
 
-def _arrival(seen: RequestSeen, assumed_output: int, index: int) -> Workload:
-    """One held request whose output nobody knows yet."""
+def _arrival(seen: RequestSeen, assumed_output: int, index: int, replica: int) -> Workload:
+    """One held request whose output nobody knows yet. `replica` -1: the router decides."""
     known = min(len(seen.block_hashes) * (seen.block_tokens or 0), seen.prompt_tokens)
     return make_workload(
         [seen.time_seconds],
@@ -422,6 +477,7 @@ def _arrival(seen: RequestSeen, assumed_output: int, index: int) -> Workload:
         priority=seen.priority,
         session=_session(seen, -index),
         held=1,
+        replica=replica,
         index=index,
     )
 

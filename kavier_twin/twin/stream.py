@@ -2,6 +2,9 @@
 
 The watermark trails the newest event time by the allowed lateness. Records become due when it passes them, in an order
 that depends on their content alone, so that duplicates and any reordering within the lateness change nothing.
+
+One absurd time must not make everything after it late: a record that is `MAX_JUMP_SECONDS` ahead of all others waits
+until `CONFIRMED_BY` in a row are. If one with a time like those before comes first, it is refused as `future_time`.
 """
 
 from __future__ import annotations
@@ -9,15 +12,19 @@ from __future__ import annotations
 import heapq
 import math
 from collections import OrderedDict
-from collections.abc import Iterable
 from copy import copy
 from typing import Any, Final
 
 from kavier_twin.telemetry import RequestFinished, RequestSeen
+from kavier_twin.twin.pods import PodSeen
 
 REMEMBERED_IDS: Final = 200_000  # how many record identities are kept to recognise duplicates
+MAX_SIGHTINGS: Final = 10_000  # of pods, that wait while no request comes; the oldest are dropped
+MAX_JUMP_SECONDS: Final = 600.0
+CONFIRMED_BY: Final = 3
 
-Event = RequestSeen | RequestFinished
+Request = RequestSeen | RequestFinished
+Event = Request | PodSeen
 
 
 class OrderedStream:
@@ -26,7 +33,9 @@ class OrderedStream:
     def __init__(self, lateness_seconds: float, remembered_ids: int = REMEMBERED_IDS) -> None:
         self._lateness_seconds = lateness_seconds
         self._remembered_ids = remembered_ids
-        self._heap: list[tuple[float, int, str, Event]] = []
+        self._heap: list[tuple[float, int, str, Request]] = []
+        self._sightings: list[PodSeen] = []  # a heap
+        self._ahead: list[tuple[Request, bool]] = []  # far ahead of all others and not confirmed; whether foretold
         self._known: OrderedDict[tuple[str, str], None] = OrderedDict()
         self.newest_seconds = -math.inf
         self._floor_seconds = -math.inf
@@ -37,41 +46,75 @@ class OrderedStream:
         return max(self.newest_seconds - self._lateness_seconds, self._floor_seconds)
 
     @property
+    def last_seconds(self) -> float:
+        """Event time of the last event that is known of, an end that was foretold included."""
+        known = [entry[0] for entry in self._heap] + [event.time_seconds for event, _ in self._ahead]
+        return max([self.newest_seconds, *known])
+
+    @property
     def buffered(self) -> int:
         """Records not yet due."""
-        return len(self._heap)
+        return len(self._heap) + len(self._ahead)
 
-    def offer(self, event: Event) -> str:
-        """Take a record in. Returns what became of it: "accepted", "duplicate" or "late"."""
+    def offer(self, event: Request, *, foretold: bool = False) -> tuple[str, ...]:
+        """Take a record in. Returns what became of it and of those that waited for it to tell: one word for each.
+
+        The words are "accepted", "duplicate", "late" and "future_time". A record that is `foretold`, the end in one
+        record with its arrival, does not tell how far the stream has come.
+        """
         identity = (event.kind, event.id)
         if identity in self._known:
-            return "duplicate"
+            return ("duplicate",)
         if event.time_seconds < self.watermark_seconds:
-            return "late"
+            return ("late",)
         self._known[identity] = None
         if len(self._known) > self._remembered_ids:
             self._known.popitem(last=False)
-        heapq.heappush(self._heap, _entry(event))
-        self.newest_seconds = max(self.newest_seconds, event.time_seconds)
-        return "accepted"
+        if foretold:
+            waits = any(event.id == other.id for other, _ in self._ahead)
+        else:
+            waits = event.time_seconds > self.newest_seconds + MAX_JUMP_SECONDS > -math.inf
+        if waits:
+            self._ahead.append((event, foretold))
+            told = sum(not foretold for _, foretold in self._ahead)
+            return self.confirm() if told >= CONFIRMED_BY else ()
+        refused = () if foretold else ("future_time",) * len(self._ahead)
+        if refused:
+            self._ahead.clear()
+        self._accept(event, foretold=foretold)
+        return (*refused, "accepted")
 
-    def fork(self, more: Iterable[Event] = ()) -> OrderedStream:
-        """A copy that hands out what is buffered and `more`; nothing may be offered to it."""
+    def confirm(self, until_seconds: float = math.inf) -> tuple[str, ...]:
+        """Those that wait far ahead of all others are right, as far as they lie before this time."""
+        right = [entry for entry in self._ahead if entry[0].time_seconds <= until_seconds]
+        self._ahead = [entry for entry in self._ahead if entry[0].time_seconds > until_seconds]
+        for event, foretold in right:
+            self._accept(event, foretold=foretold)
+        return ("accepted",) * len(right)
+
+    def _accept(self, event: Request, *, foretold: bool) -> None:
+        heapq.heappush(self._heap, _entry(event))
+        if not foretold:
+            self.newest_seconds = max(self.newest_seconds, event.time_seconds)
+
+    def offer_sighting(self, seen: PodSeen) -> None:
+        """Take in what metrics say of a pod. It does not move the watermark; what comes behind it is void."""
+        if seen.time_seconds >= self.watermark_seconds:
+            push = heapq.heappush if len(self._sightings) < MAX_SIGHTINGS else heapq.heappushpop
+            push(self._sightings, seen)
+
+    def fork(self) -> OrderedStream:
+        """A copy that hands out what is buffered; nothing may be offered to it."""
         twin = copy(self)
-        twin._heap = self._heap.copy()
-        added = set()  # each once here too: of one id and time, the heap could not tell which comes first
-        for event in more:
-            identity = (event.kind, event.id)
-            if identity not in self._known and identity not in added:
-                added.add(identity)
-                heapq.heappush(twin._heap, _entry(event))
+        twin._heap, twin._sightings, twin._ahead = self._heap.copy(), self._sightings.copy(), self._ahead.copy()
         return twin
 
     def save(self) -> dict[str, Any]:
         """As JSON types."""
         return {
-            "buffered": [entry[3].model_dump(mode="json", exclude_defaults=True) for entry in sorted(self._heap)],
-            "kinds": [entry[3].kind for entry in sorted(self._heap)],
+            "buffered": [_saved(entry[3]) for entry in sorted(self._heap)],
+            "ahead": [[_saved(event), foretold] for event, foretold in self._ahead],
+            "sightings": sorted(self._sightings),
             "known": list(self._known),
             "newest_seconds": self.newest_seconds,
             "floor_seconds": self._floor_seconds,
@@ -79,12 +122,9 @@ class OrderedStream:
 
     def restore(self, saved: dict[str, Any]) -> None:
         """What `save` gave."""
-        models: dict[str, type[RequestSeen] | type[RequestFinished]] = {
-            "request_seen": RequestSeen,
-            "request_finished": RequestFinished,
-        }
-        events = [models[kind].model_validate(e) for kind, e in zip(saved["kinds"], saved["buffered"], strict=True)]
-        self._heap = [_entry(event) for event in events]  # sorted, which is a heap
+        self._heap = [_entry(_restored(event)) for event in saved["buffered"]]  # sorted, which is a heap
+        self._ahead = [(_restored(event), foretold) for event, foretold in saved["ahead"]]
+        self._sightings = [PodSeen(*seen) for seen in saved["sightings"]]
         self._known = OrderedDict((tuple(identity), None) for identity in saved["known"])
         self.newest_seconds = saved["newest_seconds"]
         self._floor_seconds = saved["floor_seconds"]
@@ -95,12 +135,26 @@ class OrderedStream:
 
     def due(self) -> list[Event]:
         """Records the watermark has passed, in event-time order."""
-        events = []
-        while self._heap and self._heap[0][0] <= self.watermark_seconds:
+        events: list[Event] = []
+        watermark = self.watermark_seconds
+        while self._heap and self._heap[0][0] <= watermark:
+            while self._sightings and self._sightings[0].time_seconds <= self._heap[0][0]:
+                events.append(heapq.heappop(self._sightings))
             events.append(heapq.heappop(self._heap)[3])
+        while self._sightings and self._sightings[0].time_seconds <= watermark:
+            events.append(heapq.heappop(self._sightings))
         return events
 
 
-def _entry(event: Event) -> tuple[float, int, str, Event]:
+def _entry(event: Request) -> tuple[float, int, str, Request]:
     # At equal times a request is seen before it finishes.
     return event.time_seconds, 0 if isinstance(event, RequestSeen) else 1, event.id, event
+
+
+def _saved(event: Request) -> list[Any]:
+    return [event.kind, event.model_dump(mode="json", exclude_defaults=True)]
+
+
+def _restored(saved: list[Any]) -> Request:
+    kind, event = saved
+    return RequestSeen.model_validate(event) if kind == "request_seen" else RequestFinished.model_validate(event)

@@ -19,7 +19,7 @@ from kavier_twin.errors import UserError
 from kavier_twin.feed import Feed
 from kavier_twin.http_settings import HttpConfig
 from kavier_twin.pool import PoolTwin
-from kavier_twin.telemetry import RequestFinished, RequestRecord, RequestSeen, TelemetryRecord
+from kavier_twin.telemetry import RequestRecord, RequestSeen, TelemetryRecord
 from kavier_twin.twin.mirror import MirrorSettings
 
 
@@ -105,7 +105,6 @@ def test_an_id_that_ends_twice_at_once_is_a_duplicate() -> None:
     ends = [record, record.model_copy(update={"cached_tokens": 1}), record.model_copy(update={"cached_tokens": 2})]
     assert all(isinstance(entry, RequestRecord) for entry in ends)
     twin.ingest(ends, more=False, ended=False)
-    twin.mirror.fork([RequestFinished(id="x", time_seconds=9.0, output_tokens=n) for n in (1, 2)]).advance(10.0)
     twin.ingest([], more=False, ended=True)
     assert twin.mirror.finished == 1
     assert twin.mirror.ingested["duplicate"] == 4
