@@ -16,7 +16,7 @@ from kavier_twin.forecast.policy_set import in_force
 from kavier_twin.forecast.result import Forecast
 from kavier_twin.forecast.whatif import WhatIf
 from kavier_twin.serve import assemble
-from kavier_twin.serve.view import Outlook, SourceState, TwinView
+from kavier_twin.serve.view import Outlook, SourceState, SweepCounts, TwinView
 from kavier_twin.simulation.policies import Policy
 from kavier_twin.simulation.settings import COEFFICIENTS, FleetSettings
 from kavier_twin.telemetry import EngineSample, KvEventBatch, TelemetryRecord
@@ -152,6 +152,12 @@ class PoolTwin:
             caches=assemble.caches(self.caches),
             sources=sources,
             forecasts={"succeeded": self.forecaster.cycles, "failed": self.forecaster.failures},
+            sweeps=SweepCounts(
+                self.forecaster.late,
+                self.forecaster.futures,
+                dict(self.forecaster.shed),
+                dict(self.forecaster.stopped),
+            ),
             every_seconds=self.forecaster.settings.every_seconds,
             slos=assemble.slo_lines(self.forecaster.settings.slos),
             outlook=self._outlook,

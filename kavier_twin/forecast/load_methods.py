@@ -98,12 +98,15 @@ class SameTimeYesterday:
 
 
 class Smoothing:
-    """Exponential smoothing; error and trend by the corrected Akaike criterion (statsforecast's AutoETS)."""
+    """Exponential smoothing; error and trend by the corrected Akaike criterion (statsforecast's AutoETS).
+
+    A trend is damped: over long horizons straight ones overshoot (Gardner and McKenzie, 1985).
+    """
 
     def fit(self, history: History) -> None:
         from statsforecast.models import AutoETS
 
-        self._model: Any = AutoETS(season_length=1, model="ZZN").fit(y=history.steps[-_MOST_STEPS:])
+        self._model: Any = AutoETS(season_length=1, model="ZZN", damped=True).fit(y=history.steps[-_MOST_STEPS:])
 
     def predict(self, history: History, steps: int) -> tuple[Floats, Floats]:
         return _told(self._model.forward(y=history.steps[-_MOST_STEPS:], h=steps, level=[_LEVEL]))

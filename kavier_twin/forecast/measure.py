@@ -22,6 +22,10 @@ from kavier_twin.simulation.state import FINISHED, FREE, Records
 
 Floats = npt.NDArray[np.float64]
 
+_TRIMMED: Final = np.dtype(
+    [("status", np.int64), *((name, np.float64) for name in ("arrival", "scheduled", "first_token", "finish"))]
+)
+
 
 def measure(
     fleet: Fleet, before: Counters, outcomes: Records, frontend_seconds: float, metrics: Collection[Metric] = METRICS
@@ -34,6 +38,14 @@ def measure(
     """
     seen = _Stretch(fleet, before, outcomes, frontend_seconds)
     return {metric: _KPIS[metric](seen) for metric in metrics}
+
+
+def trimmed(outcomes: Records) -> Records:
+    """Outcomes with what `measure` reads of them, a fifth of their size."""
+    found = np.empty(outcomes.size, _TRIMMED)
+    for name in _TRIMMED.names or ():
+        found[name] = outcomes[name]
+    return found
 
 
 class _Stretch:

@@ -46,10 +46,11 @@ class RayExecutor:
             task, reference = begun.popleft()
             for _ in range(_TRIES):
                 try:
-                    while not ray.wait([reference], timeout=_POLL_SECONDS)[0]:
-                        if cancelled():
-                            ray.cancel(reference, force=True)
-                            return function(task, cancelled)  # which ends at once, as told
+                    while not cancelled() and not ray.wait([reference], timeout=_POLL_SECONDS)[0]:
+                        pass
+                    if cancelled():
+                        ray.cancel(reference, force=True)
+                        return function(task, cancelled)  # which ends at once, as told
                     found: Result = ray.get(reference)
                     return found
                 except ray.exceptions.RayTaskError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -70,6 +71,13 @@ class ForecastSettings(_Settings):
     @classmethod
     def _with_median(cls, quantiles: tuple[float, ...]) -> tuple[float, ...]:
         return tuple(sorted({*quantiles, 0.5}))
+
+    @field_validator("executor")
+    @classmethod
+    def _installed(cls, executor: str) -> str:
+        if executor == "ray" and find_spec("ray") is None:
+            raise ValueError("ray is not installed; install it (pip install 'kavier-twin[ray]') or set threads")
+        return executor
 
     @field_validator("policies")
     @classmethod

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from kavier_twin.forecast.executors import Cancelled, Executor, never
 from kavier_twin.forecast.futures import Futures, settle_lengths
 from kavier_twin.forecast.load import LoadForecast, LoadForecaster
-from kavier_twin.forecast.measure import measure
+from kavier_twin.forecast.measure import measure, trimmed
 from kavier_twin.forecast.restart import begin_restart, needs_restart
 from kavier_twin.forecast.result import FailedPolicy, FirstBreach, Forecast, Quantiles, Row, StopReason, Switch, Verdict
 from kavier_twin.forecast.settings import ForecastSettings, RollingRestart
@@ -131,7 +131,7 @@ def simulate(task: Task, cancelled: Cancelled = never) -> Seen | None:
         if cancelled() or time.time() > task.deadline_unix_seconds:
             return None
         fleet.run(start + end)
-        ended = fleet.collect()
+        ended = trimmed(fleet.collect())
         outcomes.append(ended)
         window = measure(fleet, at_window, ended, task.frontend_seconds, watched)
         at_window = Counters.of(fleet.state, fleet.now_seconds)
@@ -187,7 +187,7 @@ class _Sweep:
         if not self._seen[self._today.name]:
             raise OutOfTime
         complete = max(1, min(len(self._seen[policy.name]) for policy in self._active))
-        kept = [policy for policy in self._policies if policy in self._active and self._seen[policy.name]]
+        kept = [policy for policy in self._policies if len(self._seen[policy.name]) >= complete]
         seen = {policy.name: self._seen[policy.name][:complete] for policy in kept}
         table = _table(seen)
         rows = self._rows(table)
@@ -209,7 +209,7 @@ class _Sweep:
 
     def _simulate(self) -> StopReason:
         """Fill `_seen`, future by future."""
-        began = time.time()
+        began, simulated = time.time(), 0
         handed: deque[tuple[int, Policy]] = deque()
 
         def tasks() -> Iterator[Task]:
@@ -228,26 +228,25 @@ class _Sweep:
                 if seen is None:
                     return "time"
                 self._seen[policy.name].append(seen)
+                simulated += 1
                 if policy is self._active[-1] and number + 1 < self._settings.futures:
-                    reason = self._enough(number + 1, (time.time() - began) / (number + 1))
+                    reason = self._enough(number + 1, (time.time() - began) / simulated)
                     if reason is not None:
                         return reason
         return "all_futures"
 
-    def _enough(self, complete: int, round_seconds: float) -> StopReason | None:
-        """Whether to stop after so many futures, each of which took all policies `round_seconds`; sheds policies."""
+    def _enough(self, complete: int, task_seconds: float) -> StopReason | None:
+        """Whether to stop after so many futures, one policy in one of which took `task_seconds`; sheds policies."""
         least = min(self._settings.least_futures, self._settings.futures)
         left = self._deadline - time.time()
         if complete >= least:
-            if self._ranking(_table(self._seen_by_active())).certain(self._settings.certainty):
+            table = _table({policy.name: self._seen[policy.name] for policy in self._active})
+            if len(table) > 1 and self._ranking(table).certain(self._settings.certainty):
                 return "certain"
-            return "time" if round_seconds > left else None
-        affordable = left / (round_seconds / len(self._active)) / (least - complete)
+            return "time" if task_seconds * len(self._active) > left else None
+        affordable = left / max(task_seconds, 1e-9) / (least - complete)
         del self._active[max(1, int(min(affordable, len(self._active)))) :]
         return None
-
-    def _seen_by_active(self) -> dict[str, list[Seen]]:
-        return {policy.name: self._seen[policy.name] for policy in self._active}
 
     def _draw(self, numbers: Sequence[int]) -> Iterator[Future]:
         horizon, seed = self._settings.horizons_seconds[-1], self._settings.seed
@@ -325,7 +324,7 @@ def _slices(horizons: Sequence[float]) -> list[float]:
 
 
 def _notes(futures: int, at: Sequence[float]) -> list[str]:
-    needed = math.ceil(1.0 / min(*at, 1.0 - max(at))) - 1
+    needed = math.ceil(round(1.0 / min(*at, 1.0 - max(at)), 6)) - 1
     if futures >= needed:
         return []
     return [

@@ -99,7 +99,12 @@ def outlook(forecast: Forecast, made_unix_seconds: float, policies: Mapping[str,
     shown = []
     for name in dict.fromkeys(row.policy for row in forecast.rows):
         horizons = tuple(_horizon(row) for row in forecast.rows if row.policy == name)
-        shown.append(PolicyOutlook(name, policies[name].flags, policies[name].deployable, horizons))
+        first = {
+            breach.slo: {0.1: breach.early_seconds, 0.5: breach.expected_seconds}
+            for breach in forecast.first_breaches
+            if breach.policy == name
+        }
+        shown.append(PolicyOutlook(name, policies[name].flags, policies[name].deployable, horizons, first_breach=first))
     shown += [PolicyOutlook(failed.policy, (), False, (), problem=failed.error) for failed in forecast.failed]
     return Outlook(
         event_seconds=forecast.time_seconds,
@@ -111,6 +116,9 @@ def outlook(forecast: Forecast, made_unix_seconds: float, policies: Mapping[str,
         calibrated=forecast.calibrated,
         policies=tuple(sorted(shown, key=lambda policy: _rank(policy, forecast.verdict))),
         best=_best(forecast.verdict),
+        stopped_because=forecast.stopped_because,
+        shed=forecast.shed,
+        notes=forecast.notes,
     )
 
 
@@ -168,7 +176,12 @@ def _horizon(row: Row) -> Horizon:
     for metric, values in row.kpis.items():
         kpi, statistic = _METRICS[metric]
         predicted.append(Predicted(kpi, statistic, values.values))
-    return Horizon(row.horizon_seconds, tuple(predicted), dict(row.breach_probability))
+    return Horizon(
+        row.horizon_seconds,
+        tuple(predicted),
+        dict(row.breach_probability),
+        breach_interval=dict(row.breach_interval),
+    )
 
 
 def _rank(policy: PolicyOutlook, verdict: Verdict) -> tuple[bool, bool, float, float]:
@@ -187,4 +200,17 @@ def _best(verdict: Verdict) -> Best:
     reason = f"expected SLO breaches {breaches}"
     if math.isfinite(verdict.e2e_p95_seconds):
         reason += f", e2e p95 {latency}"
-    return Best(verdict.policy, verdict.vllm_flags, verdict.deployable, reason)
+    if math.isfinite(verdict.gain.probability):
+        reason += f"; better than today's with probability {verdict.gain.probability:.2f}"
+    switch = verdict.switch
+    if switch is not None:
+        reason += f", {switch.gain.probability:.2f} while it is brought to the engines"
+    return Best(
+        verdict.policy,
+        verdict.vllm_flags,
+        verdict.deployable,
+        reason,
+        gain=verdict.gain,
+        switch=() if switch is None else tuple(map(_horizon, switch.rows)),
+        switch_gain=None if switch is None else switch.gain,
+    )

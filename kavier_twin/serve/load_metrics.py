@@ -35,12 +35,12 @@ def load_metrics(pool: str, load: LoadOutlook) -> Iterator[Metric]:
     rates = GaugeMetricFamily(
         f"{_PREFIX}_requests_per_second",
         "Mean arrival rate over the horizon as each method foresees it.",
-        labels=["pool", "method", "horizon_seconds"],
+        labels=["pool", "method", "horizon"],
     )
     ends = GaugeMetricFamily(
         f"{_PREFIX}_end_requests_per_second",
         "Percentiles of the arrival rate at the horizon's end as the method in use foresees it.",
-        labels=["pool", "percentile", "horizon_seconds"],
+        labels=["pool", "percentile", "horizon"],
     )
     for ahead in load.ahead:
         horizon = f"{ahead.horizon_seconds:g}"

@@ -161,6 +161,9 @@ class Horizon(_Answer):
     seconds: float = Field(examples=[300])
     predicted: tuple[Predicted, ...]
     breach: dict[str, float] = Field(description="Probability by SLO.", examples=[{"ttft_p99": 0.25}])
+    breach_interval: dict[str, tuple[float, float]] = Field(
+        description="90 % credible interval of that probability by SLO.", examples=[{"ttft_p99": (0.05, 0.6)}]
+    )
 
 
 class PolicyOutlook(_Answer):
@@ -171,6 +174,22 @@ class PolicyOutlook(_Answer):
     deployable: bool = Field(description="Whether the flags deploy all of it.", examples=[True])
     problem: str = Field(description="Why it could not be simulated; empty: it was.", examples=[""])
     horizons: tuple[Horizon, ...]
+    first_breach: dict[str, Quantiles] = Field(
+        description="By SLO: seconds to its first breach, in the worst tenth of futures and the median one; "
+        "null: none within the longest horizon.",
+        examples=[{"ttft_p99": {"0.1": 300.0, "0.5": 840.0}}],
+    )
+
+
+class Gain(_Answer):
+    """What a policy gains over today's."""
+
+    by_objective: dict[str, float] = Field(
+        description="Of slo: expected breaches avoided; of the rest: the share saved.",
+        examples=[{"slo": 1.25, "latency": 0.2}],
+    )
+    decided_by: str = Field(description="The objective in which they differ.", examples=["slo"])
+    probability: Figure = Field(description="That it is truly better in that objective.", examples=[0.98])
 
 
 class Best(_Answer):
@@ -180,6 +199,9 @@ class Best(_Answer):
     flags: tuple[str, ...] = Field(examples=[["--max-num-seqs 128"]])
     deployable: bool = Field(examples=[True])
     reason: str = Field(examples=["expected SLO breaches 0.25 (today's: 1.50)"])
+    gain: Gain | None
+    switch: tuple[Horizon, ...] = Field(description="With the restart that brings it, from now on; empty: none needed.")
+    switch_gain: Gain | None = Field(description="What is gained in spite of that restart.")
 
 
 class LoadAhead(_Answer):
@@ -216,6 +238,11 @@ class Outlook(_Answer):
     policies: tuple[PolicyOutlook, ...] = Field(description="Best first.")
     best: Best | None
     load: LoadOutlook | None
+    stopped_because: str = Field(
+        description="Why no more futures were simulated: certain, time, all_futures.", examples=["certain"]
+    )
+    shed: tuple[str, ...] = Field(description="Policies for which no time was left.", examples=[()])
+    notes: tuple[str, ...] = Field(description="What a reader of the figures must know.", examples=[()])
 
 
 class SloTold(_Answer):

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from kavier_twin.forecast.load import LoadOutlook
+from kavier_twin.forecast.result import Gain
 from kavier_twin.twin.replicas import Replica
 
 Quantiles = Mapping[float, float]
@@ -78,6 +79,7 @@ class Horizon:
     predicted: tuple[Predicted, ...]
     breach: Mapping[str, float]  # SLO -> probability
     breach_trusted: Mapping[str, bool] = field(default_factory=dict)
+    breach_interval: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # SLO -> 90 % interval of it
 
     def median(self, kpi: str, statistic: str = "") -> float:
         """The median over the futures; NaN where nothing is known."""
@@ -100,6 +102,7 @@ class PolicyOutlook:
     deployable: bool
     horizons: tuple[Horizon, ...]
     problem: str = ""  # why it could not be simulated
+    first_breach: Mapping[str, Quantiles] = field(default_factory=dict)  # SLO -> seconds from now; infinite: none
 
     def at(self, horizon_seconds: float) -> Horizon | None:
         """The outlook over one horizon."""
@@ -108,12 +111,28 @@ class PolicyOutlook:
 
 @dataclass(frozen=True)
 class Best:
-    """The verdict: the policy with the fewest expected SLO breaches, then the lowest latency."""
+    """The verdict: the policy that is best under the objectives, what it gains over today's, and how sure that is.
+
+    `switch` tells of it where the restart that brings it is counted from now on.
+    """
 
     policy: str
     flags: tuple[str, ...]
     deployable: bool
     reason: str
+    gain: Gain | None = None
+    switch: tuple[Horizon, ...] = ()
+    switch_gain: Gain | None = None
+
+
+@dataclass(frozen=True)
+class SweepCounts:
+    """What became of the forecast cycles since the start."""
+
+    late: int = 0  # took longer than they come
+    futures: int = 0  # simulated
+    shed: Mapping[str, int] = field(default_factory=dict)  # policy -> cycles without time for it
+    stopped: Mapping[str, int] = field(default_factory=dict)  # why no more futures were simulated -> cycles
 
 
 @dataclass(frozen=True)
@@ -129,6 +148,9 @@ class Outlook:
     policies: tuple[PolicyOutlook, ...]  # best first
     best: Best | None
     load: LoadOutlook | None = None  # the arrivals assumed
+    stopped_because: str = ""  # no more futures were simulated
+    shed: tuple[str, ...] = ()  # policies without time for them
+    notes: tuple[str, ...] = ()  # what a reader of its figures must know
 
 
 @dataclass(frozen=True)
@@ -203,6 +225,7 @@ class TwinView:
     caches: tuple[CacheBeside, ...] = ()
     sources: tuple[SourceState, ...] = ()
     forecasts: Mapping[str, int] = field(default_factory=dict)  # result -> cycles
+    sweeps: SweepCounts = SweepCounts()
     every_seconds: float = math.nan  # between two forecasts
     slos: tuple[SloLine, ...] = ()
     outlook: Outlook | None = None

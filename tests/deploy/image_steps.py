@@ -1,6 +1,6 @@
 """Carries out the steps of deploy/Dockerfile below a directory, then runs what comes of it as the image would.
 
-    python tests/deploy/image_steps.py      (as root, so that it can become the image's user)
+    python tests/deploy/image_steps.py      (as root on Debian, so that it can become the image's user)
 
 No container engine is needed, and none replaces what it cannot do: the base image is this machine. Checked is that the
 steps work, and that the twin runs as the image's user with everything read-only but /tmp, compiling no kernel anew.
@@ -14,7 +14,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -30,7 +29,9 @@ class Image:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.environment = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "HOME": str(root)}
+        (root / "bin").mkdir()
+        (root / "bin/python").symlink_to("/usr/bin/python3")  # Debian's, which the image's user can read
+        self.environment = {"PATH": f"{root}/bin:/usr/bin:/bin", "HOME": str(root)}
         self.arguments: dict[str, str] = {}
         self.directory = root
         self.health: list[str] = []

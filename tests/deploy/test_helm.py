@@ -68,10 +68,20 @@ def test_a_wrong_manifest_is_found_out() -> None:
 
 def test_golden() -> None:
     rendered = _without_copies(render("-f", EVERYTHING))
-    text = "---\n".join(yaml.safe_dump(manifest, sort_keys=False, width=120) for manifest in rendered)
+    text = "---\n".join(yaml.dump(manifest, Dumper=_Readable, sort_keys=False, width=120) for manifest in rendered)
     if os.environ.get("UPDATE_GOLDEN"):
         GOLDEN.write_text(text)
     assert text == GOLDEN.read_text(), "if that is meant: UPDATE_GOLDEN=1 pytest tests/deploy, and read the diff"
+
+
+class _Readable(yaml.SafeDumper):
+    """Writes texts of several lines as such."""
+
+
+_Readable.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
+)
 
 
 def _without_copies(manifests: list[Manifest]) -> list[Manifest]:

@@ -16,7 +16,7 @@ import pytest
 import urllib3
 import yaml
 
-from deploy.helm_chart import DASHBOARDS, ROOT, RULES
+from deploy.helm_chart import DASHBOARDS, ROOT, RULES, only, render
 from prometheus_server import RealPrometheus, wait_until
 from real_parts import alertmanager
 
@@ -27,6 +27,7 @@ PATIENCE_SECONDS = 120.0
 
 
 class Live(NamedTuple):
+    demo: str
     prometheus: str
     alertmanager: str
 
@@ -65,7 +66,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
                 running.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT))
         prometheus.start()
         wait_until(lambda: _answers(f"http://127.0.0.1:{demo_port}/healthz"), PATIENCE_SECONDS)
-        yield Live(prometheus.url, f"http://127.0.0.1:{alert_port}")
+        yield Live(f"http://127.0.0.1:{demo_port}", prometheus.url, f"http://127.0.0.1:{alert_port}")
     finally:
         prometheus.stop()
         for process in running:
@@ -87,6 +88,13 @@ def test_a_forecast_raises_an_alert_that_reaches_alertmanager(live: Live) -> Non
     assert alert["annotations"]["lead_time"] in {"30s", "1m 0s", "2m 0s"}
     assert "of the simulated futures breach SLO" in alert["annotations"]["description"]
     assert "<error" not in json.dumps(alert["annotations"])
+
+
+def test_what_helm_test_asks_is_answered(live: Live) -> None:
+    (script,) = only(render(), "Pod")["spec"]["containers"][0]["args"]
+    script = script.replace("http://twin-kavier-twin:9469", live.demo)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert re.fullmatch(r"the twin serves \d+ series\n", done.stdout), done.stderr
 
 
 def test_every_panel_of_every_dashboard_has_data(live: Live) -> None:

@@ -2,17 +2,19 @@ from __future__ import annotations
 
 import json
 import math
+import threading
+from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 import numpy as np
 import pytest
 
 from forecast.streams import between, chat_stream, empty_snapshot, fleet_settings, snapshot_at, state_bytes
-from kavier_twin.forecast.executors import ThreadExecutor
+from kavier_twin.forecast.executors import Cancelled, ThreadExecutor, never
 from kavier_twin.forecast.result import Forecast, Row
 from kavier_twin.forecast.settings import ForecastSettings
 from kavier_twin.forecast.slo import METRICS, Slo
-from kavier_twin.forecast.sweep import sweep
+from kavier_twin.forecast.sweep import OutOfTime, sweep, sweep_within
 from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.policies import DEFAULT_POLICIES, Policy
 from kavier_twin.simulation.workload import Workload
@@ -158,3 +160,90 @@ def test_an_executor_needs_a_worker() -> None:
 def test_an_executor_hands_errors_on() -> None:
     with pytest.raises(ZeroDivisionError):
         list(ThreadExecutor(2).run(lambda number, _: 1 // number, [1, 0, 2]))
+
+
+def test_closing_cancels_what_nobody_waits_for() -> None:
+    """The first result is taken, the rest is given up: tasks under way see it, others never begin."""
+    begun, waiting = [], threading.Event()
+
+    def wait(number: int, cancelled: Cancelled) -> int:
+        begun.append(number)
+        while number and not cancelled():
+            waiting.wait(0.001)
+        return number
+
+    results = ThreadExecutor(1).run(wait, range(100))
+    assert next(results) == 0
+    results.close()
+    assert len(begun) <= 3
+
+
+def test_more_futures_only_where_they_are_needed(snapshot: Snapshot) -> None:
+    """Without a cache it is clear at once who is better; what nobody can tell apart needs no more futures either."""
+    clear = run(snapshot, (TODAY, UNCACHED, Policy(name="same", overrides={"max_num_seqs": 1000})), futures=12)
+    assert clear.stopped_because == "certain"
+    assert clear.futures < 12
+    assert clear.verdict.policy == "today"
+    noisy = run(snapshot, (TODAY, HALF), futures=5, certainty=0.999999)
+    assert (noisy.stopped_because, noisy.futures) == ("all_futures", 5)
+    assert "5 future(s)" in noisy.notes[0]
+    assert run(snapshot, futures=9, least_futures=9, quantiles=(0.1, 0.9)).notes == ()
+
+
+class Clocked:
+    """An executor on which every simulation takes a second of a clock that nothing else moves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr("kavier_twin.forecast.sweep.time.time", lambda: self.now)
+
+    def run(
+        self, function: Callable[[Any, Cancelled], Any], tasks: Iterable[Any], cancelled: Cancelled = never
+    ) -> Generator[Any, None, None]:
+        for task in tasks:
+            found = function(task, cancelled)
+            self.now += found is not None
+            yield found
+
+
+@pytest.mark.parametrize(
+    ("seconds", "futures", "shed"),
+    [
+        (100.0, 6, []),  # 3 policies, 6 futures and a restart in 6
+        (13.5, 4, []),
+        (9.0, 4, ["uncached"]),  # the last is the least important
+        (5.5, 4, ["half", "uncached"]),
+        (2.5, 1, []),
+        (0.0, 1, ["half", "uncached"]),  # one future of today's in any case
+    ],
+)
+def test_what_there_is_no_time_for_is_left_out(
+    snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch, seconds: float, futures: int, shed: list[str]
+) -> None:
+    settings = settings_of((TODAY, HALF, UNCACHED), futures=6, least_futures=4, certainty=0.999999)
+    with monkeypatch.context() as clocked:
+        forecast = sweep_within(snapshot, settings, Clocked(clocked), seconds)
+    assert (forecast.futures, list(forecast.shed)) == (futures, shed)
+    assert forecast.stopped_because == ("all_futures" if futures == 6 else "time")
+    assert {row.policy for row in forecast.rows} == {"today", "half", "uncached"} - {*shed}
+    whole = sweep(snapshot, settings.model_copy(update={"futures": futures}), ThreadExecutor(1))
+    assert [row for row in whole.rows if row.policy not in shed] == list(forecast.rows)
+
+
+def test_a_sweep_cancelled_has_nothing_to_tell(snapshot: Snapshot) -> None:
+    with pytest.raises(OutOfTime):
+        sweep(snapshot, settings_of((TODAY,)), ThreadExecutor(1), lambda: True)
+
+
+def test_the_first_breach_is_found_inside_a_run(snapshot: Snapshot) -> None:
+    """More requests than one replica can serve one by one: the queue grows until the objective is broken."""
+    slow = Policy(name="slow", overrides={"replicas": 1, "max_num_seqs": 1})
+    slos = (Slo(name="queue", metric="queue_p95_seconds", threshold=15.0),)
+    forecast = run(snapshot, (TODAY, slow), slos=slos, horizons_seconds=(10.0, 120.0))
+    today, broken = forecast.first_breaches
+    assert (today.policy, today.early_seconds) == ("today", math.inf)
+    assert 10.0 < broken.early_seconds <= broken.expected_seconds < 120.0
+    assert broken.expected_seconds % 10.0 == 0.0
+    assert forecast.to_dict()["first_breaches"][0]["expected_seconds"] is None
+    assert row(forecast, "slow", 10.0).breach_probability["queue"] == 0.0
+    assert row(forecast, "slow", 120.0).breach_interval["queue"][0] > 0.0

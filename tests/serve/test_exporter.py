@@ -18,7 +18,7 @@ UNITS = ("seconds", "ratio", "total", "records", "blocks", "requests", "futures"
 UNITS += ("joules_per_million_tokens", "grams_per_million_tokens", "cost_per_million_tokens")
 # Counts of things in their own unit, and flags.
 WITHOUT_UNIT = ("source_up", "_running", "_waiting", "_preemptions", "_rejected", "_calibrated", "_best_policy")
-WITHOUT_UNIT += ("_trusted", "_stale")
+WITHOUT_UNIT += ("_trusted", "_stale", "_breaches")
 
 
 def text_of(view: TwinView) -> str:
@@ -156,5 +156,23 @@ def test_the_load_forecast_tells_the_method_in_use_and_the_others_beside_it() ->
     assert value(view, f"{forecast}_method_info", method="exponential_smoothing") == 1.0
     assert value(view, f"{forecast}_error_ratio", method="persistence") == 1.2
     assert value(view, f"{forecast}_error_ratio", method="sparse") is None  # not tried yet
-    assert value(view, f"{forecast}_requests_per_second", method="persistence", horizon_seconds="60") == 2.4
-    assert value(view, f"{forecast}_end_requests_per_second", percentile="90", horizon_seconds="60") == 3.0
+    assert value(view, f"{forecast}_requests_per_second", method="persistence", horizon="60") == 2.4
+    assert value(view, f"{forecast}_end_requests_per_second", percentile="90", horizon="60") == 3.0
+
+
+def test_sweeps_and_what_their_verdict_is_worth() -> None:
+    view = full_view()
+    assert value(view, "kavier_twin_forecast_late_total") == 2.0
+    assert value(view, "kavier_twin_forecast_simulated_futures_total") == 28.0
+    assert value(view, "kavier_twin_forecast_shed_total", policy="slow") == 3.0
+    assert value(view, "kavier_twin_forecast_stops_total", reason="time") == 1.0
+    breach = {"policy": "today", "horizon": "300", "slo": "fast", "trusted": "1", "source": "stream"}
+    assert value(view, "kavier_twin_slo_breach_probability_bound_ratio", **breach, bound="high") == 0.65
+    first = {"policy": "today", "slo": "fast", "trusted": "1", "source": "stream"}
+    assert value(view, "kavier_twin_time_to_breach_seconds", **first, futures="worst") == 120.0
+    assert value(view, "kavier_twin_time_to_breach_seconds", **first, futures="median") is None
+    best = {"policy": "half"}
+    assert value(view, "kavier_twin_best_policy_gain_probability_ratio", **best, switch="no") == 0.97
+    assert value(view, "kavier_twin_best_policy_gain_probability_ratio", **best, switch="yes") == 0.2
+    assert value(view, "kavier_twin_best_policy_gain_ratio", **best, switch="no", objective="cost") == -0.1
+    assert value(view, "kavier_twin_best_policy_avoided_breaches", **best, switch="yes") == -0.25

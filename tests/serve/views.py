@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from kavier_twin.forecast.load import LoadAhead, LoadOutlook
+from kavier_twin.forecast.result import Gain
 from kavier_twin.serve.assemble import _METRICS
 from kavier_twin.serve.view import (
     Beside,
@@ -17,6 +18,7 @@ from kavier_twin.serve.view import (
     Predicted,
     SloLine,
     SourceState,
+    SweepCounts,
     TwinView,
     WindowError,
 )
@@ -32,6 +34,7 @@ def full_view(pool: str = "chat") -> TwinView:
             tuple(Predicted(kpi, statistic, QUANTILES, kpi == "ttft_seconds") for kpi, statistic in _METRICS.values()),
             {"fast": 0.25, "steady": 0.0},
             {"fast": True, "steady": False},
+            breach_interval={"fast": (0.04, 0.65), "steady": (0.0, 0.37)},
         )
         for seconds in (60.0, 300.0)
     )
@@ -43,11 +46,22 @@ def full_view(pool: str = "chat") -> TwinView:
         rate_per_second=2.5,
         calibrated=True,
         policies=(
-            PolicyOutlook("today", (), True, horizons),
+            PolicyOutlook("today", (), True, horizons, first_breach={"fast": {0.1: 120.0, 0.5: math.inf}}),
             PolicyOutlook("half", ("--max-num-seqs 3", "--no-async-scheduling"), True, horizons),
             PolicyOutlook("odd", (), False, (), problem='cannot be "applied"'),
         ),
-        best=Best("half", ("--max-num-seqs 3",), True, "expected SLO breaches 0.25"),
+        best=Best(
+            "half",
+            ("--max-num-seqs 3",),
+            True,
+            "expected SLO breaches 0.25",
+            gain=Gain({"slo": 0.5, "cost": -0.1}, "slo", 0.97),
+            switch=horizons,
+            switch_gain=Gain({"slo": -0.25, "cost": -0.2}, "slo", 0.2),
+        ),
+        stopped_because="certain",
+        shed=("slow",),
+        notes=("4 futures are few",),
         load=LoadOutlook(
             "exponential_smoothing",
             {"persistence": 1.2, "exponential_smoothing": 0.9, "sparse": math.nan},
@@ -105,6 +119,7 @@ def full_view(pool: str = "chat") -> TwinView:
         ),
         sources=(SourceState("file:a", False, {"not-json": 3, "bad-value": 1}), SourceState("file:b", True, {})),
         forecasts={"succeeded": 7, "failed": 1},
+        sweeps=SweepCounts(late=2, futures=28, shed={"slow": 3}, stopped={"certain": 6, "time": 1}),
         outlook=outlook,
         currency="EUR",
         notes=("a note",),
