@@ -5,6 +5,11 @@ import json
 import numpy as np
 import pytest
 
+from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
+from kavier_twin.telemetry import RequestSeen
+from kavier_twin.twin.checkpoint import Saved
+from kavier_twin.twin.mirror import Mirror, MirrorSettings
+from kavier_twin.twin.mirror_state import restore, save
 from kavier_twin.twin.rate_history import COARSE_BUCKETS, FINE_BUCKETS, RateHistory
 
 
@@ -61,3 +66,51 @@ def test_a_copy_goes_its_own_way_and_a_saved_one_goes_on() -> None:
     restored = RateHistory()
     restored.restore(json.loads(json.dumps(RateHistory().save())))
     assert restored.until(100.0).fine.size == 0
+
+
+# --- in the mirror ------------------------------------------------------------------------------------------------
+
+
+FLEET = FleetSettings(engine=EngineSettings(num_gpu_blocks=1_000), step_time=StepTime(fixed=0.1))
+
+
+def mirror_of(events: list[RequestSeen]) -> Mirror:
+    mirror = Mirror(MirrorSettings(lateness_seconds=0.0), FLEET)
+    for event in events:
+        mirror.ingest(event)
+    mirror.advance(100.0)
+    return mirror
+
+
+EVENTS = [
+    RequestSeen(id="1", time_seconds=5.0, prompt_tokens=10, session="s"),
+    RequestSeen(id="2", time_seconds=12.0, prompt_tokens=10),
+    RequestSeen(id="3", time_seconds=25.0, prompt_tokens=10, session="s"),
+]
+
+
+def test_the_mirror_counts_arrivals_in_event_time_and_forks_apart() -> None:
+    mirror = mirror_of(EVENTS)
+    snapshot = mirror.snapshot()
+    assert snapshot is not None
+    assert snapshot.arrivals.fine.tolist() == [1, 1, 0, 0, 0, 0, 0, 0, 0]
+    mirror.fork()._arrivals.add(99.0)
+    later = mirror.snapshot()
+    assert later is not None
+    assert later.arrivals.fine.tolist() == snapshot.arrivals.fine.tolist()
+    saved = save(mirror)
+    restored = restore(Saved(json.loads(json.dumps(saved.document)), saved.arrays), mirror.settings, FLEET)
+    again = restored.snapshot()
+    assert again is not None
+    assert again.arrivals.fine.tolist() == snapshot.arrivals.fine.tolist()
+
+
+def test_sessions_have_one_number_in_the_fleet_and_in_what_is_forecast_from() -> None:
+    """Or a router would send a session's next turn, drawn, elsewhere than where its cache is."""
+    mirror = mirror_of(EVENTS)
+    snapshot = mirror.snapshot()
+    assert snapshot is not None
+    live = {int(mirror.fleet.state.requests["session"][one.replica, one.slot]) for one in mirror.fleet.live()}
+    labelled = set(snapshot.recent.session[snapshot.recent.session >= 0].tolist())
+    assert len(labelled) == 1
+    assert labelled <= live
