@@ -45,6 +45,15 @@ class PoolFleet(FleetFile):
     """
 
     step_time: StepTime = CRUDE_STEP_TIME
+    engine_given: Annotated[
+        tuple[str, ...], Field(exclude=True)
+    ] = ()  # by the file, so that engines' words are not taken
+
+    @model_validator(mode="before")
+    @classmethod
+    def _note_what_is_given(cls, content: Any) -> Any:
+        engine = content.get("engine") if isinstance(content, Mapping) else None
+        return {**content, "engine_given": tuple(engine)} if isinstance(engine, Mapping) else content
 
     @model_validator(mode="after")
     def _nobody_knows_the_future(self) -> PoolFleet:
@@ -330,7 +339,7 @@ def _known_names(location: tuple[int | str, ...]) -> list[str]:
             if found is None:
                 return []
             model = found
-    return list(model.model_fields)
+    return [name for name, field in model.model_fields.items() if not field.exclude]
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

@@ -24,6 +24,7 @@ from connectors.source import Source
 from connectors.traces import TraceError
 from kavier_twin.checkpoints import Checkpoints
 from kavier_twin.config import AnySource, Settings, TraceFile
+from kavier_twin.discovered import contradictions, tells, told
 from kavier_twin.errors import UserError
 from kavier_twin.feed import UNNAMED_POOL, Feed
 from kavier_twin.freshness import STALE_AFTER_SECONDS, Freshness
@@ -42,6 +43,8 @@ log = logging.getLogger(__name__)
 BATCH_RECORDS: Final = 500  # polled of a source and processed at a time
 POLL_SECONDS: Final = 0.05  # between polls that found nothing
 PUBLISH_SECONDS: Final = 0.5  # between views
+DISCOVER_SECONDS: Final = 10.0  # that engines are given to tell their settings before the mirror begins
+AFTER_SAMPLES_SECONDS: Final = 2.0  # of these, once they have been heard
 STOP_SECONDS: Final = 5.0  # that each part is given to end
 REJECTS_LOGGED_EVERY_SECONDS: Final = 30.0
 
@@ -69,6 +72,7 @@ class Daemon:
         self.pools = {pool.name: pool for pool in pools}
         self._feeds = tuple(feeds)
         self._checkpoints = checkpoints
+        self._early: list[tuple[str, TelemetryRecord]] = []  # polled while engines' settings were waited for
         self._drained = False
         self._published = -math.inf
         self._rejects = _RejectLog()
@@ -79,7 +83,8 @@ class Daemon:
         self._publish()
         self.http = self._listen(http) if http else None
         self._thread = Thread(target=self._keep_ingesting, name="ingest", daemon=True)
-        if checkpoints and checkpoints.restore(self.pools, self._sources):
+        self._resumed = checkpoints is not None and checkpoints.restore(self.pools, self._sources)
+        if self._resumed:
             self._warming_up = False
             self._publish()
 
@@ -100,6 +105,7 @@ class Daemon:
                     mirror,
                     pool.forecast,
                     calibrated=pool.fleet.calibrated,
+                    given=pool.fleet.engine_given,
                     from_metrics=all(isinstance(entry, LiveSource) for entry in entries),
                 )
             )
@@ -181,6 +187,8 @@ class Daemon:
 
     def _keep_ingesting(self) -> None:
         try:
+            if not self._resumed:
+                self._wait_for_settings()
             while not self._stopping.is_set():
                 if not self._ingest():
                     self._stopping.wait(POLL_SECONDS)
@@ -197,10 +205,33 @@ class Daemon:
     def _checkpoint(self, checkpoints: Checkpoints) -> None:
         checkpoints.write(checkpoints.take(self.pools.values(), self._sources))
 
+    def _wait_for_settings(self) -> None:
+        """Give the engines a moment to tell how they are set: a mirror is best begun so. It also adopts it later."""
+        tellers = [feed for feed in self._feeds if tells(feed.source)]
+        ends_by = time.monotonic() + DISCOVER_SECONDS
+        while not self._stopping.is_set() and not all(told([feed.source]) for feed in tellers):
+            if time.monotonic() > ends_by:
+                log.warning("the engines do not tell their settings yet: those of the settings file hold until they do")
+                break
+            for feed in tellers:
+                self._early += feed.poll(BATCH_RECORDS, self.pools)[0]
+            if self._early:  # those that tell do so with their first samples
+                ends_by = min(ends_by, time.monotonic() + AFTER_SAMPLES_SECONDS)
+            self._stopping.wait(POLL_SECONDS)
+        self._adopt()
+
+    def _adopt(self) -> None:
+        """Go on with the engines' own settings, also when one restarts with others."""
+        for name, pool in self.pools.items():
+            pool.adopt(told(feed.source for feed in self._feeds if feed.feeds(name)))
+
     def _ingest(self) -> bool:
         """Take in what the sources have now. Returns whether there may be more at once."""
         records: dict[str, list[TelemetryRecord]] = {name: [] for name in self.pools}
         more = False
+        for pool_name, record in self._early:
+            records[pool_name].append(record)
+        self._early = []
         for feed in self._feeds:
             polled, full = feed.poll(BATCH_RECORDS, self.pools)
             for pool_name, record in polled:
@@ -223,6 +254,7 @@ class Daemon:
             if state.ended and state.name not in self._ended:
                 self._ended.add(state.name)
                 log.info("source %s has ended; its last figures stay served", state.name)
+        self._adopt()
         stale = self._freshness.look(self._feeds, states)
         if self._warming_up and all(map(self._freshness.is_caught_up, self._feeds, states)):
             self._warming_up = False
@@ -233,8 +265,12 @@ class Daemon:
             mine = [number for number, feed in enumerate(self._feeds) if feed.feeds(name)]
             reasons = tuple(stale[number] for number in mine if stale[number])
             self._freshness.tell(name, reasons)
+            view = pool.view(tuple(states[number] for number in mine))
+            contrary = contradictions(self._feeds[number].source for number in mine)
             views[name] = replace(
-                pool.view(tuple(states[number] for number in mine)),
+                view,
+                notes=(*view.notes, *(f"Engine configuration: {line}." for line in contrary)),
+                engine_contradictions=len(contrary),
                 stale=reasons,
                 warming_up=self._warming_up,
                 checkpoint_unix_seconds=kept.written_unix_seconds if kept else None,
@@ -297,7 +333,8 @@ def _open(entry: AnySource, settings: Settings, letters: DeadLetters | None, war
     """The source that the settings describe. Raises TraceError."""
     pool = entry.pool or (next(iter(settings.by_pool)) if len(settings.by_pool) == 1 else UNNAMED_POOL)
     if isinstance(entry, LiveSource):
-        return entry.open(pool, settings.by_pool[pool].fleet.settings().engine.model_dump())
+        fleet = settings.by_pool[pool].fleet
+        return entry.open(pool, fleet.engine.model_dump(include=set(fleet.engine_given)))
     if isinstance(entry, TraceFile):
         return FollowFile(entry.path, entry.format, follow=entry.follow, name=entry.name, dead_letters=letters)
     kafka = import_module("connectors.kafka.source")  # needs an extra, which the settings' check found

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from threading import Lock, Thread
 from typing import Final, TypeVar
 
@@ -17,7 +17,7 @@ from kavier_twin.forecast.result import Forecast
 from kavier_twin.forecast.whatif import WhatIf
 from kavier_twin.serve import assemble
 from kavier_twin.serve.view import Outlook, SourceState, SweepCounts, TwinView
-from kavier_twin.simulation.policies import Policy
+from kavier_twin.simulation.policies import Override, Policy, PolicyError
 from kavier_twin.simulation.settings import COEFFICIENTS, FleetSettings
 from kavier_twin.telemetry import EngineSample, KvEventBatch, TelemetryRecord
 from kavier_twin.twin.cache_watch import CacheWatch
@@ -40,7 +40,8 @@ class PoolTwin:
 
     `event_clock` tells the stream's time now where the source knows it (a replay). Otherwise a stream of unix times
     close to now is live, and time passes without records; any other stream's time follows its records. With
-    `from_metrics` there is no stream: one is made up from what engines count, and time follows their samples.
+    `from_metrics` the engines' samples are all there is: requests follow their samples. `given` are settings of the
+    engine that hold whatever the engines say.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class PoolTwin:
         *,
         calibrated: bool = False,
         from_metrics: bool = False,
+        given: Iterable[str] = (),
         event_clock: Callable[[], float] | None = None,
         notes: Iterable[str] = (),
     ) -> None:
@@ -65,6 +67,8 @@ class PoolTwin:
         self._lock = Lock()
         self._event_clock = event_clock
         self._notes = tuple(notes)
+        self._given = frozenset(given)
+        self._refused: Mapping[str, Override] = {}
         self._policies = {policy.name: in_force(fleet, policy) for policy in forecast.policies}
         self._reported = _EngineSamples()
         self._outlook: Outlook | None = None
@@ -108,6 +112,30 @@ class PoolTwin:
             self.caches.follow(self.mirror.fleet, self._replica_of)
             self._behind = more
             self._tell_of_calibration()
+
+    def adopt(self, told: Mapping[str, Override]) -> None:
+        """Go on with what the engines say of their settings, but for those that are given."""
+        with self._lock:
+            engine = self.mirror.fleet.settings.engine
+            new = {name: value for name, value in told.items() if name not in self._given}
+            new = {name: value for name, value in new.items() if getattr(engine, name) != value}
+            if not new or new == self._refused:
+                return
+            try:
+                self.mirror.adopt(new)
+            except PolicyError as error:
+                self._refused = new
+                log.warning("pool %s: what the engines say of their settings cannot be: %s", self.name, error)
+                return
+            if self.metrics:
+                self.metrics.use(self.mirror.fleet.settings.engine)
+            self.forecast_under(self.forecaster.settings.policies)
+        log.info(
+            "pool %s: engine settings adopted as the engines tell them: %s%s",
+            self.name,
+            ", ".join(f"{name} {value} (was {getattr(engine, name)})" for name, value in new.items()),
+            f"; kept as given: {', '.join(sorted(self._given))}" if self._given else "",
+        )
 
     def look(self, see: Callable[[Mirror], Found]) -> Found:
         """What `see` finds in the mirror as of now, of which it may keep nothing."""

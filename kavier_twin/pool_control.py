@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kavier_twin.forecast.policy_set import PolicyInForce, PolicySet, check_cost, in_force
+from kavier_twin.forecast.whatif import Answer, Question
 from kavier_twin.pool import PoolTwin
 from kavier_twin.serve.app import RefusedError
 from kavier_twin.simulation.policies import PolicyError
@@ -34,3 +35,11 @@ class PoolControl:
     def replica(self, number: int) -> ReplicaDetail | None:
         """A replica as it is now; None: there is none of this number."""
         return self._pool.look(lambda mirror: replica_detail(mirror, number))
+
+    def what_if(self, question: Question) -> Answer:
+        """The answer, once those asked before have theirs. Raises RefusedError, Busy and NothingYet."""
+        try:
+            check_cost(self._pool.mirror.fleet.settings, question.overrides)
+            return self._pool.what_if.ask(question)
+        except PolicyError as error:
+            raise RefusedError("overrides", str(error)) from None

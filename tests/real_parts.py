@@ -38,6 +38,11 @@ def prometheus() -> str:
     return _program("prometheus", "install Prometheus (Debian: apt-get install prometheus)")
 
 
+def chromium() -> str:
+    """The path of the Chromium browser."""
+    return _program("chromium", "install Chromium (Debian: apt-get install chromium)")
+
+
 def openssl() -> str:
     """The path of `openssl`."""
     return _program("openssl", "install OpenSSL (Debian: apt-get install openssl)")

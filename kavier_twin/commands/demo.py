@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+import secrets
 import sys
 import time
 import urllib.request
@@ -26,6 +28,7 @@ from kavier_twin.feed import Feed
 from kavier_twin.forecast.forecaster import Forecaster, ForecastSettings
 from kavier_twin.forecast.slo import Slo
 from kavier_twin.http_settings import DEFAULT_HOST, DEFAULT_PORT, HttpConfig
+from kavier_twin.live_sources import SecretPlace
 from kavier_twin.pool import PoolTwin
 from kavier_twin.recording import read_recording, recorded_engine, recorded_server
 from kavier_twin.replay_source import ReplaySource
@@ -54,6 +57,7 @@ FORECAST: Final = ForecastSettings(
         Slo(name="e2e_p95_3s", metric="e2e_p95_seconds", threshold=3.0),
     ),
 )
+_TOKEN: Final = "KAVIER_TWIN_TOKEN"
 _WARM_UP_REQUESTS: Final = 60
 _SLOW_SECONDS: Final = 2.0  # with compiled kernels the warm-up takes less
 _NAMES: Final = {
@@ -106,7 +110,9 @@ def run(args: argparse.Namespace) -> int:
             event_clock=lambda: source.event_seconds,
             notes=("A recording of a real vLLM server, replayed as if live.",),
         )
-        daemon = Daemon([pool], [Feed(source)], http=HttpConfig(host=args.host, port=args.port))
+        token = _token()
+        http = HttpConfig(host=args.host, port=args.port, token=SecretPlace(env=_TOKEN))
+        daemon = Daemon([pool], [Feed(source)], http=http)
         seconds = source.end_seconds - source.start_seconds
         console.print(
             f"Kavier Twin demo: {len(trace.records)} requests to a real {recorded_server(trace)}, {seconds:.0f} s."
@@ -117,7 +123,8 @@ def run(args: argparse.Namespace) -> int:
         source.start()
         daemon.start()
         assert daemon.http is not None
-        console.print(f"Status page: {daemon.http.url}/   metrics: {daemon.http.url}/metrics   (Ctrl-C ends)\n")
+        # What follows # stays in the browser: the page takes the token from there, for what-ifs.
+        console.print(f"Page: {daemon.http.url}/#token={token}   metrics: {daemon.http.url}/metrics   (Ctrl-C ends)\n")
         watch = _Watch(console, daemon, source)
         show = watch.live if console.is_terminal and not args.no_ui else watch.plain
         show(signals, once=args.once)
@@ -133,6 +140,11 @@ def run(args: argparse.Namespace) -> int:
 def _width() -> int | None:
     """As wide as the terminal; where there is none, wide enough for the tables."""
     return None if sys.stdout.isatty() else 160
+
+
+def _token() -> str:
+    """The token of this run's what-ifs, put where the server looks for it."""
+    return os.environ.setdefault(_TOKEN, secrets.token_urlsafe(9))
 
 
 def _warm_up(console: Console, trace: Trace, fleet: FleetSettings) -> float:

@@ -32,7 +32,7 @@ CaseName = Literal["today", "today_at_load", "asked"]
 class Question(BaseModel):
     """What to change, how much more load there is, and how far to look."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     overrides: dict[str, Override] = Field(
         default={},
@@ -50,15 +50,17 @@ class Question(BaseModel):
         default=2.0, description="Time to answer in; where it does not suffice, fewer futures are simulated, but one."
     )
     seed: Annotated[int, Field(ge=0)] = Field(default=0, description="The same seed and state give the same answer.")
-    pool: str | None = Field(default=None, description="The pool asked about; may be left out where there is one.")
+    pool: str | None = Field(
+        default=None, description="The pool asked about; may be left out where there is one.", examples=["chat"]
+    )
 
 
 class Spread(BaseModel):
     """A KPI over the futures; null: nothing was observed."""
 
-    p10: float | None
-    p50: float | None
-    p90: float | None
+    p10: float | None = Field(examples=[0.4])
+    p50: float | None = Field(examples=[0.5])
+    p90: float | None = Field(examples=[0.9])
 
 
 class Case(BaseModel):
@@ -67,28 +69,34 @@ class Case(BaseModel):
     `today`: today's policy under the load foreseen; `today_at_load`: under the load asked about; `asked`: the question.
     """
 
-    name: CaseName
-    overrides: dict[str, Override]
-    load: float
+    name: CaseName = Field(examples=["asked"])
+    overrides: dict[str, Override] = Field(examples=[{"kv_cache_dtype": "fp8"}])
+    load: float = Field(examples=[1.5])
     kpis: dict[Metric, Spread] = Field(description="By KPI, in the unit that its name ends with.")
-    breach_probability: dict[str, float] = Field(description="By SLO: the share of futures that break it.")
-    breach_interval: dict[str, tuple[float, float]] = Field(description="By SLO: its 90 % credible interval.")
+    breach_probability: dict[str, float] = Field(
+        description="By SLO: the share of futures that break it.", examples=[{"ttft_p99": 0.5}]
+    )
+    breach_interval: dict[str, tuple[float, float]] = Field(
+        description="By SLO: its 90 % credible interval.", examples=[{"ttft_p99": [0.3, 0.7]}]
+    )
 
 
 class Answer(BaseModel):
     """Today's policy beside the one asked about, on the same futures."""
 
-    pool: str
-    event_seconds: float = Field(description="Event time of the state asked.")
-    calibrated: bool
-    horizon_seconds: float
-    futures: int
-    rate_requests_per_second: float = Field(description="Arrivals foreseen, before `load`.")
-    deployable: bool = Field(description="Whether `vllm serve` has a flag for all that changes.")
-    vllm_flags: tuple[str, ...]
-    hypothetical_reasons: tuple[str, ...] = Field(description="Why flags do not deploy it, where they do not.")
+    pool: str = Field(examples=["chat"])
+    event_seconds: float = Field(description="Event time of the state asked.", examples=[1767225600.5])
+    calibrated: bool = Field(examples=[True])
+    horizon_seconds: float = Field(examples=[900.0])
+    futures: int = Field(examples=[2])
+    rate_requests_per_second: float = Field(description="Arrivals foreseen, before `load`.", examples=[4.2])
+    deployable: bool = Field(description="Whether `vllm serve` has a flag for all that changes.", examples=[True])
+    vllm_flags: tuple[str, ...] = Field(examples=[["--kv-cache-dtype fp8"]])
+    hypothetical_reasons: tuple[str, ...] = Field(
+        description="Why flags do not deploy it, where they do not.", examples=[[]]
+    )
     cases: tuple[Case, ...] = Field(description="Today's policy first, what was asked last; what is equal is one case.")
-    duration_seconds: float = Field(description="Wall clock, without waiting for other questions.")
+    duration_seconds: float = Field(description="Wall clock, without waiting for other questions.", examples=[1.5])
 
 
 class Busy(Exception):

@@ -32,6 +32,7 @@ from starlette.types import ASGIApp
 
 from kavier_twin import __version__
 from kavier_twin.forecast.policy_set import SETTINGS, PolicyInForce, PolicySet
+from kavier_twin.forecast.whatif import Answer, Busy, NothingYet, Question
 from kavier_twin.serve import models, problems
 from kavier_twin.serve.access import Access, guarded
 from kavier_twin.serve.envelope import Envelope, Limits
@@ -64,6 +65,9 @@ class Pool(Protocol):
     def replica(self, number: int) -> ReplicaDetail | None:
         """A replica as it is now; None: there is none of this number."""
 
+    def what_if(self, question: Question) -> Answer:
+        """The answer, once those asked before have theirs. Raises RefusedError, Busy and NothingYet."""
+
 
 @dataclass(frozen=True)
 class Twin:
@@ -82,12 +86,14 @@ class PolicyChange(PolicySet):
 
 _Pool = Annotated[str | None, Query(description="Only this pool; without it all of them.")]
 _REFUSALS: Final = {
+    400: "The body is not text.",
     401: "The token is missing or wrong.",
     403: "No token is configured.",
     404: "There is no such pool or replica.",
     413: "The body is too long.",
     422: "A field is wrong; `errors` names it.",
-    503: "Too many requests at once.",
+    429: "Too many questions wait already.",
+    503: "Too many requests at once, or there is nothing to ask yet.",
 }
 
 
@@ -105,7 +111,7 @@ def make_app(twin: Twin, access: Access, limits: Limits) -> ASGIApp:
     problems.install(app)
     app.include_router(_plain(twin, access))
     app.include_router(_reading(twin, access))
-    app.include_router(_changing(twin, access))
+    app.include_router(_changing(twin, access, limits))
     app.mount("/static", StaticFiles(directory=str(STATIC)))
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return Envelope(app, limits)
@@ -188,12 +194,12 @@ def _reading(twin: Twin, access: Access) -> APIRouter:
     return router
 
 
-def _changing(twin: Twin, access: Access) -> APIRouter:
+def _changing(twin: Twin, access: Access, limits: Limits) -> APIRouter:
     router = APIRouter(
         prefix="/v1",
         tags=["changing"],
         route_class=guarded(access.to_change),
-        responses=_problems(401, 403, 404, 413, 422, 503),
+        responses=_problems(400, 401, 403, 404, 413, 422, 503),
         dependencies=[Security(_BEARER)],
     )
 
@@ -205,6 +211,21 @@ def _changing(twin: Twin, access: Access) -> APIRouter:
         except RefusedError as error:
             raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, str(error), field=error.field) from None
         return _policies(twin, [name])
+
+    @router.post("/whatif", summary="What another policy or load would do from now on", responses=_problems(429))
+    def what_if(question: Question) -> Answer:
+        pool = _pool(twin, _named(twin, question.pool or ""))
+        if question.horizon_seconds > limits.horizon_seconds:
+            most = f"at most {limits.horizon_seconds:g} (http.max_horizon_seconds)"
+            raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, most, field="horizon_seconds")
+        try:
+            return pool.what_if(question)
+        except RefusedError as error:
+            raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, str(error), field=error.field) from None
+        except Busy as error:
+            raise ProblemError(HTTPStatus.TOO_MANY_REQUESTS, str(error), headers={"Retry-After": "5"}) from None
+        except NothingYet as error:
+            raise ProblemError(HTTPStatus.SERVICE_UNAVAILABLE, str(error), headers={"Retry-After": "5"}) from None
 
     return router
 

@@ -149,6 +149,13 @@ def _stream(view: TwinView) -> Iterator[Metric]:
         view.pool,
         float(bool(view.stale)),
     )
+    yield _gauge(
+        "engine_contradictions",
+        "Settings that an engine tells otherwise than the settings file, whose word holds, or than another engine. The "
+        "notes of the status name them.",
+        view.pool,
+        view.engine_contradictions,
+    )
     newest = GaugeMetricFamily(
         f"{PREFIX}_source_last_record_timestamp_seconds",
         "Event time of the source's newest record: unix time for live sources.",

@@ -44,6 +44,7 @@ class Beside(_Answer):
     observed: Figure = Field(examples=[0.11])
     error: Figure = Field(description="Relative for latencies, a difference for the rest.", examples=[0.09])
     requests: int = Field(description="In the window; 0 where the values are of this moment.", examples=[500])
+    trusted: bool = Field(description="Whether the KPI is to be trusted now.", examples=[True])
 
 
 class Replica(_Answer):
@@ -108,6 +109,10 @@ class PoolState(_Answer):
     not_ready: Annotated[tuple[str, ...], BeforeValidator(_reasons)] = Field(
         description="Why there are no figures yet; empty: there are.", examples=[[]]
     )
+    stale: tuple[str, ...] = Field(
+        description="Why the figures are old, a line for each source that fails or is behind; empty: they are not.",
+        examples=[[]],
+    )
     event_seconds: EventSeconds
     lag_seconds: Figure = Field(description="By which the mirror trails the newest record.", examples=[0.5])
     last_record_unix_seconds: Figure = Field(examples=[1767225600.5])
@@ -129,10 +134,46 @@ class State(_Answer):
     pools: tuple[PoolState, ...]
 
 
+class WindowError(_Answer):
+    """The error of one statistic of a KPI over a window of event time, predictions made before the end was known."""
+
+    kpi: str = Field(examples=["ttft_seconds"])
+    statistic: str = Field(examples=["mean"])
+    window: str = Field(examples=["5m"])
+    observations: int = Field(description="Requests, or samples of gauges.", examples=[412])
+    predicted: Figure = Field(examples=[0.12])
+    observed: Figure = Field(examples=[0.11])
+    error: Figure = Field(description="Relative; a plain difference for ratios.", examples=[0.09])
+
+
+class KpiTrust(_Answer):
+    """Whether a KPI is to be trusted now."""
+
+    trusted: bool = Field(examples=[False])
+    reason: str = Field(description="Why not; empty where it is.", examples=["fewer than 30 observations"])
+
+
+class CacheBeside(_Answer):
+    """A mirrored cache beside what an engine says of its own."""
+
+    pod: str = Field(examples=["vllm-0"])
+    engine: str = Field(examples=["0"])
+    agreement_ratio: Figure = Field(description="Blocks both have, of those that either has.", examples=[0.97])
+    both: int = Field(description="Blocks.", examples=[380])
+    only_mirrored: int = Field(examples=[12])
+    only_real: int = Field(examples=[8])
+
+
 class PoolFidelity(_Answer):
     """How far to trust one pool's figures."""
 
     pool: PoolName
+    trusted: bool = Field(description="Every KPI that is observed is.", examples=[True])
+    untrusted_reasons: tuple[str, ...] = Field(description="Why not; empty where it is.", examples=[[]])
+    source: str = Field(description="What the mirror follows: stream or metrics.", examples=["stream"])
+    trust: dict[str, KpiTrust] = Field(description="By KPI.")
+    errors: tuple[WindowError, ...]
+    caches: tuple[CacheBeside, ...] = Field(description="Of engines that tell of their cache.")
     calibrated: bool = Field(description="Whether step times were fitted to the stream or given.", examples=[True])
     calibrated_on_requests: int = Field(examples=[800])
     pace_ratio: float = Field(description="How much longer real steps last than the coefficients say.", examples=[1.02])
@@ -153,6 +194,7 @@ class Predicted(_Answer):
     kpi: str = Field(examples=["ttft_seconds"])
     statistic: str = Field(examples=["p99"])
     quantiles: Quantiles = Field(description="Quantile over the futures: value.", examples=[{"0.5": 0.8}])
+    trusted: bool = Field(description="Whether the KPI is to be trusted now.", examples=[True])
 
 
 class Horizon(_Answer):
@@ -161,6 +203,7 @@ class Horizon(_Answer):
     seconds: float = Field(examples=[300])
     predicted: tuple[Predicted, ...]
     breach: dict[str, float] = Field(description="Probability by SLO.", examples=[{"ttft_p99": 0.25}])
+    breach_trusted: dict[str, bool] = Field(description="By SLO: whether its KPI is.", examples=[{"ttft_p99": True}])
     breach_interval: dict[str, tuple[float, float]] = Field(
         description="90 % credible interval of that probability by SLO.", examples=[{"ttft_p99": (0.05, 0.6)}]
     )

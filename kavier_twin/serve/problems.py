@@ -64,6 +64,9 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     def _by_status(request: Request, error: HTTPException) -> JSONResponse:
+        if error.status_code == 400:
+            wrong = FieldProblem(field="body", detail="cannot be read; send JSON in UTF-8")
+            return answer(400, f"{wrong.field}: {wrong.detail}", [wrong])
         if error.status_code == 404:
             return answer(404, "nothing is here; /openapi.json lists what there is")
         if error.status_code == 405:

@@ -232,6 +232,7 @@ class TwinView:
     currency: str = ""  # of costs, ISO 4217; empty where no footprint is told
     notes: tuple[str, ...] = ()  # what a reader of these figures must know
     stale: tuple[str, ...] = ()  # why the figures are old: one line for each source that fails or is behind
+    engine_contradictions: int = 0  # settings that engines tell otherwise than the settings file or each other
     warming_up: bool = False  # the past of the logs is being mirrored
 
     def not_ready(self) -> list[str]:

@@ -64,6 +64,12 @@ class MetricsStream:
         self._ready: list[tuple[float, int, str, Event]] = []  # heap
         self._calibrated_seconds = -math.inf
 
+    def use(self, engine: EngineSettings) -> None:
+        """Go on with these settings of the engines."""
+        self._settings = engine
+        for known in self._engines.values():
+            known.use(engine)
+
     def take(self, sample: EngineSample) -> None:
         """Take in a sample of an engine."""
         key = (sample.namespace, sample.pod, sample.engine)
@@ -154,6 +160,9 @@ class _Engine:
         self._hit_ratio = 0.0
         self._hits_owed = 0.0  # tokens, from rounding hits to blocks
         self._prompts_owed = 0.0  # tokens that counters told of and no prompt had yet
+
+    def use(self, settings: EngineSettings) -> None:
+        self._settings = settings
 
     def take(self, sample: EngineSample) -> list[Event]:
         before = self.last

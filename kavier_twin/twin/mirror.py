@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections import Counter, deque
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
 from typing import Final
@@ -22,6 +23,7 @@ import numpy as np
 from kavier_twin.simulation.fleet import Fleet, Live
 from kavier_twin.simulation.kernels import replica as replica_kernels
 from kavier_twin.simulation.kpis import Counters
+from kavier_twin.simulation.policies import Override, apply_overrides
 from kavier_twin.simulation.settings import FleetSettings, StepTime
 from kavier_twin.simulation.state import FREE, WAITING
 from kavier_twin.simulation.workload import Workload, covered_tokens, make_workload, workload_of
@@ -97,7 +99,7 @@ class Mirror:
         self.observed_ttft: deque[float] = deque(maxlen=500)
         self.observed_e2e: deque[float] = deque(maxlen=500)
         self.last_sample: EngineSample | None = None
-        self.configured_replicas = fleet.replicas
+        self.configured = fleet
         self.pods = Pods(fleet.replicas, settings.pod_silent_seconds, settings.most_replicas)
         self._stream = OrderedStream(settings.lateness_seconds)
         self._recent: dict[str, Seen] = {}  # by id, oldest first
@@ -166,6 +168,15 @@ class Mirror:
             self._step_to(self._stream.watermark_seconds)
             self._drop_the_lost()
         return len(events)
+
+    def adopt(self, overrides: Mapping[str, Override]) -> None:
+        """The engines turned out to be set so. Raises PolicyError for what cannot be."""
+        settings = apply_overrides(self.fleet.settings, overrides)
+        if math.isfinite(self.time_seconds):
+            self.fleet.apply(overrides)
+            self._pace.apply(self.fleet)
+        else:
+            self.fleet = Fleet(settings, start_seconds=-math.inf)
 
     def end(self) -> None:
         """Process all that was taken in: no record will ever come."""

@@ -22,7 +22,7 @@ def save(mirror: Mirror) -> Saved:
     fleet = mirror.fleet
     document = {
         "settings": fleet.settings.model_dump(mode="json"),
-        "replicas": mirror.configured_replicas,
+        "configured": mirror.configured.model_dump(mode="json"),
         "pods": mirror.pods.save(),
         "now_seconds": fleet.now_seconds,
         "fidelity": mirror.fidelity.save(),
@@ -57,12 +57,13 @@ def restore(saved: Saved, settings: MirrorSettings, fleet: FleetSettings) -> Mir
     """
     document = saved.document
     old = FleetSettings.model_validate(document["settings"])
-    # Step times move with calibration, the footprint with the grid, replicas with the pods.
-    moved = {"step_time": fleet.step_time, "footprint": fleet.footprint, "replicas": fleet.replicas}
-    if old.model_copy(update=moved) != fleet or document["replicas"] != fleet.replicas:
+    configured = FleetSettings.model_validate(document["configured"])
+    # Step times move with calibration, the footprint with the grid: neither is part of the state.
+    same = configured.model_copy(update={"step_time": fleet.step_time, "footprint": fleet.footprint})
+    if same != fleet:
         raise CheckpointError("the fleet's settings have changed since")
     mirror = Mirror(settings, fleet)
-    current = fleet.model_copy(update={"step_time": old.step_time, "replicas": old.replicas})
+    current = old.model_copy(update={"footprint": fleet.footprint})
     mirror.pods.restore(document["pods"])
     mirror.fleet = Fleet(current, start_seconds=document["now_seconds"], state=FleetState(**saved.arrays))
     mirror.fidelity.restore(document["fidelity"])

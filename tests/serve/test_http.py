@@ -8,9 +8,10 @@ from threading import Barrier, Event, Thread
 
 import pytest
 
+from kavier_twin.forecast.whatif import Busy, NothingYet
 from kavier_twin.serve import http
 from kavier_twin.serve.access import Access
-from kavier_twin.serve.app import Twin
+from kavier_twin.serve.app import RefusedError, Twin
 from kavier_twin.serve.envelope import Limits
 from kavier_twin.serve.http import AddressError, HttpServer
 from serve.twins import TOKEN, Served
@@ -214,6 +215,38 @@ def test_a_problem_names_the_field(with_token: Served, body: bytes, field: str, 
     assert [error["field"] for error in problem["errors"]] == [field]
     assert says in problem["errors"][0]["detail"]
     assert says in problem["detail"]
+
+
+@pytest.mark.parametrize(
+    ("refusal", "status", "field"),
+    [
+        (RefusedError("overrides", "unknown policy setting"), 422, "overrides"),
+        (Busy("8 questions wait already"), 429, None),
+        (NothingYet("no telemetry yet"), 503, None),
+    ],
+)
+def test_what_if_is_answered_or_refused(with_token: Served, refusal: Exception, status: int, field: str | None) -> None:
+    body = b'{"overrides": {"kv_cache_dtype": "fp8"}, "load": 1.5, "horizon_seconds": 3600}'
+    answered = with_token.ask("POST", "/v1/whatif", body, **AUTHORIZED)
+    assert answered[0] == 200
+    assert json.loads(answered[2])["cases"][1]["kpis"]["ttft_p99_seconds"] == {"p10": 0.4, "p50": 0.5, "p90": None}
+    assert with_token.pools["chat"].asked[0].load == 1.5
+    with_token.pools["chat"].refusal = refusal
+    answered = with_token.ask("POST", "/v1/whatif", body, **AUTHORIZED)
+    assert answered[0] == status
+    problem = json.loads(answered[2])
+    assert problem["detail"] == str(refusal)
+    assert [error["field"] for error in problem["errors"]] == ([field] if field else [])
+    assert ("retry-after" in answered[1]) == (status != 422)
+
+
+def test_a_what_if_looks_no_further_than_is_allowed(with_token: Served) -> None:
+    status, _, body = with_token.ask("POST", "/v1/whatif", b'{"horizon_seconds": 3601}', **AUTHORIZED)
+    assert status == 422
+    assert json.loads(body)["errors"] == [
+        {"field": "horizon_seconds", "detail": "at most 3600 (http.max_horizon_seconds)"}
+    ]
+    assert not with_token.pools["chat"].asked
 
 
 def test_an_unknown_pool_is_named_beside_those_there_are(with_token: Served) -> None:

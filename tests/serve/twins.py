@@ -6,6 +6,7 @@ import http.client
 from collections.abc import Sequence
 
 from kavier_twin.forecast.policy_set import PolicyInForce, PolicySet, in_force
+from kavier_twin.forecast.whatif import Answer, Case, Question, Spread
 from kavier_twin.serve.access import Access
 from kavier_twin.serve.app import RefusedError, Twin
 from kavier_twin.serve.envelope import Limits
@@ -26,6 +27,8 @@ class FakePool:
 
     def __init__(self) -> None:
         self.set = PolicySet(policies=DEFAULT_POLICIES)
+        self.asked: list[Question] = []
+        self.refusal: Exception | None = None
         self.mirror = Mirror(MirrorSettings(), FLEET)
 
     def policies(self) -> Sequence[PolicyInForce]:
@@ -38,6 +41,37 @@ class FakePool:
             except PolicyError as error:
                 raise RefusedError(f"policies.{number}.overrides", str(error)) from None
         self.set = policies
+
+    def what_if(self, question: Question) -> Answer:
+        self.asked.append(question)
+        if self.refusal is not None:
+            raise self.refusal
+        spread = Spread(p10=0.4, p50=0.5, p90=None)
+        kpis = {"ttft_p99_seconds": spread, "e2e_p95_seconds": spread}
+        cases = [("today", {}, 1.0), ("asked", question.overrides, question.load)]
+        return Answer(
+            pool="chat",
+            event_seconds=101.5,
+            calibrated=True,
+            horizon_seconds=question.horizon_seconds,
+            futures=question.futures,
+            rate_requests_per_second=2.5,
+            deployable=True,
+            vllm_flags=("--kv-cache-dtype fp8",),
+            hypothetical_reasons=(),
+            cases=tuple(
+                Case(
+                    name=name,
+                    overrides=overrides,
+                    load=load,
+                    kpis=kpis,
+                    breach_probability={"fast": 0.25},
+                    breach_interval={"fast": (0.1, 0.5)},
+                )
+                for name, overrides, load in cases
+            ),
+            duration_seconds=0.5,
+        )
 
     def replica(self, number: int) -> ReplicaDetail | None:
         return replica_detail(self.mirror, number)

@@ -11,7 +11,7 @@ export const CHARTED = [
   ["kv_cache_usage_ratio", "", "KV cache usage"],
 ];
 const HOUR = 3600;
-const charts = new Map();
+export const charts = new Map(); // by KPI: its elements, its uPlot and the columns it shows
 
 function color(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
@@ -88,7 +88,7 @@ function build(chart, kpi) {
     legend: { show: false },
     scales: { x: { time: false }, y: { range: (self) => [0, top(self.data)] } },
     axes: [
-      { ...axis, size: 26, space: 70, values: (_, ticks) => ticks.map(clock) },
+      { ...axis, size: 26, space: 60, incrs: [1, 5, 10, 30, 60, 120, 300, 600, 900, 1800, 3600], values: (_, ticks) => ticks.map(clock) },
       { ...axis, size: 52, space: 28, values: (_, ticks) => ticks.map((tick) => (tick === 0 ? "0" : figure(tick, kpi))) },
     ],
     series: [
@@ -122,11 +122,12 @@ function mark(self, chart, kpi) {
     ctx.textAlign = right ? "right" : "left";
     ctx.fillText("now", x + (right ? -4 : 4) * ratio, bbox.top + bbox.height - 5 * ratio);
   }
-  ctx.strokeStyle = ctx.fillStyle = color("slo");
+  ctx.fillStyle = color("slo");
   ctx.textAlign = "left";
-  ctx.setLineDash([6 * ratio, 4 * ratio]);
-  ctx.lineWidth = 1.5 * ratio;
   for (const slo of chart.slos) {
+    ctx.strokeStyle = color("slo");
+    ctx.setLineDash([6 * ratio, 4 * ratio]);
+    ctx.lineWidth = 1.5 * ratio;
     const inside = slo.threshold <= self.scales.y.max;
     const y = inside ? self.valToPos(slo.threshold, "y", true) : bbox.top;
     if (inside) {
@@ -137,6 +138,10 @@ function mark(self, chart, kpi) {
     }
     const says = `${slo.name} ${slo.higher_is_better ? "≥" : "≤"} ${figure(slo.threshold, kpi)}${inside ? "" : " ↑"}`;
     const below = y < bbox.top + 14 * ratio;
+    ctx.setLineDash([]);
+    ctx.strokeStyle = color("card"); // a rim in the card's colour keeps the words apart from lines under them
+    ctx.lineWidth = 4 * ratio;
+    ctx.strokeText(says, bbox.left + 4 * ratio, y + (below ? 12 : -4) * ratio);
     ctx.fillText(says, bbox.left + 4 * ratio, y + (below ? 12 : -4) * ratio);
   }
   ctx.restore();
@@ -163,6 +168,9 @@ export function drawCharts(node, view) {
       .some((horizon) => chart.slos.some((slo) => horizon.breach[slo.name] >= 0.5));
     chart.box.classList.toggle("alert", Boolean(danger));
     chart.plot.setAttribute("aria-label", `${title}: mirror ${mirror}, reality ${real}` + ahead(view, kpi, statistic));
+    // A KPI that nobody reports in this pool has no chart.
+    chart.box.hidden = !chart.data[1].some(known) && !chart.data[2].some(known);
+    if (chart.box.hidden) continue;
     if (chart.uplot) chart.uplot.setData(chart.data);
     else chart.draw();
   }

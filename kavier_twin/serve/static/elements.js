@@ -43,7 +43,7 @@ export function interval(quantiles, kpi, factor = 1) {
   const node = element("td");
   if (!known(quantiles?.["0.5"])) { node.textContent = "–"; return node; }
   const keys = Object.keys(quantiles).sort((a, b) => a - b);
-  const text = (key) => figure(factor * quantiles[key], kpi);
+  const text = (key) => figure(known(quantiles[key]) ? factor * quantiles[key] : null, kpi);
   const [low, high] = [text(keys[0]), text(keys.at(-1))];
   node.append(text("0.5"), element("span", low === high ? "in all futures" : `${low} – ${high}`, "range"));
   return node;

@@ -3,7 +3,7 @@
 import { drawCharts } from "./charts.js";
 import { element, interval, keepFocus, table } from "./elements.js";
 import { settingsKnown, startWhatIf } from "./whatif.js";
-import { clock, errorOf, figure, known, kpiName, percent, span } from "./words.js";
+import { clock, errorOf, figure, known, kpiName, percent, span, windowError } from "./words.js";
 
 const $ = (id) => document.getElementById(id);
 const EVERY_MS = 2000;
@@ -14,7 +14,8 @@ const COLUMNS = [
   ["Wh / Mtoken", "energy_joules_per_million_tokens", "", 1 / 3600], ["gCO₂ / Mtoken", "carbon_grams_per_million_tokens", "", 1],
   [" / Mtoken", "cost_per_million_tokens", "", 1],
 ];
-const page = { pool: null, token: "", horizon: null, sort: null, replica: null, history: null, answeredAt: null };
+const told = new URLSearchParams(location.hash.slice(1)); // a token in the fragment never leaves the browser by itself
+const page = { pool: told.get("pool"), token: told.get("token") ?? "", horizon: null, sort: null, replica: null, history: null, answeredAt: null };
 
 // --- asking ---------------------------------------------------------------------------------------------------------
 
@@ -55,7 +56,7 @@ async function refresh() {
 }
 
 function choosePool(names) {
-  if (!names.includes(page.pool)) page.pool = names.includes(location.hash.slice(1)) ? location.hash.slice(1) : names[0];
+  if (!names.includes(page.pool)) page.pool = names[0];
   const shown = [...$("pool").options].map((option) => option.value);
   if (shown.join("\n") !== names.join("\n")) {
     $("pool").replaceChildren(...names.map((name) => new Option(name, name, false, name === page.pool)));
@@ -65,7 +66,7 @@ function choosePool(names) {
 
 $("pool").onchange = () => {
   Object.assign(page, { pool: $("pool").value, history: null, replica: null, horizon: null });
-  location.hash = page.pool;
+  history.replaceState(null, "", `#${new URLSearchParams({ pool: page.pool })}`);
   $("replica").replaceChildren();
   $("whatif-answer").replaceChildren();
 };
@@ -128,29 +129,44 @@ function rangeWords(quantiles) {
 }
 
 function drawTrust(pool, fidelity, forecast, late, age) {
-  const why = [...(fidelity.reasons ?? [])], notYet = [...pool.not_ready];
-  for (const source of pool.sources) if (source.trouble) why.push(`${source.name} cannot be read: ${source.trouble}`);
+  const why = fidelity.calibrated ? [...fidelity.untrusted_reasons] : [], notYet = [...pool.not_ready];
+  why.unshift(...pool.stale.map((reason) => `stale: ${reason}`));
+  if (!pool.stale.length) for (const source of pool.sources) if (source.trouble) why.push(`${source.name} cannot be read: ${source.trouble}`);
   if (!fidelity.calibrated) notYet.push("step times are not fitted to this fleet yet");
   if (late) why.push(`the last forecast is ${span(Math.round(age))} old; one is due every ${span(forecast.every_seconds)}`);
-  const level = notYet.length ? "warn" : why.length ? "bad" : "good";
-  const [mark, word] = { good: ["✓", "Trusted"], warn: ["…", "Not to be trusted yet"], bad: ["✕", "Not to be trusted"] }[level];
+  document.body.classList.toggle("stale", pool.stale.length > 0);
+  const level = notYet.length ? "warn" : why.length || !fidelity.trusted ? "bad" : "good";
+  const [mark, word] = {
+    good: ["✓", "Trusted"], warn: ["…", "Not to be trusted yet"], bad: ["✕", pool.stale.length ? "Stale: not to be trusted" : "Not to be trusted"],
+  }[level];
   const good = [`Step times fitted on ${fidelity.calibrated_on_requests} requests; real steps last ` +
     `${fidelity.pace_ratio.toFixed(2)} times what they say now.`];
-  const ttft = pool.beside.find((one) => one.kpi === "ttft_seconds" && one.statistic === "mean");
-  const hits = pool.beside.find((one) => one.kpi === "prefix_cache_hit_ratio");
-  const errors = [ttft && `mean TTFT ${errorOf(ttft.error, ttft.kpi)}`, hits && `hit ratio ${errorOf(hits.error, hits.kpi)}`];
-  if (ttft || hits) good.push(`Mirror against reality now: ${errors.filter(Boolean).join(", ")}.`);
   if (known(fidelity.exact_cache_ratio)) {
     good.push(`Prefix hits exact to the token for ${(100 * fidelity.exact_cache_ratio).toFixed(1)} % of requests.`);
   }
-  if ($("trust").dataset.level !== level) {
-    $("trust").dataset.level = level;
+  if ($("trust").dataset.word !== word) {
+    $("trust").dataset.word = word;
     $("trust").className = `card trust ${level}`;
     $("trust-mark").textContent = mark;
     $("trust-word").textContent = word;
   }
+  drawKpis(fidelity);
   const lines = [...notYet, ...why, ...(fidelity.calibrated ? good : [])];
   if ($("trust-why").textContent !== lines.join("")) $("trust-why").replaceChildren(...lines.map((line) => element("li", line)));
+}
+
+/* One chip a KPI that is observed: trusted or not, and its error over the shortest window that has one. */
+function drawKpis(fidelity) {
+  const chips = Object.entries(fidelity.trust).flatMap(([kpi, trust]) => {
+    const error = fidelity.errors.find((one) => one.kpi === kpi && known(one.error));
+    if (!error) return [];
+    const chip = element("li", "", trust.trusted ? "good" : "bad");
+    chip.append(element("b", trust.trusted ? "✓" : "✕"), ` ${kpiName(kpi, error.statistic)} ${windowError(error.error, kpi)}`);
+    chip.append(element("span", ` over ${error.window}`, "soft"));
+    if (trust.reason) chip.title = trust.reason;
+    return [chip];
+  });
+  $("trust-kpis").replaceChildren(...chips);
 }
 
 function drawBeside(pool) {
@@ -165,8 +181,9 @@ function drawOdds(forecast, today) {
   const policies = forecast.outlook?.policies ?? [];
   const now = policies.find((policy) => policy.name === today && policy.horizons.length);
   if (!now) { $("odds").replaceChildren(element("p", "No forecast yet.", "soft")); return; }
-  const cell = (share) => {
-    const node = element("td", percent(share));
+  const cell = (share, trusted) => {
+    const node = element("td", percent(share), trusted ? "" : "doubtful");
+    if (!trusted) node.append(element("span", "not trusted", "range"));
     const bar = element("span", "", "bar"), fill = element("span");
     fill.style.width = `${100 * (share ?? 0)}%`;
     bar.append(fill);
@@ -178,7 +195,7 @@ function drawOdds(forecast, today) {
     const name = element("th", slo);
     if (told) name.append(element("span", `${kpiName(told.kpi, told.statistic)} ${told.higher_is_better ? "≥" : "≤"} ` +
       figure(told.threshold, told.kpi), "soft range"));
-    return [name, ...now.horizons.map((horizon) => cell(horizon.breach[slo]))];
+    return [name, ...now.horizons.map((horizon) => cell(horizon.breach[slo], horizon.breach_trusted[slo]))];
   });
   table($("odds"), ["objective", ...now.horizons.map((horizon) => `within ${span(horizon.seconds)}`)], rows, "Odds of breach", "odds");
 }
@@ -323,7 +340,7 @@ function drawReplicas(pool) {
       figure(one.prefix_cache_hit_ratio, "_ratio"), one.requests_finished, one.preemptions, more];
   });
   const head = ["replica", "state", "KV cache usage", "running", "waiting", "hit ratio", "finished", "preemptions", ""];
-  table($("replicas"), head, rows, "Replicas");
+  table($("replicas"), head, rows, "Mirrored replicas");
 }
 
 async function drawReplica() {
@@ -389,5 +406,6 @@ function drawStream(pool, fidelity, forecast) {
   }));
 }
 
+if (page.token) history.replaceState(null, "", page.pool ? `#${new URLSearchParams({ pool: page.pool })}` : location.pathname);
 startWhatIf(page);
 refresh();

@@ -20,6 +20,7 @@ export function settingsKnown(names) {
 
 export function startWhatIf(page) {
   addChange();
+  $("w-token").value = page.token;
   $("w-more").onclick = () => addChange().focus();
   $("whatif-form").onsubmit = async (event) => {
     event.preventDefault();

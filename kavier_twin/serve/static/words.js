@@ -38,6 +38,11 @@ export function errorOf(value, kpi) {
   return sign + figure(size, kpi);
 }
 
+/* An error over a window: relative for all but ratios. */
+export function windowError(value, kpi) {
+  return errorOf(value, kpi.endsWith("_ratio") ? kpi : "_seconds");
+}
+
 export function percent(share) {
   return known(share) ? `${Math.round(100 * share)} %` : "–";
 }

@@ -1,0 +1,273 @@
+"""The page in a real browser."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from kavier_twin.serve.access import Access
+from kavier_twin.serve.app import RefusedError
+from kavier_twin.serve.view import Beside, KpiTrust
+from real_parts import chromium, require
+from serve.twins import TOKEN, Served
+from serve.views import empty_view, full_view
+
+try:
+    from playwright.sync_api import Browser, Page, expect, sync_playwright
+except ImportError:
+    require("playwright", False, "pip install playwright")
+
+pytestmark = [pytest.mark.slow, pytest.mark.real]
+PATIENCE_MS = 20_000
+expect.set_options(timeout=PATIENCE_MS)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    quiet = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+    with sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=chromium(), args=quiet)
+        yield found
+        found.close()
+
+
+def trusted_view(pool: str = "chat") -> Any:
+    return replace(
+        full_view(pool),
+        unix_seconds=time.time(),
+        trusted=True,
+        untrusted_reasons=(),
+        trust={"ttft_seconds": KpiTrust(True)},
+    )
+
+
+@pytest.fixture
+def served() -> Iterator[Served]:
+    found = Served(Access(token=lambda: TOKEN))
+    found.views["chat"] = trusted_view()
+    outlook = replace(found.views["chat"].outlook, made_unix_seconds=time.time())
+    for second in range(60):
+        beside = (
+            Beside("ttft_seconds", "p99", 0.5 + 0.01 * second, 0.6, -0.1, 500),
+            *(entry for entry in full_view().beside if (entry.kpi, entry.statistic) != ("ttft_seconds", "p99")),
+        )
+        found.views["chat"] = replace(
+            found.views["chat"],
+            unix_seconds=time.time() - 60.0 + second,
+            event_seconds=42.0 + second,
+            beside=beside,
+            outlook=outlook,
+        )
+        found.twin.history.add(found.views.values())
+    yield found
+    found.server.close()
+
+
+@pytest.fixture
+def page(browser: Browser, served: Served) -> Iterator[Page]:
+    """The page, on which nothing went wrong and which asked for nothing from elsewhere."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    found = context.new_page()
+    found.set_default_timeout(PATIENCE_MS)
+    wrong: list[str] = []
+    found.on("pageerror", lambda error: wrong.append(str(error)))
+    found.on("request", lambda r: None if r.url.startswith((served.server.url, "data:")) else wrong.append(r.url))
+    found.goto(f"{served.server.url}/#token={TOKEN}")
+    expect(found.locator("#trust-word")).not_to_have_text("Waiting for the twin")
+    yield found
+    context.close()
+    assert not wrong
+
+
+def cells(page: Page, place: str) -> list[list[str]]:
+    """The body of a table, what stands in each cell on its own line joined by spaces."""
+    rows = page.locator(f"{place} tbody tr").all()
+    return [[" ".join(cell.inner_text().split()) for cell in row.locator("th, td").all()] for row in rows]
+
+
+def api(served: Served, path: str) -> Any:
+    return json.loads(served.ask("GET", path)[2])["pools"][0]
+
+
+def test_the_figures_are_those_of_the_api(page: Page, served: Served) -> None:
+    page.get_by_text("All figures").click()
+    shown = cells(page, "#beside")
+    told = api(served, "/v1/state")["beside"]
+    assert len(shown) == len(told) == 8
+    ttft = next(entry for entry in told if entry["statistic"] == "p99")
+    row = next(row for row in shown if row[0] == "time to first token, p99")
+    assert row == [row[0], f"{ttft['mirrored']:.2f} s", f"{1000 * ttft['observed']:.0f} ms", "−10.0 %", "500 requests"]
+    assert next(row for row in shown if row[0] == "requests waiting")[2] == "–"  # not known is not zero
+    horizon = api(served, "/v1/forecast")["outlook"]["policies"][0]["horizons"][0]
+    assert cells(page, "#odds")[0][1] == f"{100 * horizon['breach']['fast']:.0f} %" == "25 %"
+    assert cells(page, "#odds")[1][1] == "0 % not trusted"  # the objective's KPI is not
+
+
+def test_the_charts_show_mirror_reality_and_the_fan_on_one_axis(page: Page, served: Served) -> None:
+    data = page.evaluate("async () => (await import('/static/charts.js')).charts.get('ttft_seconds').data")
+    times, observed, mirrored, high, low, middle = data
+    told = api(served, "/v1/history")
+    assert times[: len(told["event_seconds"])] == told["event_seconds"]
+    series = next(one for one in told["series"] if (one["kpi"], one["statistic"]) == ("ttft_seconds", "p99"))
+    assert mirrored[: len(times) - 2] == series["mirrored"]
+    assert observed[: len(times) - 2] == series["observed"]
+    assert times[-2:] == [160.0, 400.0]  # the forecast's beginning and its horizons
+    assert (high[-1], middle[-1], low[-1]) == (1.0, 0.75, 0.5)
+    chart = page.locator(".chart").first
+    expect(chart.locator(".plot")).to_have_attribute(
+        "aria-label", "Time to first token, p99: mirror 1.09 s, reality 600 ms; ahead 750 ms, between 500 ms and 1.00 s"
+    )
+    assert chart.locator("canvas").count() == 1
+
+
+def test_policies_are_sorted_by_any_column_and_back_by_keyboard(page: Page) -> None:
+    assert [row[0] for row in cells(page, "#policies")] == ["today", "half recommended", "odd"]
+    page.get_by_role("button", name="policy", exact=True).focus()
+    page.keyboard.press("Enter")
+    assert [row[0].split()[0] for row in cells(page, "#policies")] == ["half", "odd", "today"]
+    assert page.locator("#policies th").first.get_attribute("aria-sort") == "ascending"
+    page.keyboard.press("Enter")  # redrawing has left the focus where it was
+    assert [row[0].split()[0] for row in cells(page, "#policies")] == ["today", "odd", "half"]
+    page.keyboard.press("Enter")
+    assert page.locator("#policies th").first.get_attribute("aria-sort") == "none"
+    page.get_by_role("button", name="next 1 min").click()
+    assert page.get_by_role("button", name="next 1 min").get_attribute("aria-pressed") == "true"
+
+
+def test_the_recommended_flags_are_copied(page: Page) -> None:
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    expect(page.locator("#best")).to_contain_text("vllm serve … --max-num-seqs 3")
+    page.locator("#best").get_by_role("button").click()
+    expect(page.locator("#best").get_by_role("button")).to_have_text("Copied")
+    assert page.evaluate("navigator.clipboard.readText()") == "--max-num-seqs 3"
+
+
+def test_a_what_if_is_entered_and_answered(page: Page, served: Served) -> None:
+    page.get_by_label("Setting").fill("kv_cache_dtype")
+    page.get_by_label("becomes").fill("fp8")
+    page.get_by_label("Replicas", exact=True).fill("6")
+    page.get_by_label("Load").fill("1.5")
+    page.get_by_label("Look ahead").fill("10")
+    page.get_by_role("button", name="Ask").click()
+    expect(page.locator("#whatif-answer table")).to_be_visible()
+    [asked] = served.pools["chat"].asked
+    assert asked.overrides == {"kv_cache_dtype": "fp8", "replicas": 6}
+    assert (asked.load, asked.horizon_seconds, asked.pool) == (1.5, 600.0, "chat")
+    today, changed = cells(page, "#whatif-answer")
+    assert today[:3] == ["today", "25 %", "500 ms 400 ms – –"]
+    assert changed[0] == "asked kv_cache_dtype=fp8 replicas=6 load 1.5x"
+    expect(page.locator("#whatif-answer")).to_contain_text("vllm serve … --kv-cache-dtype fp8")
+
+
+def test_a_what_if_refused_says_why_and_marks_the_field(page: Page, served: Served) -> None:
+    served.pools["chat"].refusal = RefusedError("overrides", "unknown policy setting 'kv_dtype'")
+    page.get_by_label("Setting").fill("kv_dtype")
+    page.get_by_role("button", name="Ask").click()
+    expect(page.locator("#whatif-answer")).to_contain_text("unknown policy setting 'kv_dtype'")
+    expect(page.get_by_label("Setting")).to_have_attribute("aria-invalid", "true")
+    page.get_by_label("Load").fill("much")
+    page.get_by_role("button", name="Ask").click()
+    expect(page.locator("#whatif-answer")).to_contain_text("Load: a number is needed")
+    page.get_by_label("Load").fill("1")
+    page.get_by_label("Look ahead").fill("61")
+    page.get_by_role("button", name="Ask").click()
+    expect(page.locator("#whatif-answer")).to_contain_text("at most 3600")
+    expect(page.get_by_label("Look ahead")).to_have_attribute("aria-invalid", "true")
+    page.locator("#w-token").fill("wrong")
+    page.get_by_role("button", name="Ask").click()
+    expect(page.locator("#whatif-answer")).to_contain_text("Authorization")
+    expect(page.locator("#w-token")).to_have_attribute("aria-invalid", "true")
+
+
+def test_trusted_stale_and_gone_look_so(page: Page, served: Served) -> None:
+    trust = page.locator("#trust")
+    expect(trust).to_have_class("card trust good")
+    expect(trust).to_contain_text("✓ Trusted")
+    expect(trust).to_contain_text("✓ time to first token, mean +10.0 % over 5m")
+    why = "ttft_seconds mean is 40 % off"
+    served.views["chat"] = replace(served.views["chat"], trusted=False, untrusted_reasons=(why,))
+    expect(trust).to_have_class("card trust bad")
+    expect(trust).to_contain_text("✕ Not to be trusted")
+    expect(trust).to_contain_text(why)
+    served.views["chat"] = replace(served.views["chat"], stale=("kafka: no broker answers",))
+    expect(trust).to_contain_text("Stale: not to be trusted")
+    expect(trust).to_contain_text("stale: kafka: no broker answers")
+    expect(page.locator("body")).to_have_class("stale")
+    outlook = replace(served.views["chat"].outlook, made_unix_seconds=time.time() - 1000.0)
+    served.views["chat"] = replace(served.views["chat"], outlook=outlook)
+    expect(page.locator("#ahead-words")).to_contain_text("LATE")
+    expect(trust).to_contain_text("one is due every 30 s")
+    served.views["chat"] = empty_view()
+    expect(trust).to_have_class("card trust warn")
+    expect(trust).to_contain_text("no telemetry record has been processed yet")
+    expect(page.locator("#policies")).to_be_empty()
+    served.server.close()
+    expect(page.locator("#connection")).to_contain_text("it cannot be reached")
+    expect(page.locator("body")).to_have_class("old")
+
+
+def test_a_replica_is_opened_and_closed_by_keyboard(page: Page, served: Served) -> None:
+    button = page.locator("#replicas").get_by_role("button").first
+    button.focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("#replica")).to_contain_text("0 of 299 blocks in use")
+    expect(button).to_have_attribute("aria-expanded", "true")
+    page.keyboard.press("Enter")
+    expect(page.locator("#replica")).to_be_empty()
+    assert [row[0] for row in cells(page, "#replicas")] == ["replica 0", "replica 1"]
+
+
+def test_pools_are_chosen_between(page: Page, served: Served) -> None:
+    served.pools["code"] = served.pools["chat"]
+    served.views["code"] = replace(trusted_view("code"), finished_requests=77)
+    expect(page.locator("#pool")).to_be_enabled()
+    page.locator("#pool").select_option("code")
+    expect(page.locator("#facts")).to_contain_text("77")
+    assert page.url.endswith("#pool=code")
+
+
+def test_names_from_outside_are_never_markup(page: Page, served: Served) -> None:
+    served.views["chat"] = replace(served.views["chat"], notes=("<img src=x onerror=alert(1)>",))
+    expect(page.locator("#notes")).to_contain_text("<img src=x")
+    assert page.locator("#notes img").count() == 0
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_a_phone_and_can_be_read_in_light_and_dark(browser: Browser, served: Served, scheme: Any) -> None:
+    context = browser.new_context(
+        viewport={"width": 360, "height": 740}, device_scale_factor=2, is_mobile=True, color_scheme=scheme
+    )
+    page = context.new_page()
+    page.goto(served.server.url)
+    expect(page.locator("#policies tbody tr")).to_have_count(3)
+    assert page.evaluate("document.documentElement.scrollWidth") == 360  # nothing sticks out
+    assert page.evaluate(CONTRAST) == []
+    context.close()
+
+
+CONTRAST = """() => {
+  // Texts with less contrast to their background than WCAG 2 asks for (AA: 4.5 to 1).
+  const light = (color) => {
+    const parts = color.match(/[\\d.]+/g).slice(0, 3).map((value) => value / 255)
+      .map((value) => (value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2];
+  };
+  const behind = (node) => {
+    for (; node; node = node.parentElement) {
+      const color = getComputedStyle(node).backgroundColor;
+      if (!/, 0\\)$/.test(color) && color !== "transparent") return color;
+    }
+    return "rgb(255, 255, 255)";
+  };
+  return [...document.querySelectorAll("body *")].filter((node) => node.offsetParent && [...node.childNodes]
+    .some((child) => child.nodeType === 3 && child.textContent.trim())).flatMap((node) => {
+      const [a, b] = [light(getComputedStyle(node).color), light(behind(node))].sort((x, y) => y - x);
+      const ratio = (a + 0.05) / (b + 0.05);
+      return ratio < 4.5 ? [`${node.textContent.slice(0, 30)}: ${ratio.toFixed(2)}`] : [];
+    });
+}"""
