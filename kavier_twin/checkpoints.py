@@ -15,6 +15,7 @@ from kavier_twin.simulation.state import copy_state
 from kavier_twin.twin import checkpoint, mirror_state
 from kavier_twin.twin.cache_watch import CacheWatch
 from kavier_twin.twin.checkpoint import CheckpointError, Saved
+from kavier_twin.twin.power_watch import PowerWatch
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,8 @@ class Checkpoints:
         except CheckpointError as error:
             log.warning("checkpoint %d in %s: pool %s begins anew: %s", *self._place, pool.name, error)
             return False
-        pool.resume(mirror, CacheWatch.restored(document["caches"]))
+        caches, power = CacheWatch.restored(document["caches"]), PowerWatch.restored(document["power"])
+        pool.resume(mirror, caches, power)
         if pool.metrics and document["metrics"]:
             pool.metrics.restore(document["metrics"])
         log.info("pool %s goes on from checkpoint %d, %d requests finished", pool.name, self._sequence, mirror.finished)
@@ -90,6 +92,7 @@ class Checkpoints:
             documents[pool.name] = {
                 "mirror": mirror_state.save(pool.mirror).document,
                 "caches": pool.caches.save(),
+                "power": pool.power.save(),
                 "metrics": pool.metrics.save() if pool.metrics else None,
             }
             state = copy_state(pool.mirror.fleet.state)._asdict()

@@ -17,12 +17,14 @@ from kavier_twin.forecast.result import Forecast
 from kavier_twin.forecast.whatif import WhatIf
 from kavier_twin.serve import assemble
 from kavier_twin.serve.view import Outlook, SourceState, SweepCounts, TwinView
+from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.policies import Override, Policy, PolicyError
 from kavier_twin.simulation.settings import COEFFICIENTS, FleetSettings
-from kavier_twin.telemetry import EngineSample, KvEventBatch, TelemetryRecord
+from kavier_twin.telemetry import EngineSample, GpuSample, KvEventBatch, TelemetryRecord
 from kavier_twin.twin.cache_watch import CacheWatch
 from kavier_twin.twin.metrics_stream import MetricsStream, mirror_settings
 from kavier_twin.twin.mirror import Mirror, MirrorSettings
+from kavier_twin.twin.power_watch import PowerWatch
 from kavier_twin.twin.replicas import replicas
 from kavier_twin.twin.snapshot import Snapshot
 
@@ -64,6 +66,8 @@ class PoolTwin:
         self.metrics = MetricsStream(mirror.pool, fleet.engine) if from_metrics else None
         self.mirror = Mirror(mirror_settings(mirror) if from_metrics else mirror, fleet, calibrated=calibrated)
         self.caches = CacheWatch()
+        self.power = PowerWatch()
+        self.mirror.beside = self._look_beside
         self._lock = Lock()
         self._event_clock = event_clock
         self._notes = tuple(notes)
@@ -82,10 +86,12 @@ class PoolTwin:
         """The pool's."""
         return self.mirror.settings.pool
 
-    def resume(self, mirror: Mirror, caches: CacheWatch) -> None:
+    def resume(self, mirror: Mirror, caches: CacheWatch, power: PowerWatch) -> None:
         """Go on from another's state, before `start`."""
         self.mirror = mirror
+        self.mirror.beside = self._look_beside
         self.caches = caches
+        self.power = power
 
     def start(self) -> None:
         """Forecast from now on."""
@@ -109,7 +115,6 @@ class PoolTwin:
             self.mirror.advance()
             if ended:
                 self.mirror.end()
-            self.caches.follow(self.mirror.fleet, self._replica_of)
             self._behind = more
             self._tell_of_calibration()
 
@@ -178,6 +183,8 @@ class PoolTwin:
             beside=assemble.beside(mirror, self._reported.at(mirror.time_seconds)),
             replicas=replicas(mirror),
             caches=assemble.caches(self.caches),
+            power=assemble.power(self.power, mirror),
+            source="metrics" if self.metrics else "stream",
             sources=sources,
             forecasts={"succeeded": self.forecaster.cycles, "failed": self.forecaster.failures},
             sweeps=SweepCounts(
@@ -203,12 +210,19 @@ class PoolTwin:
                 self.metrics.take(record)
         if isinstance(record, KvEventBatch):
             self.caches.take(record)
+        if isinstance(record, GpuSample):
+            self.power.take(record)
         self.mirror.ingest(record)
 
-    def _replica_of(self, pod: str) -> int | None:
-        """The replica that mirrors a pod; where there is one of each, no name is needed."""
-        alone = 0 if self.mirror.fleet.state.replicas.size == 1 else None
-        return self.mirror.pods.replica_of(pod) if pod else alone
+    def _look_beside(self, fleet: Fleet) -> None:
+        self.caches.follow(fleet, self._replica_of)
+        self.power.follow(fleet)
+
+    def _replica_of(self, pod: str, rank: str) -> int | None:
+        """The replica that mirrors an engine. Where the stream names no pod there may be only one."""
+        pods, replicas = self.mirror.pods, self.mirror.fleet.state.replicas
+        found = pods.replica_of(pod, rank) if pods.replica_of(pod, rank) is not None else pods.replica_of(pod)
+        return 0 if found is None and replicas.size == 1 else found
 
     def _present(self) -> Mirror:
         """The mirror as of now: of a stream whose time is a clock's, moved on to where no record has come yet."""

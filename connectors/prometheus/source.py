@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from connectors.background import BackgroundSource, Backoff
 from connectors.prometheus.api import PrometheusApi, Series
@@ -18,7 +19,7 @@ from connectors.prometheus.gpus import gpu_samples, gpu_selector, of_pods
 from connectors.prometheus.http import Access, FetchError, HttpClient
 from connectors.prometheus.names import CACHE_CONFIG, engine_selector
 from connectors.prometheus.readings import Reading
-from kavier_twin.telemetry import EngineSample, GpuSample
+from kavier_twin.telemetry import EngineSample, GpuSample, TelemetryRecord
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,12 @@ class PrometheusSource(BackgroundSource):
         self._warm_up = warm_up_seconds
         self._max_backfill = max_backfill_seconds
         self._clock = clock
-        self._until: float | None = None  # up to which everything stored was handed on
+        self._until: float | None = None  # up to which everything stored was fetched
+        self._fetched = self._polled = 0  # samples
+        self._windows: deque[tuple[int, float]] = deque()  # samples fetched by the end of a window, and its end
+        self._polled_until: float | None = None  # up to which everything was polled
+        self._newest_polled: dict[str, float] = {}  # time by engine or GPU
+        self._sought: dict[str, float] = {}  # what was polled before a restart
         self._newest: dict[Target, float] = {}
         self._skew_told = False
         self._pods: dict[tuple[str, str], float] = {}  # (namespace, pod) -> time of its newest scrape
@@ -90,6 +96,30 @@ class PrometheusSource(BackgroundSource):
     def close(self) -> None:
         super().close()
         self._http.close()
+
+    def poll(self, max_records: int) -> list[TelemetryRecord]:
+        records = super().poll(max_records)
+        self._newest_polled |= {_whose(record): record.time_seconds for record in records}
+        self._polled += len(records)
+        with self._changed:
+            while self._windows and self._windows[0][0] <= self._polled:
+                self._polled_until = self._windows.popleft()[1]
+        return records
+
+    def positions(self) -> dict[str, Any]:
+        """The time up to which all was polled, and the newest sample polled of each engine and GPU."""
+        if self._polled_until is None:
+            return {}
+        recent = self._polled_until - _FORGET_SECONDS
+        self._newest_polled = {whose: at for whose, at in self._newest_polled.items() if at > recent}
+        return {"until": self._polled_until, "newest": dict(self._newest_polled)}
+
+    def seek(self, positions: dict[str, Any]) -> None:
+        """Go on from there, as far back as `max_backfill_seconds` allow."""
+        if positions:
+            self._until = self._polled_until = positions["until"]
+            self._newest_polled = dict(positions["newest"])
+            self._sought = dict(positions["newest"])
 
     def _fetch(self) -> None:
         backoff = Backoff(min(1.0, self._interval), LONGEST_BACKOFF_SECONDS)
@@ -119,6 +149,8 @@ class PrometheusSource(BackgroundSource):
             end = min(self._until + _WINDOW_SECONDS, now)
             self._take(self._until - _COMMIT_SECONDS, end)
             self._until = end
+            with self._changed:
+                self._windows.append((self._fetched, end))
         self._learn_configs()
         forget = now - _FORGET_SECONDS
         self._newest = {target: at for target, at in self._newest.items() if at > forget}
@@ -147,7 +179,9 @@ class PrometheusSource(BackgroundSource):
         for _, at, readings in self._new_scrapes(gpus):
             samples += of_pods(gpu_samples(readings, self._reject, time_seconds=at, pool=self._pool), self._pods)
         for sample in sorted(samples, key=lambda sample: sample.time_seconds):
-            self._offer(sample)
+            if sample.time_seconds > self._sought.get(_whose(sample), -math.inf):
+                self._offer(sample)
+                self._fetched += 1
 
     def _new_scrapes(self, series: Iterable[Series]) -> Iterable[tuple[Target, float, list[Reading]]]:
         """Samples of one target with one time stamp are one scrape: Prometheus stamps them all alike."""
@@ -184,6 +218,14 @@ class PrometheusSource(BackgroundSource):
                 "ahead of" if self.clock_skew_seconds > 0.0 else "behind",
             )
         self._skew_told = skewed
+
+
+def _whose(record: TelemetryRecord) -> str:
+    """What a sample is of."""
+    if isinstance(record, GpuSample):
+        return f"gpu {record.host} {record.gpu} {record.mig_instance}"
+    assert isinstance(record, EngineSample)
+    return f"engine {record.namespace} {record.pod} {record.engine} {record.model}"
 
 
 def _pod(labels: Mapping[str, str]) -> str:

@@ -20,6 +20,7 @@ from kavier_twin.serve.view import (
     KpiTrust,
     Outlook,
     PolicyOutlook,
+    PowerBeside,
     Predicted,
     SloLine,
     TwinView,
@@ -28,6 +29,7 @@ from kavier_twin.serve.view import (
 from kavier_twin.twin.cache_watch import CacheWatch
 from kavier_twin.twin.fidelity import Score
 from kavier_twin.twin.mirror import Mirror
+from kavier_twin.twin.power_watch import PowerWatch
 
 _LATENCIES: Final = {"ttft_seconds": (50, 99), "e2e_seconds": (95,), "queue_seconds": (95,)}
 _METRICS: Final = {  # the forecaster's metric -> KPI and statistic shown
@@ -79,6 +81,15 @@ def caches(watch: CacheWatch) -> tuple[CacheBeside, ...]:
         ratio = math.nan if share is None else share.ratio
         entries.append(CacheBeside(*engine, ratio, *(share or (0, 0, 0)), filled=watch.filled.get(engine)))
     return tuple(entries)
+
+
+def power(watch: PowerWatch, mirror: Mirror) -> PowerBeside | None:
+    """Watts of a GPU, mirrored beside observed."""
+    footprint = mirror.fleet.settings.footprint
+    if footprint is None:
+        return None
+    model = footprint.power
+    return PowerBeside(*watch.means(), model.idle_watts, model.compute_watts, model.memory_watts, watch.calibrations)
 
 
 def records(mirror: Mirror, rejected: int) -> tuple[dict[str, int], dict[str, int]]:

@@ -21,6 +21,7 @@ from kavier_twin import __version__
 from kavier_twin.serve.cache_metrics import cache_metrics
 from kavier_twin.serve.fidelity_metrics import PREFIX, fidelity_metrics, flag
 from kavier_twin.serve.load_metrics import load_metrics
+from kavier_twin.serve.power_metrics import power_metrics
 from kavier_twin.serve.sweep_metrics import sweep_metrics
 from kavier_twin.serve.view import Outlook, TwinView
 
@@ -111,6 +112,7 @@ def _metrics(view: TwinView) -> Iterator[Metric]:
     yield from _fidelity(view)
     yield from fidelity_metrics(view)
     yield from cache_metrics(view.pool, view.caches)
+    yield from power_metrics(view.pool, view.power)
     yield from sweep_metrics(view)
     yield from _forecasts(view)
     if view.outlook is not None:

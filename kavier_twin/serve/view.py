@@ -194,6 +194,23 @@ class CacheBeside:
 
 
 @dataclass(frozen=True)
+class PowerBeside:
+    """Mean watts of one GPU over the last minutes, mirrored and observed, and the power model in use."""
+
+    mirrored_watts: float
+    observed_watts: float
+    idle_watts: float
+    compute_watts: float  # above idle
+    memory_watts: float
+    calibrations: int = 0  # fits to observed watts so far
+
+    @property
+    def error_ratio(self) -> float:
+        """(mirrored - observed) / observed; NaN where nothing was observed."""
+        return self.mirrored_watts / self.observed_watts - 1.0 if self.observed_watts > 0.0 else math.nan
+
+
+@dataclass(frozen=True)
 class TwinView:
     """The twin of one pool at one moment."""
 
@@ -223,6 +240,7 @@ class TwinView:
     source: str = "stream"  # what the mirror follows: a stream of requests, or "metrics" alone
     replicas: tuple[Replica, ...] = ()
     caches: tuple[CacheBeside, ...] = ()
+    power: PowerBeside | None = None  # None where no power model is told
     sources: tuple[SourceState, ...] = ()
     forecasts: Mapping[str, int] = field(default_factory=dict)  # result -> cycles
     sweeps: SweepCounts = SweepCounts()

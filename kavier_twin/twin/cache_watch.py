@@ -16,11 +16,14 @@ from kavier_twin.twin.kv_cache_view import CacheShare, KvCacheView
 
 EVERY_SECONDS: Final = 10.0  # of event time, between comparisons
 TOLERANCE_SECONDS: Final = 0.25
+FORGET_SECONDS: Final = 3_600.0  # without a batch of an engine that nothing mirrors any more
 MAX_PENDING_BATCHES: Final = 20_000  # of one engine: twice what vLLM keeps for replay
 _FEW_BLOCKS: Final = 32  # of which not one in common says that the stream's hashes are not vLLM's
 
 Engine = tuple[str, str]
 """Pod, and data-parallel rank within it."""
+ReplicaOf = Callable[[str, str], int | None]
+"""Which replica mirrors an engine, None if none does."""
 
 
 class Compared(NamedTuple):
@@ -37,13 +40,14 @@ class CacheWatch:
     A mirror without a past gets the blocks that an engine held when the mirror began (`fill`).
     """
 
-    def __init__(self, *, fill: bool = True) -> None:
+    def __init__(self, *, fill: bool = True, tolerance_seconds: float = TOLERANCE_SECONDS) -> None:
         self.compared: dict[Engine, Compared] = {}
         self.filled: dict[Engine, int] = {}  # blocks; of those not filled yet nothing
         self._fill = fill
+        self._tolerance_seconds = tolerance_seconds
         self._watched: dict[Engine, _Watched] = {}
         self._began_seconds = math.nan
-        self._next_seconds = -math.inf
+        self._due_seconds: dict[Engine, float] = {}  # of the next comparison
 
     @property
     def engines(self) -> list[Engine]:
@@ -74,36 +78,45 @@ class CacheWatch:
         watch._watched = {(pod, rank): _Watched.restored(*rest) for pod, rank, *rest in saved["engines"]}
         return watch
 
-    def follow(self, fleet: Fleet, replica_of: Callable[[str], int | None]) -> None:
-        """Catch up with the mirrored fleet. `replica_of` tells which replica mirrors a pod, None if none does."""
-        now = fleet.now_seconds
-        if not math.isfinite(now) or not self._watched:
-            return
+    def follow(self, fleet: Fleet, replica_of: ReplicaOf) -> None:
+        """Catch up with the mirrored fleet. The first time, it is about to run its first request."""
+        now, ready = fleet.now_seconds, self.engines
         if math.isnan(self._began_seconds):
             self._began_seconds = now
-        for engine, watched in self._watched.items():
-            number = replica_of(engine[0])
-            if self._fill and engine not in self.filled and number is not None and watched.knows(self._began_seconds):
-                self.filled[engine] = self._filled(fleet, number, watched)
-        if now < self._next_seconds:
-            return
-        self._next_seconds = now + EVERY_SECONDS
-        for engine, watched in self._watched.items():
-            watched.apply_until(now - TOLERANCE_SECONDS)
-            number = replica_of(engine[0])
-            share = None if number is None else watched.share(fleet.state, number, now + TOLERANCE_SECONDS)
-            if share is None:
+        else:  # what came too late to be there at the start
+            ready = [engine for engine in ready if self._watched[engine].knows(self._began_seconds)]
+        if self._fill:
+            self._fill_those(fleet, replica_of, ready)
+        for engine, watched in list(self._watched.items()):
+            # Without a later batch, as of an idle engine, nobody knows whether all have come that belong to this time.
+            if now >= self._due_seconds.get(engine, -math.inf) and watched.knows(now + self._tolerance_seconds):
+                self._due_seconds[engine] = now + EVERY_SECONDS
+                self._compare(fleet.state, replica_of(*engine), engine, now)
+            elif replica_of(*engine) is None and watched.newest_seconds < now - FORGET_SECONDS:
+                del self._watched[engine]
+                self._due_seconds.pop(engine, None)
                 self.compared.pop(engine, None)
-            else:
-                few = min(share.both + share.only_mirrored, share.both + share.only_real) < _FEW_BLOCKS
-                self.compared[engine] = Compared(now, share, few or share.both > 0)
 
-    def _filled(self, fleet: Fleet, number: int, watched: _Watched) -> int:
-        watched.apply_until(self._began_seconds)
-        if fleet.settings.engine.eviction != FILLED:
-            return 0
-        have = set(cached_keys(fleet.state, number).tolist())
-        return fill_cache(fleet.state, number, [key for key in watched.view.keys_by_use() if key not in have])
+    def _compare(self, state: FleetState, number: int | None, engine: Engine, now: float) -> None:
+        watched = self._watched[engine]
+        watched.apply_until(now - self._tolerance_seconds)
+        share = None if number is None else watched.share(state, number, now + self._tolerance_seconds)
+        if share is None:
+            self.compared.pop(engine, None)
+        else:
+            few = min(share.both + share.only_mirrored, share.both + share.only_real) < _FEW_BLOCKS
+            self.compared[engine] = Compared(now, share, few or share.both > 0)
+
+    def _fill_those(self, fleet: Fleet, replica_of: ReplicaOf, engines: Sequence[Engine]) -> None:
+        for engine in engines:
+            number = replica_of(*engine)
+            if engine in self.filled or number is None or fleet.settings.engine.eviction != FILLED:
+                continue
+            watched = self._watched[engine]
+            watched.apply_until(self._began_seconds)
+            have = set(cached_keys(fleet.state, number).tolist())
+            missing = [key for key in watched.view.keys_by_use() if key not in have]
+            self.filled[engine] = fill_cache(fleet.state, number, missing)
 
 
 class _Watched:
@@ -111,9 +124,11 @@ class _Watched:
 
     def __init__(self) -> None:
         self.view = KvCacheView()
+        self.newest_seconds = -math.inf
         self._pending: deque[KvEventBatch] = deque()
 
     def add(self, batch: KvEventBatch) -> None:
+        self.newest_seconds = batch.time_seconds
         self._pending.append(batch)
         if len(self._pending) > MAX_PENDING_BATCHES:  # the mirror is far behind: rather ahead of it than without end
             self.view.apply(self._pending.popleft())
@@ -126,12 +141,13 @@ class _Watched:
     def restored(cls, view: dict[str, Any], pending: list[dict[str, Any]]) -> _Watched:
         watched = cls()
         watched.view = KvCacheView.restored(view)
-        watched._pending.extend(map(KvEventBatch.model_validate, pending))
+        for batch in map(KvEventBatch.model_validate, pending):
+            watched.add(batch)
         return watched
 
     def knows(self, time_seconds: float) -> bool:
         """Whether all batches up to a time have come: a later one has."""
-        return bool(self._pending) and self._pending[-1].time_seconds > time_seconds
+        return self.newest_seconds > time_seconds
 
     def apply_until(self, time_seconds: float) -> None:
         while self._pending and self._pending[0].time_seconds <= time_seconds:

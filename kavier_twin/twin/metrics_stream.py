@@ -16,7 +16,7 @@ from __future__ import annotations
 import heapq
 import math
 import zlib
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -37,6 +37,7 @@ Floats = npt.NDArray[np.float64]
 Event = RequestSeen | RequestFinished
 
 LENGTHS_FROM_SECONDS: Final = 120.0  # how far back prompts are looked at for the length of new ones
+SHORTEST_SECONDS: Final = 5.0  # between samples that are used: in less, most requests neither come nor end
 KEPT_SAMPLES: Final = 200  # of each engine, to calibrate on
 SILENT_SECONDS: Final = 60.0  # after which an engine without a sample is not waited for
 CALIBRATE_EVERY_SECONDS: Final = 60.0
@@ -166,7 +167,7 @@ class _Engine:
 
     def take(self, sample: EngineSample) -> list[Event]:
         before = self.last
-        if before is not None and sample.time_seconds <= before.time_seconds:
+        if before is not None and sample.time_seconds < before.time_seconds + SHORTEST_SECONDS:
             return []
         self.last = sample
         events: list[Event] = []
@@ -281,22 +282,29 @@ class _Engine:
     def _end(
         self, count: int, start: float, before: EngineSample | None, sample: EngineSample, rng: np.random.Generator
     ) -> Iterable[Event]:
-        """Ends in this interval: long answers took long, and each is given to a request that came so long before."""
+        """Ends in this interval, of those that came first. Durations are dealt out so that they end within it; the
+        longest answers took longest.
+        """
+        stop, count = sample.time_seconds, min(count, len(self._inside))
         outputs = _drawn("request_generation_tokens", count, before, sample)
         e2e = _drawn("e2e_seconds", count, before, sample)
         ttft = _drawn("ttft_seconds", count, before, sample)
         queue = _drawn("queue_seconds", count, before, sample)
-        start = sample.time_seconds if before is None else before.time_seconds
         turn = rng.permutation(count).tolist()
-        evenly = (np.arange(count) + 0.5) / max(count, 1)
-        times = rng.permutation(start + (sample.time_seconds - start) * evenly).tolist()
-        for rank in range(count - 1, -1, -1):  # the longest first, for which there is the least choice
-            if not self._inside:
-                return
-            at, id, hits = self._leave(times[rank], _at(e2e, rank) or 0.0, start, sample.time_seconds)
+        ending, self._inside = self._inside[:count], self._inside[count:]
+        old = bisect_left(ending, (start,))
+        ranks, durations = list(range(count)), [0.0] * count if e2e is None else e2e.tolist()
+        # Those from before the interval need long durations, the latest ones short ones: they choose first.
+        for arrival, id, hits in [*ending[:old], *reversed(ending[old:])]:
+            if arrival < start:
+                least = min(bisect_left(durations, start - arrival), len(durations) - 1)
+                place = int(rng.integers(least, len(durations)))
+            else:
+                place = int(rng.integers(0, max(1, bisect_right(durations, stop - arrival))))
+            rank, end = ranks.pop(place), arrival + durations.pop(place)
             yield RequestFinished(
                 id=id,
-                time_seconds=at,
+                time_seconds=end if max(start, arrival) < end <= stop else 0.5 * (max(start, arrival) + stop),
                 pool=self._pool,
                 output_tokens=max(1, round(_at(outputs, rank) or 1.0)),
                 e2e_seconds=_at(e2e, rank),
@@ -304,20 +312,6 @@ class _Engine:
                 queue_seconds=_at(queue, turn[rank]),
                 cached_tokens=hits,
             )
-
-    def _leave(self, time: float, e2e_seconds: float, start: float, stop: float) -> tuple[float, str, int]:
-        """Of the requests inside the one that came about `e2e_seconds` before a time: (its end, id, tokens hit).
-
-        It ends so long after it came, within the interval. One that is older than that already goes first.
-        """
-        place = 0
-        if self._inside[0][0] + e2e_seconds >= start:
-            place = bisect_left(self._inside, (time - e2e_seconds,))
-            near = [number for number in (place - 1, place) if 0 <= number < len(self._inside)]
-            place = min(near, key=lambda number: abs(self._inside[number][0] - (time - e2e_seconds)))
-        arrival, id, hits = self._inside.pop(place)
-        end = arrival + e2e_seconds if start < arrival + e2e_seconds <= stop else time
-        return (end if end > arrival else 0.5 * (arrival + stop)), id, hits
 
 
 def risen(before: Histogram | None, after: Histogram | None) -> Histogram | None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass
 from typing import Final
@@ -99,6 +99,8 @@ class Mirror:
         self.observed_ttft: deque[float] = deque(maxlen=500)
         self.observed_e2e: deque[float] = deque(maxlen=500)
         self.last_sample: EngineSample | None = None
+        # Gets the fleet before its first request and at every second; not that of a fork.
+        self.beside: Callable[[Fleet], None] | None = None
         self.configured = fleet
         self.pods = Pods(fleet.replicas, settings.pod_silent_seconds, settings.most_replicas)
         self._stream = OrderedStream(settings.lateness_seconds)
@@ -202,6 +204,7 @@ class Mirror:
         twin._arrivals = self._arrivals.fork()
         twin.pods = self.pods.copy()
         twin._is_fork = True
+        twin.beside = None
         return twin
 
     # --- what can be seen -----------------------------------------------------------------------------------------
@@ -278,12 +281,16 @@ class Mirror:
         self.gauges.record(second, self.load(), int(self.fleet.state.replicas["alive"].sum()))
         for pair in self.gauges.due(second):
             self.windows.add(*pair)
+        if self.beside is not None:
+            self.beside(self.fleet)
         if second % JUDGE_EVERY_SECONDS == 0:
             self.scores = self.windows.scores(second)
             self.judge.judge(self.scores)
 
     def _start(self, time_seconds: float) -> None:
         self.fleet = Fleet(self.fleet.settings, start_seconds=time_seconds)
+        if self.beside is not None:
+            self.beside(self.fleet)
 
     def _extend(self) -> None:
         """Requests that reached the length assumed for them go on: reality has not ended them."""

@@ -7,7 +7,6 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from threading import Event, Thread
 from typing import Any
 
 import msgpack
@@ -21,9 +20,9 @@ from connectors.kv_events.wire import REMOVED, STORED, WireError, decode_batch
 from connectors.traces.recording import read_kv_events
 from kavier_twin.telemetry import KvBlocksRemoved, KvBlocksStored, KvCacheCleared, KvEventBatch
 from kavier_twin.twin.kv_cache_view import KvCacheView
+from kv_publisher import Publisher
 
 RECORDING = Path(__file__).parents[1] / "data" / "recordings" / "chat-400"
-END = b"\xff" * 8
 
 
 def stored(*hashes: Any, **more: Any) -> dict[str, Any]:
@@ -42,67 +41,6 @@ def positional(event: dict[str, Any]) -> list[Any]:
 
 def payload(time: float, *events: Any, rank: int | None = 0) -> bytes:
     return bytes(msgpack.packb([time, list(events), rank]))
-
-
-class Publisher:
-    """vLLM's ZmqEventPublisher: PUB beside a ROUTER for replay, the last `keep` batches kept.
-
-    `lose` are sequence numbers that the PUB socket does not deliver.
-    """
-
-    def __init__(
-        self,
-        *,
-        endpoint: str = "",
-        replay: str = "",
-        keep: int = 10_000,
-        topic: bytes = b"",
-        lose: tuple[int, ...] = (),
-    ) -> None:
-        self._context = zmq.Context()
-        self._pub = self._context.socket(zmq.XPUB)  # a PUB that tells when a subscriber is there
-        self._router = self._context.socket(zmq.ROUTER)
-        self._pub.sndhwm = 100_000  # as vLLM's
-        self._pub.linger = self._router.linger = 0
-        self._pub.bind(endpoint or "tcp://127.0.0.1:*")
-        self._router.bind(replay or "tcp://127.0.0.1:*")
-        self.endpoint: str = self._pub.last_endpoint.decode()
-        self.replay: str = self._router.last_endpoint.decode()
-        self.replays: list[int] = []
-        self._keep, self._topic, self._lose = keep, topic, lose
-        self._sent: list[bytes] = []
-        self._stop = Event()
-        self._thread = Thread(target=self._answer, daemon=True)
-        self._thread.start()
-
-    def wait_for_subscriber(self) -> None:
-        assert self._pub.poll(5_000)
-        self._pub.recv()
-
-    def send(self, *batches: bytes) -> None:
-        for batch in batches:
-            sequence = len(self._sent)
-            self._sent.append(batch)
-            if sequence not in self._lose:
-                self._pub.send_multipart([self._topic, sequence.to_bytes(8, "big"), batch])
-
-    def _answer(self) -> None:
-        while not self._stop.is_set():
-            if not self._router.poll(20):
-                continue
-            client, empty, start = self._router.recv_multipart()
-            assert empty == b""
-            self.replays.append(int.from_bytes(start, "big"))
-            sent = list(enumerate(self._sent))
-            for sequence, batch in sent[-self._keep :]:
-                if sequence >= self.replays[-1]:
-                    self._router.send_multipart([client, b"", self._topic, sequence.to_bytes(8, "big"), batch])
-            self._router.send_multipart([client, b"", b"", END, b""])
-
-    def close(self) -> None:
-        self._stop.set()
-        self._thread.join()
-        self._context.destroy(linger=0)
 
 
 @pytest.fixture

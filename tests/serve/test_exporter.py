@@ -160,6 +160,13 @@ def test_the_load_forecast_tells_the_method_in_use_and_the_others_beside_it() ->
     assert value(view, f"{forecast}_end_requests_per_second", percentile="90", horizon="60") == 3.0
 
 
+def test_watts_are_shown_side_by_side() -> None:
+    assert value(full_view(), "kavier_twin_gpu_power_watts", side="mirrored") == 412.0
+    assert value(full_view(), "kavier_twin_gpu_power_watts", side="observed") == 400.0
+    assert value(full_view(), "kavier_twin_gpu_power_error_ratio") == pytest.approx(0.03)
+    assert value(empty_view(), "kavier_twin_gpu_power_calibrations_total") is None
+
+
 def test_sweeps_and_what_their_verdict_is_worth() -> None:
     view = full_view()
     assert value(view, "kavier_twin_forecast_late_total") == 2.0

@@ -63,13 +63,13 @@ def mirrored(
     events: list[RequestSeen | RequestFinished] = [record.seen() for record in records]
     events += [finished for record in records if (finished := record.finished()) is not None]
     mirror, compared, taken = Mirror(MirrorSettings(), FLEET), [], 0
+    mirror.beside = lambda fleet: watch.follow(fleet, lambda *_: 0)
     for event in sorted(events, key=lambda event: event.time_seconds):
         while taken < len(batches) and batches[taken].time_seconds <= event.time_seconds:
             watch.take(batches[taken])
             taken += 1
         mirror.ingest(event)
         mirror.advance()
-        watch.follow(mirror.fleet, lambda _: 0)
         found = watch.compared.get(ENGINE)
         if found is not None and found not in compared[-1:]:
             compared.append(found)
@@ -89,12 +89,12 @@ def test_holds_what_the_real_cache_holds(batches: list[KvEventBatch]) -> None:
 def test_a_late_start_takes_over_the_real_cache(batches: list[KvEventBatch]) -> None:
     filled = CacheWatch()
     mirror, compared = mirrored(batches, filled, 105.0, 165.0)
-    assert filled.filled[ENGINE] > 350
+    assert filled.filled[ENGINE] > 380
     assert compared[0].share.ratio >= 0.97
     error = mirror.fidelity.scores()["hit_ratio"].error_ratio
     empty, _ = mirrored(batches, CacheWatch(fill=False), 105.0, 165.0)
     without = empty.fidelity.scores()["hit_ratio"].error_ratio
-    assert abs(error) < 0.01 < abs(without)  # so it is worth it
+    assert abs(error) < 0.005 < 0.01 < abs(without)  # so it is worth it
 
 
 def test_going_on_from_what_was_saved(batches: list[KvEventBatch]) -> None:
@@ -103,12 +103,12 @@ def test_going_on_from_what_was_saved(batches: list[KvEventBatch]) -> None:
         whole.take(batch)
         first.take(batch)
     fleet = Fleet(FLEET, start_seconds=50.0)
-    first.follow(fleet, lambda _: 0)
+    first.follow(fleet, lambda *_: 0)
     second = CacheWatch.restored(json.loads(json.dumps(first.save())))
-    whole.follow(fleet, lambda _: 0)
+    whole.follow(fleet, lambda *_: 0)
     fleet.now_seconds = 70.0
     for watch in (whole, second):
-        watch.follow(fleet, lambda _: 0)
+        watch.follow(fleet, lambda *_: 0)
     assert second.compared == whole.compared
     assert second.save() == whole.save()
 
@@ -118,9 +118,11 @@ def test_hashes_that_are_not_the_engines_are_not_compared() -> None:
     fleet = Fleet(FLEET, start_seconds=0.0)
     fill_cache(fleet.state, 0, [next(numbers) + 2**20 for _ in range(100)])
     watch.take(event_batch(0, KvBlocksStored(block_hashes=tuple(range(100)))))
-    watch.follow(fleet, lambda _: 0)
     fleet.now_seconds = 60.0
-    watch.follow(fleet, lambda _: 0)
+    watch.follow(fleet, lambda *_: 0)
+    assert not watch.compared  # something may have happened that is not known yet
+    watch.take(event_batch(1, at=70.0))
+    watch.follow(fleet, lambda *_: 0)
     assert not watch.compared[ENGINE].comparable
 
 

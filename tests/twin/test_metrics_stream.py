@@ -128,6 +128,11 @@ def test_as_many_are_inside_as_the_engine_says(steps: list[tuple[int, int, int]]
         assert len(inside) == total
 
 
+def test_samples_close_together_tell_no_more_than_some_of_them() -> None:
+    often = [counted(0.5 * number, number // 2, number % 3) for number in range(41)]
+    assert stream_of(often) == stream_of(often[::10])
+
+
 def test_a_restart_ends_what_was_inside() -> None:
     stream = MetricsStream("p", ENGINE)
     stream.take(counted(0.0, 100, 0, started_seconds=-1_000.0))
