@@ -263,6 +263,9 @@ def _source_pool_problems(settings: Settings) -> list[str]:
             problems.append(f"sources.{number}.pool: there is no pool {source.pool!r}; known: {known_pools}")
         elif source.pool is None and len(known) > 1 and isinstance(source, LiveSource):
             problems.append(f"sources.{number}.pool: missing; say whose figures these are: {', '.join(known)}")
+    fed = {source.pool for source in settings.sources}
+    if None not in fed:
+        problems += [f"pools.{name}: no source gives its records; add one" for name in known if name not in fed]
     return problems
 
 

@@ -51,6 +51,7 @@ class Replica(_Answer):
     """A mirrored replica; counters since it joined."""
 
     replica: int = Field(examples=[0])
+    pod: str = Field(description="That it stands for; empty: none has claimed it.", examples=["vllm-0"])
     state: str = Field(description="serving or draining.", examples=["serving"])
     requests_running: int = Field(examples=[12])
     requests_waiting: int = Field(examples=[3])

@@ -88,6 +88,10 @@ class Pods:
         engines = found.engines if found else {}
         return next((engine.replica for known, engine in engines.items() if rank in (None, known)), None)
 
+    def name_of(self, replica: int) -> str:
+        """The pod that a replica stands for; empty where none has claimed it."""
+        return self._pod_of.get(replica, "")
+
     def names(self) -> dict[int, str]:
         """Pods by replica."""
         return dict(self._pod_of)

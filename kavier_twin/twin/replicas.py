@@ -26,6 +26,7 @@ class Replica:
     """One replica now; counters since it joined."""
 
     replica: int
+    pod: str  # that it stands for; empty where none has claimed it
     state: str  # serving, draining
     requests_running: int
     requests_waiting: int
@@ -67,8 +68,7 @@ class ReplicaDetail:
 
 def replicas(mirror: Mirror) -> tuple[Replica, ...]:
     """All replicas that are there."""
-    state = mirror.fleet.state
-    return tuple(_replica(state, int(number)) for number in np.flatnonzero(state.replicas["alive"]))
+    return tuple(_replica(mirror, int(number)) for number in np.flatnonzero(mirror.fleet.state.replicas["alive"]))
 
 
 def replica_detail(mirror: Mirror, number: int) -> ReplicaDetail | None:
@@ -82,7 +82,7 @@ def replica_detail(mirror: Mirror, number: int) -> ReplicaDetail | None:
     cached = int(np.count_nonzero(~in_use & (blocks["key"] != layout.UNHASHED)))
     slots = [*state.running[number][: int(replica["running"])], *_waiting(state, number)]
     return ReplicaDetail(
-        summary=_replica(state, number),
+        summary=_replica(mirror, number),
         block_tokens=int(engine["block_size"]),
         blocks=blocks.size,
         blocks_in_use=int(np.count_nonzero(in_use)),
@@ -95,12 +95,14 @@ def replica_detail(mirror: Mirror, number: int) -> ReplicaDetail | None:
     )
 
 
-def _replica(state: FleetState, number: int) -> Replica:
+def _replica(mirror: Mirror, number: int) -> Replica:
+    state = mirror.fleet.state
     replica = state.replicas[number]
     usable = int(state.engines[number]["num_blocks"]) - 1
     queries = int(replica["query_tokens"])
     return Replica(
         replica=number,
+        pod=mirror.pods.name_of(number),
         state="draining" if replica["leaving"] or not replica["accepting"] else "serving",
         requests_running=int(replica["running"]),
         requests_waiting=int(replica["waiting"] + replica["loading"]),

@@ -157,6 +157,13 @@ def test_settings_of_several_pools(tmp_path: Path) -> None:
         ),
         (
             {
+                "pools": {"a": {"fleet": FLEET_SETTINGS}, "b": {"fleet": FLEET_SETTINGS}},
+                "sources": [PROMETHEUS | {"pool": "a"}],
+            },
+            "pools.b: no source gives its records; add one",
+        ),
+        (
+            {
                 "pools": {
                     "a": {
                         "fleet": FLEET_SETTINGS,

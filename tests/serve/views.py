@@ -106,8 +106,8 @@ def full_view(pool: str = "chat") -> TwinView:
         trust={"ttft_seconds": KpiTrust(True), "e2e_seconds": KpiTrust(False, "e2e_seconds: 20 % off")},
         untrusted_reasons=("e2e_seconds: 20 % off",),
         replicas=(
-            Replica(0, "serving", 3, 1, 0.2, 0.8, 5, 500, 0),
-            Replica(1, "draining", 0, 0, 0.0, math.nan, 0, 0, 0),
+            Replica(0, "vllm-0", "serving", 3, 1, 0.2, 0.8, 5, 500, 0),
+            Replica(1, "", "draining", 0, 0, 0.0, math.nan, 0, 0, 0),
         ),
         slos=(
             SloLine("fast", "ttft_seconds", "p99", 1.0, False),

@@ -15,6 +15,7 @@ from kavier_twin.twin import mirror_state
 from kavier_twin.twin.checkpoint import CheckpointError, Saved
 from kavier_twin.twin.mirror import Mirror, MirrorSettings
 from kavier_twin.twin.pods import METRICS_DELAY_SECONDS
+from kavier_twin.twin.replicas import replicas
 
 ENGINE = EngineSettings(block_size=16, num_gpu_blocks=3000, max_num_seqs=16, max_num_batched_tokens=1024)
 FLEET = FleetSettings(engine=ENGINE, step_time=StepTime(fixed=0.01), replicas=2)
@@ -69,6 +70,7 @@ def test_the_first_pods_take_the_configured_places_and_more_join() -> None:
     mirror = fed(requests(0, 30, 0.0, ["b", "a", "c"]))
     assert mirror.pods.names() == {0: "b", 1: "a", 2: "c"}
     assert max(received(mirror)) - min(received(mirror)) <= 1
+    assert [replica.pod for replica in replicas(mirror)] == ["b", "a", "c"]
     assert mirror.fleet.settings.replicas == 3  # what policies count from
     snapshot = mirror.snapshot()
     assert snapshot is not None

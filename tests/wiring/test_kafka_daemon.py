@@ -31,11 +31,16 @@ def until(condition: Callable[[], Any], what: str) -> Any:
     pytest.fail(f"waited in vain: {what}")
 
 
-def test_requests_through_kafka_are_mirrored_and_the_source_told_of(real_kafka: OurBroker, tmp_path: Path) -> None:
+def new_topic(broker: OurBroker) -> str:
     topic = f"requests-{uuid.uuid4().hex[:12]}"
-    client = admin.KafkaAdminClient(bootstrap_servers=real_kafka.address)
+    client = admin.KafkaAdminClient(bootstrap_servers=broker.address)
     client.create_topics({topic: {"num_partitions": 3, "replication_factor": 1}})
     client.close()
+    return topic
+
+
+def test_requests_through_kafka_are_mirrored_and_the_source_told_of(real_kafka: OurBroker, tmp_path: Path) -> None:
+    topic = new_topic(real_kafka)
     producer = kafka.KafkaProducer(bootstrap_servers=real_kafka.address)
     began = time.time() - 60.0
     for number in range(50):
@@ -79,3 +84,39 @@ dead_letters: dead.jsonl
     finally:
         assert daemon.stop()
     assert '"reason": "not-json"' in (tmp_path / "dead.jsonl").read_text()
+
+
+def test_a_first_start_mirrors_the_topic_s_last_minutes(real_kafka: OurBroker, tmp_path: Path) -> None:
+    """Though the settings begin with what is newest; pods that the records name are mirrored, each as it served."""
+    topic = new_topic(real_kafka)
+    producer = kafka.KafkaProducer(bootstrap_servers=real_kafka.address)
+    now = time.time()
+    # Two hours old, then the last ten minutes.
+    arrivals = [now - 7_200.0 + number for number in range(30)] + [now - 600.0 + 10.0 * number for number in range(60)]
+    for number, arrival in enumerate(arrivals):
+        pod = f"vllm-{number % 3}"
+        for record in (
+            RequestSeen(id=str(number), time_seconds=arrival, prompt_tokens=100, pod=pod),
+            RequestFinished(id=str(number), time_seconds=arrival + 0.9, output_tokens=5, e2e_seconds=0.9),
+        ):
+            at = int(record.time_seconds * 1000)
+            producer.send(topic, record.model_dump_json().encode(), str(number).encode(), timestamp_ms=at)
+    producer.flush()
+    producer.close()
+    settings = tmp_path / "twin.yaml"
+    settings.write_text(f"""
+fleet: {{engine: {{num_gpu_blocks: 300}}, replicas: 2}}
+sources: [{{type: kafka, brokers: ["{real_kafka.address}"], topics: [{topic}], group: null}}]
+forecast: {{futures: 2, horizons_seconds: [5], policies: [{{name: today}}], every_seconds: 1}}
+http: {{port: 0}}
+""")
+    daemon = Daemon.of(read_settings(settings), warm_up_seconds=1_800.0)
+    assert daemon.view.warming_up
+    daemon.start()
+    try:
+        until(lambda: not daemon.view.not_ready(), "ready")
+        assert daemon.view.finished_requests >= 59
+        assert daemon.view.records["accepted"] == 120
+        assert daemon.pools["default"].mirror.pods.names() == {0: "vllm-0", 1: "vllm-1", 2: "vllm-2"}
+    finally:
+        assert daemon.stop()
