@@ -32,6 +32,7 @@ from kavier_twin.http_settings import HttpConfig
 from kavier_twin.live_sources import LiveSource, MetricsSource
 from kavier_twin.pool import PoolTwin
 from kavier_twin.pool_control import PoolControl
+from kavier_twin.score_store import FILE_NAME, ScoreStore
 from kavier_twin.serve.app import Twin
 from kavier_twin.serve.history import History
 from kavier_twin.serve.http import AddressError, HttpServer
@@ -95,6 +96,7 @@ class Daemon:
         Without a checkpoint it begins with the last `warm_up_seconds` of the logs, where any are given.
         """
         letters = DeadLetters(settings.dead_letters) if settings.dead_letters else None
+        store = ScoreStore(settings.checkpoints.directory / FILE_NAME) if settings.checkpoints else None
         pools = []
         for name, pool in settings.by_pool.items():
             mirror = replace(pool.mirror.settings(name), prior=pool.fleet.prior, floor=pool.fleet.floor)
@@ -105,6 +107,7 @@ class Daemon:
                     mirror,
                     pool.forecast,
                     calibrated=pool.fleet.calibrated,
+                    score_store=store,
                     given=pool.fleet.engine_given,
                     from_metrics=all(isinstance(entry, LiveSource) for entry in entries),
                 )
@@ -179,7 +182,8 @@ class Daemon:
             ending.join(max(0.0, ends_by - time.monotonic()))
         if self.http:
             self.http.close()
-        ended = not any(thread.is_alive() for thread in (self._thread, *endings))
+        asked = any(pool.what_if.asked for pool in self.pools.values())  # a what-if is being simulated
+        ended = not asked and not any(thread.is_alive() for thread in (self._thread, *endings))
         log.info("stopped" if ended else "stopped; a computation under way is cut off")
         return ended
 

@@ -15,6 +15,8 @@ from kavier_twin.forecast.forecaster import Forecaster, ForecastSettings
 from kavier_twin.forecast.policy_set import in_force
 from kavier_twin.forecast.result import Forecast
 from kavier_twin.forecast.whatif import WhatIf
+from kavier_twin.score_keeper import ScoreKeeper
+from kavier_twin.score_store import ScoreStore
 from kavier_twin.serve import assemble
 from kavier_twin.serve.view import Outlook, SourceState, SweepCounts, TwinView
 from kavier_twin.simulation.fleet import Fleet
@@ -24,6 +26,7 @@ from kavier_twin.telemetry import EngineSample, GpuSample, KvEventBatch, Telemet
 from kavier_twin.twin.cache_watch import CacheWatch
 from kavier_twin.twin.metrics_stream import MetricsStream, mirror_settings
 from kavier_twin.twin.mirror import Mirror, MirrorSettings
+from kavier_twin.twin.online import Change
 from kavier_twin.twin.power_watch import PowerWatch
 from kavier_twin.twin.replicas import replicas
 from kavier_twin.twin.snapshot import Snapshot
@@ -57,6 +60,7 @@ class PoolTwin:
         given: Iterable[str] = (),
         event_clock: Callable[[], float] | None = None,
         notes: Iterable[str] = (),
+        score_store: ScoreStore | None = None,
     ) -> None:
         forecast = forecast or ForecastSettings()
         self.fleet = fleet  # as configured
@@ -66,6 +70,7 @@ class PoolTwin:
         self.metrics = MetricsStream(mirror.pool, fleet.engine) if from_metrics else None
         self.mirror = Mirror(mirror_settings(mirror) if from_metrics else mirror, fleet, calibrated=calibrated)
         self.caches = CacheWatch()
+        self._scores = ScoreKeeper(self.name, forecast, score_store)
         self.power = PowerWatch()
         self.mirror.beside = self._look_beside
         self._lock = Lock()
@@ -79,7 +84,8 @@ class PoolTwin:
         self._live = False
         self._behind = False
         self._last_record_unix = math.nan
-        self._calibrated_on = 0
+        self._told_calibration = False
+        self._told_change: Change | None = None
 
     @property
     def name(self) -> str:
@@ -110,8 +116,10 @@ class PoolTwin:
         with self._lock:
             for record in records:
                 self._take(record)
+                self._scores.take(record)
             if self.metrics:
-                self.metrics.lead(self.mirror)
+                for event in self.metrics.lead(self.mirror):
+                    self._scores.take(event)
             self.mirror.advance()
             if ended:
                 self.mirror.end()
@@ -196,6 +204,7 @@ class PoolTwin:
             every_seconds=self.forecaster.settings.every_seconds,
             slos=assemble.slo_lines(self.forecaster.settings.slos),
             outlook=self._outlook,
+            scores=self._scores.scores,
             currency=settings.footprint.currency if settings.footprint else "",
             notes=self._notes,
         )
@@ -245,9 +254,10 @@ class PoolTwin:
         return now if self._live else None
 
     def _tell_of_calibration(self) -> None:
-        calibration = self.mirror.calibration
-        if calibration is not None and calibration.requests != self._calibrated_on:
-            self._calibrated_on = calibration.requests
+        """The first fit, and jumps of the fleet's speed; the many fits that follow it slowly are in the metrics."""
+        calibration, change = self.mirror.calibration, self.mirror.last_change
+        if calibration is not None and not self._told_calibration:
+            self._told_calibration = True
             log.info(
                 "pool %s: step times fitted on %d requests: mean TTFT %.3f and mean end-to-end latency %.3f of those "
                 "observed",
@@ -256,6 +266,15 @@ class PoolTwin:
                 calibration.mean_ttft_ratio,
                 calibration.mean_e2e_ratio,
             )
+        if change is not None and change != self._told_change:
+            log.warning(
+                "pool %s: since about %.0f s of event time an engine step lasts %.2f times what it did; step times "
+                "are fitted anew",
+                self.name,
+                change.since_seconds,
+                change.ratio,
+            )
+        self._told_change = change
 
     # --- forecasting ----------------------------------------------------------------------------------------------
 
@@ -266,6 +285,8 @@ class PoolTwin:
     def _take_forecast(self, forecast: Forecast) -> None:
         if self._outlook is None:
             log.info("pool %s: first forecast made in %.1f s", self.name, forecast.duration_seconds or 0.0)
+        today = next(policy.name for policy in self.forecaster.settings.policies if not policy.overrides)
+        self._scores.judge(forecast, today)
         self._outlook = assemble.outlook(forecast, time.time(), self._policies)
 
 

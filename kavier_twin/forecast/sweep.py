@@ -226,6 +226,8 @@ class _Sweep:
                 if policy not in self._active:
                     continue
                 if seen is None:
+                    if self._cancelled():
+                        raise OutOfTime
                     return "time"
                 self._seen[policy.name].append(seen)
                 simulated += 1

@@ -39,6 +39,7 @@ from kavier_twin.serve.envelope import Envelope, Limits
 from kavier_twin.serve.exporter import registry_of
 from kavier_twin.serve.history import CHARTED, History, Point
 from kavier_twin.serve.problems import ProblemError
+from kavier_twin.serve.score_models import AllScores, PoolScores
 from kavier_twin.serve.view import TwinView
 from kavier_twin.twin.replicas import ReplicaDetail
 
@@ -177,6 +178,10 @@ def _reading(twin: Twin, access: Access) -> APIRouter:
     def forecast(pool: _Pool = None) -> models.Forecasts:
         return models.Forecasts(pools=tuple(map(models.PoolForecast.model_validate, _views(twin, pool))))
 
+    @router.get("/scores", summary="How good the forecasts have been")
+    def scores(pool: _Pool = None) -> AllScores:
+        return AllScores(pools=tuple(map(PoolScores.model_validate, _views(twin, pool))))
+
     @router.get("/history", summary="The last hour, mirror beside reality")
     def history(
         pool: _Pool = None,
@@ -214,10 +219,9 @@ def _changing(twin: Twin, access: Access, limits: Limits) -> APIRouter:
 
     @router.post("/whatif", summary="What another policy or load would do from now on", responses=_problems(429))
     def what_if(question: Question) -> Answer:
-        pool = _pool(twin, _named(twin, question.pool or ""))
-        if question.horizon_seconds > limits.horizon_seconds:
-            most = f"at most {limits.horizon_seconds:g} (http.max_horizon_seconds)"
-            raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, most, field="horizon_seconds")
+        name = _named(twin, question.pool or "")
+        pool = _pool(twin, name)
+        _check_cost(question, twin.current()[name], limits)
         try:
             return pool.what_if(question)
         except RefusedError as error:
@@ -253,6 +257,18 @@ def _named(twin: Twin, name: str) -> str:
     if name or len(twin.pools) != 1:
         return name
     return next(iter(twin.pools))
+
+
+def _check_cost(question: Question, view: TwinView, limits: Limits) -> None:
+    """Refuse a question that would take too long. Raises ProblemError."""
+    if question.horizon_seconds > limits.horizon_seconds:
+        most = f"at most {limits.horizon_seconds:g} (http.max_horizon_seconds)"
+        raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, most, field="horizon_seconds")
+    rate = view.outlook.rate_per_second if view.outlook else 0.0
+    requests = rate * question.load * question.horizon_seconds
+    if requests > limits.requests:
+        most = f"would be {requests:.0f} requests within the horizon; at most {limits.requests} are simulated"
+        raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, most, field="load")
 
 
 def _no_such_pool(name: str, known: Mapping[str, Any]) -> ProblemError:

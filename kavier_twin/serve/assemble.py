@@ -16,6 +16,7 @@ from kavier_twin.serve.view import (
     Beside,
     Best,
     CacheBeside,
+    CalibrationState,
     Horizon,
     KpiTrust,
     Outlook,
@@ -134,7 +135,8 @@ def outlook(forecast: Forecast, made_unix_seconds: float, policies: Mapping[str,
 
 
 def judged(view: TwinView, mirror: Mirror) -> TwinView:
-    """The view with the mirror's errors in it, and with what is to be trusted marked in everything it shows."""
+    """The view with the mirror's errors and calibration in it, and what is to be trusted marked in all it shows."""
+    fitted = mirror.calibration.coefficients if mirror.calibration else {}
     trust = {kpi: KpiTrust(found.trusted, found.reason) for kpi, found in mirror.judge.trust.items()}
     observed = {score.kpi for score in mirror.scores} & trust.keys()
     reasons = [trust[kpi].reason for kpi in trust if kpi in observed and not trust[kpi].trusted]
@@ -144,6 +146,14 @@ def judged(view: TwinView, mirror: Mirror) -> TwinView:
         reasons.append("step times are not fitted to this pool yet")
     return replace(
         view,
+        step_time_deviation={name: found.deviation for name, found in fitted.items()},
+        calibration=CalibrationState(
+            event_seconds=mirror.calibrated_seconds,
+            changes=mirror.speed_changes,
+            change_event_seconds=mirror.last_change.since_seconds if mirror.last_change else math.nan,
+            change_ratio=mirror.last_change.ratio if mirror.last_change else math.nan,
+            failures=dict(mirror.calibration_failures),
+        ),
         errors=tuple(
             WindowError(s.kpi, s.statistic, s.window, s.count, s.predicted, s.observed, s.error) for s in mirror.scores
         ),

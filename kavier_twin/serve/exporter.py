@@ -19,9 +19,11 @@ from prometheus_client.registry import Collector
 
 from kavier_twin import __version__
 from kavier_twin.serve.cache_metrics import cache_metrics
+from kavier_twin.serve.calibration_metrics import calibration_metrics
 from kavier_twin.serve.fidelity_metrics import PREFIX, fidelity_metrics, flag
 from kavier_twin.serve.load_metrics import load_metrics
 from kavier_twin.serve.power_metrics import power_metrics
+from kavier_twin.serve.score_metrics import score_metrics
 from kavier_twin.serve.sweep_metrics import sweep_metrics
 from kavier_twin.serve.view import Outlook, TwinView
 
@@ -110,11 +112,13 @@ def _metrics(view: TwinView) -> Iterator[Metric]:
     yield from _stream(view)
     yield from _mirror(view)
     yield from _fidelity(view)
+    yield from calibration_metrics(view)
     yield from fidelity_metrics(view)
     yield from cache_metrics(view.pool, view.caches)
     yield from power_metrics(view.pool, view.power)
     yield from sweep_metrics(view)
     yield from _forecasts(view)
+    yield from score_metrics(view.pool, view.scores)
     if view.outlook is not None:
         yield from _predictions(view.pool, view.source, view.outlook)
         if view.outlook.load is not None:
@@ -188,7 +192,8 @@ def _stream(view: TwinView) -> Iterator[Metric]:
     yield _counter(
         "requests_dropped",
         "Requests that the mirror could not follow since the start: unknown_request (a finish without an arrival), "
-        "never_finished (no finish record came in time), replica_restarted (their pod began anew before they ended), "
+        "never_finished (no finish record came in time), ended_after_all (of those, ends that came later), "
+        "replica_restarted (their pod began anew before they ended), "
         "not_simulated (gone from the simulation before their end was told: lost in a restart, or refused), "
         "too_many_pods (they went where the router said).",
         ["pool", "reason"],

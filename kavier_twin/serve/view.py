@@ -13,6 +13,7 @@ from typing import Any
 
 from kavier_twin.forecast.load import LoadOutlook
 from kavier_twin.forecast.result import Gain
+from kavier_twin.forecast.scores import Scores
 from kavier_twin.twin.replicas import Replica
 
 Quantiles = Mapping[float, float]
@@ -51,6 +52,17 @@ class WindowError:
     predicted: float
     observed: float
     error: float
+
+
+@dataclass(frozen=True)
+class CalibrationState:
+    """How step times follow the fleet."""
+
+    event_seconds: float = math.nan  # of the last fit
+    changes: int = 0  # jumps of the fleet's speed that were met
+    change_event_seconds: float = math.nan  # since about when the last of them
+    change_ratio: float = math.nan  # duration of a step after it over that before
+    failures: Mapping[str, int] = field(default_factory=dict)  # reason -> fits not made
 
 
 @dataclass(frozen=True)
@@ -231,6 +243,8 @@ class TwinView:
     checkpoint_unix_seconds: float | None = None  # of the last one written; NaN before, None where none are kept
     checkpoint_failures: int = 0
     step_time: Mapping[str, float] = field(default_factory=dict)  # coefficient -> seconds
+    step_time_deviation: Mapping[str, float] = field(default_factory=dict)  # of those fitted
+    calibration: CalibrationState = CalibrationState()
     exact_cache_ratio: float = math.nan
     beside: tuple[Beside, ...] = ()
     errors: tuple[WindowError, ...] = ()
@@ -247,6 +261,7 @@ class TwinView:
     every_seconds: float = math.nan  # between two forecasts
     slos: tuple[SloLine, ...] = ()
     outlook: Outlook | None = None
+    scores: Scores = field(default_factory=Scores)  # of the forecasts whose time has come
     currency: str = ""  # of costs, ISO 4217; empty where no footprint is told
     notes: tuple[str, ...] = ()  # what a reader of these figures must know
     stale: tuple[str, ...] = ()  # why the figures are old: one line for each source that fails or is behind

@@ -157,12 +157,11 @@ def parse_override(text: str) -> tuple[str, Override]:
 def vllm_flags(base: FleetSettings, changed: FleetSettings) -> list[str]:
     """The `vllm serve` flags that turn `base` into `changed` (engine settings only)."""
     flags = []
+    # A KV dtype brings its own number of blocks, which vLLM derives from memory.
+    derived = apply_overrides(base, {"kv_cache_dtype": changed.engine.kv_cache_dtype}).engine
     for name, flag in _FLAGS.items():
         value = getattr(changed.engine, name)
-        if value == getattr(base.engine, name):
-            continue
-        # A KV dtype brings its own number of blocks: vLLM derives it from memory.
-        if name == "num_gpu_blocks" and changed.engine.kv_cache_dtype != base.engine.kv_cache_dtype:
+        if value == getattr(derived if name == "num_gpu_blocks" else base.engine, name):
             continue
         if isinstance(value, bool):
             flags.append(flag if value else flag.replace("--", "--no-", 1))

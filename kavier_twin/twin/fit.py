@@ -38,12 +38,19 @@ class Fit(NamedTuple):
     determined: Bools  # the data says more than the prior did, and that the coefficient is not zero
 
 
-def fit(rows: Floats, seconds: Floats, *, prior: Floats | None = None, floor: Floats | None = None) -> Fit:
+def fit(
+    rows: Floats,
+    seconds: Floats,
+    *,
+    prior: Floats | None = None,
+    floor: Floats | None = None,
+    weights: Floats | None = None,
+) -> Fit:
     """Coefficients for which rows [n, k] (work) times coefficients [k] are the durations seconds [n].
 
-    `prior` (NaN: none for that coefficient) is where a coefficient stays unless the data moves it; `floor` is what it
-    cannot be below (default 0). Deviations take the rows as independent: requests in the same batches are not, so they
-    are lower bounds.
+    `weights` [n], at most 1, say how much a row still counts (1 without them). `prior` (NaN: none for that coefficient)
+    is where a coefficient stays unless the data moves it; `floor` is what it cannot be below (default 0). Deviations
+    take the rows as independent: requests in the same batches are not, so they are lower bounds.
     """
     scale = np.maximum(rows.max(axis=0, initial=0.0), 1e-30)
     scaled = rows / scale
@@ -56,10 +63,11 @@ def fit(rows: Floats, seconds: Floats, *, prior: Floats | None = None, floor: Fl
     absent = rows.max(axis=0, initial=0.0) <= 0.0
     pulled = known | absent
     strength = np.where(pulled, 1.0 / np.maximum(spread, 1e-30), 0.0)
+    counts = np.ones(seconds.size) if weights is None else weights
     expected = np.maximum(seconds, _SMALLEST_SECONDS)
     values, dispersion, trust = centre.copy(), 1.0, np.ones(seconds.size)
     for _ in range(_REWEIGHTINGS):
-        weight = np.sqrt(trust / (dispersion * expected))
+        weight = np.sqrt(counts * trust / (dispersion * expected))
         matrix = np.vstack([scaled * weight[:, None], np.diag(strength)])
         target = np.concatenate([seconds * weight, centre * strength])
         values = lower + nnls(matrix, target - matrix @ lower)[0]
@@ -68,12 +76,12 @@ def fit(rows: Floats, seconds: Floats, *, prior: Floats | None = None, floor: Fl
         # Robust noise level: the median of |residual| is 0.6745 standard deviations of a Gaussian.
         sigma = max(float(np.median(np.abs(residual))) / 0.6745, 1e-12)
         trust = np.minimum(1.0, _OUTLIER_SIGMAS * sigma / np.maximum(np.abs(residual), 1e-30))
-        freedom = max(1, seconds.size - int((values > lower).sum()))
-        dispersion = max(float((trust * residual**2).sum()) / freedom, _SMALLEST_DISPERSION)
+        freedom = max(1.0, float(counts.sum()) - int((values > lower).sum()))
+        dispersion = max(float((counts * trust * residual**2).sum()) / freedom, _SMALLEST_DISPERSION)
     # Stalls are part of what requests live through: the mean counts them, each up to a limit.
-    total = float(np.minimum(seconds, _LONGEST_STALL * expected).sum())
-    values = np.maximum(lower, values * total / float(expected.sum()))
-    weight = np.sqrt(trust / (dispersion * expected))
+    total = float((counts * np.minimum(seconds, _LONGEST_STALL * expected)).sum())
+    values = np.maximum(lower, values * total / float((counts * expected).sum()))
+    weight = np.sqrt(counts * trust / (dispersion * expected))
     information = (scaled * weight[:, None]).T @ (scaled * weight[:, None])
     deviations = _deviations(information + np.diag(strength**2))
     before = np.where(pulled, spread, np.inf)

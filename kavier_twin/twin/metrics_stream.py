@@ -89,16 +89,18 @@ class MetricsStream:
             events.append(heapq.heappop(self._ready)[3])
         return events
 
-    def lead(self, mirror: Mirror) -> None:
+    def lead(self, mirror: Mirror) -> list[RequestSeen | RequestFinished]:
         """Hand what is due to the mirror, and now and then step times fitted to the counters of the last samples.
+        Returns what was due.
 
         Its own calibration needs requests whose durations are their own.
         """
-        for event in self.due():
+        events = self.due()
+        for event in events:
             mirror.ingest(event)
         newest = max((e.last.time_seconds for e in self._engines.values() if e.last is not None), default=-math.inf)
         if newest < self._calibrated_seconds + CALIBRATE_EVERY_SECONDS:
-            return
+            return events
         self._calibrated_seconds = newest
         capacity = (self._settings.num_gpu_blocks - 1) * self._settings.block_size
         pairs = [pair for engine in self._engines.values() for pair in pairwise(engine.recent)]
@@ -107,11 +109,12 @@ class MetricsStream:
                 _counted(pairs, capacity), prior=mirror.settings.prior, floor=mirror.settings.floor
             )
         except CalibrationError:
-            return
+            return events
         queue = mirror.fidelity.scores().get("queue_seconds")
         waited = queue.predicted_mean - queue.observed_mean if queue is not None else 0.0
         mirror.calibration = replace(found, frontend_seconds=max(0.0, self._outside_seconds() - max(0.0, waited)))
         mirror.use(found.step_time, mirror.calibration.frontend_seconds)
+        return events
 
     def _outside_seconds(self) -> float:
         """Mean part of the end-to-end latency that queue, prefill and decode leave, of late; 0 if unknown.

@@ -37,9 +37,11 @@ from kavier_twin.telemetry import (
     RequestSeen,
     TelemetryRecord,
 )
-from kavier_twin.twin.calibration import Calibration, CalibrationError, Observed, calibrate
+from kavier_twin.twin.calibration import MINIMUM_REQUESTS, Calibration, CalibrationError, Observed, calibrate
 from kavier_twin.twin.fidelity import Fidelity
 from kavier_twin.twin.gauges import KEPT_SECONDS, Gauges
+from kavier_twin.twin.lengths import Lengths, Simulated
+from kavier_twin.twin.online import Change, Online, Row
 from kavier_twin.twin.pace import Pace
 from kavier_twin.twin.pods import Pods, PodSeen
 from kavier_twin.twin.rate_history import RateHistory
@@ -49,8 +51,6 @@ from kavier_twin.twin.trust import DEFAULT_TRUST, Judge, TrustSettings
 from kavier_twin.twin.windows import Windows, WindowScore
 
 JUDGE_EVERY_SECONDS: Final = 10
-
-_FIRST_GUESS_OUTPUT_TOKENS: Final = 512
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,10 @@ class MirrorSettings:
     recent_seconds: float = 600.0
     recent_requests: int = 5_000
     calibrate_after_requests: int = 100
-    recalibrate_every_requests: int = 200
+    recalibrate_every_requests: int = 50
     prior: StepTime | None = None  # where calibration stays unless the stream says otherwise (`fit`)
     floor: StepTime | None = None  # what it cannot go below
-    longest_hold_seconds: float = 0.5  # that a replica waits which was ahead of an end
+    longest_hold_seconds: float = 0.1  # that a replica waits which was ahead of an end
     give_up_seconds: float = 3_600.0  # a request without a finish record for so long is dropped
     pod_silent_seconds: float = 300.0  # a pod of which nothing is heard for so long, while others are, leaves
     most_replicas: int = 256  # pods beyond are not mirrored, which bounds the memory
@@ -107,8 +107,13 @@ class Mirror:
         self._recent: dict[str, Seen] = {}  # by id, oldest first
         self._running: dict[str, Live] = {}
         self._next_index = 0
-        self._longest_output = 0
+        self._lengths = Lengths()
         self._finished_at_calibration = 0
+        self.calibrated_seconds = math.nan  # event time of the last calibration
+        self.calibration_failures: Counter[str] = Counter()  # by reason
+        self.speed_changes = 0  # jumps of the fleet's speed that calibration met
+        self.last_change: Change | None = None
+        self._online = Online()
         self._pace = Pace(fleet.step_time)
         self._arrivals = RateHistory()
         self._is_fork = False
@@ -200,7 +205,8 @@ class Mirror:
         twin.observed_ttft, twin.observed_e2e = self.observed_ttft.copy(), self.observed_e2e.copy()
         twin._stream = self._stream.fork()
         twin._recent, twin._running = self._recent.copy(), self._running.copy()
-        twin._pace = copy(self._pace)
+        twin._pace = self._pace.fork()
+        twin._lengths = self._lengths.fork()
         twin._arrivals = self._arrivals.fork()
         twin.pods = self.pods.copy()
         twin._is_fork = True
@@ -239,7 +245,11 @@ class Mirror:
         replicas, engines = self.fleet.state.replicas[there], self.fleet.state.engines[there]
         usable = int((engines["num_blocks"] - 1).sum())
         used = usable - int(replicas["free_blocks"].sum())
-        return int(replicas["running"].sum()), int((replicas["waiting"] + replicas["loading"]).sum()), used / usable
+        return (
+            int(replicas["running"].sum()),
+            int((replicas["waiting"] + replicas["loading"]).sum()),
+            used / max(usable, 1),
+        )
 
     def snapshot(self) -> Snapshot | None:
         """A fork for the forecaster; None before the first record."""
@@ -293,13 +303,18 @@ class Mirror:
             self.beside(self.fleet)
 
     def _extend(self) -> None:
-        """Requests that reached the length assumed for them go on: reality has not ended them."""
+        """Requests that reached the length assumed for them go on, reality has not ended them; or are given up."""
         if not self.fleet.state.replicas["holding"].any():
             return
-        for live in self.fleet.live():
+        for identity, live in list(self._running.items()):
             request = self.fleet.state.requests[live.replica, live.slot]
-            if request["tokens"] >= request["prompt"] + request["output"]:
-                self.fleet.set_output(live, 2 * int(request["output"]))
+            if not self._is_there(live) or request["tokens"] < request["prompt"] + request["output"]:
+                continue
+            output = self._lengths.extended_tokens(identity, int(request["output"]))
+            if output is None:
+                self._let_go(identity, live)
+            else:
+                self.fleet.set_output(live, output)
         self.fleet.state.replicas["hold_until"] = -np.inf
 
     def _arrive(self, seen: RequestSeen) -> None:
@@ -312,7 +327,8 @@ class Mirror:
         replica = self.pods.serve(self.fleet, self.time_seconds, seen.pod) if seen.pod else -1
         if replica < 0 and seen.pod:
             self.ingested["too_many_pods"] += 1
-        workload = _arrival(seen, self._assumed_output(seen), self._next_index, replica)
+        assumed = self._lengths.assumed_tokens(seen.id, seen.max_tokens)
+        workload = _arrival(seen, assumed, self._next_index, replica)
         delivered = workload._replace(delivered=np.maximum(workload.arrival + self.frontend_seconds, self.time_seconds))
         # The frontend's time passes before the scheduler sees it; events in between have their own turn.
         replica, slot = map(int, self.fleet.deliver(delivered, 0, 1)[0])
@@ -338,20 +354,22 @@ class Mirror:
         request = self.fleet.state.requests[live.replica, live.slot]
         return bool(request["state"] != FREE and request["index"] == live.index)
 
-    def _assumed_output(self, seen: RequestSeen) -> int:
-        assumed = max(_FIRST_GUESS_OUTPUT_TOKENS, 2 * self._longest_output)
-        return min(assumed, seen.max_tokens) if seen.max_tokens else assumed
-
     def _finish(self, finished: RequestFinished) -> None:
         entry = self._recent.get(finished.id)
         live = self._running.pop(finished.id, None)
-        if live is None and (entry is None or entry.finished is not None):
+        let_go = self._lengths.came_after_all(finished.id) if live is None else None
+        if live is None and let_go is None and (entry is None or entry.finished is not None):
             self.ingested["unknown_request"] += 1
             return
         self.finished += 1
-        self._longest_output = max(self._longest_output, finished.output_tokens)
+        self._lengths.ended(finished.output_tokens, late=finished.time_seconds < self.time_seconds)
         if entry is not None:
             self._recent[finished.id] = Seen(entry.seen, finished)
+        if let_go is not None:
+            self.ingested["ended_after_all"] += 1
+            if entry is not None:
+                self._score(entry.seen, finished, let_go)
+            return
         if live is None or not self._is_there(live):
             self.ingested["not_simulated"] += 1
             return
@@ -360,18 +378,29 @@ class Mirror:
             self.fleet.finish(live, finished.output_tokens, None, 0)
             self.fleet.collect()
             return
-        self._score(entry.seen, finished, live)
+        self._score(entry.seen, finished, self._simulated(live))
         self._correct(entry.seen, finished, live)
         self._pace.apply(self.fleet)
         self.fleet.collect()
         self._maybe_calibrate()
 
-    def _score(self, seen: RequestSeen, finished: RequestFinished, live: Live) -> None:
-        """Predictions as they stood before this record, beside what it says."""
+    def _simulated(self, live: Live) -> Simulated:
+        """What was simulated of a request until now."""
         request = self.fleet.state.requests[live.replica, live.slot]
-        arrival, time = float(request["arrival"]), finished.time_seconds
-        ttft = float(request["first_token"]) - arrival
-        finish = _predicted_finish(request, finished.output_tokens, self.time_seconds)
+        return Simulated(
+            at=self.time_seconds,
+            arrival=float(request["arrival"]),
+            scheduled=float(request["scheduled"]),
+            first_token=float(request["first_token"]),
+            generated_tokens=int(request["tokens"] - request["prompt"]),
+            cached_tokens=int(request["cached"]) if request["state"] not in (FREE, WAITING) else None,
+        )
+
+    def _score(self, seen: RequestSeen, finished: RequestFinished, simulated: Simulated) -> None:
+        """Predictions as they stood before this record, beside what it says."""
+        arrival, time = simulated.arrival, finished.time_seconds
+        ttft = simulated.first_token - arrival
+        finish = _predicted_finish(simulated, finished.output_tokens)
         if finished.ttft_seconds is not None:
             self.observed_ttft.append(finished.ttft_seconds)
             self._pair("ttft_seconds", time, ttft, finished.ttft_seconds)
@@ -383,9 +412,9 @@ class Mirror:
             tokens = finished.output_tokens - 1
             self.windows.add("tpot_seconds", time, (finish - arrival - ttft) / tokens, decode_seconds / tokens)
         if finished.queue_seconds is not None:
-            self._pair("queue_seconds", time, float(request["scheduled"]) - arrival, finished.queue_seconds)
-        if finished.cached_tokens is not None and request["state"] not in (FREE, WAITING):
-            cached, prompt = float(request["cached"]), seen.prompt_tokens
+            self._pair("queue_seconds", time, simulated.scheduled - arrival, finished.queue_seconds)
+        if finished.cached_tokens is not None and simulated.cached_tokens is not None:
+            cached, prompt = simulated.cached_tokens, seen.prompt_tokens
             self.fidelity.add_cache(cached, finished.cached_tokens, prompt)
             self.windows.add("prefix_cache_hit_ratio", time, cached, finished.cached_tokens, prompt)
         self.windows.add_end(finish, time, finished.output_tokens)
@@ -410,7 +439,19 @@ class Mirror:
         if finished.e2e_seconds is not None and finished.ttft_seconds is not None:
             share = min(1.0, (finished.output_tokens - 1) / max(generated - 1, 1))
             decode_seconds = finished.e2e_seconds - finished.ttft_seconds
-            self._pace.observe(self.time_seconds, decode_seconds, share * outcome["decode_work"])
+            work = share * outcome["decode_work"]
+            self._pace.observe(self.time_seconds, decode_seconds, work)
+            wait = float(outcome["scheduled"] - outcome["arrival"]) - self.frontend_seconds
+            self._learn(
+                Row(
+                    self.time_seconds,
+                    max(0.0, wait),
+                    finished.ttft_seconds,
+                    decode_seconds,
+                    tuple(outcome["prefill_work"].tolist()),
+                    tuple(work.tolist()),
+                )
+            )
         if excess > 0.0:
             hold_until = self.time_seconds + min(excess, self.settings.longest_hold_seconds)
             replica_kernels.hold(self.fleet.state, live.replica, hold_until)
@@ -426,48 +467,91 @@ class Mirror:
             request = self.fleet.state.requests[live.replica, live.slot]
             if request["arrival"] > oldest:
                 return
-            self.ingested["never_finished"] += 1
-            self.fleet.finish(live, max(1, int(request["tokens"] - request["prompt"])), None, 0)
-            self.fleet.collect()
-            del self._running[identity]
+            self._let_go(identity, live)
+
+    def _let_go(self, identity: str, live: Live) -> None:
+        """The request ends in the mirror, though no record tells so."""
+        self.ingested["never_finished"] += 1
+        simulated = self._simulated(live)
+        self._lengths.let_go(identity, simulated)
+        self.fleet.finish(live, max(1, simulated.generated_tokens), None, 0)
+        self.fleet.collect()
+        del self._running[identity]
 
     # --- calibration ----------------------------------------------------------------------------------------------
 
+    def _learn(self, row: Row) -> None:
+        """What a request that ended tells of the fleet's speed."""
+        if self._is_fork:
+            return
+        step_time = self.fleet.settings.step_time
+        change = self._online.observe(row, step_time)
+        if change is not None and self.calibration is not None:
+            self._meet(change)
+
+    def _meet(self, change: Change) -> None:
+        """The fleet's speed jumped: all of it is taken to have changed alike until the next fit tells more."""
+        self.speed_changes += 1
+        self.last_change = change
+        step_time = self.fleet.settings.step_time
+        values = change.ratio * step_time.coefficients()
+        if self.settings.floor is not None:
+            values = np.maximum(values, self.settings.floor.coefficients())
+        self.use(step_time.with_coefficients(values), self.frontend_seconds)
+        self._finished_at_calibration = self.finished - self.settings.recalibrate_every_requests + MINIMUM_REQUESTS
+
     def _maybe_calibrate(self) -> None:
+        """The first time from simulations of what came so far, then from what the mirror itself saw."""
         wait = self.settings.recalibrate_every_requests if self.calibration else self.settings.calibrate_after_requests
         if self._is_fork or self.finished - self._finished_at_calibration < wait:
             return
         self._finished_at_calibration = self.finished
+        calibration = self._refit() if self.calibration else self._first_fit()
+        if calibration is not None:
+            self.use(calibration.step_time, calibration.frontend_seconds)
+            self.calibration = calibration
+            self.calibrated_seconds = self.time_seconds
+
+    def _first_fit(self) -> Calibration | None:
         entries = [entry for entry in self._recent.values() if entry.finished is not None]
+        entries = entries[-self.settings.calibrate_after_requests :]
+        self._online.forget()  # what the mirror saw with a guess of the step times
         try:
-            calibration = calibrate(
+            return calibrate(
                 self.fleet.settings, _observed(entries), prior=self.settings.prior, floor=self.settings.floor
             )
         except CalibrationError:
-            return
-        self.use(calibration.step_time, calibration.frontend_seconds)
-        self.calibration = calibration
+            self.calibration_failures["too_few_latencies"] += 1
+            return None
+
+    def _refit(self) -> Calibration | None:
+        found = self._online.fit(self.fleet.settings.step_time, self.frontend_seconds, self.settings.floor)
+        if found is None:
+            self.calibration_failures["too_few_latencies"] += 1
+        return found
 
     def use(self, step_time: StepTime, frontend_seconds: float) -> None:
         """Go on with these coefficients."""
         self.fleet.settings = self.fleet.settings.model_copy(update={"step_time": step_time})
         self.frontend_seconds = frontend_seconds
         self.calibrated = True
-        self._pace = Pace(step_time)
+        self._pace.follow(step_time)
         self._pace.apply(self.fleet)
 
 
-def _predicted_finish(request: np.void, output_tokens: int, now_seconds: float) -> float:
+def _predicted_finish(simulated: Simulated, output_tokens: int) -> float:
     """When the simulation would have ended a request of this length, at the pace it gave the request so far."""
-    first, generated = float(request["first_token"]), int(request["tokens"] - request["prompt"])
+    first, generated = simulated.first_token, simulated.generated_tokens
     if not math.isfinite(first):
         return math.nan
     if generated < 2:
-        return max(first, now_seconds) if output_tokens > 1 else first
-    return first + (output_tokens - 1) * (now_seconds - first) / (generated - 1)
+        return max(first, simulated.at) if output_tokens > 1 else first
+    return first + (output_tokens - 1) * (simulated.at - first) / (generated - 1)
 
 
 def _whole(seen: RequestSeen, finished: RequestFinished) -> RequestRecord:
+    # Only the arrival tells how many tokens a hash stands for.
+    hashes = finished.block_hashes if seen.block_tokens else ()
     return RequestRecord(
         id=seen.id,
         time_seconds=seen.time_seconds,
@@ -475,9 +559,9 @@ def _whole(seen: RequestSeen, finished: RequestFinished) -> RequestRecord:
         priority=seen.priority,
         prompt_tokens=seen.prompt_tokens,
         output_tokens=finished.output_tokens,
-        block_hashes=finished.block_hashes or seen.block_hashes,
+        block_hashes=hashes or seen.block_hashes,
         block_tokens=seen.block_tokens,
-        hashes_cover_output=bool(finished.block_hashes),
+        hashes_cover_output=bool(hashes),
     )
 
 

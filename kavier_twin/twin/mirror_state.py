@@ -13,6 +13,7 @@ from kavier_twin.telemetry import EngineSample, RequestFinished, RequestSeen
 from kavier_twin.twin.calibration import Calibration, Coefficient
 from kavier_twin.twin.checkpoint import CheckpointError, Saved
 from kavier_twin.twin.mirror import Mirror, MirrorSettings, Seen
+from kavier_twin.twin.online import Change
 from kavier_twin.twin.pace import Pace
 from kavier_twin.twin.windows import WindowScore
 
@@ -42,8 +43,13 @@ def save(mirror: Mirror) -> Saved:
         "recent": [_seen(entry) for entry in mirror._recent.values()],
         "running": [[identity, *live] for identity, live in mirror._running.items()],
         "next_index": mirror._next_index,
-        "longest_output": mirror._longest_output,
+        "lengths": mirror._lengths.save(),
         "finished_at_calibration": mirror._finished_at_calibration,
+        "calibrated_seconds": mirror.calibrated_seconds,
+        "calibration_failures": dict(mirror.calibration_failures),
+        "speed_changes": mirror.speed_changes,
+        "last_change": mirror.last_change,
+        "online": mirror._online.save(),
         "pace": mirror._pace.save(),
         "arrivals": mirror._arrivals.save(),
     }
@@ -83,8 +89,13 @@ def restore(saved: Saved, settings: MirrorSettings, fleet: FleetSettings) -> Mir
     mirror._recent = {entry.seen.id: entry for entry in map(_seen_of, document["recent"])}
     mirror._running = {identity: Live(*live) for identity, *live in document["running"]}
     mirror._next_index = document["next_index"]
-    mirror._longest_output = document["longest_output"]
+    mirror._lengths.restore(document["lengths"])
     mirror._finished_at_calibration = document["finished_at_calibration"]
+    mirror.calibrated_seconds = document["calibrated_seconds"]
+    mirror.calibration_failures = Counter(document["calibration_failures"])
+    mirror.speed_changes = document["speed_changes"]
+    mirror.last_change = Change(*document["last_change"]) if document["last_change"] else None
+    mirror._online.restore(document["online"])
     mirror._pace = Pace(current.step_time)
     mirror._pace.restore(document["pace"])
     mirror._arrivals.restore(document["arrivals"])

@@ -7,6 +7,8 @@ took as long as the request's record says. The ratio of both, with exponential f
 from __future__ import annotations
 
 import math
+from copy import copy
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +29,8 @@ class Pace:
         self.factor = 1.0
         self._coefficients = step_time.coefficients()
         self._memory_seconds = memory_seconds
-        self._real = self._modelled = 0.0
+        self._real = 0.0
+        self._work = np.zeros(len(COEFFICIENTS))
         self._time = -math.inf
 
     def observe(self, time_seconds: float, decode_seconds: float, decode_work: npt.NDArray[np.float64]) -> None:
@@ -38,17 +41,31 @@ class Pace:
         keep = math.exp(-max(0.0, time_seconds - self._time) / self._memory_seconds)
         self._time = max(self._time, time_seconds)
         self._real = self._real * keep + decode_seconds
-        self._modelled = self._modelled * keep + modelled
-        ratio = (self._real + _PRIOR_SECONDS) / (self._modelled + _PRIOR_SECONDS)
-        self.factor = min(SLOWEST, max(FASTEST, ratio))
+        self._work = self._work * keep + decode_work
+        self._compare()
 
-    def save(self) -> list[float]:
+    def follow(self, step_time: StepTime) -> None:
+        """From now on the coefficients are these; what was observed stays and is held against them."""
+        self._coefficients = step_time.coefficients()
+        self._compare()
+
+    def _compare(self) -> None:
+        modelled = float(self._coefficients @ self._work)
+        self.factor = min(SLOWEST, max(FASTEST, (self._real + _PRIOR_SECONDS) / (modelled + _PRIOR_SECONDS)))
+
+    def fork(self) -> Pace:
+        """An independent copy."""
+        return copy(self)  # its array is replaced, never changed
+
+    def save(self) -> list[Any]:
         """As JSON types."""
-        return [self.factor, self._real, self._modelled, self._time]
+        return [self._real, self._time, self._work.tolist()]
 
-    def restore(self, saved: list[float]) -> None:
+    def restore(self, saved: list[Any]) -> None:
         """What `save` gave."""
-        self.factor, self._real, self._modelled, self._time = saved
+        self._real, self._time, work = saved
+        self._work = np.array(work)
+        self._compare()
 
     def apply(self, fleet: Fleet, factor: float | None = None) -> None:
         """Let every step of the fleet last `factor` times what the coefficients say (default: the pace)."""

@@ -65,11 +65,15 @@ class OrderedStream:
         identity = (event.kind, event.id)
         if identity in self._known:
             return ("duplicate",)
-        if event.time_seconds < self.watermark_seconds:
+        late = event.time_seconds < self.watermark_seconds
+        if late and isinstance(event, RequestSeen):
             return ("late",)
         self._known[identity] = None
         if len(self._known) > self._remembered_ids:
             self._known.popitem(last=False)
+        if late:  # an end, handed out all the same: without it the request would run on for ever
+            heapq.heappush(self._heap, _entry(event))
+            return ("late",)
         if foretold:
             waits = any(event.id == other.id for other, _ in self._ahead)
         else:

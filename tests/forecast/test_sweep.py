@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import threading
@@ -230,9 +231,12 @@ def test_what_there_is_no_time_for_is_left_out(
     assert [row for row in whole.rows if row.policy not in shed] == list(forecast.rows)
 
 
-def test_a_sweep_cancelled_has_nothing_to_tell(snapshot: Snapshot) -> None:
+@pytest.mark.parametrize("looks", [0, 7])
+def test_a_sweep_cancelled_has_nothing_to_tell(snapshot: Snapshot, looks: int) -> None:
+    """Not even of the futures that were simulated before: nobody waits for them, and no policy was shed."""
+    looked = itertools.count()
     with pytest.raises(OutOfTime):
-        sweep(snapshot, settings_of((TODAY,)), ThreadExecutor(1), lambda: True)
+        sweep(snapshot, settings_of((TODAY, HALF)), ThreadExecutor(1), lambda: next(looked) >= looks)
 
 
 def test_the_first_breach_is_found_inside_a_run(snapshot: Snapshot) -> None:

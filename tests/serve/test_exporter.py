@@ -29,6 +29,10 @@ def value(view: TwinView, name: str, **labels: str) -> float | None:
     return registry_of(lambda: {view.pool: view}).get_sample_value(name, {"pool": "chat", **labels})
 
 
+# Scores count forecasts and alerts; an error is in the unit of the KPI that its label names.
+OF_SCORES = ("_forecasts", "score_alerts", "score_breaches", "_brier", "_absolute_error", "_prediction_bound")
+
+
 @pytest.mark.real
 @pytest.mark.parametrize("view", [full_view(), empty_view()], ids=["full", "empty"])
 def test_promtool_finds_nothing(view: TwinView) -> None:
@@ -42,7 +46,7 @@ def test_every_metric_says_what_it_is_and_ends_in_its_unit() -> None:
     assert len(families) > 30
     for family in families:
         name = f"{family.name}_total" if family.type == "counter" else family.name
-        assert name.endswith((*UNITS, *WITHOUT_UNIT)), name
+        assert name.endswith((*UNITS, *WITHOUT_UNIT, *OF_SCORES)), name
         assert len(family.documentation) > 20, name
         assert family.documentation.endswith("."), name
 
@@ -116,6 +120,16 @@ def test_errors_and_trust() -> None:
     assert value(view, "kavier_twin_trusted", kpi="ttft_seconds") == 1.0
     assert value(view, "kavier_twin_trusted", kpi="e2e_seconds") == 0.0
     assert value(view, "kavier_twin_pool_trusted") == 0.0
+
+
+def test_how_step_times_follow_the_fleet() -> None:
+    view = full_view()
+    deviation = "kavier_twin_step_time_coefficient_deviation_seconds"
+    assert value(view, deviation, coefficient="fixed") == 0.001
+    assert value(view, deviation, coefficient="per_prefill_token") is None  # nothing is known of it
+    assert value(view, "kavier_twin_calibration_last_timestamp_seconds") == 1.7e9
+    assert value(view, "kavier_twin_calibration_changes_total") == 2.0
+    assert value(view, "kavier_twin_calibration_failures_total", reason="too_few_latencies") == 1.0
 
 
 def test_the_stream() -> None:

@@ -249,6 +249,17 @@ def test_a_what_if_looks_no_further_than_is_allowed(with_token: Served) -> None:
     assert not with_token.pools["chat"].asked
 
 
+def test_a_what_if_has_no_more_requests_than_can_be_simulated() -> None:
+    served = Served(Access(token=lambda: TOKEN), Limits(requests=1_000))
+    try:
+        status, _, body = served.ask("POST", "/v1/whatif", b'{"horizon_seconds": 300, "load": 2}', **AUTHORIZED)
+        assert (status, json.loads(body)["errors"][0]["field"]) == (422, "load")
+        assert "1500 requests" in json.loads(body)["detail"]
+        assert served.ask("POST", "/v1/whatif", b'{"horizon_seconds": 300}', **AUTHORIZED)[0] == 200
+    finally:
+        served.server.close()
+
+
 def test_an_unknown_pool_is_named_beside_those_there_are(with_token: Served) -> None:
     for answered in (
         with_token.ask("GET", "/v1/state?pool=chatt"),

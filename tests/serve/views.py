@@ -11,6 +11,7 @@ from kavier_twin.serve.view import (
     Beside,
     Best,
     CacheBeside,
+    CalibrationState,
     Horizon,
     KpiTrust,
     Outlook,
@@ -87,6 +88,8 @@ def full_view(pool: str = "chat") -> TwinView:
         pace_ratio=1.1,
         frontend_seconds=0.005,
         step_time={"fixed": 0.01, "per_prefill_token": 3e-5},
+        step_time_deviation={"fixed": 0.001, "per_prefill_token": math.inf},
+        calibration=CalibrationState(1.7e9, 2, 1.69e9, 1.4, {"too_few_latencies": 1}),
         exact_cache_ratio=0.99,
         beside=(
             Beside("ttft_seconds", "mean", 0.11, 0.1, 0.1, 500),

@@ -16,6 +16,7 @@ BASE = FleetSettings(engine=EngineSettings(num_gpu_blocks=1000), step_time=StepT
         ({}, []),
         ({"max_num_seqs": 8, "prefix_caching": False}, ["--max-num-seqs 8", "--no-enable-prefix-caching"]),
         ({"kv_cache_dtype": "fp8"}, ["--kv-cache-dtype fp8"]),  # and with it the step time, by itself
+        ({"kv_cache_dtype": "fp8", "num_gpu_blocks": 1500}, ["--num-gpu-blocks-override 1500", "--kv-cache-dtype fp8"]),
         ({"eviction_ttl_seconds": 5.0}, []),  # says nothing under LRU
     ],
 )

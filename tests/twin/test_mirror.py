@@ -107,6 +107,53 @@ def test_a_request_that_never_ends_is_given_up() -> None:
     assert mirror.ingested["never_finished"] == 1
 
 
+def test_a_late_end_still_ends_its_request(records: list[RequestRecord]) -> None:
+    events = [e for e in halves(records[:50]) if not (isinstance(e, RequestFinished) and e.id == records[3].id)]
+    last = records[3].finished()
+    assert last is not None
+    mirror = run([*events, last])
+    assert mirror.ingested["late"] == 1
+    assert mirror.finished == 50
+    assert mirror.load()[0] == 0
+
+
+def test_requests_whose_end_is_lost_do_not_fill_the_fleet(records: list[RequestRecord]) -> None:
+    """One end of ten never comes: after hundreds of requests no more are held than are under way."""
+    lost = {record.id for number, record in enumerate(records) if number % 10 == 5}
+    mirror = run([e for e in halves(records) if isinstance(e, RequestSeen) or e.id not in lost])
+    assert mirror.ingested["never_finished"] - mirror.ingested["ended_after_all"] > 0.8 * len(lost)
+    assert mirror.load()[0] < 0.2 * len(lost)
+    assert mirror.finished > 0.99 * (len(records) - len(lost))
+    assert abs(mirror.fidelity.scores()["e2e_seconds"].error_ratio) < 0.15
+
+
+def test_lengths_are_drawn_where_ends_come_late() -> None:
+    """With every end 20 s later than the stream waits for, as many requests run in the mirror as really do."""
+    mirror = Mirror(MirrorSettings(lateness_seconds=1.0), FLEET)
+    rng = random.Random(1)
+    told: list[tuple[float, int, RequestSeen | RequestFinished]] = []
+    for number in range(300):
+        seconds = rng.uniform(2.0, 4.0)
+        finished = RequestFinished(
+            id=str(number),
+            time_seconds=number + seconds,
+            output_tokens=int(seconds / 0.015),
+            ttft_seconds=0.02,
+            e2e_seconds=seconds,
+        )
+        told.append((float(number), number, RequestSeen(id=str(number), time_seconds=number, prompt_tokens=50)))
+        told.append((number + seconds + 20.0, number, finished))
+    running = []
+    for time, _, event in sorted(told, key=lambda entry: entry[:2]):
+        mirror.ingest(event)
+        mirror.advance()
+        if 150.0 < time < 300.0:
+            running.append(mirror.load()[0])
+    mirror.advance(400.0)
+    assert mirror.finished == 300
+    assert 2.0 < sum(running) / len(running) < 4.5  # 3 by Little's law; held until their records come: 22
+
+
 def test_carbon_intensity_arrives_with_the_stream() -> None:
     power = PowerModel(idle_watts=70.0, max_watts=700.0)
     told = FLEET.model_copy(update={"footprint": Footprint(power=power)})

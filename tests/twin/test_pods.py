@@ -28,8 +28,8 @@ def seen(number: int, time_seconds: float, pod: str | None, **more: object) -> R
     return RequestSeen(id=f"r{number}", time_seconds=time_seconds, prompt_tokens=70, pod=pod, **(hashes | more))
 
 
-def finished(number: int, time_seconds: float) -> RequestFinished:
-    return RequestFinished(id=f"r{number}", time_seconds=time_seconds, output_tokens=5)
+def finished(number: int, time_seconds: float, tokens: int = 5) -> RequestFinished:
+    return RequestFinished(id=f"r{number}", time_seconds=time_seconds, output_tokens=tokens)
 
 
 def requests(first: int, count: int, start_seconds: float, pods: Iterable[str | None]) -> list[TelemetryRecord]:
@@ -43,6 +43,10 @@ def requests(first: int, count: int, start_seconds: float, pods: Iterable[str | 
             finished(first + at, time_seconds + 0.5),
         ]
     return found
+
+
+# Requests of this pool may run for minutes: none is given up for it.
+A_LONG_ONE = [seen(90, 9.6, "a"), finished(90, 9.9, 20_000)]
 
 
 def sample(pod: str, time_seconds: float, started: float | None, tokens: float = 0.0, rank: str = "0") -> EngineSample:
@@ -108,7 +112,7 @@ def test_a_configured_replica_that_no_pod_claims_leaves() -> None:
 
 
 def test_a_drained_pod_stays_until_its_requests_are_done() -> None:
-    mirror = fed([*requests(0, 10, 0.0, ["a", "b"]), seen(50, 10.0, "b")])
+    mirror = fed([*requests(0, 10, 0.0, ["a", "b"]), *A_LONG_ONE, seen(50, 10.0, "b")])
     fed(requests(100, 90, 11.0, ["a"]), mirror)
     assert mirror.fleet.state.replicas["accepting"].tolist() == [1, 0]
     assert alive(mirror) == [1, 1]
@@ -118,7 +122,7 @@ def test_a_drained_pod_stays_until_its_requests_are_done() -> None:
 
 
 def test_a_pod_that_speaks_again_before_it_is_gone_keeps_its_cache() -> None:
-    mirror = fed([*requests(0, 10, 0.0, ["a", "b"]), seen(50, 10.0, "b")])
+    mirror = fed([*requests(0, 10, 0.0, ["a", "b"]), *A_LONG_ONE, seen(50, 10.0, "b")])
     fed(requests(100, 90, 11.0, ["a"]), mirror)
     hits = int(mirror.fleet.state.replicas["hit_tokens"][1])
     fed(requests(300, 10, 111.0, ["b"]), mirror)
@@ -174,7 +178,8 @@ def test_more_pods_than_can_be_mirrored_are_counted() -> None:
 def test_a_request_that_outgrows_the_cache_leaves_no_trace() -> None:
     """Its slot is another's by the time its end is told."""
     small = FLEET.model_copy(update={"engine": ENGINE.model_copy(update={"num_gpu_blocks": 100})})
-    mirror = fed([*requests(0, 10, 0.0, ["a"]), seen(50, 10.0, "a")], Mirror(SETTINGS, small))
+    long_one = [seen(90, 9.6, "a"), finished(90, 9.9, 1_400)]
+    mirror = fed([*requests(0, 10, 0.0, ["a"]), *long_one, seen(50, 10.0, "a")], Mirror(SETTINGS, small))
     fed(requests(100, 60, 11.0, ["a"]), mirror)
     fed([seen(60, 71.0, "a"), finished(50, 71.2), seen(61, 74.0, "a")], mirror)
     assert mirror.ingested["not_simulated"] == 1
@@ -211,7 +216,9 @@ def story(seed: int) -> list[TelemetryRecord]:
         pods = ["a", "b"] if time_seconds < 60.0 else ["a", "c"]
         records.append(seen(at, time_seconds, rng.choice([*pods, None]), block_hashes=(rng.randrange(9), 50 + at)))
         if rng.random() < 0.95:
-            records.append(finished(at, time_seconds + rng.uniform(0.1, 20.0)))
+            seconds = rng.uniform(0.1, 20.0)
+            records.append(finished(at, time_seconds + seconds, int(seconds / 0.01)))
+    records.append(seen(999, 94.5, "a"))  # under way when its pod begins anew
     for at in range(0, 200, 5):
         started = 0.0 if at < 100 else 95.0
         records.append(sample("a", float(at), started, at if at < 100 else at - 95.0))

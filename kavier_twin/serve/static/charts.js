@@ -7,6 +7,7 @@ export const CHARTED = [
   ["e2e_seconds", "p95", "End-to-end latency, p95"],
   ["queue_seconds", "p95", "Queue time, p95"],
   ["requests_waiting", "", "Requests waiting"],
+  ["requests_running", "", "Requests running"],
   ["prefix_cache_hit_ratio", "", "Prefix-cache hit ratio"],
   ["kv_cache_usage_ratio", "", "KV cache usage"],
 ];

@@ -181,8 +181,9 @@ function drawOdds(forecast, today) {
   const policies = forecast.outlook?.policies ?? [];
   const now = policies.find((policy) => policy.name === today && policy.horizons.length);
   if (!now) { $("odds").replaceChildren(element("p", "No forecast yet.", "soft")); return; }
-  const cell = (share, trusted) => {
+  const cell = (share, interval, trusted) => {
     const node = element("td", percent(share), trusted ? "" : "doubtful");
+    if (interval) node.append(element("span", interval.map(percent).join(" – "), "range"));
     if (!trusted) node.append(element("span", "not trusted", "range"));
     const bar = element("span", "", "bar"), fill = element("span");
     fill.style.width = `${100 * (share ?? 0)}%`;
@@ -195,9 +196,13 @@ function drawOdds(forecast, today) {
     const name = element("th", slo);
     if (told) name.append(element("span", `${kpiName(told.kpi, told.statistic)} ${told.higher_is_better ? "≥" : "≤"} ` +
       figure(told.threshold, told.kpi), "soft range"));
-    return [name, ...now.horizons.map((horizon) => cell(horizon.breach[slo], horizon.breach_trusted[slo]))];
+    const first = now.first_breach?.[slo];
+    const when = first && (known(first["0.5"]) ? `in ${span(Math.round(first["0.5"]))}` : known(first["0.1"])
+      ? `in ${span(Math.round(first["0.1"]))} at worst` : "none seen");
+    return [name, ...now.horizons.map((horizon) => cell(horizon.breach[slo], horizon.breach_interval[slo], horizon.breach_trusted[slo])), when ?? "–"];
   });
-  table($("odds"), ["objective", ...now.horizons.map((horizon) => `within ${span(horizon.seconds)}`)], rows, "Odds of breach", "odds");
+  table($("odds"), ["objective", ...now.horizons.map((horizon) => `within ${span(horizon.seconds)}`), "first breach"], rows,
+    "Odds of breach", "odds");
 }
 
 // --- policies -------------------------------------------------------------------------------------------------------

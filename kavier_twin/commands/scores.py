@@ -1,0 +1,92 @@
+"""`kavier-twin scores`: how good a daemon's forecasts have been."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+import urllib3
+from pydantic import TypeAdapter, ValidationError
+
+from kavier_twin.commands.backtest import plain, print_scores, wide_console
+from kavier_twin.errors import UserError
+from kavier_twin.forecast.scores import Scorer, Scores
+from kavier_twin.score_store import FILE_NAME, read_judged
+
+_SCORES: Final = TypeAdapter(Scores)
+_ANSWER_SECONDS: Final = 10.0
+
+_EXAMPLES = f"""examples:
+  kavier-twin scores                            of the daemon on this machine
+  kavier-twin scores --url http://twin:9469
+  kavier-twin scores --db state/{FILE_NAME}  of the file beside a daemon's checkpoints, running or not
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Declare the command."""
+    parser = commands.add_parser(
+        "scores",
+        help="how good a daemon's forecasts have been",
+        description="Errors beside persistence, coverage of intervals, breach odds and alerts of the forecasts whose "
+        "time has come.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("--url", default="http://127.0.0.1:9469", help="a running daemon (default %(default)s)")
+    place.add_argument("--db", type=Path, metavar="FILE", help=f"the {FILE_NAME} that a daemon keeps")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do it."""
+    pools = _from_file(args.db) if args.db is not None else _from_daemon(args.url)
+    if args.json:
+        print(json.dumps({"pools": {pool: plain(asdict(scores)) for pool, scores in pools.items()}}))
+        return 0
+    console = wide_console()
+    for pool, scores in pools.items():
+        console.print(f"Pool {pool}", style="bold", markup=False)
+        if not scores.kpis and not scores.alerts:
+            console.print(f"No forecast's time has come yet; {scores.pending} are open.")
+        else:
+            print_scores(console, scores)
+    return 0
+
+
+def _from_file(path: Path) -> dict[str, Scores]:
+    found = {}
+    for pool, judged in read_judged(path).items():
+        scorer = Scorer(())
+        scorer.remember(judged)
+        found[pool] = scorer.scores()
+    return found
+
+
+def _from_daemon(url: str) -> dict[str, Scores]:
+    address = f"{url.rstrip('/')}/v1/scores"
+    try:
+        answer = urllib3.request("GET", address, timeout=_ANSWER_SECONDS, retries=False)
+    except (urllib3.exceptions.HTTPError, ValueError) as error:
+        raise UserError(f"--url {url}: no answer ({error}); is the daemon running there?") from None
+    if answer.status != 200:
+        raise UserError(f"--url {url}: {address} answered {answer.status}; is that a twin of this version?")
+    try:
+        pools = _known(answer.json())["pools"]
+        return {pool["pool"]: _SCORES.validate_python(pool["scores"]) for pool in pools}
+    except (ValueError, KeyError, AttributeError, TypeError, ValidationError):
+        raise UserError(f"--url {url}: {address} did not answer with scores; is that a twin of this version?") from None
+
+
+def _known(value: Any) -> Any:
+    """JSON has no NaN: null stands for it."""
+    if isinstance(value, dict):
+        return {key: _known(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_known(entry) for entry in value]
+    return math.nan if value is None else value

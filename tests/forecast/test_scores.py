@@ -1,0 +1,176 @@
+"""Forecasts judged: reality's KPIs, errors, coverage, breach odds, alerts, and intervals that learn to cover."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from forecast.forecasts import forecast_of, row
+from kavier_twin.forecast.conformal import SCORES_NEEDED, Widening
+from kavier_twin.forecast.reality import Ended, Reality
+from kavier_twin.forecast.result import Forecast
+from kavier_twin.forecast.scores import SETTLE_SECONDS, Moment, ScoredBreach, Scorer, alert_score, breach_score
+from kavier_twin.forecast.slo import Slo
+
+SLOW = Slo(name="slow", metric="e2e_p95_seconds", threshold=2.0)
+
+
+def reality(e2e: dict[float, float]) -> Reality:
+    """Requests by their arrivals, each of 100 prompt and 11 output tokens, 50 cached, TTFT a tenth of the e2e time."""
+    found = Reality()
+    for number, (arrival, seconds) in enumerate(e2e.items()):
+        found.arrive(str(number), arrival, 100)
+        found.end(str(number), arrival + seconds, 11, ttft_seconds=0.1 * seconds, e2e_seconds=seconds, cached_tokens=50)
+    return found
+
+
+def forecast(time: float, median: float, probability: float = 0.0) -> Forecast:
+    today = row("today", 60.0, {0.05: median - 0.5, 0.5: median, 0.95: median + 0.5}, probability)
+    return forecast_of(time, today, row("other", 60.0, {0.5: 9.0}, 1.0))
+
+
+def test_reality_is_measured_where_intervals_end() -> None:
+    found = reality({0.0: 1.0, 5.0: 10.0, 12.0: 2.0, 19.0: 4.0})
+    kpis = found.measure(10.0, 20.0)
+    assert kpis["requests_per_second"] == pytest.approx(0.2)  # those that ended at 14 and 15
+    assert kpis["ttft_p50_seconds"] == pytest.approx(np.median([0.2, 0.4]))  # first tokens at 12.2 and 19.4
+    assert kpis["prefix_cache_hit_ratio"] == 0.5
+    assert kpis["e2e_p95_seconds"] == pytest.approx(np.quantile([10.0, 2.0], 0.95))  # the one under way is 1 s old
+    # 11 tokens each from first to last: 5 of 9 seconds (6 to 15), all (12.2 to 14), 0.6 of 3.6 s (19.4 to 23).
+    assert kpis["output_tokens_per_second"] == pytest.approx(1.1 * (5 / 9 + 1.0 + 0.6 / 3.6))
+    assert "queue_p95_seconds" not in kpis  # nothing tells it
+
+
+def test_what_is_under_way_counts_with_its_age() -> None:
+    found = reality({0.0: 1.0})
+    found.arrive("waits", 0.5, 10)
+    assert not found.complete(1.0)
+    assert found.measure(0.0, 100.0)["e2e_p95_seconds"] > 90.0
+    assert found.end("waits", 101.0, 1) is not None
+    assert found.complete(1.0)
+
+
+def test_reality_takes_nothing_twice_and_forgets() -> None:
+    found = reality({float(time): 1.0 for time in range(100)})
+    assert found.end("3", 1e3, 5) is None  # ended
+    assert found.end("never seen", 1e3, 5) is None
+    found.arrive("3", 3.0, 100)  # the stream is repeated after a restart
+    assert found.complete(1e9)
+    found.forget(90.0)
+    assert found.requests == 11
+    assert found.since_seconds == 90.0
+
+
+def test_reality_with_queue_times() -> None:
+    found = Reality()
+    found.restore("a", Ended(0.0, 2.0, 3.0, 8.0, 10.0, 5.0, 0.0))
+    found.restore("b", Ended(1.0, 4.0, 5.0, 6.0, 10.0, 5.0, 0.0))
+    kpis = found.measure(0.0, 10.0)
+    assert kpis["running_mean"] == pytest.approx((6.0 + 2.0) / 10.0)
+    assert kpis["waiting_mean"] == pytest.approx((2.0 + 3.0) / 10.0)
+
+
+def test_a_forecast_is_judged_when_its_time_has_come() -> None:
+    scorer = Scorer([SLOW])
+    scorer.reality = reality({float(t): 1.0 if t < 200 else 3.0 for t in range(0, 400)})
+    scorer.foresee(forecast(200.0, 3.2, 0.8), "today")
+    assert scorer.settle(259.0).kpis == []
+    assert scorer.scores().pending == 1
+    (kpi,) = scorer.settle(260.0).kpis
+    assert (kpi.median, kpi.observed, kpi.persisted) == (3.2, 3.0, 1.0)
+    scores = scorer.scores()
+    (score,) = scores.kpis
+    assert score.error == pytest.approx(0.2)
+    assert score.error_to_persistence_ratio == pytest.approx(0.1)
+    assert score.coverage_ratio == 1.0
+    (breach,) = scores.breaches
+    assert breach.brier == pytest.approx(0.04)
+    assert breach.persistence_brier == 1.0  # it was not broken then
+    assert scores.pending == 0
+
+
+def test_a_forecast_waits_for_requests_under_way_but_not_for_ever() -> None:
+    scorer = Scorer([SLOW])
+    scorer.reality = reality({float(t): 1.0 for t in range(0, 400)})
+    scorer.reality.arrive("late", 210.0, 5)
+    scorer.foresee(forecast(200.0, 1.0), "today")
+    assert scorer.settle(261.0).kpis == []
+    assert len(scorer.settle(260.0 + SETTLE_SECONDS).kpis) == 1
+
+
+def test_a_forecast_from_before_the_twin_was_there_is_not_judged() -> None:
+    scorer = Scorer([SLOW])
+    scorer.reality = reality({300.0: 1.0})
+    scorer.foresee(forecast(200.0, 1.0), "today")
+    assert scorer.settle(1e3).kpis == []
+    assert scorer.scores().unscored == {"interrupted": 1}
+
+
+def test_one_forecast_a_moment() -> None:
+    scorer = Scorer([SLOW])
+    for _ in range(3):
+        scorer.foresee(forecast(200.0, 1.0), "today")
+    assert scorer.scores().pending == 1
+
+
+def moments(breached: str, alert: str) -> list[Moment]:
+    """One a minute: x marks a broken objective, and an alert."""
+    return [
+        Moment(60.0 * place, "slow", 0.9 if alert[place] == "x" else 0.1, state == "x")
+        for place, state in enumerate(breached)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("breached", "alert", "precision", "recall", "leads"),
+    [
+        # a breach of which an alert told 3 minutes before; the alert stands on
+        ("......xxxx......", "...xxxxxxx......", 1.0, 1.0, (180.0,)),
+        # a gap of one forecast ends neither
+        ("......xx.xx.....", "..x.xxxxxxx.....", 1.0, 1.0, (240.0,)),
+        # a breach that nothing told of, and an alert that came with it
+        ("......xxxx......", "......xxxx......", np.nan, 0.0, ()),
+        # a false alert, long over when the next breach comes
+        (".................xxx", "..x.............x...", 0.5, 1.0, (60.0,)),
+        # an alert that stands on after a breach tells of the next from there
+        ("..xx.....xx.........", "...xxxxxxx..........", np.nan, 0.5, (300.0,)),
+        # an alert whose breach may still come is not judged
+        (".........", "........x", np.nan, np.nan, ()),
+        # what was broken from the start has no before
+        ("xx...........", ".............", np.nan, np.nan, ()),
+    ],
+)
+def test_alerts(breached: str, alert: str, precision: float, recall: float, leads: tuple[float, ...]) -> None:
+    score = alert_score(moments(breached, alert), horizon_seconds=300.0)
+    assert score.precision == pytest.approx(precision, nan_ok=True)
+    assert score.recall == pytest.approx(recall, nan_ok=True)
+    assert score.lead_seconds == leads
+
+
+def test_reliability_of_calibrated_odds() -> None:
+    rng = np.random.default_rng(1)
+    said = rng.random(20_000)
+    rows = [ScoredBreach(float(n), 60.0, "slow", p, bool(rng.random() < p)) for n, p in enumerate(said.tolist())]
+    score = breach_score(rows, {})
+    assert len(score.reliability) == 10
+    for found in score.reliability:
+        assert found.breached_ratio == pytest.approx(found.probability, abs=0.05)
+    assert score.brier == pytest.approx(1 / 6, abs=0.01)  # the mean of p (1 - p)
+
+
+@pytest.mark.parametrize("spread", [0.2, 1.0, 5.0])  # of what comes, beside an interval made for 1
+def test_widened_intervals_cover(spread: float) -> None:
+    """Also where load drifts to ten times as much, and however wrong the interval itself is."""
+    rng = np.random.default_rng(2)
+    widening = Widening()
+    covered = []
+    for number in range(1_000):
+        level = 10.0 + 90.0 * number / 1_000
+        low, high = level - 1.645, level + 1.645
+        wide_low, wide_high = widening.widen(low, level, high)
+        observed = level + spread * float(rng.standard_normal())
+        covered.append(wide_low <= observed <= wide_high)
+        widening.observe(low, level, high, wide_low, wide_high, observed)
+        if number < SCORES_NEEDED:
+            assert (wide_low, wide_high) == (low, high)
+    assert 0.85 <= np.mean(covered[100:]) <= 0.95
