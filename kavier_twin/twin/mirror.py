@@ -287,12 +287,13 @@ class Mirror:
         self._extend()
 
     def _look(self, second: int) -> None:
-        """At every second: the gauges beside what engines reported, and now and then what all errors amount to."""
+        """At every second: gauges beside what engines reported, lengths, and now and then what all errors amount to."""
         self.gauges.record(second, self.load(), int(self.fleet.state.replicas["alive"].sum()))
         for pair in self.gauges.due(second):
             self.windows.add(*pair)
         if self.beside is not None:
             self.beside(self.fleet)
+        self._look_at_lengths()
         if second % JUDGE_EVERY_SECONDS == 0:
             self.scores = self.windows.scores(second)
             self.judge.judge(self.scores)
@@ -303,19 +304,26 @@ class Mirror:
             self.beside(self.fleet)
 
     def _extend(self) -> None:
-        """Requests that reached the length assumed for them go on, reality has not ended them; or are given up."""
+        """Requests that reached the length assumed for them go on: reality has not ended them."""
         if not self.fleet.state.replicas["holding"].any():
             return
-        for identity, live in list(self._running.items()):
+        for live in self.fleet.live():
             request = self.fleet.state.requests[live.replica, live.slot]
-            if not self._is_there(live) or request["tokens"] < request["prompt"] + request["output"]:
-                continue
-            output = self._lengths.extended_tokens(identity, int(request["output"]))
-            if output is None:
-                self._let_go(identity, live)
-            else:
-                self.fleet.set_output(live, output)
+            if request["tokens"] >= request["prompt"] + request["output"]:
+                self.fleet.set_output(live, 2 * int(request["output"]))
         self.fleet.state.replicas["hold_until"] = -np.inf
+
+    def _look_at_lengths(self) -> None:
+        """Requests that have run for too long are let go; the others get room in time, so that none has to wait."""
+        for identity, live in list(self._running.items()):
+            if not self._is_there(live):
+                continue
+            request = self.fleet.state.requests[live.replica, live.slot]
+            generated, limit = int(request["tokens"] - request["prompt"]), self._lengths.limit_tokens(identity)
+            if limit is not None and generated >= limit:
+                self._let_go(identity, live, limit)
+            elif 2 * generated > request["output"]:
+                self.fleet.set_output(live, 2 * int(request["output"]))
 
     def _arrive(self, seen: RequestSeen) -> None:
         self._recent.pop(seen.id, None)  # an id used again
@@ -327,7 +335,7 @@ class Mirror:
         replica = self.pods.serve(self.fleet, self.time_seconds, seen.pod) if seen.pod else -1
         if replica < 0 and seen.pod:
             self.ingested["too_many_pods"] += 1
-        assumed = self._lengths.assumed_tokens(seen.id, seen.max_tokens)
+        assumed = self._lengths.assumed_tokens()
         workload = _arrival(seen, assumed, self._next_index, replica)
         delivered = workload._replace(delivered=np.maximum(workload.arrival + self.frontend_seconds, self.time_seconds))
         # The frontend's time passes before the scheduler sees it; events in between have their own turn.
@@ -467,14 +475,13 @@ class Mirror:
             request = self.fleet.state.requests[live.replica, live.slot]
             if request["arrival"] > oldest:
                 return
-            self._let_go(identity, live)
+            self._let_go(identity, live, max(1, int(request["tokens"] - request["prompt"])))
 
-    def _let_go(self, identity: str, live: Live) -> None:
+    def _let_go(self, identity: str, live: Live, output_tokens: int) -> None:
         """The request ends in the mirror, though no record tells so."""
         self.ingested["never_finished"] += 1
-        simulated = self._simulated(live)
-        self._lengths.let_go(identity, simulated)
-        self.fleet.finish(live, max(1, simulated.generated_tokens), None, 0)
+        self._lengths.let_go(identity, self._simulated(live))
+        self.fleet.finish(live, output_tokens, None, 0)
         self.fleet.collect()
         del self._running[identity]
 
