@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, Protocol
 
 import numpy as np
@@ -179,6 +180,11 @@ def _in_steps(coarse: Floats, history: History, steps: int) -> Floats:
     middle = history.lag_seconds + STEP_SECONDS * (np.arange(steps) + 0.5)
     between = np.interp(middle / COARSE_COUNT_SECONDS, np.arange(coarse.size) + 0.5, coarse)
     return np.asarray(np.maximum(between, 0.0) / _COARSE_STEPS, np.float64)
+
+
+def prepare() -> None:
+    """Import the library now, where it will be needed and the time for it is better than later."""
+    import_module("statsforecast.models")
 
 
 def fit_all(history: History, names: Sequence[str]) -> dict[str, Method]:
