@@ -1,4 +1,4 @@
-"""(i) What mirroring a fleet costs: CPU seconds for a second of stream at 100 and 1,000 requests/s.
+"""(j) What mirroring a fleet costs: CPU seconds for a second of stream at 100 and 1,000 requests/s.
 
 The stream is a simulated fleet's own account of itself, every request seen and finished, with the pod that served it.
 "later" is the second half of the stream: a daemon that runs for months must not pay for what has passed.
@@ -92,7 +92,7 @@ def main() -> None:
     feed(
         Mirror(MirrorSettings(), DEFAULT_FLEET), stream_of(DEFAULT_FLEET, 1.0)
     )  # kernels of ends that come from outside
-    report("(i) a mirrored fleet", [_measure(*load) for load in LOADS], f"kernels excluded: {compiling:.1f} s")
+    report("(j) a mirrored fleet", [_measure(*load) for load in LOADS], f"kernels excluded: {compiling:.1f} s")
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ class PoolTwin:
         forecast = forecast or ForecastSettings()
         self.fleet = fleet  # as configured
         self.forecaster = Forecaster(forecast)
-        self.what_if = WhatIf(self._snapshot, forecast.slos, forecast.workers)
+        self.what_if = WhatIf(self._snapshot, forecast.slos, forecast.workers, self.forecaster.load)
         mirror = mirror or MirrorSettings()
         self.metrics = MetricsStream(mirror.pool, fleet.engine) if from_metrics else None
         self.mirror = Mirror(mirror_settings(mirror) if from_metrics else mirror, fleet, calibrated=calibrated)

@@ -44,6 +44,7 @@ from kavier_twin.twin.lengths import Lengths, Simulated
 from kavier_twin.twin.online import Change, Online, Row
 from kavier_twin.twin.pace import Pace
 from kavier_twin.twin.pods import Pods, PodSeen
+from kavier_twin.twin.rate_history import RateHistory
 from kavier_twin.twin.snapshot import Snapshot
 from kavier_twin.twin.stream import MAX_JUMP_SECONDS, OrderedStream
 from kavier_twin.twin.trust import DEFAULT_TRUST, Judge, TrustSettings
@@ -114,6 +115,7 @@ class Mirror:
         self.last_change: Change | None = None
         self._online = Online()
         self._pace = Pace(fleet.step_time)
+        self._arrivals = RateHistory()
         self._is_fork = False
 
     # --- taking records in ----------------------------------------------------------------------------------------
@@ -205,6 +207,7 @@ class Mirror:
         twin._recent, twin._running = self._recent.copy(), self._running.copy()
         twin._pace = self._pace.fork()
         twin._lengths = self._lengths.fork()
+        twin._arrivals = self._arrivals.fork()
         twin.pods = self.pods.copy()
         twin._is_fork = True
         twin.beside = None
@@ -263,6 +266,7 @@ class Mirror:
             recent_seconds=min(self.settings.recent_seconds, max(self.time_seconds - start, 1e-9)),
             frontend_seconds=self.frontend_seconds,
             calibrated=self.calibrated,
+            arrivals=self._arrivals.until(self.time_seconds),
         )
 
     # --- events ---------------------------------------------------------------------------------------------------
@@ -324,6 +328,7 @@ class Mirror:
     def _arrive(self, seen: RequestSeen) -> None:
         self._recent.pop(seen.id, None)  # an id used again
         self._recent[seen.id] = Seen(seen)
+        self._arrivals.add(seen.time_seconds)
         if len(self._recent) > self.settings.recent_requests:
             del self._recent[next(iter(self._recent))]
         self._next_index += 1
@@ -579,22 +584,28 @@ def _arrival(seen: RequestSeen, assumed_output: int, index: int, replica: int) -
         hash_tokens=seen.block_tokens or 0,
         covered=known,
         priority=seen.priority,
-        # The same number for the same session in every process, so that a router keeps its sessions.
-        session=-index if seen.session is None else zlib.crc32(seen.session.encode()),
+        session=_session(seen, -index),
         held=1,
         replica=replica,
         index=index,
     )
 
 
+def _session(seen: RequestSeen, without: int) -> int:
+    """The same number for the same session in every process, so that a router keeps its sessions."""
+    return without if seen.session is None else zlib.crc32(seen.session.encode())
+
+
 def _workload(entries: list[Seen]) -> Workload:
     """Recent requests as arrays; those in flight with an output of 0."""
-    return workload_of(
+    workload = workload_of(
         [
             _whole(entry.seen, entry.finished or RequestFinished(id=entry.seen.id, time_seconds=0.0, output_tokens=0))
             for entry in entries
         ]
     )
+    sessions = [_session(entry.seen, -1 - number) for number, entry in enumerate(entries)]
+    return workload._replace(session=np.array(sessions, np.int64))
 
 
 def _observed(entries: list[Seen]) -> Observed:
