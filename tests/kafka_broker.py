@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -53,6 +54,16 @@ class Broker:
         self.address = address
         self.described = Broker.last_described = described
         self.client_options: dict[str, Any] = {}
+
+    def suspend(self) -> None:
+        """Let it answer nothing, while connections to it stay: what a partitioned network looks like."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let it answer again."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
 
     def close(self) -> None:
         """End it, if it was started here."""

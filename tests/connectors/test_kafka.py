@@ -300,6 +300,24 @@ def test_a_broker_that_restarts_costs_nothing(real_topic: Topic, real_kafka: Our
 
 
 @pytest.mark.slow
+def test_a_broker_out_of_reach_costs_nothing(real_topic: Topic, real_kafka: OurBroker) -> None:
+    """Its connections stay and nothing comes over them."""
+    real_topic.send(map(seen, range(100)))
+    with real_topic.source() as source:
+        records = take(source, 100, batch=7)
+        real_kafka.suspend()
+        try:
+            until(lambda: source.poll(10) == [] and "do not answer" in source.trouble, "the outage is noticed")
+        finally:
+            real_kafka.resume()
+        real_topic.send(map(seen, range(100, 200)))
+        records += take(source, 100)
+        until(lambda: source.trouble == "", "all is well")
+        assert ids(records) == [str(number) for number in range(200)]
+        assert source.lost() == {}
+
+
+@pytest.mark.slow
 def test_a_broker_that_comes_later(real_topic: Topic, real_kafka: OurBroker) -> None:
     real_topic.send([seen(0)])
     real_kafka.stop()
