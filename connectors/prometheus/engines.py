@@ -10,6 +10,7 @@ from typing import Any
 from connectors.prometheus.names import Place, place_of
 from connectors.prometheus.readings import Reading, Reject
 from kavier_twin.telemetry import EngineSample, Histogram
+from kavier_twin.telemetry.records import FARTHEST_SECONDS
 
 
 def engine_samples(
@@ -139,6 +140,8 @@ def _is_a_routers(reading: Reading) -> bool:
 
 
 def _good(place: Place, value: float) -> bool:
+    if place.part == "started" and value > FARTHEST_SECONDS:
+        return False
     return math.isfinite(value) and value >= 0.0 and not (place.field.endswith("_ratio") and value > 1.0)
 
 

@@ -230,7 +230,7 @@ POISON: dict[bytes | None, str] = {
     b'{"kind": "request_seen", "id": "secret", "time_seconds": 1}': "missing-field",
     b'{"kind": "request_seen", "id": "secret", "time_seconds": NaN, "prompt_tokens": 1}': "bad-value",
     b"\nsecret": "not-otlp",
-    b'{"kind": "request_seen", "id": "secret", "time_seconds": %d, "prompt_tokens": 1}' % NOW_MS: "future-time",
+    b'{"kind": "request_seen", "id": "secret", "time_seconds": 90000000000, "prompt_tokens": 1}': "future-time",
 }
 
 

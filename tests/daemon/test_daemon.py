@@ -318,7 +318,8 @@ def test_demo_runs_once_and_shows_its_tables(launch: Callable[..., Process]) -> 
     series = re.search(r"(\d+) kavier_twin_ series", out)
     assert series is not None
     assert int(series[1]) > 100
-    assert process.err.read_text() == ""
+    # The recorded machine changed its speed at times, as the mirror finds.
+    assert [line for line in process.err.read_text().splitlines() if "an engine step lasts" not in line] == []
 
 
 @pytest.mark.slow
