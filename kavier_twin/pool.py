@@ -37,6 +37,7 @@ Found = TypeVar("Found")
 
 LIVE_WITHIN_SECONDS: Final = 300.0  # a stream whose newest record is this close to the wall clock is live
 SAMPLES_KEPT: Final = 1_000  # for each pod
+LATE_LOGGED_EVERY_SECONDS: Final = 30.0
 SAMPLE_SECONDS: Final = 120.0  # for which an engine's last word counts
 
 
@@ -65,7 +66,7 @@ class PoolTwin:
         forecast = forecast or ForecastSettings()
         self.fleet = fleet  # as configured
         self.forecaster = Forecaster(forecast)
-        self.what_if = WhatIf(self._snapshot, forecast.slos, forecast.workers)
+        self.what_if = WhatIf(self._snapshot, forecast.slos, forecast.workers, self.forecaster.load)
         mirror = mirror or MirrorSettings()
         self.metrics = MetricsStream(mirror.pool, fleet.engine) if from_metrics else None
         self.mirror = Mirror(mirror_settings(mirror) if from_metrics else mirror, fleet, calibrated=calibrated)
@@ -85,6 +86,7 @@ class PoolTwin:
         self._behind = False
         self._last_record_unix = math.nan
         self._told_calibration = False
+        self._told_late, self._tell_late_at = 0, 0.0
         self._told_change: Change | None = None
 
     @property
@@ -125,6 +127,7 @@ class PoolTwin:
                 self.mirror.end()
             self._behind = more
             self._tell_of_calibration()
+            self._tell_of_late_records()
 
     def adopt(self, told: Mapping[str, Override]) -> None:
         """Go on with what the engines say of their settings, but for those that are given."""
@@ -275,6 +278,19 @@ class PoolTwin:
                 change.ratio,
             )
         self._told_change = change
+
+    def _tell_of_late_records(self) -> None:
+        """Every now and then: one clock that is behind the others makes all its records late."""
+        late = self.mirror.ingested["late"]
+        if late > self._told_late and time.monotonic() >= self._tell_late_at:
+            self._told_late, self._tell_late_at = late, time.monotonic() + LATE_LOGGED_EVERY_SECONDS
+            log.warning(
+                "pool %s: %d records so far came after the mirror had passed their time and are left out; set the "
+                "clocks that stamp them alike, or mirror.lateness_seconds above %g",
+                self.name,
+                late,
+                self.mirror.settings.lateness_seconds,
+            )
 
     # --- forecasting ----------------------------------------------------------------------------------------------
 

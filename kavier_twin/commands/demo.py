@@ -26,6 +26,7 @@ from kavier_twin.daemon import Daemon, StopSignals
 from kavier_twin.errors import UserError
 from kavier_twin.feed import Feed
 from kavier_twin.forecast.forecaster import Forecaster, ForecastSettings
+from kavier_twin.forecast.load_methods import prepare
 from kavier_twin.forecast.slo import Slo
 from kavier_twin.http_settings import DEFAULT_HOST, DEFAULT_PORT, HttpConfig
 from kavier_twin.live_sources import SecretPlace
@@ -165,6 +166,7 @@ def _warm_up(console: Console, trace: Trace, fleet: FleetSettings) -> float:
                 mirror.ingest(record)
         mirror.advance()
         snapshot = mirror.snapshot()
+        prepare()
         if snapshot is not None:
             Forecaster(FORECAST.model_copy(update={"horizons_seconds": (5.0,), "futures": 1})).run(snapshot)
     finally:

@@ -15,6 +15,7 @@ from typing import Any
 from apscheduler.schedulers.background import BackgroundScheduler
 
 from kavier_twin.forecast.executors import Executor, ThreadExecutor
+from kavier_twin.forecast.load import LoadForecaster
 from kavier_twin.forecast.result import Forecast
 from kavier_twin.forecast.settings import ForecastSettings as ForecastSettings
 from kavier_twin.forecast.sweep import OutOfTime, sweep, sweep_within
@@ -34,6 +35,7 @@ class Forecaster:
         self.futures = 0  # simulated in all cycles, of today's policy
         self.shed: Counter[str] = Counter()  # by policy: cycles that had no time for it
         self.stopped: Counter[str] = Counter()  # by reason: why cycles simulated no more futures
+        self.load = LoadForecaster()
         self._executor = _executor(settings)
         self._scheduler: BackgroundScheduler | None = None
         self._stopping = Event()
@@ -42,7 +44,8 @@ class Forecaster:
     def run(self, snapshot: Snapshot) -> Forecast:
         """The forecast from this snapshot, which stays as it is: all the futures needed, however long that takes."""
         began = time.perf_counter()
-        forecast = sweep(snapshot, self.settings, self._executor)
+        arrivals = self.load.forecast(snapshot, self.settings.horizons_seconds[-1])
+        forecast = sweep(snapshot, self.settings, self._executor, arrivals=arrivals)
         return dataclasses.replace(forecast, duration_seconds=time.perf_counter() - began)
 
     def start(self, snapshot_source: Callable[[], Snapshot | None], publish: Callable[[Forecast], None]) -> None:
@@ -80,8 +83,9 @@ class Forecaster:
             snapshot = snapshot_source()
             if snapshot is None:
                 return
+            arrivals = self.load.forecast(snapshot, settings.horizons_seconds[-1])
             left = settings.cycle_seconds - (time.perf_counter() - began)
-            forecast = sweep_within(snapshot, settings, self._executor, left, self._stopping.is_set)
+            forecast = sweep_within(snapshot, settings, self._executor, left, self._stopping.is_set, arrivals)
             seconds = time.perf_counter() - began
             publish(dataclasses.replace(forecast, duration_seconds=seconds))
             self._count(forecast, seconds)

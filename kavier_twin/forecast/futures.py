@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kavier_twin.forecast.drawing import Examples, Nodes, draw_requests, fill_keys
-from kavier_twin.forecast.load import arrival_rate, poisson_arrivals
+from kavier_twin.forecast.load import LoadForecast, LoadForecaster
 from kavier_twin.forecast.stream import read_stream
 from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.state import FREE
@@ -31,25 +31,32 @@ def draw_future(snapshot: Snapshot, horizon_seconds: float, seed: int | Sequence
     return Futures(snapshot, horizon_seconds).draw(seed)
 
 
-def draw_futures(snapshot: Snapshot, horizon_seconds: float, seeds: Sequence[int | Sequence[int]]) -> list[Workload]:
-    """One `draw_future` per seed."""
-    futures = Futures(snapshot, horizon_seconds)
+def draw_futures(
+    snapshot: Snapshot,
+    horizon_seconds: float,
+    seeds: Sequence[int | Sequence[int]],
+    arrivals: LoadForecast | None = None,
+) -> list[Workload]:
+    """One `draw_future` per seed; `arrivals` are forecast from the snapshot if they are not given."""
+    futures = Futures(snapshot, horizon_seconds, arrivals=arrivals)
     return [futures.draw(seed) for seed in seeds]
 
 
 class Futures:
     """The futures of one snapshot: the recent stream is read once, each future drawn when it is asked for.
 
-    Requests arrive `load` times as often as foreseen.
+    `load` times as many requests arrive as `arrivals` says, which is forecast from the snapshot if not given.
     """
 
-    def __init__(self, snapshot: Snapshot, horizon_seconds: float, load: float = 1.0) -> None:
+    def __init__(
+        self, snapshot: Snapshot, horizon_seconds: float, load: float = 1.0, arrivals: LoadForecast | None = None
+    ) -> None:
         recent = snapshot.recent
         if recent.index.size and not (recent.output > 0).any():
             recent = recent._replace(output=np.full_like(recent.output, _assumed_by_live(snapshot.fleet)))
         self._snapshot = snapshot
         self._horizon_seconds = horizon_seconds
-        self._rate = load * arrival_rate(snapshot)
+        self._arrivals = (arrivals or LoadForecaster().forecast(snapshot, horizon_seconds)).scaled(load)
         self._stream = read_stream(recent)
         self._first_index = _first_free_index(snapshot)
 
@@ -57,7 +64,7 @@ class Futures:
         """The future of this seed."""
         snapshot, stream = self._snapshot, self._stream
         arrivals_rng, rng = np.random.default_rng(seed).spawn(2)
-        arrivals = poisson_arrivals(self._rate, snapshot.time_seconds, self._horizon_seconds, arrivals_rng)
+        arrivals = self._arrivals.draw_arrivals(self._horizon_seconds, arrivals_rng)
         n = stream.recent.index.size
         if not n:
             arrivals = arrivals[:0]

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from kavier_twin.forecast.load import LoadOutlook
 from kavier_twin.forecast.slo import Metric
 
 StopReason = Literal["certain", "time", "all_futures"]
@@ -106,7 +107,7 @@ class Forecast:
     pool: str
     time_seconds: float  # event time at which the future begins
     calibrated: bool
-    rate_requests_per_second: float  # of the arrivals assumed
+    rate_requests_per_second: float  # of the arrivals assumed, on average up to the longest horizon
     futures: int
     stopped_because: StopReason
     shed: tuple[str, ...]  # policies left out for want of time
@@ -115,6 +116,7 @@ class Forecast:
     failed: tuple[FailedPolicy, ...]
     verdict: Verdict
     notes: tuple[str, ...] = ()  # what a reader of these figures must know
+    load: LoadOutlook | None = None  # the arrivals assumed, in full
     duration_seconds: float | None = None  # wall clock; set by who ran it
 
     def to_dict(self) -> dict[str, Any]:

@@ -128,7 +128,6 @@ def _weights(arrival: Floats, finished: Flags, returns: Flags, parent: Integers)
     able = n - np.searchsorted(seen_since, gap, side="left")  # rows that could have seen such a return
     weight = np.where(returns, np.minimum(n / np.maximum(able, 1), _LONGEST_WEIGHT), 0.0)
     returning = min(float(weight.sum()) / n, 1.0)
-    returning = min(float(weight.sum()) / n, 1.0)
     # A first turn is surely one where the window reaches back further than nearly all returns do; else take the newer
     # half of them.
     order = np.argsort(gap, kind="stable")

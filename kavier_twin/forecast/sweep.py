@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from kavier_twin.forecast.executors import Cancelled, Executor, never
 from kavier_twin.forecast.futures import Futures, settle_lengths
-from kavier_twin.forecast.load import arrival_rate
+from kavier_twin.forecast.load import LoadForecast, LoadForecaster
 from kavier_twin.forecast.measure import measure, trimmed
 from kavier_twin.forecast.restart import begin_restart, needs_restart
 from kavier_twin.forecast.result import FailedPolicy, FirstBreach, Forecast, Quantiles, Row, StopReason, Switch, Verdict
@@ -65,31 +65,47 @@ class Seen(NamedTuple):
     first_breach_seconds: Floats  # [slos] from now; infinite: none
 
 
-def sweep(snapshot: Snapshot, settings: ForecastSettings, executor: Executor, cancelled: Cancelled = never) -> Forecast:
+def sweep(
+    snapshot: Snapshot,
+    settings: ForecastSettings,
+    executor: Executor,
+    cancelled: Cancelled = never,
+    arrivals: LoadForecast | None = None,
+) -> Forecast:
     """Simulate every policy in the same futures, one after the other, and read its KPIs at each horizon.
 
     All of `settings.futures`, unless the ranking is certain before: results depend on snapshot and settings only, not
     on the executor. Policies that cannot be applied are told in the result; the rest goes on. The snapshot stays as it
-    is. Raises OutOfTime if cancelled.
+    is. `arrivals` are forecast from the snapshot if not given. Raises OutOfTime if cancelled.
     """
-    return _Sweep(snapshot, settings, executor, cancelled).forecast(math.inf)
+    return _Sweep(snapshot, settings, executor, cancelled, arrivals).forecast(math.inf)
 
 
 def sweep_within(
-    snapshot: Snapshot, settings: ForecastSettings, executor: Executor, seconds: float, cancelled: Cancelled = never
+    snapshot: Snapshot,
+    settings: ForecastSettings,
+    executor: Executor,
+    seconds: float,
+    cancelled: Cancelled = never,
+    arrivals: LoadForecast | None = None,
 ) -> Forecast:
     """The same in so many seconds of wall clock: fewer futures where they do not suffice, then fewer policies.
 
     One future of today's policy is always simulated.
     """
-    return _Sweep(snapshot, settings, executor, cancelled).forecast(seconds)
+    return _Sweep(snapshot, settings, executor, cancelled, arrivals).forecast(seconds)
 
 
 def draw(
-    snapshot: Snapshot, horizon_seconds: float, numbers: Sequence[int], seed: int, load: float = 1.0
+    snapshot: Snapshot,
+    horizon_seconds: float,
+    numbers: Sequence[int],
+    seed: int,
+    load: float = 1.0,
+    arrivals: LoadForecast | None = None,
 ) -> Iterator[Future]:
     """The futures of these numbers; a future has the same present under every load."""
-    futures = Futures(snapshot, horizon_seconds, load)
+    futures = Futures(snapshot, horizon_seconds, load, arrivals)
     for number in numbers:
         present = snapshot.fleet.fork()
         settle_lengths(present, snapshot.recent, np.random.default_rng((seed, number, 1)))
@@ -145,12 +161,18 @@ class _Sweep:
     """One sweep under way."""
 
     def __init__(
-        self, snapshot: Snapshot, settings: ForecastSettings, executor: Executor, cancelled: Cancelled
+        self,
+        snapshot: Snapshot,
+        settings: ForecastSettings,
+        executor: Executor,
+        cancelled: Cancelled,
+        arrivals: LoadForecast | None,
     ) -> None:
         self._snapshot = snapshot
         self._settings = settings
         self._executor = executor
         self._cancelled = cancelled
+        self._arrivals = arrivals or LoadForecaster().forecast(snapshot, settings.horizons_seconds[-1])
         self._policies, self._failed = _applicable(snapshot, settings.policies)
         self._today = next(policy for policy in self._policies if not policy.overrides)
         # The most important first: when time runs out, the last have to go.
@@ -173,7 +195,7 @@ class _Sweep:
             pool=self._snapshot.pool,
             time_seconds=self._snapshot.time_seconds,
             calibrated=self._snapshot.calibrated,
-            rate_requests_per_second=arrival_rate(self._snapshot),
+            rate_requests_per_second=self._arrivals.rate(self._settings.horizons_seconds[-1]),
             futures=complete,
             stopped_because=stopped_because,
             shed=tuple(policy.name for policy in self._policies if policy not in kept),
@@ -182,6 +204,7 @@ class _Sweep:
             failed=self._failed,
             verdict=self._verdict(table, rows, complete),
             notes=tuple(_notes(complete, self._settings.quantiles)),
+            load=self._arrivals.outlook(self._settings.horizons_seconds),
         )
 
     def _simulate(self) -> StopReason:
@@ -228,7 +251,8 @@ class _Sweep:
         return None
 
     def _draw(self, numbers: Sequence[int]) -> Iterator[Future]:
-        return draw(self._snapshot, self._settings.horizons_seconds[-1], numbers, self._settings.seed)
+        horizon, seed = self._settings.horizons_seconds[-1], self._settings.seed
+        return draw(self._snapshot, horizon, numbers, seed, arrivals=self._arrivals)
 
     def _task(self, future: Future, policy: Policy, deadline: float, restart: RollingRestart | None = None) -> Task:
         return Task(

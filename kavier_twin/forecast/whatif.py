@@ -13,7 +13,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
 from kavier_twin.forecast.executors import Executor, ThreadExecutor
-from kavier_twin.forecast.load import arrival_rate
+from kavier_twin.forecast.load import LoadForecast, LoadForecaster
 from kavier_twin.forecast.result import Row
 from kavier_twin.forecast.slo import Metric, Slo
 from kavier_twin.forecast.sweep import Task, draw, row_of, simulate
@@ -107,19 +107,27 @@ class NothingYet(Exception):
     """There is no state to ask yet."""
 
 
-def answer(snapshot: Snapshot, question: Question, slos: Sequence[Slo], executor: Executor) -> Answer:
+def answer(
+    snapshot: Snapshot,
+    question: Question,
+    slos: Sequence[Slo],
+    executor: Executor,
+    arrivals: LoadForecast | None = None,
+) -> Answer:
     """The KPIs of today's policy and of the one asked about. The snapshot stays as it is.
 
+    `arrivals` are forecast from the snapshot if not given.
     Raises PolicyError for overrides that this fleet cannot have.
     """
     began = time.perf_counter()
+    arrivals = arrivals or LoadForecaster().forecast(snapshot, question.horizon_seconds)
     settings = snapshot.fleet.settings
     changed = apply_overrides(settings, question.overrides)
     cases = _cases(question)
 
     loads = list(dict.fromkeys(load for _, _, load in cases))
     horizon, seed = question.horizon_seconds, question.seed
-    drawn = {load: draw(snapshot, horizon, range(question.futures), seed, load) for load in loads}
+    drawn = {load: draw(snapshot, horizon, range(question.futures), seed, load, arrivals) for load in loads}
     kpis: list[Floats] = []  # by future: [cases, METRICS]
     while len(kpis) < question.futures and (
         not kpis or _time_for_more(len(kpis), time.perf_counter() - began, question)
@@ -135,7 +143,7 @@ def answer(snapshot: Snapshot, question: Question, slos: Sequence[Slo], executor
         calibrated=snapshot.calibrated,
         horizon_seconds=question.horizon_seconds,
         futures=len(kpis),
-        rate_requests_per_second=arrival_rate(snapshot),
+        rate_requests_per_second=arrivals.rate(question.horizon_seconds),
         deployable=not hypothetical_reasons(settings, changed),
         vllm_flags=tuple(vllm_flags(settings, changed)),
         hypothetical_reasons=tuple(hypothetical_reasons(settings, changed)),
@@ -151,6 +159,7 @@ class WhatIf:
     """Answers one question at a time; others wait for their turn, up to a limit.
 
     `snapshot_source` gives a fork of the present, or None where there is none yet; only it touches the mirror.
+    `load` tells the arrivals to come, as the forecast cycle fitted it last.
     """
 
     def __init__(
@@ -158,11 +167,13 @@ class WhatIf:
         snapshot_source: Callable[[], Snapshot | None],
         slos: Sequence[Slo],
         workers: int,
+        load: LoadForecaster | None = None,
         most_waiting: int = MOST_WAITING,
     ) -> None:
         self._snapshot_source = snapshot_source
         self._slos = tuple(slos)
         self._executor = ThreadExecutor(workers)
+        self._load = load or LoadForecaster()
         self._most_waiting = most_waiting
         self.asked = 0  # waiting or being answered
         self._counting = Lock()
@@ -179,7 +190,8 @@ class WhatIf:
                 snapshot = self._snapshot_source()
                 if snapshot is None:
                     raise NothingYet("the mirror has processed no telemetry yet")
-                return answer(snapshot, question, self._slos, self._executor)
+                arrivals = self._load.forecast(snapshot, question.horizon_seconds, refit=False)
+                return answer(snapshot, question, self._slos, self._executor, arrivals)
         finally:
             with self._counting:
                 self.asked -= 1

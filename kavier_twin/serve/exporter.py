@@ -21,6 +21,7 @@ from kavier_twin import __version__
 from kavier_twin.serve.cache_metrics import cache_metrics
 from kavier_twin.serve.calibration_metrics import calibration_metrics
 from kavier_twin.serve.fidelity_metrics import PREFIX, fidelity_metrics, flag
+from kavier_twin.serve.load_metrics import load_metrics
 from kavier_twin.serve.power_metrics import power_metrics
 from kavier_twin.serve.score_metrics import score_metrics
 from kavier_twin.serve.sweep_metrics import sweep_metrics
@@ -120,6 +121,8 @@ def _metrics(view: TwinView) -> Iterator[Metric]:
     yield from score_metrics(view.pool, view.scores)
     if view.outlook is not None:
         yield from _predictions(view.pool, view.source, view.outlook)
+        if view.outlook.load is not None:
+            yield from load_metrics(view.pool, view.outlook.load)
 
 
 def _stream(view: TwinView) -> Iterator[Metric]:
@@ -326,7 +329,7 @@ def _forecasts(view: TwinView) -> Iterator[Metric]:
     )
     yield _gauge(
         "forecast_arrivals_per_second",
-        "Arrival rate that the last forecast continues, requests per second.",
+        "Mean arrival rate that the last forecast assumes up to its longest horizon, requests per second.",
         view.pool,
         outlook.rate_per_second,
     )

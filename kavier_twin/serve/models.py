@@ -248,6 +248,28 @@ class Best(_Answer):
     switch_gain: Gain | None = Field(description="What is gained in spite of that restart.")
 
 
+class LoadAhead(_Answer):
+    """The arrival rate over one horizon, requests per second."""
+
+    horizon_seconds: float = Field(examples=[300])
+    mean: float = Field(examples=[4.2])
+    p10: float = Field(description="Of the rate at the horizon's end.", examples=[3.5])
+    p90: float = Field(description="Of the rate at the horizon's end.", examples=[5.0])
+    by_method: dict[str, float] = Field(description="The mean by method.", examples=[{"persistence": 4.0}])
+
+
+class LoadOutlook(_Answer):
+    """How the load to come is forecast."""
+
+    method: str = Field(description="In use: best over the recent past.", examples=["exponential_smoothing"])
+    errors: dict[str, Figure] = Field(
+        description="Mean absolute scaled error by method; null: not tried yet.", examples=[{"persistence": 1.1}]
+    )
+    dispersion_ratio: float = Field(description="Variance over mean of arrival counts; 1: Poisson.", examples=[1.0])
+    refitted_seconds: Figure = Field(description="Event time of the last fit.", examples=[1767225600.5])
+    ahead: tuple[LoadAhead, ...]
+
+
 class Outlook(_Answer):
     """One forecast."""
 
@@ -259,6 +281,7 @@ class Outlook(_Answer):
     calibrated: bool = Field(description="False: not to be trusted.", examples=[True])
     policies: tuple[PolicyOutlook, ...] = Field(description="Best first.")
     best: Best | None
+    load: LoadOutlook | None
     stopped_because: str = Field(
         description="Why no more futures were simulated: certain, time, all_futures.", examples=["certain"]
     )

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from kavier_twin.forecast.load import LoadOutlook
 from kavier_twin.forecast.result import Gain
 from kavier_twin.forecast.scores import Scores
 from kavier_twin.twin.replicas import Replica
@@ -158,6 +159,7 @@ class Outlook:
     calibrated: bool
     policies: tuple[PolicyOutlook, ...]  # best first
     best: Best | None
+    load: LoadOutlook | None = None  # the arrivals assumed
     stopped_because: str = ""  # no more futures were simulated
     shed: tuple[str, ...] = ()  # policies without time for them
     notes: tuple[str, ...] = ()  # what a reader of its figures must know

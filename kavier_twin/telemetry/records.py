@@ -15,7 +15,9 @@ SCHEMA_VERSION = 1
 
 Tokens = Annotated[int, Field(ge=0, le=100_000_000)]
 Seconds = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-EventTime = Annotated[float, Field(allow_inf_nan=False)]
+# Within 3,000 years of the clock's zero: what is farther off is no time, or not in seconds.
+FARTHEST_SECONDS = 1e11
+EventTime = Annotated[float, Field(ge=-FARTHEST_SECONDS, le=FARTHEST_SECONDS, allow_inf_nan=False)]
 Identifier = Annotated[str, Field(min_length=1, max_length=512)]
 BlockHash = Annotated[int, Field(ge=0, lt=2**64)]
 Amount = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
@@ -47,7 +49,7 @@ class RequestSeen(Record):
     max_tokens: Tokens | None = None
     block_hashes: tuple[BlockHash, ...] = ()
     block_tokens: Annotated[int, Field(ge=1, le=1_048_576)] | None = None
-    priority: int = 0
+    priority: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
     pod: str | None = None
 
     @model_validator(mode="after")
@@ -94,6 +96,12 @@ class RequestRecord(RequestSeen):
     cached_tokens: Tokens | None = None
     preemptions: Annotated[int, Field(ge=0)] | None = None
     finish_reason: str | None = None
+
+    @model_validator(mode="after")
+    def _ends_at_a_time(self) -> RequestRecord:
+        if self.time_seconds + (self.e2e_seconds or 0.0) > FARTHEST_SECONDS:
+            raise ValueError(f"time_seconds + e2e_seconds is above {FARTHEST_SECONDS:g}: no time, or not in seconds")
+        return self
 
     def seen(self) -> RequestSeen:
         """The arrival half. Hashes beyond the prompt are withheld: at arrival nobody knows them."""

@@ -72,19 +72,12 @@ class Lengths:
         self._let_go = {identity: Simulated(*simulated) for identity, *simulated in let_go}
         self._ended_count, self._lost_count, self._late_ratio, self._until_look, self._limit_tokens = counts
 
-    def assumed_tokens(self, identity: str, max_tokens: int | None) -> int:
-        """What a new request is to generate as long as no record tells."""
-        assumed = self._limit(identity) or max(_FIRST_GUESS_TOKENS, 2 * max(self._outputs, default=0))
-        return min(assumed, max_tokens) if max_tokens else assumed
+    def assumed_tokens(self) -> int:
+        """What a new request is to generate as long as no record tells: more than any is let run."""
+        return max(_FIRST_GUESS_TOKENS, 2 * (self._limit_tokens or max(self._outputs, default=0)))
 
-    def extended_tokens(self, identity: str, output_tokens: int) -> int | None:
-        """What a request that has generated these tokens is to generate then; None: it is let go."""
-        limit = self._limit(identity)
-        if limit is None:
-            return 2 * output_tokens
-        return None if output_tokens >= limit else limit
-
-    def _limit(self, identity: str) -> int | None:
+    def limit_tokens(self, identity: str) -> int | None:
+        """At how many tokens a request without a record is let go; None: too little is known."""
         if self._limit_tokens is not None and self._late_ratio > LATE_RATIO:
             share = zlib.crc32(identity.encode()) / 2**32  # the same in every process
             return self._sorted[int(share * len(self._sorted))]

@@ -20,7 +20,6 @@ from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
@@ -38,7 +37,8 @@ Event = RequestSeen | RequestFinished
 
 LENGTHS_FROM_SECONDS: Final = 120.0  # how far back prompts are looked at for the length of new ones
 SHORTEST_SECONDS: Final = 5.0  # between samples that are used: in less, most requests neither come nor end
-KEPT_SAMPLES: Final = 200  # of each engine, to calibrate on
+KEPT_INTERVALS: Final = 200  # of each engine, to calibrate on
+FORGET_SECONDS: Final = 600.0  # an engine silent for so long is gone, and what was in it with it
 SILENT_SECONDS: Final = 60.0  # after which an engine without a sample is not waited for
 CALIBRATE_EVERY_SECONDS: Final = 60.0
 _FEW_PROMPTS: Final = 20  # too few to have a mean of their own
@@ -75,7 +75,10 @@ class MetricsStream:
         """Take in a sample of an engine."""
         key = (sample.namespace, sample.pod, sample.engine)
         engine = self._engines.setdefault(key, _Engine(self._pool, self._settings))
-        for event in engine.take(sample):
+        events = engine.take(sample)
+        for gone in [k for k, e in self._engines.items() if e.newest_seconds < sample.time_seconds - FORGET_SECONDS]:
+            events += self._engines.pop(gone).lost(sample.time_seconds)
+        for event in events:
             order = 0 if isinstance(event, RequestSeen) else 1
             heapq.heappush(self._ready, (event.time_seconds, order, event.id, event))
 
@@ -102,12 +105,12 @@ class MetricsStream:
         if newest < self._calibrated_seconds + CALIBRATE_EVERY_SECONDS:
             return events
         self._calibrated_seconds = newest
+        rows = np.array([row for engine in self._engines.values() for row in engine.counted], np.float64)
+        counted = Counted(*rows.reshape(-1, len(Counted._fields)).T)
         capacity = (self._settings.num_gpu_blocks - 1) * self._settings.block_size
-        pairs = [pair for engine in self._engines.values() for pair in pairwise(engine.recent)]
+        counted = counted._replace(context_tokens=counted.context_tokens * capacity)
         try:
-            found = calibrate_counters(
-                _counted(pairs, capacity), prior=mirror.settings.prior, floor=mirror.settings.floor
-            )
+            found = calibrate_counters(counted, prior=mirror.settings.prior, floor=mirror.settings.floor)
         except CalibrationError:
             return events
         queue = mirror.fidelity.scores().get("queue_seconds")
@@ -156,7 +159,8 @@ class _Engine:
 
     def __init__(self, pool: str, settings: EngineSettings) -> None:
         self.last: EngineSample | None = None
-        self.recent: deque[EngineSample] = deque(maxlen=KEPT_SAMPLES)  # of one process
+        self.recent: deque[EngineSample] = deque()  # of one process, over LENGTHS_FROM_SECONDS
+        self.counted: deque[Floats] = deque(maxlen=KEPT_INTERVALS)  # as `_counted` gives them
         self._pool = pool
         self._settings = settings
         self._inside: list[tuple[float, str, int]] = []  # (arrival, id, tokens it has from the cache), rising
@@ -177,9 +181,13 @@ class _Engine:
         anew = before is not None and restarted(before, sample)
         if anew:
             assert before is not None
-            events += self._lost(before.time_seconds)
+            events += self.lost(before.time_seconds)
             self.recent.clear()
+        elif before is not None and (row := _counted(before, sample)) is not None:
+            self.counted.append(row)
         self.recent.append(sample)
+        while self.recent[0].time_seconds < sample.time_seconds - LENGTHS_FROM_SECONDS and len(self.recent) > 2:
+            self.recent.popleft()
         level = _inside(sample)
         ended = finished_requests(sample)
         if level is None or ended is None:
@@ -203,6 +211,7 @@ class _Engine:
     def save(self) -> dict[str, Any]:
         return {
             "recent": [sample.model_dump(mode="json") for sample in self.recent],
+            "counted": [row.tolist() for row in self.counted],
             "inside": self._inside,
             "numbers": [self._surplus, self._hit_ratio, self._hits_owed, self._prompts_owed],
         }
@@ -211,12 +220,18 @@ class _Engine:
     def restored(cls, pool: str, settings: EngineSettings, saved: Mapping[str, Any]) -> _Engine:
         engine = cls(pool, settings)
         engine.recent.extend(map(EngineSample.model_validate, saved["recent"]))
+        engine.counted.extend(map(np.array, saved["counted"]))
         engine.last = engine.recent[-1]
         engine._inside = [(arrival, id, hits) for arrival, id, hits in saved["inside"]]
         engine._surplus, engine._hit_ratio, engine._hits_owed, engine._prompts_owed = saved["numbers"]
         return engine
 
-    def _lost(self, time_seconds: float) -> list[Event]:
+    @property
+    def newest_seconds(self) -> float:
+        """Of its last sample."""
+        return -math.inf if self.last is None else self.last.time_seconds
+
+    def lost(self, time_seconds: float) -> list[Event]:
         """The process ended, and what was in it with it."""
         lost = [
             RequestFinished(id=id, time_seconds=time_seconds, pool=self._pool, output_tokens=0, finish_reason="abort")
@@ -255,8 +270,7 @@ class _Engine:
 
     def _prompts(self, count: int, rng: np.random.Generator) -> list[int]:
         """Lengths as they were lately: distributed like those of requests that ended, with the mean of those begun."""
-        last = self.recent[-1]
-        first = next(s for s in self.recent if s.time_seconds >= last.time_seconds - LENGTHS_FROM_SECONDS)
+        first, last = self.recent[0], self.recent[-1]
         lengths = risen(first.request_prompt_tokens, last.request_prompt_tokens) or last.request_prompt_tokens
         begun = risen(first.ttft_seconds, last.ttft_seconds)
         tokens = _rise(first.prompt_tokens, last.prompt_tokens)
@@ -345,21 +359,17 @@ def _drawn(name: str, count: int, before: EngineSample | None, sample: EngineSam
     return values * (seen.sum / seen.count / max(float(values.mean()), 1e-12))
 
 
-def _counted(pairs: Iterable[tuple[EngineSample, EngineSample]], capacity_tokens: int) -> Counted:
-    """Differences between neighbouring samples in which all that is needed is told."""
-    rows = []
-    for before, after in pairs:
-        steps, latency = (
-            risen(getattr(before, name), getattr(after, name))
-            for name in ("step_tokens", "inter_token_latency_seconds")
-        )
-        usage = (before.kv_cache_usage_ratio, after.kv_cache_usage_ratio)
-        computed = [sample.prompt_tokens_by_source.get("local_compute") for sample in (before, after)]
-        if steps is None or latency is None or usage[0] is None or usage[1] is None or computed[1] is None:
-            continue
-        context = 0.5 * (usage[0] + usage[1]) * capacity_tokens
-        rows.append((steps.count, _rise(computed[0], computed[1]), latency.count, context, latency.sum))
-    return Counted(*np.array(rows, np.float64).reshape(-1, 5).T)
+def _counted(before: EngineSample, after: EngineSample) -> Floats | None:
+    """An entry of `Counted`, context as a share of the cache; None where something needed is not told."""
+    steps, latency = (
+        risen(getattr(before, name), getattr(after, name)) for name in ("step_tokens", "inter_token_latency_seconds")
+    )
+    usage = (before.kv_cache_usage_ratio, after.kv_cache_usage_ratio)
+    computed = [sample.prompt_tokens_by_source.get("local_compute") for sample in (before, after)]
+    if steps is None or latency is None or usage[0] is None or usage[1] is None or None in computed:
+        return None
+    context = 0.5 * (usage[0] + usage[1])
+    return np.array([steps.count, _rise(computed[0], computed[1]), latency.count, context, latency.sum])
 
 
 def _inside(sample: EngineSample) -> float | None:

@@ -44,6 +44,7 @@ from kavier_twin.twin.lengths import Lengths, Simulated
 from kavier_twin.twin.online import Change, Online, Row
 from kavier_twin.twin.pace import Pace
 from kavier_twin.twin.pods import Pods, PodSeen
+from kavier_twin.twin.rate_history import RateHistory
 from kavier_twin.twin.snapshot import Snapshot
 from kavier_twin.twin.stream import MAX_JUMP_SECONDS, OrderedStream
 from kavier_twin.twin.trust import DEFAULT_TRUST, Judge, TrustSettings
@@ -114,6 +115,7 @@ class Mirror:
         self.last_change: Change | None = None
         self._online = Online()
         self._pace = Pace(fleet.step_time)
+        self._arrivals = RateHistory()
         self._is_fork = False
 
     # --- taking records in ----------------------------------------------------------------------------------------
@@ -205,6 +207,7 @@ class Mirror:
         twin._recent, twin._running = self._recent.copy(), self._running.copy()
         twin._pace = self._pace.fork()
         twin._lengths = self._lengths.fork()
+        twin._arrivals = self._arrivals.fork()
         twin.pods = self.pods.copy()
         twin._is_fork = True
         twin.beside = None
@@ -263,6 +266,7 @@ class Mirror:
             recent_seconds=min(self.settings.recent_seconds, max(self.time_seconds - start, 1e-9)),
             frontend_seconds=self.frontend_seconds,
             calibrated=self.calibrated,
+            arrivals=self._arrivals.until(self.time_seconds),
         )
 
     # --- events ---------------------------------------------------------------------------------------------------
@@ -283,12 +287,13 @@ class Mirror:
         self._extend()
 
     def _look(self, second: int) -> None:
-        """At every second: the gauges beside what engines reported, and now and then what all errors amount to."""
+        """At every second: gauges beside what engines reported, lengths, and now and then what all errors amount to."""
         self.gauges.record(second, self.load(), int(self.fleet.state.replicas["alive"].sum()))
         for pair in self.gauges.due(second):
             self.windows.add(*pair)
         if self.beside is not None:
             self.beside(self.fleet)
+        self._look_at_lengths()
         if second % JUDGE_EVERY_SECONDS == 0:
             self.scores = self.windows.scores(second)
             self.judge.judge(self.scores)
@@ -299,30 +304,38 @@ class Mirror:
             self.beside(self.fleet)
 
     def _extend(self) -> None:
-        """Requests that reached the length assumed for them go on, reality has not ended them; or are given up."""
+        """Requests that reached the length assumed for them go on: reality has not ended them."""
         if not self.fleet.state.replicas["holding"].any():
             return
-        for identity, live in list(self._running.items()):
+        for live in self.fleet.live():
             request = self.fleet.state.requests[live.replica, live.slot]
-            if not self._is_there(live) or request["tokens"] < request["prompt"] + request["output"]:
-                continue
-            output = self._lengths.extended_tokens(identity, int(request["output"]))
-            if output is None:
-                self._let_go(identity, live)
-            else:
-                self.fleet.set_output(live, output)
+            if request["tokens"] >= request["prompt"] + request["output"]:
+                self.fleet.set_output(live, 2 * int(request["output"]))
         self.fleet.state.replicas["hold_until"] = -np.inf
+
+    def _look_at_lengths(self) -> None:
+        """Requests that have run for too long are let go; the others get room in time, so that none has to wait."""
+        for identity, live in list(self._running.items()):
+            if not self._is_there(live):
+                continue
+            request = self.fleet.state.requests[live.replica, live.slot]
+            generated, limit = int(request["tokens"] - request["prompt"]), self._lengths.limit_tokens(identity)
+            if limit is not None and generated >= limit:
+                self._let_go(identity, live, limit)
+            elif 2 * generated > request["output"]:
+                self.fleet.set_output(live, 2 * int(request["output"]))
 
     def _arrive(self, seen: RequestSeen) -> None:
         self._recent.pop(seen.id, None)  # an id used again
         self._recent[seen.id] = Seen(seen)
+        self._arrivals.add(seen.time_seconds)
         if len(self._recent) > self.settings.recent_requests:
             del self._recent[next(iter(self._recent))]
         self._next_index += 1
         replica = self.pods.serve(self.fleet, self.time_seconds, seen.pod) if seen.pod else -1
         if replica < 0 and seen.pod:
             self.ingested["too_many_pods"] += 1
-        assumed = self._lengths.assumed_tokens(seen.id, seen.max_tokens)
+        assumed = self._lengths.assumed_tokens()
         workload = _arrival(seen, assumed, self._next_index, replica)
         delivered = workload._replace(delivered=np.maximum(workload.arrival + self.frontend_seconds, self.time_seconds))
         # The frontend's time passes before the scheduler sees it; events in between have their own turn.
@@ -462,14 +475,13 @@ class Mirror:
             request = self.fleet.state.requests[live.replica, live.slot]
             if request["arrival"] > oldest:
                 return
-            self._let_go(identity, live)
+            self._let_go(identity, live, max(1, int(request["tokens"] - request["prompt"])))
 
-    def _let_go(self, identity: str, live: Live) -> None:
+    def _let_go(self, identity: str, live: Live, output_tokens: int) -> None:
         """The request ends in the mirror, though no record tells so."""
         self.ingested["never_finished"] += 1
-        simulated = self._simulated(live)
-        self._lengths.let_go(identity, simulated)
-        self.fleet.finish(live, max(1, simulated.generated_tokens), None, 0)
+        self._lengths.let_go(identity, self._simulated(live))
+        self.fleet.finish(live, output_tokens, None, 0)
         self.fleet.collect()
         del self._running[identity]
 
@@ -545,6 +557,8 @@ def _predicted_finish(simulated: Simulated, output_tokens: int) -> float:
 
 
 def _whole(seen: RequestSeen, finished: RequestFinished) -> RequestRecord:
+    # Only the arrival tells how many tokens a hash stands for.
+    hashes = finished.block_hashes if seen.block_tokens else ()
     return RequestRecord(
         id=seen.id,
         time_seconds=seen.time_seconds,
@@ -552,9 +566,9 @@ def _whole(seen: RequestSeen, finished: RequestFinished) -> RequestRecord:
         priority=seen.priority,
         prompt_tokens=seen.prompt_tokens,
         output_tokens=finished.output_tokens,
-        block_hashes=finished.block_hashes or seen.block_hashes,
+        block_hashes=hashes or seen.block_hashes,
         block_tokens=seen.block_tokens,
-        hashes_cover_output=bool(finished.block_hashes),
+        hashes_cover_output=bool(hashes),
     )
 
 
@@ -570,22 +584,28 @@ def _arrival(seen: RequestSeen, assumed_output: int, index: int, replica: int) -
         hash_tokens=seen.block_tokens or 0,
         covered=known,
         priority=seen.priority,
-        # The same number for the same session in every process, so that a router keeps its sessions.
-        session=-index if seen.session is None else zlib.crc32(seen.session.encode()),
+        session=_session(seen, -index),
         held=1,
         replica=replica,
         index=index,
     )
 
 
+def _session(seen: RequestSeen, without: int) -> int:
+    """The same number for the same session in every process, so that a router keeps its sessions."""
+    return without if seen.session is None else zlib.crc32(seen.session.encode())
+
+
 def _workload(entries: list[Seen]) -> Workload:
     """Recent requests as arrays; those in flight with an output of 0."""
-    return workload_of(
+    workload = workload_of(
         [
             _whole(entry.seen, entry.finished or RequestFinished(id=entry.seen.id, time_seconds=0.0, output_tokens=0))
             for entry in entries
         ]
     )
+    sessions = [_session(entry.seen, -1 - number) for number, entry in enumerate(entries)]
+    return workload._replace(session=np.array(sessions, np.int64))
 
 
 def _observed(entries: list[Seen]) -> Observed:

@@ -51,6 +51,7 @@ def save(mirror: Mirror) -> Saved:
         "last_change": mirror.last_change,
         "online": mirror._online.save(),
         "pace": mirror._pace.save(),
+        "arrivals": mirror._arrivals.save(),
     }
     return Saved(document, dict(fleet.state._asdict()))
 
@@ -97,6 +98,7 @@ def restore(saved: Saved, settings: MirrorSettings, fleet: FleetSettings) -> Mir
     mirror._online.restore(document["online"])
     mirror._pace = Pace(current.step_time)
     mirror._pace.restore(document["pace"])
+    mirror._arrivals.restore(document["arrivals"])
     return mirror
 
 

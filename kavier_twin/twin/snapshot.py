@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
 
 from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.workload import Workload
+
+COUNT_SECONDS = 10.0  # width of the buckets in `ArrivalCounts.fine`
+COARSE_COUNT_SECONDS = 900.0  # and in `.coarse`
+
+
+def _none() -> npt.NDArray[np.int64]:
+    return np.zeros(0, np.int64)
+
+
+@dataclass(frozen=True)
+class ArrivalCounts:
+    """Requests that arrived, in whole buckets of event time, oldest first.
+
+    A bucket begins at a multiple of its width; the last one ends at the last such multiple before the snapshot.
+    """
+
+    fine: npt.NDArray[np.int64] = field(default_factory=_none)  # hours
+    coarse: npt.NDArray[np.int64] = field(default_factory=_none)  # days
 
 
 @dataclass(frozen=True)
@@ -14,8 +35,9 @@ class Snapshot:
 
     `fleet` is a fork whose live requests still have their assumed output lengths: a forecast draws them. `recent`
     holds the requests seen over the last `recent_seconds`, in order of arrival, with the output length of those that
-    finished and 0 for those in flight; `recent.session` numbers sessions (a request without one has a number of its
-    own, below zero). Times are the stream's event time, seconds.
+    finished and 0 for those in flight; `recent.session` numbers sessions as the fleet does (a request without one has a
+    number of its own, below zero). `arrivals` counts the requests of a longer past. Times are the stream's event time,
+    seconds.
     """
 
     pool: str
@@ -25,3 +47,4 @@ class Snapshot:
     recent_seconds: float
     frontend_seconds: float
     calibrated: bool
+    arrivals: ArrivalCounts = field(default_factory=ArrivalCounts)

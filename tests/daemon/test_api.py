@@ -23,7 +23,7 @@ def daemon(monkeypatch: pytest.MonkeyPatch) -> Iterator[Daemon]:
     monkeypatch.setenv("TWIN_TOKEN", "token")
     source = MemorySource()
     with running(source, http=HttpConfig(port=0, token=SecretPlace(env="TWIN_TOKEN"))) as found:
-        for event in events(recorded(60))[:-2]:
+        for event in events([record.model_copy(update={"pod": "vllm-7"}) for record in recorded(60)])[:-2]:
             source.push(event)
         until(lambda: found.view.outlook and found.view.outlook.calibrated, "a forecast from calibrated figures")
         yield found
@@ -91,6 +91,7 @@ def test_a_replica_shows_its_cache_and_its_batch(daemon: Daemon) -> None:
     assert detail["blocks"] == 299
     assert detail["blocks_in_use"] + detail["blocks_cached"] + detail["blocks_empty"] == 299
     summary = detail["summary"]
+    assert summary["pod"] == "vllm-7"
     assert len(detail["requests"]) == summary["requests_running"] + summary["requests_waiting"] > 0
     assert summary["kv_cache_usage_ratio"] == pytest.approx(detail["blocks_in_use"] / 299)
     held = sum(request["blocks"] for request in detail["requests"])

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from connectors.follow import FollowFile
+from connectors.source import Source
 from connectors.traces import read_trace
 from kavier_twin.checkpoints import Checkpoints
 from kavier_twin.daemon import Daemon
@@ -43,7 +44,7 @@ sys.exit(0 if daemon.stop() else 1)
 """
 
 
-def make_daemon(directory: Path) -> Daemon:
+def make_daemon(directory: Path, source: Source | None = None) -> Daemon:
     engine = EngineSettings(block_size=32, num_gpu_blocks=300, max_num_seqs=16, max_num_batched_tokens=1024)
     pool = PoolTwin(
         FleetSettings(engine=engine, step_time=StepTime(fixed=0.015)),
@@ -52,7 +53,7 @@ def make_daemon(directory: Path) -> Daemon:
     )
     return Daemon(
         [pool],
-        [Feed(FollowFile(directory / "requests.jsonl", "telemetry"))],
+        [Feed(source or FollowFile(directory / "requests.jsonl", "telemetry"))],
         checkpoints=Checkpoints(directory / "state", every_seconds=0.05),
     )
 

@@ -52,7 +52,7 @@ def test_futures_hit_the_cache_as_the_stream_goes_on_to_do(stream: Workload, num
     """From a cache of which a part is evicted before it is used again, to one that holds everything."""
     snapshot = snapshot_at(stream, fleet_settings(num_gpu_blocks=num_gpu_blocks), 200.0, 100.0)
     real = hit_ratio(snapshot.fleet, between(stream, 200.0, 350.0))
-    futures = draw_futures(snapshot, 150.0, range(4))
+    futures = draw_futures(snapshot, 150.0, range(12))
     assert np.mean([hit_ratio(snapshot.fleet, future) for future in futures]) == pytest.approx(real, abs=0.04)
 
 
@@ -83,7 +83,7 @@ def test_lengths_and_rate_stay(stream: Workload, snapshot: Snapshot) -> None:
     assert np.mean([future.prompt.mean() for future in futures]) == pytest.approx(recent.prompt.mean(), rel=0.1)
     finished = recent.output[recent.output > 0]
     assert np.mean([future.output.mean() for future in futures]) == pytest.approx(finished.mean(), rel=0.1)
-    assert np.mean([future.index.size for future in futures]) == pytest.approx(600.0 * arrival_rate(snapshot), rel=0.05)
+    assert np.mean([future.index.size for future in futures]) == pytest.approx(600.0 * arrival_rate(snapshot), rel=0.1)
     assert np.isin(futures[0].output, finished).all()
 
 

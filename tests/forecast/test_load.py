@@ -1,18 +1,56 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from forecast.streams import empty_snapshot, fleet_settings
-from kavier_twin.forecast.load import arrival_rate, poisson_arrivals
+from kavier_twin.forecast.load import (
+    LoadForecast,
+    LoadForecaster,
+    arrival_rate,
+    dispersion_ratio,
+    fill_gaps,
+)
+from kavier_twin.forecast.load_methods import STEP_SECONDS
 from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.workload import make_workload
-from kavier_twin.twin.snapshot import Snapshot
+from kavier_twin.twin.rate_history import RateHistory
+from kavier_twin.twin.snapshot import ArrivalCounts, Snapshot
+
+Floats = npt.NDArray[np.float64]
 
 
-def snapshot(arrivals: list[float], now: float, window: float) -> Snapshot:
+def snapshot(arrivals: list[float], now: float, window: float, counts: ArrivalCounts | None = None) -> Snapshot:
     fleet = Fleet(fleet_settings(), start_seconds=now)
-    return Snapshot("default", now, fleet, make_workload(arrivals, 10, 10), window, 0.0, calibrated=True)
+    recent = make_workload(arrivals, 10, 10)
+    return Snapshot("default", now, fleet, recent, window, 0.0, calibrated=True, arrivals=counts or ArrivalCounts())
+
+
+def at(times: Floats, now: float) -> Snapshot:
+    """The snapshot of a twin that saw these arrivals up to now."""
+    history = RateHistory()
+    past = times[times <= now]
+    for time in past:
+        history.add(float(time))
+    return snapshot(past[past > now - 600.0].tolist(), now, 600.0, history.until(now))
+
+
+def arrivals_at(rate: Callable[[Floats], Floats], seconds: float, seed: int = 1, start: float = 0.0) -> Floats:
+    """A Poisson process whose rate changes with time."""
+    rng = np.random.default_rng(seed)
+    most = float(rate(np.linspace(0.0, seconds, 2_000)).max())
+    times = np.sort(rng.uniform(0.0, seconds, rng.poisson(most * seconds)))
+    return start + times[rng.random(times.size) * most < rate(times)]
+
+
+def constant(rate: float) -> Callable[[Floats], Floats]:
+    return lambda times: np.full(times.size, rate)
+
+
+# --- the recent rate ----------------------------------------------------------------------------------------------
 
 
 def test_the_rate_of_a_full_window() -> None:
@@ -40,21 +78,172 @@ def test_two_requests_at_once_are_no_rate_of_thousands() -> None:
     assert arrival_rate(snapshot([100.0, 100.0], 100.0, 60.0)) <= 1.0
 
 
-def test_poisson_arrivals() -> None:
-    arrivals = poisson_arrivals(4.0, 1e9, 5_000.0, np.random.default_rng(3))
+# --- the rate to come ---------------------------------------------------------------------------------------------
+
+
+def test_a_steady_rate_goes_on() -> None:
+    told = LoadForecaster().forecast(at(arrivals_at(constant(5.0), 7_200.0, start=1.8e9), 1.8e9 + 7_200.0), 900.0)
+    assert told.rate(900.0) == pytest.approx(5.0, rel=0.05)
+    lower, upper = told.interval(900.0)
+    assert lower < 5.0 < upper < 7.0
+    assert told.errors["exponential_smoothing"] < told.errors["persistence"]  # it averages for longer
+
+
+def test_a_ramp_is_foreseen_where_persistence_lags() -> None:
+    def ramp(times: Floats) -> Floats:
+        return 2.0 + np.maximum(0.0, times - 5_400.0) / 180.0
+
+    told = LoadForecaster().forecast(at(arrivals_at(ramp, 7_200.0), 7_200.0), 900.0)
+    then = 2.0 + 1_800.0 / 180.0 + 450.0 / 180.0  # on average over the horizon
+    assert told.method != "persistence"
+    assert told.rate(900.0) == pytest.approx(then, rel=0.15)
+    assert told.rate(900.0, "persistence") < 0.9 * then
+
+
+def test_a_level_shift_is_followed_within_minutes() -> None:
+    arrivals = arrivals_at(lambda times: np.where(times < 6_600.0, 4.0, 9.0), 7_200.0)
+    told = LoadForecaster().forecast(at(arrivals, 7_200.0), 900.0)
+    assert told.rate(900.0) == pytest.approx(9.0, rel=0.15)
+    before = LoadForecaster().forecast(at(arrivals, 6_600.0), 900.0)
+    assert told.interval(900.0)[1] / told.interval(900.0)[0] > before.interval(900.0)[1] / before.interval(900.0)[0]
+
+
+def test_where_traffic_stopped_none_is_expected() -> None:
+    arrivals = arrivals_at(lambda times: np.where(times < 6_000.0, 5.0, 0.0), 7_200.0)
+    told = LoadForecaster().forecast(at(arrivals, 7_200.0), 900.0)
+    assert told.rate(900.0) < 0.01
+    assert told.draw_arrivals(900.0, np.random.default_rng(1)).size < 10
+
+
+def test_a_pool_with_a_request_every_few_minutes() -> None:
+    arrivals = arrivals_at(constant(0.003), 20_000.0)
+    told = LoadForecaster().forecast(at(arrivals, 20_000.0), 900.0)
+    assert "sparse" in told.errors
+    assert told.rate(900.0) == pytest.approx(0.003, rel=0.6)
+    drawn = [told.draw_arrivals(3_600.0, np.random.default_rng(seed)).size for seed in range(20)]
+    assert 0 < np.mean(drawn) < 30
+
+
+def test_a_day_is_learnt_from_days() -> None:
+    """The rate turns within the horizon, which only methods that know the day can foresee."""
+
+    def day(times: Floats) -> Floats:
+        return 0.5 * (1.0 + 0.95 * np.sin(2.0 * np.pi * times / 86_400.0))
+
+    now = 4.25 * 86_400.0 - 1_800.0  # half an hour before the peak
+    told = LoadForecaster().forecast(at(arrivals_at(day, now), now), 3_600.0)
+    assert set(told.errors) >= {"same_time_yesterday", "multiple_seasonality"}
+    for method in ("same_time_yesterday", "multiple_seasonality"):
+        assert told.rate(3_600.0, method) == pytest.approx(0.975, rel=0.12)
+    assert told.method == min(told.errors, key=lambda name: told.errors[name])
+
+
+def test_short_history_is_what_the_recent_requests_say() -> None:
+    arrivals = arrivals_at(constant(5.0), 25.0)
+    told = LoadForecaster().forecast(at(arrivals, 25.0), 900.0)
+    assert told.method == "persistence"
+    assert told.rate(900.0) == pytest.approx(arrival_rate(at(arrivals, 25.0)))
+
+
+def test_nothing_seen_nothing_foreseen() -> None:
+    told = LoadForecaster().forecast(empty_snapshot(), 900.0)
+    assert told.rate(900.0) == 0.0
+    assert told.interval(900.0) == (0.0, 0.0)
+    assert told.draw_arrivals(900.0, np.random.default_rng(1)).size == 0
+
+
+def test_the_same_history_gives_the_same_forecast() -> None:
+    arrivals = arrivals_at(constant(5.0), 3_600.0)
+    one, other = (LoadForecaster().forecast(at(arrivals, 3_600.0), 900.0) for _ in range(2))
+    assert one.mean.tobytes() == other.mean.tobytes()
+    assert one.deviation.tobytes() == other.deviation.tobytes()
+
+
+def test_between_refits_the_newest_counts_are_used() -> None:
+    arrivals = arrivals_at(constant(4.0), 4_200.0)
+    forecaster = LoadForecaster(refit_seconds=600.0)
+    first = forecaster.forecast(at(arrivals, 3_600.0), 900.0)
+    later = forecaster.forecast(at(arrivals, 3_700.0), 900.0)
+    assert later.refitted_seconds == first.refitted_seconds == 3_600.0
+    assert later.rate(900.0) != first.rate(900.0)
+    assert forecaster.forecast(at(arrivals, 4_200.0), 900.0).refitted_seconds == 4_200.0
+
+
+def test_a_level_shift_does_not_wait_for_the_next_refit() -> None:
+    arrivals = arrivals_at(lambda times: np.where(times < 3_600.0, 9.0, 4.0), 3_700.0)
+    forecaster = LoadForecaster(refit_seconds=600.0)
+    before = forecaster.forecast(at(arrivals, 3_600.0), 900.0)
+    assert before.rate(900.0) == pytest.approx(9.0, rel=0.05)
+    told = forecaster.forecast(at(arrivals, 3_700.0), 900.0)
+    assert told.refitted_seconds == 3_700.0
+    assert told.rate(900.0) < 6.0
+
+
+def test_a_gap_in_the_telemetry_is_no_silence() -> None:
+    steady = arrivals_at(constant(5.0), 7_200.0)
+    gap = steady[(steady < 5_000.0) | (steady > 5_600.0)]
+    with_gap = LoadForecaster().forecast(at(gap, 7_200.0), 900.0)
+    assert with_gap.rate(900.0) == pytest.approx(5.0, rel=0.05)
+    assert 0.5 < with_gap.dispersion_ratio < 1.3
+
+
+def test_gaps_are_filled_silence_is_not() -> None:
+    counts = np.array([50.0, 40.0, 0.0, 0.0, 60.0, 50.0])
+    assert (fill_gaps(counts)[2:4] > 40.0).all()
+    rare = np.array([1.0, 0.0, 0.0, 2.0, 1.0, 0.0, 1.0])
+    assert np.array_equal(fill_gaps(rare), rare)
+    ended = np.array([50.0, 40.0, 0.0, 0.0])
+    assert np.array_equal(fill_gaps(ended), ended)
+
+
+# --- arrivals drawn -----------------------------------------------------------------------------------------------
+
+
+def forecast(rate: float, deviation: float = 0.0, dispersion: float = 1.0, steps: int = 500) -> LoadForecast:
+    level = np.full(steps, rate)
+    return LoadForecast(1e9, level, np.full(steps, deviation), dispersion, "persistence", 0.0, {}, {})
+
+
+@pytest.mark.parametrize("dispersion", [0.3, 1.0, 3.0])
+def test_arrivals_are_as_bursty_as_told(dispersion: float) -> None:
+    told = forecast(4.0, dispersion=dispersion)
+    arrivals = told.draw_arrivals(5_000.0, np.random.default_rng(3))
     assert arrivals[0] > 1e9
     assert arrivals[-1] < 1e9 + 5_000.0
     assert (np.diff(arrivals) >= 0).all()
-    assert arrivals.size == pytest.approx(20_000, abs=5 * 20_000**0.5)
-    counts = np.histogram(arrivals, 1_000)[0]
-    assert counts.var() / counts.mean() == pytest.approx(1.0, abs=0.2)
+    assert arrivals.size == pytest.approx(20_000, abs=5 * (dispersion * 20_000) ** 0.5)
+    counts = np.histogram(arrivals, 500)[0].astype(np.float64)
+    assert counts.var() / counts.mean() == pytest.approx(dispersion, rel=0.2)
+    assert dispersion_ratio(counts) == pytest.approx(dispersion, rel=0.25)
+
+
+def test_the_rate_path_is_as_uncertain_as_told() -> None:
+    told = forecast(10.0, deviation=3.0, steps=60)
+    paths = np.array([told.draw_rate(np.random.default_rng(seed)) for seed in range(2_000)])
+    assert (paths > 0.0).all()
+    assert np.allclose(paths.mean(axis=0), 10.0, rtol=0.05)
+    assert np.allclose(paths.std(axis=0), 3.0, rtol=0.1)
+    lower, upper = told.interval(600.0)
+    assert np.mean((paths[:, -1] > lower) & (paths[:, -1] < upper)) == pytest.approx(0.8, abs=0.03)
+
+
+def test_arrivals_follow_the_rate() -> None:
+    mean = np.where(np.arange(100) < 50, 2.0, 20.0)
+    told = LoadForecast(0.0, mean, np.zeros(100), 1.0, "persistence", 0.0, {}, {})
+    arrivals = told.draw_arrivals(1_000.0, np.random.default_rng(3))
+    early = (arrivals < 50 * STEP_SECONDS).sum()
+    assert early == pytest.approx(1_000, abs=150)
+    assert arrivals.size - early == pytest.approx(10_000, abs=400)
 
 
 def test_a_shorter_horizon_is_the_beginning_of_a_longer_one() -> None:
-    longer = poisson_arrivals(50.0, 7.0, 100.0, np.random.default_rng(3))
-    shorter = poisson_arrivals(50.0, 7.0, 33.0, np.random.default_rng(3))
-    assert shorter.tolist() == longer[longer < 40.0].tolist()
+    told = forecast(50.0, deviation=10.0)
+    longer = told.draw_arrivals(100.0, np.random.default_rng(3))
+    shorter = told.draw_arrivals(33.0, np.random.default_rng(3))
+    assert shorter.tolist() == longer[longer < 1e9 + 33.0].tolist()
 
 
-def test_no_rate_no_arrivals() -> None:
-    assert poisson_arrivals(0.0, 0.0, 100.0, np.random.default_rng(3)).size == 0
+def test_another_load_is_as_uncertain() -> None:
+    told = forecast(4.0, deviation=1.0).scaled(1.5)
+    assert told.rate(60.0) == pytest.approx(6.0)
+    assert told.interval(60.0) == pytest.approx(tuple(1.5 * end for end in forecast(4.0, deviation=1.0).interval(60.0)))

@@ -164,6 +164,16 @@ def test_caches_are_shown_where_they_are_known() -> None:
     assert value(full_view(), "kavier_twin_kv_cache_agreement_ratio", pod="vllm-1", engine="0") is None
 
 
+def test_the_load_forecast_tells_the_method_in_use_and_the_others_beside_it() -> None:
+    view = full_view()
+    forecast = "kavier_twin_load_forecast"
+    assert value(view, f"{forecast}_method_info", method="exponential_smoothing") == 1.0
+    assert value(view, f"{forecast}_error_ratio", method="persistence") == 1.2
+    assert value(view, f"{forecast}_error_ratio", method="sparse") is None  # not tried yet
+    assert value(view, f"{forecast}_requests_per_second", method="persistence", horizon="60") == 2.4
+    assert value(view, f"{forecast}_end_requests_per_second", percentile="90", horizon="60") == 3.0
+
+
 def test_watts_are_shown_side_by_side() -> None:
     assert value(full_view(), "kavier_twin_gpu_power_watts", side="mirrored") == 412.0
     assert value(full_view(), "kavier_twin_gpu_power_watts", side="observed") == 400.0

@@ -219,7 +219,7 @@ def test_a_replica_is_opened_and_closed_by_keyboard(page: Page, served: Served) 
     expect(button).to_have_attribute("aria-expanded", "true")
     page.keyboard.press("Enter")
     expect(page.locator("#replica")).to_be_empty()
-    assert [row[0] for row in cells(page, "#replicas")] == ["replica 0", "replica 1"]
+    assert [row[0] for row in cells(page, "#replicas")] == ["vllm-0", "replica 1"]
 
 
 def test_pools_are_chosen_between(page: Page, served: Served) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from kavier_twin.forecast.load import LoadAhead, LoadOutlook
 from kavier_twin.forecast.result import Gain
 from kavier_twin.serve.assemble import _METRICS
 from kavier_twin.serve.view import (
@@ -63,6 +64,13 @@ def full_view(pool: str = "chat") -> TwinView:
         stopped_because="certain",
         shed=("slow",),
         notes=("4 futures are few",),
+        load=LoadOutlook(
+            "exponential_smoothing",
+            {"persistence": 1.2, "exponential_smoothing": 0.9, "sparse": math.nan},
+            1.1,
+            90.0,
+            (LoadAhead(60.0, 2.5, 2.0, 3.0, {"persistence": 2.4, "exponential_smoothing": 2.5, "sparse": 2.4}),),
+        ),
     )
     return TwinView(
         pool=pool,

@@ -12,6 +12,7 @@ import yaml
 from connectors.kafka.settings import KafkaSettings
 from connectors.traces.telemetry import parse_record
 from kavier_twin.cli import main
+from kavier_twin.live_sources import KvEvents
 from kavier_twin.telemetry import RequestFinished, RequestRecord, RequestSeen
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -35,8 +36,8 @@ def test_the_examples_are_records() -> None:
     assert [type(record) for record in records] == [RequestSeen, RequestFinished, RequestRecord]
 
 
-def test_the_example_of_a_source_is_one() -> None:
-    (text,) = fences("yaml")
-    (source,) = yaml.safe_load(text)["sources"]
-    assert KafkaSettings.model_validate(source).topics == ("llm-requests", "otlp_spans")
-    assert set(source) | {"name"} == set(KafkaSettings.model_fields)
+def test_the_examples_of_sources_are_sources() -> None:
+    kafka, kv_events = (source for text in fences("yaml") for source in yaml.safe_load(text)["sources"])
+    assert KafkaSettings.model_validate(kafka).topics == ("llm-requests", "otlp_spans")
+    assert set(kafka) | {"name", "pool"} == set(KafkaSettings.model_fields)
+    assert KvEvents.model_validate(kv_events).pod == "vllm-0"

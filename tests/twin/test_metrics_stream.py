@@ -145,6 +145,17 @@ def test_a_restart_ends_what_was_inside() -> None:
     assert sum(isinstance(event, RequestSeen) for event in events) == 15 + 5
 
 
+def test_an_engine_that_is_gone_takes_its_requests_along() -> None:
+    """Pods come and go for months: nothing of them may stay."""
+    stream = MetricsStream("p", ENGINE)
+    for number in range(100):
+        stream.take(counted(number * 1_000.0, running=3, pod=f"vllm-{number}"))
+    events = stream.due()
+    assert len(stream.save()["engines"]) == 1
+    assert sum(isinstance(event, RequestSeen) for event in events) == 300
+    assert sum(isinstance(event, RequestFinished) for event in events) == 297
+
+
 def test_engines_scraped_at_other_times_are_waited_for_until_they_are_silent() -> None:
     stream = MetricsStream("p", ENGINE)
     for at in (0.0, 15.0):

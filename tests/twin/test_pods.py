@@ -219,6 +219,7 @@ def story(seed: int) -> list[TelemetryRecord]:
             seconds = rng.uniform(0.1, 20.0)
             records.append(finished(at, time_seconds + seconds, int(seconds / 0.01)))
     records.append(seen(999, 94.5, "a"))  # under way when its pod begins anew
+    records += [seen(998, 5.3, "a"), finished(998, 25.0, 20_000)]  # lest such a one be given up
     for at in range(0, 200, 5):
         started = 0.0 if at < 100 else 95.0
         records.append(sample("a", float(at), started, at if at < 100 else at - 95.0))

@@ -381,7 +381,7 @@ async function drawReplica() {
     batch.append(element("span", one.state), tokens,
       element("span", `${one.cached_tokens} hit of ${one.prompt_tokens} + ${one.output_tokens} tokens, ${span(one.age_seconds.toFixed(1))}`));
   }
-  const title = element("h3", `Replica ${number}: ${detail.summary.requests_running} of at most ${detail.max_num_seqs} running, ` +
+  const title = element("h3", `${detail.summary.pod || `Replica ${number}`}: ${detail.summary.requests_running} of at most ${detail.max_num_seqs} running, ` +
     `${detail.summary.requests_waiting} waiting`);
   const legend = element("p", "Prompt (hatched: found in the cache), then output so far.", "soft");
   const scrolled = $("replica").querySelector(".batch")?.scrollTop ?? 0;

@@ -5,7 +5,7 @@ import numpy as np
 from kavier_twin.simulation.kernels import queue
 from kavier_twin.simulation.kernels.blocks import insert, private_key, remove
 from kavier_twin.simulation.kernels.chunks import disk_of, host_of, rename
-from kavier_twin.simulation.kernels.compile import kernel
+from kavier_twin.simulation.kernels.compile import inlined_kernel, kernel
 from kavier_twin.simulation.kernels.eviction import ttl
 from kavier_twin.simulation.kernels.eviction.order import order_of
 from kavier_twin.simulation.kernels.eviction.stranded import stranded_blocks
@@ -44,7 +44,7 @@ def _expire(state, number, time):
     ttl.expire(order_of(state, number), time)
 
 
-@kernel
+@inlined_kernel
 def _next_event(state, number, until):
     """Schedule or complete one batch, or jump over many, of those that are due by `until`. Returns whether one was."""
     replica, engine = state.replicas[number], state.engines[number]

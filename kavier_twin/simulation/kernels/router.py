@@ -3,13 +3,13 @@
 import numpy as np
 
 from kavier_twin.simulation.kernels.blocks import find, mix
-from kavier_twin.simulation.kernels.compile import kernel
+from kavier_twin.simulation.kernels.compile import inlined_kernel, kernel
 from kavier_twin.simulation.kernels.flow import next_end
 from kavier_twin.simulation.kernels.replica import advance
 from kavier_twin.simulation.state import LEAST_LOADED, PREFIX_AWARE, SESSION_AFFINITY
 
 
-@kernel
+@inlined_kernel
 def _quiet_until(state, number):
     """A time before which no live request of the replica can end by itself, assuming the shortest possible steps."""
     replica, engine = state.replicas[number], state.engines[number]
@@ -24,7 +24,7 @@ def _quiet_until(state, number):
     return end + (next_end(state, number) - replica.completed_batches - 1) * shortest
 
 
-@kernel
+@inlined_kernel
 def load(state, number, time):
     """Live requests of a replica at `time`."""
     replica = state.replicas[number]
@@ -34,7 +34,7 @@ def load(state, number, time):
     return replica.running + replica.waiting + replica.loading
 
 
-@kernel
+@inlined_kernel
 def _least_loaded(state, time):
     best, least = -1, 1 << 30
     for number in range(state.replicas.size):
@@ -45,7 +45,7 @@ def _least_loaded(state, time):
     return best
 
 
-@kernel
+@inlined_kernel
 def _by_turn(state):
     fleet = state.fleet[0]
     for _ in range(state.replicas.size):
@@ -56,7 +56,7 @@ def _by_turn(state):
     return -1
 
 
-@kernel
+@inlined_kernel
 def _by_session(state, session):
     """Rendezvous hashing: when a replica goes, only its own sessions move."""
     best, highest = -1, np.uint64(0)
@@ -85,7 +85,7 @@ def _cached_blocks(state, number, workload, row):
     return most
 
 
-@kernel
+@inlined_kernel
 def _by_prefix(state, workload, row, time):
     """The longest cached prefix among replicas not much busier than the least loaded; ties to the least loaded."""
     least = 1 << 30
@@ -106,7 +106,7 @@ def _by_prefix(state, workload, row, time):
     return best
 
 
-@kernel
+@inlined_kernel
 def route(state, workload, row, time):
     """The replica for this request, -1 if none accepts requests."""
     if workload.replica[row] >= 0:

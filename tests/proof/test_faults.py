@@ -1,0 +1,117 @@
+"""What goes wrong around a twin: it says so, goes on by itself, and loses nothing that it was told in time."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from connectors.memory import MemorySource
+from kavier_twin.checkpoints import Checkpoints
+from kavier_twin.daemon import Daemon
+from kavier_twin.feed import Feed
+from kavier_twin.forecast.forecaster import ForecastSettings
+from kavier_twin.pool import PoolTwin
+from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
+from kavier_twin.telemetry import RequestFinished, RequestSeen
+from kavier_twin.twin.mirror import MirrorSettings
+from prometheus_server import wait_until
+
+FLEET = FleetSettings(
+    engine=EngineSettings(num_gpu_blocks=2_000, max_num_seqs=32),
+    step_time=StepTime(fixed=0.01, per_prefill_token=1e-5),
+)
+
+
+def request(number: int, arrival: float, pod: str, seconds: float = 0.5) -> list[RequestSeen | RequestFinished]:
+    return [
+        RequestSeen(id=f"{pod}{number}", time_seconds=arrival, prompt_tokens=200, pod=pod),
+        RequestFinished(id=f"{pod}{number}", time_seconds=arrival + seconds, output_tokens=20, e2e_seconds=seconds),
+    ]
+
+
+def test_a_burst_of_a_hundred_times_the_rate() -> None:
+    """Two requests a second, two hundred for ten seconds, and again two: all are followed, and the queue ends."""
+    arrivals = [number / 2 for number in range(120)]
+    arrivals += [60.0 + number / 200 for number in range(2_000)]
+    arrivals += [70.0 + number / 2 for number in range(240)]
+    # As long as the fleet takes for them: 32 at a time, 20 tokens of 10 ms.
+    free = 0.0
+    stream = []
+    for number, arrival in enumerate(arrivals):
+        free = max(free, arrival) + 0.2 / 32
+        stream += request(number, arrival, "p", free - arrival + 0.3)
+    stream.sort(key=lambda record: record.time_seconds)
+    twin = PoolTwin(FLEET)
+    for start in range(0, len(stream), 500):
+        twin.ingest(stream[start : start + 500], more=False, ended=start + 500 >= len(stream))
+    assert twin.mirror.finished == len(arrivals)
+    assert twin.mirror.ingested["accepted"] == len(stream)
+    assert twin.mirror.load() == (0, 0, 0.0)
+
+
+def test_clocks_thirty_seconds_apart_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    """The records of the pod whose clock is behind come late: counted, told of, and the other pod's go on."""
+    twin = PoolTwin(FLEET.model_copy(update={"replicas": 2}))
+    stream = []
+    for number in range(100):
+        stream += request(number, 1_000.0 + number, "right")
+        stream += request(number, 970.0 + number, "behind")
+    with caplog.at_level(logging.WARNING):
+        for start in range(0, len(stream), 4):
+            twin.ingest(stream[start : start + 4], more=False, ended=start + 4 >= len(stream))
+    ingested = twin.mirror.ingested
+    assert ingested["late"] > 190  # but for the first, before anything newer was seen
+    assert ingested["accepted"] + ingested["late"] == len(stream)
+    assert twin.mirror.finished >= 100
+    assert "set the clocks that stamp them alike, or mirror.lateness_seconds above 2" in caplog.text
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own that is soon full."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = (
+        os.geteuid() == 0
+        and not subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place], check=False, capture_output=True
+        ).returncode
+    )
+    if not mounted:
+        pytest.skip("needs the right to mount a file system")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+def test_a_full_disk_costs_checkpoints_until_there_is_room(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = MemorySource("bus")
+    pool = PoolTwin(FLEET, MirrorSettings(), ForecastSettings(every_seconds=3_600.0))
+    daemon = Daemon([pool], [Feed(source)], checkpoints=Checkpoints(small_disk, every_seconds=0.05))
+    ballast = small_disk / "ballast"
+    for record in request(0, 1_000.0, "p"):
+        source.push(record)
+    daemon.start()
+    try:
+        wait_until(lambda: (daemon.view.checkpoint_unix_seconds or 0.0) > 0.0, 120.0)
+        with pytest.raises(OSError, match="No space"):
+            ballast.write_bytes(bytes(5_000_000))
+        wait_until(lambda: daemon.view.checkpoint_failures > 0, 60.0)
+        for record in request(1, 1_010.0, "p"):
+            source.push(record)
+        wait_until(lambda: daemon.view.records.get("accepted") == 4, 60.0)  # it goes on
+        ballast.unlink()
+        failures = daemon.view.checkpoint_failures
+        before = daemon.view.checkpoint_unix_seconds or 0.0
+        wait_until(lambda: (daemon.view.checkpoint_unix_seconds or 0.0) > before, 60.0)
+        assert failures > 0
+    finally:
+        daemon.stop()
+    assert "no checkpoint could be written" in caplog.text
+    restored = PoolTwin(FLEET, MirrorSettings(), ForecastSettings(every_seconds=3_600.0))
+    assert Checkpoints(small_disk).restore({restored.name: restored}, [])
+    assert restored.mirror.ingested["accepted"] == 4
