@@ -24,6 +24,7 @@ COMMANDS = (
     "whatif",
     "calibrate_power",
     "schema",
+    "tap",
 )
 
 _EXAMPLES = """examples:

@@ -1,0 +1,141 @@
+"""Hands records to Kafka or a file from a thread of its own, so that neither can delay a request."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from kavier_twin.tap.metrics import TapMetrics
+from kavier_twin.telemetry import RequestFinished, RequestSeen
+
+MOST_RECORDS: Final = 20_000  # that wait; a record of a long prompt has some tens of kilobytes
+_RETRY_SECONDS: Final = 1.0
+
+log = logging.getLogger(__name__)
+
+
+class Sink(Protocol):
+    """Where records go. `write` may block, and raises OSError while the place is away."""
+
+    def write(self, key: bytes, value: bytes) -> None: ...
+
+    def close(self, seconds: float) -> None: ...
+
+
+class FileSink:
+    """Lines appended to a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab")
+
+    def write(self, key: bytes, value: bytes) -> None:
+        self._file.write(value + b"\n")
+        self._file.flush()
+
+    def close(self, seconds: float) -> None:
+        self._file.close()
+
+
+class KafkaSink:
+    """A topic. Keyed by the request's id, so that both halves of a request keep their order.
+
+    `options` are kafka-python's. `failed` is called for each record that Kafka did not take in the end.
+    """
+
+    def __init__(self, brokers: list[str], topic: str, failed: Callable[[], None], **options: Any) -> None:
+        self._options = {"bootstrap_servers": brokers, "linger_ms": 20, "max_block_ms": 2_000, **options}
+        self._topic = topic
+        self._failed = failed
+        self._producer: Any = None
+
+    def write(self, key: bytes, value: bytes) -> None:
+        from kafka import KafkaProducer  # an extra
+        from kafka.errors import KafkaError, MessageSizeTooLargeError
+
+        try:
+            if self._producer is None:
+                self._producer = KafkaProducer(**self._options)
+            future = self._producer.send(self._topic, key=key, value=value)
+        except MessageSizeTooLargeError:  # no use in trying again
+            self._failed()
+            return
+        except KafkaError as error:
+            raise OSError(str(error)) from error
+        future.add_errback(lambda error: self._failed())
+
+    def close(self, seconds: float) -> None:
+        from kafka.errors import KafkaError
+
+        if self._producer is None:
+            return
+        try:
+            self._producer.flush(timeout=seconds)
+        except KafkaError as error:
+            log.warning("Kafka did not take all records before the end: %s", error)
+        self._producer.close(timeout=seconds)
+
+
+class Producer:
+    """A bounded buffer before a sink, emptied by a thread. `put` never blocks and never raises."""
+
+    def __init__(self, sink: Sink, metrics: TapMetrics, most_records: int = MOST_RECORDS) -> None:
+        self._sink = sink
+        self._metrics = metrics
+        self._waiting: queue.Queue[tuple[str, bytes, bytes]] = queue.Queue(most_records)
+        self._deadline_seconds: float | None = None  # on the monotonic clock, once it is to end
+        self._thread = threading.Thread(target=self._run, name="tap-producer", daemon=True)
+        self._thread.start()
+
+    def put(self, record: RequestSeen | RequestFinished) -> None:
+        """Take a record, or count it as dropped."""
+        value = record.model_dump_json(exclude_none=True).encode()
+        try:
+            self._waiting.put_nowait((record.kind, record.id.encode(), value))
+        except queue.Full:
+            self._metrics.dropped.labels("buffer-full").inc()
+        self._metrics.buffered.set(self._waiting.qsize())
+
+    def close(self, seconds: float) -> None:
+        """Hand over what waits, for `seconds` at most; what is left then is counted as dropped."""
+        self._deadline_seconds = time.monotonic() + seconds
+        self._thread.join(seconds + 5.0)  # a write under way may still block
+        while not self._waiting.empty():
+            self._waiting.get_nowait()
+            self._metrics.dropped.labels("ended").inc()
+        self._sink.close(max(0.1, self._deadline_seconds - time.monotonic()))
+
+    def _run(self) -> None:
+        away = False
+        while not self._over():
+            try:
+                kind, key, value = self._waiting.get(timeout=0.1)
+            except queue.Empty:
+                if self._deadline_seconds is not None:
+                    return
+                continue
+            while True:
+                try:
+                    self._sink.write(key, value)
+                except OSError as error:
+                    if not away:
+                        log.warning("records cannot be handed on, they wait: %s", error)
+                    away = True
+                    if self._over():
+                        self._metrics.dropped.labels("ended").inc()
+                        return
+                    time.sleep(_RETRY_SECONDS)
+                    continue
+                break
+            if away:
+                log.info("records are handed on again")
+            away = False
+            self._metrics.records.labels(kind).inc()
+            self._metrics.buffered.set(self._waiting.qsize())
+
+    def _over(self) -> bool:
+        return self._deadline_seconds is not None and time.monotonic() > self._deadline_seconds
