@@ -154,7 +154,7 @@ def _warm_up(console: Console, trace: Trace, fleet: FleetSettings) -> float:
     Returns the seconds that took.
     """
     began = time.monotonic()
-    note = "Compiling the simulation kernels (first run only, about half a minute) ..."
+    note = "Compiling the simulation kernels (first run only, a minute or two) ..."
     slow = Timer(_SLOW_SECONDS, console.print, [note])
     slow.daemon = True
     slow.start()
