@@ -6,32 +6,31 @@ import math
 from collections.abc import Iterator
 from typing import Final
 
-from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
+from kavier_twin.serve.families import gauge
 from kavier_twin.serve.view import CacheBeside
 
-_PREFIX: Final = "kavier_twin_kv_cache"
 _LABELS: Final = ["pool", "pod", "engine"]
 
 
 def cache_metrics(pool: str, caches: tuple[CacheBeside, ...]) -> Iterator[Metric]:
     """Of each engine whose KV events are read."""
-    agreement = GaugeMetricFamily(
-        f"{_PREFIX}_agreement_ratio",
+    agreement = gauge(
+        "kv_cache_agreement_ratio",
         "Blocks in both the real and the mirrored cache per block in either, 0 to 1, by KV events; a block counts as "
         "really cached if it was within a quarter of a second. No sample where the stream's hashes are not vLLM's.",
-        labels=_LABELS,
+        _LABELS,
     )
-    blocks = GaugeMetricFamily(
-        f"{_PREFIX}_blocks",
+    blocks = gauge(
+        "kv_cache_blocks",
         "Cached blocks by where they are: both, only_mirrored, only_real.",
-        labels=[*_LABELS, "where"],
+        [*_LABELS, "where"],
     )
-    filled = GaugeMetricFamily(
-        f"{_PREFIX}_filled_blocks",
+    filled = gauge(
+        "kv_cache_filled_blocks",
         "Blocks that the mirrored cache took over from the real one when the twin began.",
-        labels=_LABELS,
+        _LABELS,
     )
     for cache in caches:
         labels = [pool, cache.pod, cache.engine]

@@ -13,14 +13,15 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Final, NamedTuple
 
 from prometheus_client import CollectorRegistry, ProcessCollector
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, SummaryMetricFamily
+from prometheus_client.core import InfoMetricFamily, SummaryMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from kavier_twin import __version__
 from kavier_twin.serve.cache_metrics import cache_metrics
 from kavier_twin.serve.calibration_metrics import calibration_metrics
-from kavier_twin.serve.fidelity_metrics import PREFIX, fidelity_metrics, flag
+from kavier_twin.serve.families import PREFIX, add, breach_flag, counter, flag, gauge, pool_gauge
+from kavier_twin.serve.fidelity_metrics import fidelity_metrics
 from kavier_twin.serve.load_metrics import load_metrics
 from kavier_twin.serve.power_metrics import power_metrics
 from kavier_twin.serve.score_metrics import score_metrics
@@ -126,14 +127,14 @@ def _metrics(view: TwinView) -> Iterator[Metric]:
 
 
 def _stream(view: TwinView) -> Iterator[Metric]:
-    yield _counter(
+    yield counter(
         "records",
         "Telemetry records by what became of them since the start: accepted, duplicate, late (behind the watermark), "
         "future_time (far ahead of all others), rejected (not a record).",
         ["pool", "result"],
         [([view.pool, result], count) for result, count in sorted(view.records.items())],
     )
-    yield _counter(
+    yield counter(
         "source_rejected",
         "Pieces of input that made no record since the start, by source and reason.",
         ["pool", "source", "reason"],
@@ -143,35 +144,35 @@ def _stream(view: TwinView) -> Iterator[Metric]:
             for reason, count in sorted(source.rejected.items())
         ],
     )
-    up = GaugeMetricFamily(
-        f"{PREFIX}_source_up",
+    up = gauge(
+        "source_up",
         "Whether the source can be read (1), or its figures are stale for a reason told in the log and the status (0).",
         labels=["pool", "source"],
     )
-    yield _gauge(
+    yield pool_gauge(
         "stale",
         "Whether the pool's figures are old (1), as a source fails or is behind for longer than stale_after_seconds, "
         "or fresh (0). The status tells why.",
         view.pool,
         float(bool(view.stale)),
     )
-    yield _gauge(
+    yield pool_gauge(
         "engine_contradictions",
         "Settings that an engine tells otherwise than the settings file, whose word holds, or than another engine. The "
         "notes of the status name them.",
         view.pool,
         view.engine_contradictions,
     )
-    newest = GaugeMetricFamily(
-        f"{PREFIX}_source_last_record_timestamp_seconds",
+    newest = gauge(
+        "source_last_record_timestamp_seconds",
         "Event time of the source's newest record: unix time for live sources.",
         labels=["pool", "source"],
     )
     for source in view.sources:
-        _add(up, [view.pool, source.name], 0.0 if source.trouble else 1.0)
-        _add(newest, [view.pool, source.name], source.last_record_seconds)
+        add(up, [view.pool, source.name], 0.0 if source.trouble else 1.0)
+        add(newest, [view.pool, source.name], source.last_record_seconds)
     yield from (up, newest)
-    yield _counter(
+    yield counter(
         "source_lost_records",
         "Records that left a source's log unread since the start: expired (by retention), truncated (the log was cut).",
         ["pool", "source", "reason"],
@@ -181,15 +182,15 @@ def _stream(view: TwinView) -> Iterator[Metric]:
             for reason, count in sorted(source.lost.items())
         ],
     )
-    lag = GaugeMetricFamily(
-        f"{PREFIX}_source_lag_records",
+    lag = gauge(
+        "source_lag_records",
         "Records in the source's log that the twin has not read yet.",
         labels=["pool", "source"],
     )
     for source in view.sources:
-        _add(lag, [view.pool, source.name], source.lag_records)
+        add(lag, [view.pool, source.name], source.lag_records)
     yield lag
-    yield _counter(
+    yield counter(
         "requests_dropped",
         "Requests that the mirror could not follow since the start: unknown_request (a finish without an arrival), "
         "never_finished (no finish record came in time), ended_after_all (of those, ends that came later), "
@@ -199,34 +200,35 @@ def _stream(view: TwinView) -> Iterator[Metric]:
         ["pool", "reason"],
         [([view.pool, reason], count) for reason, count in sorted(view.dropped.items())],
     )
-    yield _counter(
+    yield counter(
         "requests_finished",
         "Requests whose end the mirror has followed since the start.",
         ["pool"],
         [([view.pool], view.finished_requests)],
     )
-    yield _gauge(
+    yield pool_gauge(
         "stream_lag_seconds",
         "Seconds of event time by which the mirror trails the newest record now.",
         view.pool,
         view.lag_seconds,
     )
-    yield _gauge(
+    yield pool_gauge(
         "buffered_records", "Records taken in and waiting for the watermark now.", view.pool, view.buffered_records
     )
     if view.checkpoint_unix_seconds is not None:
-        yield _gauge(
+        yield pool_gauge(
             "checkpoint_timestamp_seconds",
             "Unix time at which the twin's state was last written to disk.",
             view.pool,
             view.checkpoint_unix_seconds,
         )
-        failures = CounterMetricFamily(
-            f"{PREFIX}_checkpoint_failures", "Times that the state could not be written to disk.", labels=["pool"]
+        yield counter(
+            "checkpoint_failures",
+            "Times that the state could not be written to disk.",
+            ["pool"],
+            [([view.pool], view.checkpoint_failures)],
         )
-        failures.add_metric([view.pool], view.checkpoint_failures)
-        yield failures
-    yield _gauge(
+    yield pool_gauge(
         "last_record_timestamp_seconds",
         "Unix time at which the newest record was taken in.",
         view.pool,
@@ -235,7 +237,7 @@ def _stream(view: TwinView) -> Iterator[Metric]:
 
 
 def _mirror(view: TwinView) -> Iterator[Metric]:
-    yield _gauge(
+    yield pool_gauge(
         "mirror_event_seconds",
         "Event time the mirror stands at: unix time for live sources, seconds since its start for a trace.",
         view.pool,
@@ -246,48 +248,46 @@ def _mirror(view: TwinView) -> Iterator[Metric]:
         labels = ["pool", "statistic"] if kpi.has_statistic else ["pool"]
         window = "now" if name in _MOMENT else "over the last requests finished (500 at most)"
         for side, whose in (("mirrored", "as mirrored"), ("observed", "as the stream reports")):
-            family = GaugeMetricFamily(
-                f"{PREFIX}_{side}_{kpi.metric}", f"{_sentence(kpi.says)}, {whose} {window}.", labels=labels
-            )
+            family = gauge(f"{side}_{kpi.metric}", f"{_sentence(kpi.says)}, {whose} {window}.", labels=labels)
             for entry in entries:
-                _add(family, _labels(kpi, [view.pool], entry.statistic), getattr(entry, side))
+                add(family, _labels(kpi, [view.pool], entry.statistic), getattr(entry, side))
             yield family
 
 
 def _fidelity(view: TwinView) -> Iterator[Metric]:
-    yield _gauge(
+    yield pool_gauge(
         "calibrated",
         "Whether step times are fitted to this pool or given (1), or a crude prior not to be trusted (0).",
         view.pool,
         float(view.calibrated),
     )
-    yield _gauge(
+    yield pool_gauge(
         "calibration_requests",
         "Finished requests that the current step times were fitted on.",
         view.pool,
         view.calibrated_on_requests if view.calibrated_on_requests else math.nan,
     )
-    coefficients = GaugeMetricFamily(
-        f"{PREFIX}_step_time_coefficient_seconds",
+    coefficients = gauge(
+        "step_time_coefficient_seconds",
         "Coefficients of the engine's step time in use now, seconds per step, token or sequence as their name says.",
         labels=["pool", "coefficient"],
     )
     for name, value in view.step_time.items():
-        _add(coefficients, [view.pool, name], value)
+        add(coefficients, [view.pool, name], value)
     yield coefficients
-    yield _gauge(
+    yield pool_gauge(
         "frontend_seconds",
         "Constant time outside the engine in each time to first token, in seconds, as fitted.",
         view.pool,
         view.frontend_seconds,
     )
-    yield _gauge(
+    yield pool_gauge(
         "pace_ratio",
         "Real duration of an engine step over what the coefficients say, over the last seconds of event time.",
         view.pool,
         view.pace_ratio,
     )
-    yield _gauge(
+    yield pool_gauge(
         "fidelity_exact_cache_ratio",
         "Requests whose prefix cache hit was mirrored to the token, 0 to 1, over the last requests finished (500 at "
         "most).",
@@ -297,7 +297,7 @@ def _fidelity(view: TwinView) -> Iterator[Metric]:
 
 
 def _forecasts(view: TwinView) -> Iterator[Metric]:
-    yield _counter(
+    yield counter(
         "forecasts",
         "Forecast cycles by result since the start.",
         ["pool", "result"],
@@ -306,28 +306,28 @@ def _forecasts(view: TwinView) -> Iterator[Metric]:
     if view.outlook is None:
         return
     outlook = view.outlook
-    yield _gauge(
+    yield pool_gauge(
         "forecast_duration_seconds",
         "Wall-clock seconds that the last forecast took, all policies together.",
         view.pool,
         outlook.duration_seconds,
     )
-    yield _gauge(
+    yield pool_gauge(
         "forecast_timestamp_seconds",
         "Unix time at which the last forecast was made.",
         view.pool,
         outlook.made_unix_seconds,
     )
-    yield _gauge(
+    yield pool_gauge(
         "forecast_event_seconds",
         "Event time at which the last forecast starts: every horizon counts from there.",
         view.pool,
         outlook.event_seconds,
     )
-    yield _gauge(
+    yield pool_gauge(
         "forecast_futures", "Futures that the last forecast simulated for each policy.", view.pool, outlook.futures
     )
-    yield _gauge(
+    yield pool_gauge(
         "forecast_arrivals_per_second",
         "Mean arrival rate that the last forecast assumes up to its longest horizon, requests per second.",
         view.pool,
@@ -356,13 +356,13 @@ def _predictions(pool: str, source: str, outlook: Outlook) -> Iterator[Metric]:
                             named = {**dict(zip(labels, values, strict=True)), "quantile": f"{quantile:g}"}
                             family.add_sample(family.name, named, value)
         yield family
-    breach = GaugeMetricFamily(
-        f"{PREFIX}_slo_breach_probability_ratio",
+    breach = gauge(
+        "slo_breach_probability_ratio",
         "Share of simulated futures, 0 to 1, in which the SLO is breached within the horizon (seconds).",
         labels=["pool", "policy", "horizon", "slo", "trusted", "source"],
     )
-    best = GaugeMetricFamily(
-        f"{PREFIX}_best_policy",
+    best = gauge(
+        "best_policy",
         "Whether the last forecast holds this policy best over all its horizons (1) or not (0).",
         labels=["pool", "policy"],
     )
@@ -378,31 +378,13 @@ def _predictions(pool: str, source: str, outlook: Outlook) -> Iterator[Metric]:
         )
         for horizon in policy.horizons:
             for slo, probability in sorted(horizon.breach.items()):
-                trusted = flag(horizon.breach_trusted.get(slo, False))
-                _add(breach, [pool, policy.name, f"{horizon.seconds:g}", slo, trusted, source], probability)
+                about = [pool, policy.name, f"{horizon.seconds:g}", slo, breach_flag(horizon, slo), source]
+                add(breach, about, probability)
         if outlook.best is not None:
-            _add(best, [pool, policy.name], float(outlook.best.policy == policy.name))
+            add(best, [pool, policy.name], float(outlook.best.policy == policy.name))
     yield breach
     yield best
     yield info
-
-
-def _gauge(name: str, says: str, pool: str, value: float) -> Metric:
-    family = GaugeMetricFamily(f"{PREFIX}_{name}", says, labels=["pool"])
-    _add(family, [pool], value)
-    return family
-
-
-def _counter(name: str, says: str, labels: list[str], values: list[tuple[list[str], int]]) -> Metric:
-    family = CounterMetricFamily(f"{PREFIX}_{name}", says, labels=labels)
-    for label_values, value in values:
-        family.add_metric(label_values, value)
-    return family
-
-
-def _add(family: GaugeMetricFamily, labels: list[str], value: float) -> None:
-    if math.isfinite(value):
-        family.add_metric(labels, value)
 
 
 def _labels(kpi: Kpi, values: list[str], statistic: str) -> list[str]:

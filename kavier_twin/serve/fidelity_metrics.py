@@ -2,53 +2,43 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from typing import Final
 
-from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
+from kavier_twin.serve.families import add, gauge, pool_gauge
 from kavier_twin.serve.view import TwinView
-
-PREFIX: Final = "kavier_twin"
-
-
-def flag(trusted: bool) -> str:
-    """The value of the label `trusted`."""
-    return "1" if trusted else "0"
 
 
 def fidelity_metrics(view: TwinView) -> Iterator[Metric]:
     """Errors of predictions made before the end was known, and trust."""
-    errors = GaugeMetricFamily(
-        f"{PREFIX}_fidelity_error_ratio",
+    errors = gauge(
+        "fidelity_error_ratio",
         "Error of the mirror before it was corrected, over a window of event time that ends now: (predicted - "
         "observed) / observed, or predicted - observed for KPIs that are ratios.",
-        labels=["pool", "kpi", "statistic", "window"],
+        ["pool", "kpi", "statistic", "window"],
     )
-    observations = GaugeMetricFamily(
-        f"{PREFIX}_fidelity_observed_requests",
+    observations = gauge(
+        "fidelity_observed_requests",
         "Requests that the errors of the window were observed on; samples for running, waiting and KV cache usage.",
-        labels=["pool", "kpi", "window"],
+        ["pool", "kpi", "window"],
     )
     for entry in view.errors:
-        if math.isfinite(entry.error):
-            errors.add_metric([view.pool, entry.kpi, entry.statistic, entry.window], entry.error)
+        add(errors, [view.pool, entry.kpi, entry.statistic, entry.window], entry.error)
         if entry.statistic in ("", "mean"):
             observations.add_metric([view.pool, entry.kpi, entry.window], entry.observations)
-    trusted = GaugeMetricFamily(
-        f"{PREFIX}_trusted",
+    trusted = gauge(
+        "trusted",
         "Whether predictions of the KPI are to be trusted (1): its errors lately lie within the bounds of the "
         "settings; or not (0), also for want of observations.",
-        labels=["pool", "kpi"],
+        ["pool", "kpi"],
     )
     for kpi, trust in view.trust.items():
         trusted.add_metric([view.pool, kpi], float(trust.trusted))
-    whole = GaugeMetricFamily(
-        f"{PREFIX}_pool_trusted",
+    yield from (errors, observations, trusted)
+    yield pool_gauge(
+        "pool_trusted",
         "Whether every KPI that is observed is to be trusted and step times are fitted (1), or not (0).",
-        labels=["pool"],
+        view.pool,
+        float(view.trusted),
     )
-    whole.add_metric([view.pool], float(view.trusted))
-    yield from (errors, observations, trusted, whole)

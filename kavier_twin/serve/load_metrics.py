@@ -5,42 +5,41 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
+from prometheus_client.core import InfoMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from kavier_twin.forecast.load import LoadOutlook
-
-_PREFIX = "kavier_twin_load_forecast"
+from kavier_twin.serve.families import PREFIX, gauge, pool_gauge
 
 
 def load_metrics(pool: str, load: LoadOutlook) -> Iterator[Metric]:
     """The forecast of one pool's arrivals."""
     method = InfoMetricFamily(
-        f"{_PREFIX}_method",
+        f"{PREFIX}_load_forecast_method",
         "How the arrival rate is forecast now: the method that was best over the recent past. Always 1.",
         labels=["pool"],
     )
     method.add_metric([pool], {"method": load.method})
     yield method
-    errors = GaugeMetricFamily(
-        f"{_PREFIX}_error_ratio",
+    errors = gauge(
+        "load_forecast_error_ratio",
         "Mean absolute scaled error of each method over the recent past; 1 is as bad as the last value taken for the "
         "next.",
-        labels=["pool", "method"],
+        ["pool", "method"],
     )
     for name, error in load.errors.items():
         if not math.isnan(error):  # not tried yet
             errors.add_metric([pool, name], error)
     yield errors
-    rates = GaugeMetricFamily(
-        f"{_PREFIX}_requests_per_second",
+    rates = gauge(
+        "load_forecast_requests_per_second",
         "Mean arrival rate over the horizon as each method foresees it.",
-        labels=["pool", "method", "horizon"],
+        ["pool", "method", "horizon"],
     )
-    ends = GaugeMetricFamily(
-        f"{_PREFIX}_end_requests_per_second",
+    ends = gauge(
+        "load_forecast_end_requests_per_second",
         "Percentiles of the arrival rate at the horizon's end as the method in use foresees it.",
-        labels=["pool", "percentile", "horizon"],
+        ["pool", "percentile", "horizon"],
     )
     for ahead in load.ahead:
         horizon = f"{ahead.horizon_seconds:g}"
@@ -50,17 +49,15 @@ def load_metrics(pool: str, load: LoadOutlook) -> Iterator[Metric]:
         ends.add_metric([pool, "90", horizon], ahead.p90)
     yield rates
     yield ends
-    refitted = GaugeMetricFamily(
-        f"{_PREFIX}_refitted_event_seconds",
+    yield pool_gauge(
+        "load_forecast_refitted_event_seconds",
         "Event time at which the methods were last fitted and compared.",
-        labels=["pool"],
+        pool,
+        load.refitted_seconds,
     )
-    refitted.add_metric([pool], load.refitted_seconds)
-    yield refitted
-    dispersion = GaugeMetricFamily(
-        f"{_PREFIX}_dispersion_ratio",
+    yield pool_gauge(
+        "load_forecast_dispersion_ratio",
         "Variance of the number of arrivals over its mean, as futures are drawn: 1 is Poisson, more is bursty.",
-        labels=["pool"],
+        pool,
+        load.dispersion_ratio,
     )
-    dispersion.add_metric([pool], load.dispersion_ratio)
-    yield dispersion
