@@ -8,7 +8,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from kavier_twin.forecast.forecaster import ForecastSettings
 from kavier_twin.forecast.scores import ALERT_PROBABILITY, Scores
 from kavier_twin.forecast.slo import Slo
 from kavier_twin.scenario import load_scenario
+from kavier_twin.simulation.plain import plain
 from kavier_twin.slo_file import read_slos
 
 _DESCRIPTION = """Run the whole twin over a trace in fast time: at every step it knows what was known then, forecasts,
@@ -181,17 +182,6 @@ def document(found: Backtest) -> dict[str, Any]:
     """Plain JSON types."""
     what = {"forecasts": found.forecasts, "requests": found.requests, "measured": found.measured}
     return {**what, **plain(asdict(found.scores))}
-
-
-def plain(value: Any) -> Any:
-    """Plain JSON types; what is not finite becomes None."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(entry) for key, entry in value.items()}
-    if hasattr(value, "_asdict"):
-        return plain(value._asdict())
-    if isinstance(value, list | tuple):
-        return [plain(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _number(value: float, form: str = ".4g") -> str:

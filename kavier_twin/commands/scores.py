@@ -12,10 +12,11 @@ from typing import Any, Final
 import urllib3
 from pydantic import TypeAdapter, ValidationError
 
-from kavier_twin.commands.backtest import plain, print_scores, wide_console
+from kavier_twin.commands.backtest import print_scores, wide_console
 from kavier_twin.errors import UserError
 from kavier_twin.forecast.scores import Scorer, Scores
 from kavier_twin.score_store import FILE_NAME, read_judged
+from kavier_twin.simulation.plain import plain
 
 _SCORES: Final = TypeAdapter(Scores)
 _ANSWER_SECONDS: Final = 10.0

@@ -13,12 +13,12 @@ from kavier_twin.commands.run import set_up_logging
 from kavier_twin.daemon import StopSignals
 from kavier_twin.duration import seconds_of
 from kavier_twin.errors import UserError
+from kavier_twin.tap.hashing import ALGORITHMS
 
 _EXAMPLE = """examples:
   kavier-twin tap --upstream http://vllm:8000 --kafka kafka:9092 --topic llm-requests
   kavier-twin tap --mirror --upstream http://vllm:8000 --output requests.jsonl
 """
-_ALGORITHMS = ("sha256", "sha256_cbor", "xxhash", "xxhash_cbor")
 _END_SECONDS = 10.0  # for records that wait for Kafka
 
 
@@ -44,7 +44,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--pod", help="the pod that records name, where the tap stands before one engine")
     parser.add_argument("--tokenizer", type=Path, metavar="tokenizer.json", help="tokenise completions with this file")
     parser.add_argument("--block-tokens", type=int, default=16, help="vLLM's --block-size (16)")
-    parser.add_argument("--hash-algorithm", choices=_ALGORITHMS, default="sha256", help="its hash algorithm (sha256)")
+    parser.add_argument("--hash-algorithm", choices=ALGORITHMS, default="sha256", help="its hash algorithm (sha256)")
     parser.add_argument(
         "--python-hash-seed",
         default=os.environ.get("PYTHONHASHSEED"),

@@ -114,11 +114,11 @@ class _Stretch:
 
 
 _KPIS: Final[dict[Metric, Callable[[_Stretch], float]]] = {
-    "ttft_p50_seconds": lambda seen: _quantile(*seen.ttft, 0.50),
-    "ttft_p99_seconds": lambda seen: _quantile(*seen.ttft, 0.99),
+    "ttft_p50_seconds": lambda seen: quantile_with_ages(*seen.ttft, 0.50),
+    "ttft_p99_seconds": lambda seen: quantile_with_ages(*seen.ttft, 0.99),
     "itl_p99_seconds": _Stretch.itl_p99,
-    "e2e_p95_seconds": lambda seen: _quantile(*seen.e2e, 0.95),
-    "queue_p95_seconds": lambda seen: _quantile(*seen.queue, 0.95),
+    "e2e_p95_seconds": lambda seen: quantile_with_ages(*seen.e2e, 0.95),
+    "queue_p95_seconds": lambda seen: quantile_with_ages(*seen.queue, 0.95),
     "prefix_cache_hit_ratio": _Stretch.hit_ratio,
     "kv_usage_mean_ratio": lambda seen: seen.rate("used_block_seconds") / max(seen.after.usable_blocks, 1),
     "running_mean": lambda seen: seen.rate("running_seconds"),
@@ -134,7 +134,7 @@ _KPIS: Final[dict[Metric, Callable[[_Stretch], float]]] = {
 }
 
 
-def _quantile(complete: Floats, ages: Floats, share: float) -> float:
+def quantile_with_ages(complete: Floats, ages: Floats, share: float) -> float:
     """The larger of the quantile of complete intervals and that with the ages of those under way; NaN without any."""
     values = [np.quantile(sample, share) for sample in (complete, np.concatenate([complete, ages])) if sample.size]
     return float(max(values, default=np.nan))

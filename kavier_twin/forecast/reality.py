@@ -13,6 +13,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from kavier_twin.forecast.measure import quantile_with_ages
 from kavier_twin.forecast.slo import Metric
 
 Floats = npt.NDArray[np.float64]
@@ -133,9 +134,9 @@ class Reality:
         none = np.zeros(0)
         ttft, e2e = until(first, none), until(finish, live)
         found: dict[Metric, float] = {
-            "ttft_p50_seconds": _quantile(*ttft, 0.50),
-            "ttft_p99_seconds": _quantile(*ttft, 0.99),
-            "e2e_p95_seconds": _quantile(*e2e, 0.95),
+            "ttft_p50_seconds": quantile_with_ages(*ttft, 0.50),
+            "ttft_p99_seconds": quantile_with_ages(*ttft, 0.99),
+            "e2e_p95_seconds": quantile_with_ages(*e2e, 0.95),
             "output_tokens_per_second": float(
                 (output * _share(first, finish, start_seconds, stop_seconds)).sum() / seconds
             ),
@@ -148,16 +149,10 @@ class Reality:
             asked = float(prompt[inside].sum())
             found["prefix_cache_hit_ratio"] = float(cached[inside].sum()) / asked if asked else math.nan
         if np.isfinite(scheduled).any():
-            found["queue_p95_seconds"] = _quantile(*until(scheduled, none), 0.95)
+            found["queue_p95_seconds"] = quantile_with_ages(*until(scheduled, none), 0.95)
             found["waiting_mean"] = _overlap(arrival, scheduled, start_seconds, stop_seconds) / seconds
             found["running_mean"] = _overlap(scheduled, finish, start_seconds, stop_seconds) / seconds
         return found
-
-
-def _quantile(complete: Floats, ages: Floats, share: float) -> float:
-    """As in `measure`: ages may only raise a quantile."""
-    values = [np.quantile(sample, share) for sample in (complete, np.concatenate([complete, ages])) if sample.size]
-    return float(max(values, default=math.nan))
 
 
 def _share(begin: Floats, end: Floats, start: float, stop: float) -> Floats:

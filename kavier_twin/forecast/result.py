@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from kavier_twin.forecast.load import LoadOutlook
 from kavier_twin.forecast.slo import Metric
+from kavier_twin.simulation.plain import plain
 
 StopReason = Literal["certain", "time", "all_futures"]
 """Why no more futures were simulated: the best policy is known well enough, the budget ended, or there were enough."""
@@ -121,13 +121,5 @@ class Forecast:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; NaN and infinity become None."""
-        plain: dict[str, Any] = _plain(asdict(self))
-        return plain
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {f"{key:g}" if isinstance(key, float) else key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        found: dict[str, Any] = plain(asdict(self))
+        return found

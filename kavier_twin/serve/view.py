@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 from kavier_twin.forecast.load import LoadOutlook
 from kavier_twin.forecast.result import Gain
@@ -282,23 +281,3 @@ class TwinView:
     def value(self, kpi: str, statistic: str = "") -> Beside | None:
         """A KPI mirrored beside observed, or None where neither is known."""
         return next((entry for entry in self.beside if (entry.kpi, entry.statistic) == (kpi, statistic)), None)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; what is not finite becomes None."""
-        found: dict[str, Any] = _plain(asdict(self))
-        found["not_ready"] = self.not_ready()
-        return found
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {_key(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def _key(key: object) -> str:
-    return f"{key:g}" if isinstance(key, float) else str(key)

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from kavier_twin.simulation import state as layout
 from kavier_twin.simulation.fleet import Samples
 from kavier_twin.simulation.impact import Impact
+from kavier_twin.simulation.plain import plain
 from kavier_twin.simulation.power import Reading
 from kavier_twin.simulation.state import FleetState, Records
 
@@ -180,13 +181,8 @@ class Kpis:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; NaN becomes None."""
-        return {name: _plain(value) for name, value in asdict(self).items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    return None if isinstance(value, float) and not np.isfinite(value) else value
+        found: dict[str, Any] = plain(asdict(self))
+        return found
 
 
 def kpis(

@@ -172,8 +172,7 @@ GHOST = _record(
     ("queue", np.int32),
 )
 
-# Everything that policies other than LRU keep by block, in one array: every array of the state is nine machine words in
-# every call of a kernel that takes it. One row under LRU, which needs no more than BLOCK.
+# Everything that policies other than LRU keep by block. One row under LRU, which needs no more than BLOCK.
 NODE = _record(
     ("priority", np.float64),  # heap: the lowest goes first; TTL: seconds of its last use
     ("tie", np.int64),  # heap: among equals the lowest goes first

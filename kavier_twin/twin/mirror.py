@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass
@@ -96,9 +96,6 @@ class Mirror:
         self.frontend_seconds = 0.0
         self.ingested: Counter[str] = Counter()  # records by result
         self.finished = 0
-        self.observed_ttft: deque[float] = deque(maxlen=500)
-        self.observed_e2e: deque[float] = deque(maxlen=500)
-        self.last_sample: EngineSample | None = None
         # Gets the fleet before its first request and at every second; not that of a fork.
         self.beside: Callable[[Fleet], None] | None = None
         self.configured = fleet
@@ -123,7 +120,6 @@ class Mirror:
     def ingest(self, record: TelemetryRecord) -> None:
         """Take one record in; what became of it is counted in `ingested`."""
         if isinstance(record, EngineSample):
-            self.last_sample = record
             if record.pod:
                 self._stream.offer_sighting(PodSeen.of(record))
             self.gauges.offer(record)
@@ -202,7 +198,6 @@ class Mirror:
         twin.fidelity, twin.windows, twin.gauges = self.fidelity.fork(), self.windows.fork(), self.gauges.fork()
         twin.judge = copy(self.judge)
         twin.ingested = Counter(self.ingested)
-        twin.observed_ttft, twin.observed_e2e = self.observed_ttft.copy(), self.observed_e2e.copy()
         twin._stream = self._stream.fork()
         twin._recent, twin._running = self._recent.copy(), self._running.copy()
         twin._pace = self._pace.fork()
@@ -410,10 +405,8 @@ class Mirror:
         ttft = simulated.first_token - arrival
         finish = _predicted_finish(simulated, finished.output_tokens)
         if finished.ttft_seconds is not None:
-            self.observed_ttft.append(finished.ttft_seconds)
             self._pair("ttft_seconds", time, ttft, finished.ttft_seconds)
         if finished.e2e_seconds is not None:
-            self.observed_e2e.append(finished.e2e_seconds)
             self._pair("e2e_seconds", time, finish - arrival, finished.e2e_seconds)
         if finished.ttft_seconds is not None and finished.e2e_seconds is not None and finished.output_tokens > 1:
             decode_seconds = finished.e2e_seconds - finished.ttft_seconds

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from dataclasses import astuple
 from typing import Any
 
 from kavier_twin.simulation.fleet import Fleet, Live
 from kavier_twin.simulation.settings import FleetSettings, StepTime
 from kavier_twin.simulation.state import FleetState
-from kavier_twin.telemetry import EngineSample, RequestFinished, RequestSeen
+from kavier_twin.telemetry import RequestFinished, RequestSeen
 from kavier_twin.twin.calibration import Calibration, Coefficient
 from kavier_twin.twin.checkpoint import CheckpointError, Saved
 from kavier_twin.twin.mirror import Mirror, MirrorSettings, Seen
@@ -36,9 +36,6 @@ def save(mirror: Mirror) -> Saved:
         "frontend_seconds": mirror.frontend_seconds,
         "ingested": dict(mirror.ingested),
         "finished": mirror.finished,
-        "observed_ttft": list(mirror.observed_ttft),
-        "observed_e2e": list(mirror.observed_e2e),
-        "last_sample": mirror.last_sample and mirror.last_sample.model_dump(mode="json"),
         "stream": mirror._stream.save(),
         "recent": [_seen(entry) for entry in mirror._recent.values()],
         "running": [[identity, *live] for identity, live in mirror._running.items()],
@@ -82,9 +79,6 @@ def restore(saved: Saved, settings: MirrorSettings, fleet: FleetSettings) -> Mir
     mirror.frontend_seconds = document["frontend_seconds"]
     mirror.ingested = Counter(document["ingested"])
     mirror.finished = document["finished"]
-    mirror.observed_ttft = deque(document["observed_ttft"], maxlen=mirror.observed_ttft.maxlen)
-    mirror.observed_e2e = deque(document["observed_e2e"], maxlen=mirror.observed_e2e.maxlen)
-    mirror.last_sample = EngineSample.model_validate(document["last_sample"]) if document["last_sample"] else None
     mirror._stream.restore(document["stream"])
     mirror._recent = {entry.seen.id: entry for entry in map(_seen_of, document["recent"])}
     mirror._running = {identity: Live(*live) for identity, *live in document["running"]}

@@ -157,4 +157,4 @@ def test_two_hundred_thousand_records_of_any_kind() -> None:
     running, waiting, usage = mirror.load()
     assert min(running, waiting) >= 0
     assert 0.0 <= usage <= 1.0
-    assert twin.view(()).to_dict()["finished_requests"] == mirror.finished
+    assert twin.view(()).finished_requests == mirror.finished

@@ -45,8 +45,8 @@ if _FOLDER is not None:
     numba.config.CACHE_DIR = _FOLDER  # type: ignore[attr-defined]
 
 kernel = njit(nogil=True, cache=_FOLDER is not None, error_model="numpy", _nrt=False)  # type: ignore[call-overload]
-# Written out in its callers: for what returns records, which a compiled function cannot, and for small functions that
-# take the whole state, which is hundreds of machine words as an argument.
+# Written out in its callers: for what returns records, which a compiled function cannot, for what is small, and for
+# what has few callers, as each compiled function carries all the code it calls.
 inlined_kernel = njit(  # type: ignore[call-overload]
     nogil=True, cache=_FOLDER is not None, error_model="numpy", _nrt=False, inline="always"
 )
