@@ -354,7 +354,7 @@ def _trust(view: TwinView) -> Text:
 
 
 def _today(outlook: Outlook | None) -> PolicyOutlook | None:
-    found = (policy for policy in outlook.policies if policy.horizons and not policy.flags) if outlook else iter(())
+    found = (policy for policy in outlook.policies if policy.horizons and policy.in_force) if outlook else iter(())
     return next(found, None)
 
 

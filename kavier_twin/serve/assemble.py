@@ -116,7 +116,11 @@ def outlook(forecast: Forecast, made_unix_seconds: float, policies: Mapping[str,
             for breach in forecast.first_breaches
             if breach.policy == name
         }
-        shown.append(PolicyOutlook(name, policies[name].flags, policies[name].deployable, horizons, first_breach=first))
+        policy = policies[name]
+        in_force = not policy.overrides
+        shown.append(
+            PolicyOutlook(name, policy.flags, policy.deployable, horizons, first_breach=first, in_force=in_force)
+        )
     shown += [PolicyOutlook(failed.policy, (), False, (), problem=failed.error) for failed in forecast.failed]
     return Outlook(
         event_seconds=forecast.time_seconds,

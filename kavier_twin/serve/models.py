@@ -225,6 +225,7 @@ class PolicyOutlook(_Answer):
     flags: tuple[str, ...] = Field(description="Of `vllm serve`.", examples=[["--max-num-seqs 128"]])
     deployable: bool = Field(description="Whether the flags deploy all of it.", examples=[True])
     problem: str = Field(description="Why it could not be simulated; empty: it was.", examples=[""])
+    in_force: bool = Field(description="Whether it is today's.", examples=[False])
     horizons: tuple[Horizon, ...]
     first_breach: dict[str, Quantiles] = Field(
         description="By SLO: seconds to its first breach, in the worst tenth of futures and the median one; "
