@@ -69,6 +69,12 @@ _NAMES: Final = {
 }
 
 
+_EXAMPLES = """examples:
+  kavier-twin demo
+  kavier-twin demo --once --no-ui --speed 1000 --port 0   as fast as it goes, then end
+"""
+
+
 def add_parser(commands: Any) -> None:
     """Declare the command."""
     parser = commands.add_parser(
@@ -76,6 +82,8 @@ def add_parser(commands: Any) -> None:
         help="watch the twin mirror a recorded vLLM and forecast it",
         description="Replay a recording of a real vLLM as if live: mirror it, forecast it under several policies, "
         "serve metrics and a status page. Needs no service and no network.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--speed", type=float, help="times faster than it happened (default: so that all takes about a minute)"
