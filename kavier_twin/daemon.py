@@ -29,6 +29,7 @@ from kavier_twin.errors import UserError
 from kavier_twin.feed import UNNAMED_POOL, Feed
 from kavier_twin.freshness import STALE_AFTER_SECONDS, Freshness
 from kavier_twin.http_settings import HttpConfig
+from kavier_twin.kept_policies import KeptPolicies
 from kavier_twin.kernels_ready import compiled, make_ready
 from kavier_twin.live_sources import LiveSource, MetricsSource
 from kavier_twin.pool import PoolTwin
@@ -134,7 +135,9 @@ class Daemon:
         )
 
     def _listen(self, http: HttpConfig) -> HttpServer:
-        twin = Twin(lambda: self.views, {name: PoolControl(pool) for name, pool in self.pools.items()}, self._history)
+        kept = KeptPolicies(self._checkpoints.directory) if self._checkpoints else None
+        controls = {name: PoolControl(pool, kept) for name, pool in self.pools.items()}
+        twin = Twin(lambda: self.views, controls, self._history)
         try:
             return HttpServer(twin, http.host, http.port, http.access, http.limits)
         except AddressError as error:
