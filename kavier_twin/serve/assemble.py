@@ -37,6 +37,7 @@ _METRICS: Final = {  # the forecaster's metric -> KPI and statistic shown
     "ttft_p50_seconds": ("ttft_seconds", "p50"),
     "ttft_p99_seconds": ("ttft_seconds", "p99"),
     "itl_p99_seconds": ("itl_seconds", "p99"),
+    "tpot_p99_seconds": ("tpot_seconds", "p99"),
     "e2e_p95_seconds": ("e2e_seconds", "p95"),
     "queue_p95_seconds": ("queue_seconds", "p95"),
     "prefix_cache_hit_ratio": ("prefix_cache_hit_ratio", ""),
@@ -116,7 +117,11 @@ def outlook(forecast: Forecast, made_unix_seconds: float, policies: Mapping[str,
             for breach in forecast.first_breaches
             if breach.policy == name
         }
-        shown.append(PolicyOutlook(name, policies[name].flags, policies[name].deployable, horizons, first_breach=first))
+        policy = policies[name]
+        in_force = not policy.overrides
+        shown.append(
+            PolicyOutlook(name, policy.flags, policy.deployable, horizons, first_breach=first, in_force=in_force)
+        )
     shown += [PolicyOutlook(failed.policy, (), False, (), problem=failed.error) for failed in forecast.failed]
     return Outlook(
         event_seconds=forecast.time_seconds,

@@ -103,6 +103,13 @@ class Source(_Answer):
     lag_records: Figure = Field(description="In the log and not read yet.", examples=[0])
 
 
+class Compiling(_Answer):
+    """How far the kernels are, on the first start of a version."""
+
+    compiled: int = Field(examples=[120])
+    kernels: int = Field(examples=[258])
+
+
 class PoolState(_Answer):
     """The mirror of one pool."""
 
@@ -110,6 +117,7 @@ class PoolState(_Answer):
     not_ready: Annotated[tuple[str, ...], BeforeValidator(_reasons)] = Field(
         description="Why there are no figures yet; empty: there are.", examples=[[]]
     )
+    compiling: Compiling | None = Field(description="Null: the kernels are ready.", examples=[None])
     stale: tuple[str, ...] = Field(
         description="Why the figures are old, a line for each source that fails or is behind; empty: they are not.",
         examples=[[]],
@@ -217,6 +225,7 @@ class PolicyOutlook(_Answer):
     flags: tuple[str, ...] = Field(description="Of `vllm serve`.", examples=[["--max-num-seqs 128"]])
     deployable: bool = Field(description="Whether the flags deploy all of it.", examples=[True])
     problem: str = Field(description="Why it could not be simulated; empty: it was.", examples=[""])
+    in_force: bool = Field(description="Whether it is today's.", examples=[False])
     horizons: tuple[Horizon, ...]
     first_breach: dict[str, Quantiles] = Field(
         description="By SLO: seconds to its first breach, in the worst tenth of futures and the median one; "
