@@ -103,6 +103,13 @@ class Source(_Answer):
     lag_records: Figure = Field(description="In the log and not read yet.", examples=[0])
 
 
+class Compiling(_Answer):
+    """How far the kernels are, on the first start of a version."""
+
+    compiled: int = Field(examples=[120])
+    kernels: int = Field(examples=[258])
+
+
 class PoolState(_Answer):
     """The mirror of one pool."""
 
@@ -110,6 +117,7 @@ class PoolState(_Answer):
     not_ready: Annotated[tuple[str, ...], BeforeValidator(_reasons)] = Field(
         description="Why there are no figures yet; empty: there are.", examples=[[]]
     )
+    compiling: Compiling | None = Field(description="Null: the kernels are ready.", examples=[None])
     stale: tuple[str, ...] = Field(
         description="Why the figures are old, a line for each source that fails or is behind; empty: they are not.",
         examples=[[]],
@@ -332,6 +340,12 @@ class PoolPolicies(_Answer):
 
     pool: PoolName
     policies: tuple[PolicyTold, ...]
+    configured: bool = Field(description="In the settings file; false: set through this API.", examples=[False])
+    kept: bool = Field(
+        description="A restart of the twin goes on with them, as long as the settings file names the same as now; "
+        "false: it keeps no checkpoints, or could not write.",
+        examples=[True],
+    )
     settings: tuple[str, ...] = Field(description="What a policy may override.", examples=[["max_num_seqs"]])
 
 

@@ -223,6 +223,14 @@ class PowerBeside:
 
 
 @dataclass(frozen=True)
+class Compiling:
+    """How far the kernels are: nothing is mirrored before they are ready."""
+
+    compiled: int
+    kernels: int
+
+
+@dataclass(frozen=True)
 class TwinView:
     """The twin of one pool at one moment."""
 
@@ -267,9 +275,12 @@ class TwinView:
     stale: tuple[str, ...] = ()  # why the figures are old: one line for each source that fails or is behind
     engine_contradictions: int = 0  # settings that engines tell otherwise than the settings file or each other
     warming_up: bool = False  # the past of the logs is being mirrored
+    compiling: Compiling | None = None  # None: the kernels are ready
 
     def not_ready(self) -> list[str]:
         """Why the figures are not there yet; empty when they are."""
+        if self.compiling is not None:
+            return [f"compiling kernels, {self.compiling.compiled} of {self.compiling.kernels}"]
         reasons = []
         if self.warming_up:
             reasons.append("warming up: the past of the logs is being mirrored")

@@ -201,7 +201,7 @@ class Fleet:
                 self._next_row = stop
             if self._next_row == self._arrivals.index.size:
                 self._arrivals, self._next_row = None, 0
-        kernels.advance_all(self.state, time_seconds)
+        kernels.advance_all(self.state, float(time_seconds))  # compiled for one type of time
         ended = time_seconds if time_seconds < math.inf else float(self.state.replicas["now"].max())
         self.now_seconds = max(self.now_seconds, ended)
 

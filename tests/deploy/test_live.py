@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import pytest
 import urllib3
 import yaml
-from rich.console import Console
 
 from deploy.helm_chart import DASHBOARDS, ROOT, RULES, only, render
 from kavier_twin.commands import demo
@@ -24,6 +23,7 @@ from kavier_twin.daemon import Daemon
 from kavier_twin.feed import Feed
 from kavier_twin.forecast.slo import Slo
 from kavier_twin.http_settings import HttpConfig
+from kavier_twin.kernels_ready import make_ready
 from kavier_twin.pool import PoolTwin
 from kavier_twin.recording import read_recording, recorded_engine
 from kavier_twin.replay_source import ReplaySource
@@ -68,7 +68,7 @@ def _twin() -> tuple[Daemon, ReplaySource]:
     """As the demo makes it."""
     trace, samples = read_recording(None)
     fleet = FleetSettings(engine=recorded_engine(trace), step_time=CRUDE_STEP_TIME)
-    demo._warm_up(Console(quiet=True), trace, fleet)
+    make_ready()
     source = ReplaySource(trace.records, samples, speed=SPEED)
     forecast = demo.FORECAST.model_copy(update={"every_seconds": 1.0, "slos": (SLO,)})
     pool = PoolTwin(fleet, demo.MIRROR, forecast, event_clock=lambda: source.event_seconds)
