@@ -17,9 +17,8 @@ from prometheus_client.registry import Collector
 
 from connectors.prometheus.names import CACHE_CONFIG, COUNTERS, GAUGES
 from connectors.traces import Trace
-from kavier_twin.commands.run import set_up_logging
-from kavier_twin.daemon import StopSignals
 from kavier_twin.errors import UserError
+from kavier_twin.process import StopSignals, set_up_logging
 from kavier_twin.recording import read_recording, recorded_engine
 from kavier_twin.replay_source import ReplaySource
 from kavier_twin.simulation.settings import EngineSettings
