@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from threading import Event, Thread
-from types import FrameType
-from typing import Any, Final
+from typing import Final
 
 from connectors.dead_letters import DeadLetters
 from connectors.follow import FollowFile
@@ -29,6 +27,7 @@ from kavier_twin.errors import UserError
 from kavier_twin.feed import UNNAMED_POOL, Feed
 from kavier_twin.freshness import STALE_AFTER_SECONDS, Freshness
 from kavier_twin.http_settings import HttpConfig
+from kavier_twin.kept_policies import KeptPolicies
 from kavier_twin.kernels_ready import compiled, make_ready
 from kavier_twin.live_sources import LiveSource, MetricsSource
 from kavier_twin.pool import PoolTwin
@@ -132,7 +131,9 @@ class Daemon:
         )
 
     def _listen(self, http: HttpConfig) -> HttpServer:
-        twin = Twin(lambda: self.views, {name: PoolControl(pool) for name, pool in self.pools.items()})
+        kept = KeptPolicies(self._checkpoints.directory) if self._checkpoints else None
+        controls = {name: PoolControl(pool, kept) for name, pool in self.pools.items()}
+        twin = Twin(lambda: self.views, controls)
         try:
             return HttpServer(twin, http.host, http.port, http.access, http.limits)
         except AddressError as error:
@@ -303,35 +304,6 @@ class Daemon:
             )
         self._views = views
         self._published = time.monotonic()
-
-
-class StopSignals:
-    """Within it, SIGTERM and Ctrl-C are remembered instead of ending the process; a second one ends it as usual."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._take)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._restore()
-
-    def _take(self, number: int, _: FrameType | None) -> None:
-        self.received = number
-        self._restore()
-
-    def _restore(self) -> None:
-        while self._before:
-            signal.signal(*self._before.popitem())
-
-    @property
-    def exit_status(self) -> int:
-        """0 where a service manager ended the process as it should, 130 for Ctrl-C."""
-        return 130 if self.received == signal.SIGINT else 0
 
 
 class _RejectLog:

@@ -18,9 +18,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from kavier_twin.commands.run import leave, set_up_logging
 from kavier_twin.config import CRUDE_STEP_TIME
-from kavier_twin.daemon import Daemon, StopSignals
+from kavier_twin.daemon import Daemon
 from kavier_twin.errors import UserError
 from kavier_twin.feed import Feed
 from kavier_twin.forecast.forecaster import ForecastSettings
@@ -29,6 +28,7 @@ from kavier_twin.http_settings import DEFAULT_HOST, DEFAULT_PORT, HttpConfig
 from kavier_twin.kernels_ready import make_ready
 from kavier_twin.live_sources import SecretPlace
 from kavier_twin.pool import PoolTwin
+from kavier_twin.process import StopSignals, leave, set_up_logging
 from kavier_twin.recording import read_recording, recorded_engine, recorded_server
 from kavier_twin.replay_source import ReplaySource
 from kavier_twin.serve.view import Beside, Horizon, Outlook, PolicyOutlook, TwinView
@@ -70,6 +70,12 @@ _NAMES: Final = {
 }
 
 
+_EXAMPLES = """examples:
+  kavier-twin demo
+  kavier-twin demo --once --no-ui --speed 1000 --port 0   as fast as it goes, then end
+"""
+
+
 def add_parser(commands: Any) -> None:
     """Declare the command."""
     parser = commands.add_parser(
@@ -77,6 +83,8 @@ def add_parser(commands: Any) -> None:
         help="watch the twin mirror a recorded vLLM and forecast it",
         description="Replay a recording of a real vLLM as if live: mirror it, forecast it under several policies, "
         "serve metrics and a status page. Needs no service and no network.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--speed", type=float, help="times faster than it happened (default: so that all takes about a minute)"

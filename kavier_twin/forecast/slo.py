@@ -12,6 +12,7 @@ Metric = Literal[
     "ttft_p50_seconds",
     "ttft_p99_seconds",
     "itl_p99_seconds",
+    "tpot_p99_seconds",
     "e2e_p95_seconds",
     "queue_p95_seconds",
     "prefix_cache_hit_ratio",

@@ -31,7 +31,7 @@ from pydantic import Field
 from starlette.types import ASGIApp
 
 from kavier_twin import __version__
-from kavier_twin.forecast.policy_set import SETTINGS, PolicyInForce, PolicySet
+from kavier_twin.forecast.policy_set import SETTINGS, Policies, PolicySet
 from kavier_twin.forecast.whatif import Answer, Busy, NothingYet, Question
 from kavier_twin.serve import models, problems
 from kavier_twin.serve.access import Access, guarded
@@ -56,7 +56,7 @@ class RefusedError(ValueError):
 class Pool(Protocol):
     """What the API asks of a pool, beyond its view. All may be called from any thread."""
 
-    def policies(self) -> Sequence[PolicyInForce]:
+    def policies(self) -> Policies:
         """Those that are forecast, as they would be deployed now."""
 
     def set_policies(self, policies: PolicySet) -> None:
@@ -200,7 +200,7 @@ def _changing(twin: Twin, access: Access, limits: Limits) -> APIRouter:
         dependencies=[Security(_BEARER)],
     )
 
-    @router.put("/policies", summary="Forecast other policies from the next cycle on, until the twin ends")
+    @router.put("/policies", summary="Forecast other policies from the next cycle on")
     def set_policies(change: PolicyChange) -> models.Policies:
         name = _named(twin, change.pool)
         try:
@@ -269,7 +269,7 @@ def _no_such_pool(name: str, known: Mapping[str, Any]) -> ProblemError:
 
 
 def _policies(twin: Twin, names: Sequence[str]) -> models.Policies:
-    pools = [{"pool": name, "policies": tuple(_pool(twin, name).policies()), "settings": SETTINGS} for name in names]
+    pools = [{"pool": name, **vars(_pool(twin, name).policies()), "settings": SETTINGS} for name in names]
     return models.Policies.model_validate({"pools": pools})
 
 

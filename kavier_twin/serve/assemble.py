@@ -39,6 +39,7 @@ _METRICS: Final = {  # the forecaster's metric -> KPI and statistic shown
     "ttft_p50_seconds": ("ttft_seconds", "p50"),
     "ttft_p99_seconds": ("ttft_seconds", "p99"),
     "itl_p99_seconds": ("itl_seconds", "p99"),
+    "tpot_p99_seconds": ("tpot_seconds", "p99"),
     "e2e_p95_seconds": ("e2e_seconds", "p95"),
     "queue_p95_seconds": ("queue_seconds", "p95"),
     "prefix_cache_hit_ratio": ("prefix_cache_hit_ratio", ""),

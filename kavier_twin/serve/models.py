@@ -340,6 +340,12 @@ class PoolPolicies(_Answer):
 
     pool: PoolName
     policies: tuple[PolicyTold, ...]
+    configured: bool = Field(description="In the settings file; false: set through this API.", examples=[False])
+    kept: bool = Field(
+        description="A restart of the twin goes on with them, as long as the settings file names the same as now; "
+        "false: it keeps no checkpoints, or could not write.",
+        examples=[True],
+    )
     settings: tuple[str, ...] = Field(description="What a policy may override.", examples=[["max_num_seqs"]])
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import http.client
-from collections.abc import Sequence
 
-from kavier_twin.forecast.policy_set import PolicyInForce, PolicySet, in_force
+from kavier_twin.forecast.policy_set import Policies, PolicySet, in_force
 from kavier_twin.forecast.whatif import Answer, Case, Question, Spread
 from kavier_twin.serve.access import Access
 from kavier_twin.serve.app import RefusedError, Twin
@@ -31,8 +30,9 @@ class FakePool:
         self.refusal: Exception | None = None
         self.mirror = Mirror(MirrorSettings(), FLEET)
 
-    def policies(self) -> Sequence[PolicyInForce]:
-        return [in_force(FLEET, policy) for policy in self.set.policies]
+    def policies(self) -> Policies:
+        told = tuple(in_force(FLEET, policy) for policy in self.set.policies)
+        return Policies(told, configured=self.set.policies == DEFAULT_POLICIES, kept=True)
 
     def set_policies(self, policies: PolicySet) -> None:
         for number, policy in enumerate(policies.policies):
