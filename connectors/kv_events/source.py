@@ -144,6 +144,8 @@ class KvEventsSource(BackgroundSource):
         if batch is None:
             return  # its number will be missing
         publisher = self._publishers.get(self._key(topic, batch))
+        if publisher and sequence <= publisher.sequence and batch.time_seconds <= publisher.time_seconds:
+            return  # a replay has brought it already; to ask once more for each would take long, and could be in vain
         if self._in_doubt or sequence != (publisher.sequence + 1 if publisher else 0):
             self._replay(context)
         self._take(topic, sequence, batch)
