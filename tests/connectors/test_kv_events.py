@@ -280,6 +280,7 @@ def test_what_a_replay_has_brought_is_not_asked_for_again(publish: Any, subscrib
     source = subscribe(publisher)
     publisher.send(*some(5))
     collect(source, 5)
+    wait_until(lambda: len(publisher.replays) > 0)  # that of the first connection
     asked = len(publisher.replays)
     publisher.send_again()
     publisher.send(payload(200.0, stored(9)))
