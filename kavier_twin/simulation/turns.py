@@ -53,8 +53,8 @@ class SessionLoad:
             raise ValueError("think times must be finite and not negative")
         if (after >= workload.index[waiting]).any() or np.unique(after).size != after.size:
             raise ValueError("a turn follows one request before it, and each request has one next turn at most")
-        first = int(after.min(initial=0))
-        follower = np.full(int(after.max(initial=0)) - first + 1, -1)
+        first, last = (int(after.min()), int(after.max())) if after.size else (0, -1)
+        follower = np.full(last + 1 - first, -1)
         follower[after - first] = waiting
         # The kernels write arrivals; the caller's arrays stay as they are.
         arrival, delivered = workload.arrival.copy(), workload.delivered.copy()
