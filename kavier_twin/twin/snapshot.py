@@ -37,8 +37,8 @@ class Snapshot:
     holds the requests seen over the last `recent_seconds`, in order of arrival, with the output length of those that
     finished and 0 for those in flight, and `ended_seconds` when each of them ended (NaN: not yet; None: nobody told any
     end). `recent.index` is the fleet's number of those that are live in it, and no other's; `recent.session` numbers
-    sessions as the fleet does (a request without one has a number of its own, below zero). `arrivals` counts the requests of a longer past. Times are the stream's event time,
-    seconds.
+    sessions as the fleet does (a request without one has a number of its own, below zero). `arrivals` counts the
+    requests of a longer past. Times are the stream's event time, seconds.
     """
 
     pool: str
