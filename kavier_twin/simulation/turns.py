@@ -79,7 +79,7 @@ class SessionLoad:
 
     def deliver(self, state: FleetState, until_seconds: float) -> tuple[int, int]:
         """See `kernels.deliver_turns`."""
-        row, status = kernels.deliver_turns(state, self.workload, self.loop, until_seconds)
+        row, status = kernels.deliver_turns(state, self.workload, self.loop, float(until_seconds))
         return int(row), int(status)
 
     def take_note(self, state: FleetState) -> None:
