@@ -35,6 +35,7 @@ class OpenAIServer:
 
     def __init__(self, pause_seconds: float = 0.0) -> None:
         self.pause_seconds = pause_seconds
+        self.tokenize_status = 200
         self.cancelled = threading.Event()
         self.requests: list[tuple[str, str, dict[bytes, bytes], bytes]] = []
 
@@ -51,7 +52,7 @@ class OpenAIServer:
         if path == "/tokenize":
             asked = json.loads(body)
             text = asked["prompt"] if "prompt" in asked else "".join(m["content"] for m in asked["messages"])
-            await _json(send, {"tokens": token_ids(text), "count": len(text)})
+            await _json(send, {"tokens": token_ids(text), "count": len(text)}, self.tokenize_status)
         elif path == "/v1/models":
             await _json(send, {"data": [{"id": "base", "parent": None}, {"id": "adapter", "parent": "base"}]})
         elif path in ("/v1/chat/completions", "/v1/completions"):
