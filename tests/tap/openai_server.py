@@ -24,6 +24,8 @@ from kavier_twin.tap.recorder import Recorder
 from kavier_twin.tap.server import server_config
 from kavier_twin.tap.upstream import Upstream
 
+PATIENCE_SECONDS = 60.0
+
 
 def token_ids(text: str) -> list[int]:
     """The server's tokenizer: one token a character."""
@@ -115,7 +117,7 @@ class Running:
 
     def of_kind(self, kind: str, count: int = 1) -> list[Any]:
         """Its records of a kind, once there are `count`."""
-        deadline = time.monotonic() + 10.0
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while True:
             found = [record for record in self.records if record.kind == kind]
             if len(found) >= count or time.monotonic() > deadline:
@@ -125,7 +127,7 @@ class Running:
 
     def counted(self, name: str, count: float = 1.0, **labels: str) -> None:
         """Wait until a counter has reached a value."""
-        deadline = time.monotonic() + 10.0
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while (value := self.metrics.registry.get_sample_value(name, labels)) != count:
             assert time.monotonic() < deadline, f"{name}{labels} is {value}"
             time.sleep(0.01)
@@ -189,7 +191,7 @@ def _serving(make: Any, sessions: Sequence[Any] = ()) -> Iterator[Running]:
 
     thread = threading.Thread(target=lambda: uvloop.run(main()))
     thread.start()
-    assert begun.wait(10.0)
+    assert begun.wait(PATIENCE_SECONDS)
     try:
         yield running
     finally:
