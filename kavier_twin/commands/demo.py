@@ -45,6 +45,7 @@ MIRROR: Final = MirrorSettings(
     recent_seconds=60.0,
     calibrate_after_requests=60,
     recalibrate_every_requests=150,
+    bucket_seconds=10.0,  # the recording has few minutes
 )
 FORECAST: Final = ForecastSettings(
     every_seconds=3.0,
@@ -69,6 +70,12 @@ _NAMES: Final = {
 }
 
 
+_EXAMPLES = """examples:
+  kavier-twin demo
+  kavier-twin demo --once --no-ui --speed 1000 --port 0   as fast as it goes, then end
+"""
+
+
 def add_parser(commands: Any) -> None:
     """Declare the command."""
     parser = commands.add_parser(
@@ -76,6 +83,8 @@ def add_parser(commands: Any) -> None:
         help="watch the twin mirror a recorded vLLM and forecast it",
         description="Replay a recording of a real vLLM as if live: mirror it, forecast it under several policies, "
         "serve metrics and a status page. Needs no service and no network.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--speed", type=float, help="times faster than it happened (default: so that all takes about a minute)"

@@ -12,7 +12,12 @@ from kavier_twin.daemon import Daemon
 from kavier_twin.duration import seconds_of
 from kavier_twin.process import StopSignals, leave, set_up_logging
 
-_EXAMPLE = """an example of a settings file:
+_EXAMPLE = """examples:
+  kavier-twin run --check --config twin.yaml
+  kavier-twin run --config twin.yaml
+  kavier-twin run --config twin.yaml --warm-up 30m    a first start beside a running fleet
+
+an example of a settings file:
   pool: chat
   fleet:
     replicas: 2
@@ -35,9 +40,7 @@ several pools in one daemon, each with records of its own name:
     - {type: kafka, brokers: ["kafka:9092"], topics: [llm-requests]}
     - {type: prometheus, url: "http://prometheus:9090", engines: {namespace: code}, pool: code}
 
-after a first start beside a running fleet:
-  kavier-twin run --config twin.yaml --warm-up 30m
-
+docs/configuration.md has every setting.
 exit status: 0 ended by SIGTERM, 1 failed, 2 wrong use, 130 ended by Ctrl-C
 """
 

@@ -340,6 +340,12 @@ class PoolPolicies(_Answer):
 
     pool: PoolName
     policies: tuple[PolicyTold, ...]
+    configured: bool = Field(description="In the settings file; false: set through this API.", examples=[False])
+    kept: bool = Field(
+        description="A restart of the twin goes on with them, as long as the settings file names the same as now; "
+        "false: it keeps no checkpoints, or could not write.",
+        examples=[True],
+    )
     settings: tuple[str, ...] = Field(description="What a policy may override.", examples=[["max_num_seqs"]])
 
 
@@ -350,7 +356,7 @@ class Policies(_Answer):
 
 
 class Series(_Answer):
-    """One KPI over the times of its pool's history."""
+    """One KPI over the times of its pool's history. Running and waiting requests are means over the replicas."""
 
     kpi: str = Field(examples=["ttft_seconds"])
     statistic: str = Field(examples=["p99"])
@@ -362,10 +368,11 @@ class PoolHistory(_Answer):
     """The last hour of one pool."""
 
     pool: PoolName
-    unix_seconds: tuple[float, ...] = Field(
-        description="When each point was made.", examples=[[1767225600, 1767225605]]
+    event_seconds: tuple[float, ...] = Field(
+        description="Ends of the stretches of time, mostly minutes, that the values are of: requests that ended, or "
+        "samples taken, since the one before. The last stretch is under way.",
+        examples=[[1767225600, 1767225624]],
     )
-    event_seconds: tuple[float, ...] = Field(description="On the stream's clock.", examples=[[1767225599, 1767225604]])
     series: tuple[Series, ...]
 
 

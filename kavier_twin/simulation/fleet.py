@@ -535,7 +535,7 @@ def simulate(
 ) -> Fleet:
     """Run a workload to its end on a cold fleet."""
     start = float(workload.arrival[0]) if workload.arrival.size else 0.0
-    fleet = Fleet(settings, stepping=stepping, start_seconds=min(0.0, start))
+    fleet = Fleet(settings, stepping=stepping, start_seconds=start)
     if sample_seconds > 0.0:
         fleet.sample_every(sample_seconds)
     fleet.feed(workload)
@@ -567,7 +567,7 @@ def simulate_parts(
             continue
         start = float(part.delivered[0])
         if fleet is None:
-            fleet = Fleet(settings, stepping=stepping, start_seconds=min(0.0, start))
+            fleet = Fleet(settings, stepping=stepping, start_seconds=start)
             if sample_seconds > 0.0:
                 fleet.sample_every(sample_seconds)
         fleet.run(start)
