@@ -87,6 +87,7 @@ def backtest(
     samples: list[EngineSample] = []
     measured = not shape and all(record.e2e_seconds is not None for record in records) and bool(records)
     fleet = scenario.fleet
+    settings = MirrorSettings(lateness_seconds=0.0)
     if measured:
         samples = recorded_samples(scenario.trace)
         fleet = fleet.model_copy(update={"step_time": CRUDE_STEP_TIME})
@@ -99,7 +100,6 @@ def backtest(
         settings = MirrorSettings(lateness_seconds=0.0, calibrate_after_requests=sys.maxsize)  # the engine is known
         shaped = reshaped(records, shape) if shape else records
         records, readings = simulated_reality(shaped, fleet, scenario.frontend_seconds)
-        settings = MirrorSettings(lateness_seconds=0.0, prior=fleet.step_time)
     first, last = (records[0].time_seconds, records[-1].time_seconds) if records else (0.0, 0.0)
     if last - first <= min(forecast.horizons_seconds):
         raise UserError(

@@ -79,25 +79,6 @@ def test_forecasts_know_nothing_of_what_comes(tmp_path: Path) -> None:
     assert np.mean([abs(row.median / row.observed - 1.0) for row in calm_e2e]) < 0.1
 
 
-def test_a_known_fleet_stays_known(tmp_path: Path) -> None:
-    """Several replicas whose step times come from a data sheet: steady load is foreseen as it comes."""
-    rng = np.random.default_rng(3)
-    records = [
-        RequestRecord(
-            id=str(n), time_seconds=float(time), prompt_tokens=int(rng.integers(500, 6_000)), output_tokens=50
-        )
-        for n, time in enumerate(np.cumsum(rng.exponential(0.2, 900)))
-    ]
-    fleet = tmp_path / "fleet.yaml"
-    fleet.write_text("replicas: 3\nhardware: {gpu: H100 SXM 80GB, model: meta-llama/Llama-3.1-8B}\n")
-    scenario = load_scenario(write(tmp_path / "trace.jsonl", records), fleet_file=fleet)
-    found = backtest(scenario, SETTINGS, (), warm_up_seconds=60.0)
-    for kpi in ("ttft_p50_seconds", "e2e_p95_seconds", "running_mean"):
-        rows = [row for row in found.kpis if row.kpi == kpi and row.horizon_seconds == 30.0]
-        assert len(rows) > 5
-        assert np.mean([row.median for row in rows]) == pytest.approx(np.mean([row.observed for row in rows]), rel=0.1)
-
-
 def test_load_takes_the_shape_that_is_told() -> None:
     calm = requests(1_000, 1.0)
     shaped = reshaped(calm, [(0.0, 1.0), (100.0, 1.0), (200.0, 4.0)])
