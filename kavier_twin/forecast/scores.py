@@ -159,7 +159,7 @@ class Scores:
     intervals: tuple[Interval, ...] = ()
     pending: int = 0  # forecasts whose time has not come, by horizon
     unscored: Mapping[str, int] = field(default_factory=dict)  # reason -> forecasts that could not be judged
-    unobserved: Mapping[str, int] = field(default_factory=dict)  # KPI -> forecasts judged of which nothing told it
+    unobserved: Mapping[Metric, int] = field(default_factory=dict)  # KPI -> forecasts judged of which nothing told it
 
 
 class _Measure(Protocol):
@@ -181,7 +181,7 @@ class Scorer:
     def __init__(self, slos: Sequence[Slo]) -> None:
         self.reality = Reality()
         self.unscored: dict[str, int] = defaultdict(int)
-        self.unobserved: dict[str, int] = defaultdict(int)
+        self.unobserved: dict[Metric, int] = defaultdict(int)
         self._slos = {slo.name: slo for slo in slos}
         self._pending: deque[Foreseen] = deque()
         self._moments: deque[tuple[float, float, dict[str, float]]] = deque()

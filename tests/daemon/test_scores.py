@@ -173,13 +173,13 @@ def test_the_command_reads_the_file(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert found["kpis"][0]["forecasts"] == keeper.scores.kpis[0].forecasts
     assert found["kpis"][0]["error"] == pytest.approx(0.1)
     assert main(["scores", "--db", str(path)]) == 0
-    assert "e2e_p95_seconds" in capsys.readouterr().out
+    assert "e2e p95" in capsys.readouterr().out
     for wrong, says in (("nowhere", "no such file"), ("text", "not a file of scores")):
         (tmp_path / "text").write_text("a text, and no database")
         assert main(["scores", "--db", str(tmp_path / wrong)]) == 1
         assert says in capsys.readouterr().err
     assert main(["scores", "--url", "http://127.0.0.1:9"]) == 1
-    assert "is the daemon running" in capsys.readouterr().err
+    assert "no daemon answers there" in capsys.readouterr().err
 
 
 def test_intervals_come_from_the_policy_in_force() -> None:
