@@ -36,6 +36,7 @@ Flags = npt.NDArray[np.bool_]
 
 _STEADY_USERS = 3  # first turns that must have used a prefix, over half of the window at least, to call it steady
 _LONGEST_WEIGHT = 5.0  # one return stands for so many at most
+_MEMORY_SECONDS = 200.0  # an example this much older counts 1 / e: what people ask for drifts
 _UNSEEN_RATIO = 0.02  # returns per request that first turns may be mistaken for
 
 
@@ -148,7 +149,8 @@ def _weights(arrival: Floats, finished: Flags, returns: Flags, parent: Integers)
     sure = np.zeros(n)
     sure[first[(unseen[first] <= _UNSEEN_RATIO) | (np.arange(first.size) >= first.size // 2)]] = 1.0
     result = np.zeros(n)
-    for group, share, value in ((returns, returning, weight), (~returns, 1.0 - returning, sure)):
+    newer = np.exp((arrival - arrival[-1]) / _MEMORY_SECONDS)
+    for group, share, value in ((returns, returning, weight * newer), (~returns, 1.0 - returning, sure * newer)):
         examples = group & finished
         total = float(value[examples].sum())
         if total > 0.0:
