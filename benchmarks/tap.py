@@ -69,7 +69,7 @@ def main() -> None:
             helper.terminate()
     notes = (
         "milliseconds from the request to the first byte of its answer; added: the quantile of a way less that of the "
-        "direct one; clients take the ways in turn; copied: through a process that only copies bytes; CPU: of the tap's "
+        "direct one; clients take the ways in turn; copied: by a process that only copies bytes; CPU: of the tap's "
         "two processes"
     )
     report("(k) the tap", rows, notes)
