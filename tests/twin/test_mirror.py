@@ -188,6 +188,17 @@ def test_a_snapshot_is_independent(records: list[RequestRecord]) -> None:
     assert (snapshot.recent.output > 0).any()
 
 
+def test_a_forecast_runs_at_the_coefficients_not_at_the_pace_of_the_last_seconds(records: list[RequestRecord]) -> None:
+    mirror = run(halves(records)[:600])
+    snapshot = mirror.snapshot()
+    assert snapshot is not None
+    assert mirror.calibrated
+    assert mirror.pace != 1.0
+    fixed = mirror.fleet.settings.step_time.fixed
+    assert snapshot.fleet.state.engines["fixed"] == pytest.approx(fixed)
+    assert mirror.fleet.state.engines["fixed"] == pytest.approx(mirror.pace * fixed)
+
+
 def test_memory_stays_bounded(records: list[RequestRecord]) -> None:
     """The same stream four times over takes the arrays no further than once."""
     mirror = run(halves(records))
