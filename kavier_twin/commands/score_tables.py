@@ -30,8 +30,8 @@ def print_scores(console: Console, scores: Scores) -> None:
     console.print(_alerts(scores))
     console.print(
         "Errors are mean absolute ones, of medians as simulated; ratio: over that of persistence, below 1 is better, "
-        "as served (in a wide table: as simulated, and as served). Covered: intervals that held what came, as simulated "
-        "and as served; 90 % is aimed at.",
+        "as served (in a wide table: as simulated, and as served). Covered: intervals that held what came, as "
+        "simulated and as served; 90 % is aimed at.",
         style="dim",
     )
     if scores.unobserved:
