@@ -34,7 +34,6 @@ from kavier_twin.pool import PoolTwin
 from kavier_twin.pool_control import PoolControl
 from kavier_twin.score_store import FILE_NAME, ScoreStore
 from kavier_twin.serve.app import Twin
-from kavier_twin.serve.history import History
 from kavier_twin.serve.http import AddressError, HttpServer
 from kavier_twin.serve.view import SourceState, TwinView
 from kavier_twin.telemetry import TelemetryRecord
@@ -83,7 +82,6 @@ class Daemon:
         self._ended: set[str] = set()
         self._stopping = Event()
         self._views: Mapping[str, TwinView] = {}
-        self._history = History()
         self._publish()
         self.http = self._listen(http) if http else None
         self._thread = Thread(target=self._keep_ingesting, name="ingest", daemon=True)
@@ -135,7 +133,7 @@ class Daemon:
     def _listen(self, http: HttpConfig) -> HttpServer:
         kept = KeptPolicies(self._checkpoints.directory) if self._checkpoints else None
         controls = {name: PoolControl(pool, kept) for name, pool in self.pools.items()}
-        twin = Twin(lambda: self.views, controls, self._history)
+        twin = Twin(lambda: self.views, controls)
         try:
             return HttpServer(twin, http.host, http.port, http.access, http.limits)
         except AddressError as error:
@@ -305,7 +303,6 @@ class Daemon:
                 checkpoint_failures=kept.failures if kept else 0,
             )
         self._views = views
-        self._history.add(views.values())
         self._published = time.monotonic()
 
 

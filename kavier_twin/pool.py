@@ -207,6 +207,8 @@ class PoolTwin:
             ),
             every_seconds=self.forecaster.settings.every_seconds,
             slos=assemble.slo_lines(self.forecaster.settings.slos),
+            # Of the mirror itself, not of its fork: what has passed is the same, and it remembers what it told.
+            history=assemble.history(self.mirror.windows.course(mirror.time_seconds)),
             outlook=self._outlook,
             scores=self._scores.scores,
             currency=settings.footprint.currency if settings.footprint else "",

@@ -45,6 +45,7 @@ MIRROR: Final = MirrorSettings(
     recent_seconds=60.0,
     calibrate_after_requests=60,
     recalibrate_every_requests=150,
+    bucket_seconds=10.0,  # the recording has few minutes
 )
 FORECAST: Final = ForecastSettings(
     every_seconds=3.0,

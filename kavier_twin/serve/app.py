@@ -37,7 +37,6 @@ from kavier_twin.serve import models, problems
 from kavier_twin.serve.access import Access, guarded
 from kavier_twin.serve.envelope import Envelope, Limits
 from kavier_twin.serve.exporter import registry_of
-from kavier_twin.serve.history import CHARTED, History, Point
 from kavier_twin.serve.problems import ProblemError
 from kavier_twin.serve.score_models import AllScores, PoolScores
 from kavier_twin.serve.view import TwinView
@@ -76,7 +75,6 @@ class Twin:
 
     current: Callable[[], Mapping[str, TwinView]]
     pools: Mapping[str, Pool] = field(default_factory=dict)
-    history: History = field(default_factory=History)
 
 
 class PolicyChange(PolicySet):
@@ -183,14 +181,8 @@ def _reading(twin: Twin, access: Access) -> APIRouter:
         return AllScores(pools=tuple(map(PoolScores.model_validate, _views(twin, pool))))
 
     @router.get("/history", summary="The last hour, mirror beside reality")
-    def history(
-        pool: _Pool = None,
-        since: Annotated[float, Query(description="Only points made after this unix time.", examples=[0])] = 0.0,
-    ) -> models.Histories:
-        views = _views(twin, pool)
-        return models.Histories(
-            pools=tuple(_history(view.pool, twin.history.since(view.pool, since)) for view in views)
-        )
+    def history(pool: _Pool = None) -> models.Histories:
+        return models.Histories(pools=tuple(map(_history, _views(twin, pool))))
 
     @router.get("/policies", summary="The policies that are forecast")
     def policies(pool: _Pool = None) -> models.Policies:
@@ -281,22 +273,17 @@ def _policies(twin: Twin, names: Sequence[str]) -> models.Policies:
     return models.Policies.model_validate({"pools": pools})
 
 
-def _history(pool: str, points: Sequence[Point]) -> models.PoolHistory:
+def _history(view: TwinView) -> models.PoolHistory:
     series = tuple(
         models.Series(
             kpi=kpi,
             statistic=statistic,
-            mirrored=tuple(point.values[number][0] for point in points),
-            observed=tuple(point.values[number][1] for point in points),
+            mirrored=tuple(mirrored for mirrored, _ in pairs),
+            observed=tuple(observed for _, observed in pairs),
         )
-        for number, (kpi, statistic) in enumerate(CHARTED)
+        for (kpi, statistic), pairs in view.history.series.items()
     )
-    return models.PoolHistory(
-        pool=pool,
-        unix_seconds=tuple(point.unix_seconds for point in points),
-        event_seconds=tuple(point.event_seconds for point in points),
-        series=series,
-    )
+    return models.PoolHistory(pool=view.pool, event_seconds=view.history.event_seconds, series=series)
 
 
 def _metrics(registry: CollectorRegistry, accept: str) -> Response:

@@ -17,6 +17,7 @@ from kavier_twin.serve.view import (
     Best,
     CacheBeside,
     CalibrationState,
+    History,
     Horizon,
     KpiTrust,
     Outlook,
@@ -31,6 +32,7 @@ from kavier_twin.twin.cache_watch import CacheWatch
 from kavier_twin.twin.fidelity import Score
 from kavier_twin.twin.mirror import Mirror
 from kavier_twin.twin.power_watch import PowerWatch
+from kavier_twin.twin.windows import Stretch
 
 _LATENCIES: Final = {"ttft_seconds": (50, 99), "e2e_seconds": (95,), "queue_seconds": (95,)}
 _METRICS: Final = {  # the forecaster's metric -> KPI and statistic shown
@@ -53,6 +55,16 @@ _METRICS: Final = {  # the forecaster's metric -> KPI and statistic shown
     "carbon_grams_per_million_tokens": ("carbon_grams_per_million_tokens", ""),
     "cost_per_million_tokens": ("cost_per_million_tokens", ""),
 }
+CHARTED: Final = (
+    ("ttft_seconds", "p99"),
+    ("e2e_seconds", "p95"),
+    ("queue_seconds", "p95"),
+    ("requests_waiting", ""),
+    ("requests_running", ""),
+    ("requests_per_second", ""),
+    ("prefix_cache_hit_ratio", ""),
+    ("kv_cache_usage_ratio", ""),
+)
 STREAM_RESULTS: Final = ("accepted", "duplicate", "late", "future_time")
 
 
@@ -73,6 +85,16 @@ def beside(mirror: Mirror, reported: tuple[float, float, float]) -> tuple[Beside
         for kpi, mirrored, observed in zip(names, mirror.load(), reported, strict=True):
             entries.append(Beside(kpi, "", float(mirrored), observed, mirrored - observed))
     return tuple(entries)
+
+
+def history(course: Sequence[Stretch]) -> History:
+    """The last hour of what is charted; what nobody reports is left out."""
+    unknown = (math.nan, math.nan)
+    told = [key for key in CHARTED if any(key in stretch.values for stretch in course)]
+    return History(
+        tuple(stretch.until_seconds for stretch in course),
+        {key: tuple(stretch.values.get(key, unknown) for stretch in course) for key in told},
+    )
 
 
 def caches(watch: CacheWatch) -> tuple[CacheBeside, ...]:

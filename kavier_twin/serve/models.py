@@ -356,7 +356,7 @@ class Policies(_Answer):
 
 
 class Series(_Answer):
-    """One KPI over the times of its pool's history."""
+    """One KPI over the times of its pool's history. Running and waiting requests are means over the replicas."""
 
     kpi: str = Field(examples=["ttft_seconds"])
     statistic: str = Field(examples=["p99"])
@@ -368,10 +368,11 @@ class PoolHistory(_Answer):
     """The last hour of one pool."""
 
     pool: PoolName
-    unix_seconds: tuple[float, ...] = Field(
-        description="When each point was made.", examples=[[1767225600, 1767225605]]
+    event_seconds: tuple[float, ...] = Field(
+        description="Ends of the stretches of time, mostly minutes, that the values are of: requests that ended, or "
+        "samples taken, since the one before. The last stretch is under way.",
+        examples=[[1767225600, 1767225624]],
     )
-    event_seconds: tuple[float, ...] = Field(description="On the stream's clock.", examples=[[1767225599, 1767225604]])
     series: tuple[Series, ...]
 
 

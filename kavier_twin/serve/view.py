@@ -223,6 +223,18 @@ class PowerBeside:
 
 
 @dataclass(frozen=True)
+class History:
+    """The last hour in stretches of event time: for each, what ended or was sampled in it, mirrored and observed.
+
+    Running and waiting requests are means over the replicas. The last stretch is under way and ends now.
+    """
+
+    event_seconds: tuple[float, ...] = ()  # ends of the stretches
+    series: Mapping[tuple[str, str], tuple[tuple[float, float], ...]] = field(default_factory=dict)
+    """(KPI, statistic) -> (mirrored, observed) of each stretch."""
+
+
+@dataclass(frozen=True)
 class Compiling:
     """How far the kernels are: nothing is mirrored before they are ready."""
 
@@ -268,6 +280,7 @@ class TwinView:
     sweeps: SweepCounts = SweepCounts()
     every_seconds: float = math.nan  # between two forecasts
     slos: tuple[SloLine, ...] = ()
+    history: History = History()
     outlook: Outlook | None = None
     scores: Scores = field(default_factory=Scores)  # of the forecasts whose time has come
     currency: str = ""  # of costs, ISO 4217; empty where no footprint is told

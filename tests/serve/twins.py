@@ -84,7 +84,6 @@ class Served:
         self.views: dict[str, TwinView] = {"chat": full_view()}
         self.pools = {"chat": FakePool()}
         self.twin = Twin(lambda: self.views, self.pools)
-        self.twin.history.add(self.views.values())
         self.server = HttpServer(self.twin, "127.0.0.1", 0, access, limits)
         self.server.start()
 
