@@ -31,7 +31,7 @@ import yaml
 
 from deploy.helm_chart import CHART, ROOT, only, render
 from documentation.commands import Command, documented, fences, of_the_help
-from kafka_broker import Broker
+from kafka_broker import SCRAM_PASSWORD, USER, Broker, OurBroker
 from kavier_twin import __version__
 from kavier_twin.cli import COMMANDS, main
 from real_parts import require
@@ -115,6 +115,8 @@ class World:
         )
         self.path("policies.yaml").write_text("[{name: today}, {name: fp8, overrides: {kv_cache_dtype: fp8}}]")
         self.path("token").write_text(TOKEN)
+        tokenizer = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"?": 0}, "unk_token": "?"}}
+        self.path("Llama-3.1-8B/tokenizer.json").write_text(json.dumps(tokenizer))
         self.path("state/none").touch()
         self.take_files_of("docs/getting-started.md")
 
@@ -147,6 +149,18 @@ class Here:
         return broker.address
 
     @property
+    def kafka_with_password(self) -> str:
+        """The address of its listener with TLS and SASL; the world gets what is needed to be let in."""
+        self._request.getfixturevalue("topic")
+        broker: OurBroker = self._request.getfixturevalue("real_kafka")
+        shutil.copy(broker.certificate, self.world.path("ca.pem"))
+        password = {"file": str(self.world.path("kafka-password"))}
+        self.world.path("kafka-password").write_text(SCRAM_PASSWORD)
+        sasl = {"mechanism": "SCRAM-SHA-512", "username": USER, "password": password}
+        self.world.path("kafka.yaml").write_text(yaml.safe_dump({"tls": {"ca": "ca.pem"}, "sasl": sasl}))
+        return broker.secure_address
+
+    @property
     def data(self) -> Path:
         """Data that is not in the repository."""
         return Path(self._request.getfixturevalue("shared_data"))
@@ -158,6 +172,8 @@ class Here:
         if re.search(r"localhost:9469|127\.0\.0\.1:9469|twin:9469|twin\.example:9469|POD:9469|--url URL", text):
             text = re.sub(r"(?<=--url )(https?://[\w.]+:9469|URL)", f"http://{self.daemon}", text)
             text = re.sub(r"[\w.]+:9469", self.daemon, text)
+        if "kafka:9093" in text:
+            text = text.replace("kafka:9093", self.kafka_with_password)
         if re.search(r"kafka:9092|HOST:PORT", text):
             text = re.sub(r"kafka:9092|HOST:PORT", self.kafka, text)
         return text
