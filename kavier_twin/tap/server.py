@@ -98,6 +98,7 @@ class _Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        transport.set_write_buffer_limits(0)  # or uvloop writes only after everything else that is ready
         self._late = self.loop.call_later(_HEAD_SECONDS, self._close_late)
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -39,7 +39,7 @@ _MAKE_SECONDS: Final = 10.0  # for records under way, after the last answer
 _HAND_ON_SECONDS: Final = 10.0  # for records that then wait for Kafka
 _START_SECONDS: Final = 60.0
 _AGAIN_SECONDS: Final = 1.0
-_NICENESS: Final = 5  # where processors are short, traffic goes first
+_NICENESS: Final = 10  # where processors are short, traffic goes first
 _LENGTH: Final = struct.Struct("!Q")
 
 log = logging.getLogger(__name__)

@@ -258,12 +258,21 @@ class Mirror:
             pool=self.settings.pool,
             time_seconds=self.time_seconds,
             fleet=self.fleet.fork(),
-            recent=_workload(recent),
+            recent=self._numbered(recent),
             recent_seconds=min(self.settings.recent_seconds, max(self.time_seconds - start, 1e-9)),
             frontend_seconds=self.frontend_seconds,
             calibrated=self.calibrated,
             arrivals=self._arrivals.until(self.time_seconds),
+            ended_seconds=np.array([e.finished.time_seconds if e.finished else math.nan for e in recent], np.float64),
         )
+
+    def _numbered(self, entries: list[Seen]) -> Workload:
+        """Requests as arrays, live ones with their number in the fleet, the others with numbers below zero."""
+        index = [
+            live.index if (live := self._running.get(entry.seen.id)) is not None else -1 - row
+            for row, entry in enumerate(entries)
+        ]
+        return _workload(entries)._replace(index=np.array(index, np.int64))
 
     # --- events ---------------------------------------------------------------------------------------------------
 

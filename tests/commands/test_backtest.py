@@ -14,6 +14,7 @@ from kavier_twin.forecast.forecaster import ForecastSettings
 from kavier_twin.forecast.slo import Slo
 from kavier_twin.scenario import load_scenario
 from kavier_twin.telemetry import RequestRecord
+from kavier_twin.twin.mirror import Mirror
 
 RECORDINGS = Path(__file__).parents[1] / "data" / "recordings"
 SETTINGS = ForecastSettings(every_seconds=10.0, horizons_seconds=(10.0, 30.0), futures=2, workers=2)
@@ -48,6 +49,12 @@ def test_a_recording(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert found["breaches"][0]["brier"] <= 1.0
     written = {path.name for path in (tmp_path / "plots").iterdir()}
     assert {"fan-e2e_p95_seconds.png", "alerts-patient.png"} <= written
+
+
+def test_the_engine_of_a_simulated_reality_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calibration would lead away from it, as the mirror does not see which replica serves whom."""
+    monkeypatch.setattr(Mirror, "use", lambda *_: pytest.fail("calibrated"))
+    backtest(load_scenario(write(tmp_path / "calm.jsonl", requests(600, 0.2))), SETTINGS, (), warm_up_seconds=90.0)
 
 
 def test_forecasts_know_nothing_of_what_comes(tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ from kavier_twin.tap.recorder import Recorder
 from kavier_twin.tap.server import server_config
 from kavier_twin.tap.upstream import Upstream
 
+PATIENCE_SECONDS = 60.0
+
 
 def token_ids(text: str) -> list[int]:
     """The server's tokenizer: one token a character."""
@@ -35,6 +37,7 @@ class OpenAIServer:
 
     def __init__(self, pause_seconds: float = 0.0) -> None:
         self.pause_seconds = pause_seconds
+        self.tokenize_status = 200
         self.cancelled = threading.Event()
         self.requests: list[tuple[str, str, dict[bytes, bytes], bytes]] = []
 
@@ -51,7 +54,7 @@ class OpenAIServer:
         if path == "/tokenize":
             asked = json.loads(body)
             text = asked["prompt"] if "prompt" in asked else "".join(m["content"] for m in asked["messages"])
-            await _json(send, {"tokens": token_ids(text), "count": len(text)})
+            await _json(send, {"tokens": token_ids(text), "count": len(text)}, self.tokenize_status)
         elif path == "/v1/models":
             await _json(send, {"data": [{"id": "base", "parent": None}, {"id": "adapter", "parent": "base"}]})
         elif path in ("/v1/chat/completions", "/v1/completions"):
@@ -114,7 +117,7 @@ class Running:
 
     def of_kind(self, kind: str, count: int = 1) -> list[Any]:
         """Its records of a kind, once there are `count`."""
-        deadline = time.monotonic() + 10.0
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while True:
             found = [record for record in self.records if record.kind == kind]
             if len(found) >= count or time.monotonic() > deadline:
@@ -124,7 +127,7 @@ class Running:
 
     def counted(self, name: str, count: float = 1.0, **labels: str) -> None:
         """Wait until a counter has reached a value."""
-        deadline = time.monotonic() + 10.0
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while (value := self.metrics.registry.get_sample_value(name, labels)) != count:
             assert time.monotonic() < deadline, f"{name}{labels} is {value}"
             time.sleep(0.01)
@@ -188,7 +191,7 @@ def _serving(make: Any, sessions: Sequence[Any] = ()) -> Iterator[Running]:
 
     thread = threading.Thread(target=lambda: uvloop.run(main()))
     thread.start()
-    assert begun.wait(10.0)
+    assert begun.wait(PATIENCE_SECONDS)
     try:
         yield running
     finally:
