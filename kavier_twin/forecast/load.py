@@ -148,7 +148,7 @@ class LoadForecast:
         if self.pauses.size < _PAUSES // 10:
             return rng.gamma(1.0 / self.dispersion_ratio, self.dispersion_ratio, _CHUNK)
         begins = rng.integers(0, self.pauses.size - _PAUSES_TOGETHER + 1, _CHUNK // _PAUSES_TOGETHER)
-        return self.pauses[begins[:, None] + np.arange(_PAUSES_TOGETHER)].ravel()
+        return np.asarray(self.pauses[begins[:, None] + np.arange(_PAUSES_TOGETHER)].ravel(), np.float64)
 
     def draw_rate(self, rng: np.random.Generator) -> Floats:
         """One path of the rate, requests per second: [steps]."""
