@@ -33,6 +33,7 @@ Floats = npt.NDArray[np.float64]
 
 REFIT_SECONDS = 120.0
 _ORIGINS = 6  # moments of the past that methods are tried from
+_ORIGINS_IN_HORIZON = 3  # of them
 _BLOCKS = 4  # parts of the horizon whose errors are told apart
 _FEWEST_STEPS = 4  # fewer say less than the recent requests themselves
 _FEWEST_TRAINING_STEPS = 12
@@ -245,7 +246,7 @@ class LoadForecaster:
         ahead_seconds = STEP_SECONDS * np.arange(1.0, mean.size + 1.0, dtype=np.float64)
         observed = _PRIOR_RELATIVE_VARIANCE * ahead_seconds
         if self._trials is not None:
-            moments = self._trials.came.shape[0]
+            moments = self._trials.independent
             tried = self._trials.relative_variance(self._method, dispersion, ahead_seconds)
             observed = (_PRIOR_TRIALS * observed + moments * tried) / (_PRIOR_TRIALS + moments)
         relative = np.maximum(np.maximum((own**2 - own[:1] ** 2) / safe**2, observed), dispersion / level)
@@ -263,6 +264,11 @@ class _Trials:
     came: Floats  # [moments, blocks]
     block_seconds: float
     scale: float  # mean absolute difference between a block and the one before
+
+    @property
+    def independent(self) -> float:
+        """Moments, without what they have in common: each begins a third of the horizon before the next."""
+        return 1.0 + (self.came.shape[0] - 1) / _ORIGINS_IN_HORIZON
 
     def error(self, name: str) -> float:
         """Mean absolute scaled error (Hyndman and Koehler, 2006): 1 is as bad as taking each block for the last."""
@@ -294,7 +300,7 @@ def _trials(snapshot: Snapshot, fine: Floats, names: list[str], steps: int) -> _
     predicted: dict[str, list[Floats]] = {name: [] for name in names}
     came = []
     for origin in range(_ORIGINS):
-        ago = steps + origin * max(1, steps // 3)
+        ago = steps + origin * max(1, steps // _ORIGINS_IN_HORIZON)
         if known.size - ago < _FEWEST_TRAINING_STEPS:
             break
         history = _history(snapshot, fine, steps_ago=ago)
