@@ -47,9 +47,10 @@ _POISSON_BUCKETS = 20  # beside them, so that a few buckets do not tell much
 _BETTER_RATIO = 0.95  # of persistence's error: what is hardly better over a few moments may well be worse
 _SURPRISE = 4.0  # standard deviations from what was foreseen at the last fit that call for another
 _MOST_RELATIVE_DEVIATION = 1.0
-# Before anything was tried: a rate is a fifth off after a quarter of an hour, as persistence is on the hour of Azure's
-# production chat. It counts like so many trials.
-_PRIOR_RELATIVE_VARIANCE = 0.2**2 / 900.0  # per second ahead
+# Before anything was tried: a rate that doubles or halves within a quarter of an hour is two deviations off. (On the
+# hour of Azure's production chat, which neither ramps nor bursts, persistence is a fifth off.) It counts like so many
+# trials.
+_PRIOR_RELATIVE_VARIANCE = 0.35**2 / 900.0  # per second ahead
 _PRIOR_TRIALS = 2
 _QUANTILE_Z = 1.2816  # of the 10 % and 90 % quantiles of a normal distribution
 _CHUNK = 1024

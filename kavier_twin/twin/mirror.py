@@ -391,11 +391,13 @@ class Mirror:
             self.fleet.finish(live, finished.output_tokens, None, 0)
             self.fleet.collect()
             return
+        # Without a pod's name the router decided, perhaps not as the real one did.
+        placed = bool(entry.seen.pod) or self.fleet.state.replicas.size == 1
         self._score(entry.seen, finished, self._simulated(live))
-        self._correct(entry.seen, finished, live)
+        self._correct(entry.seen, finished, live, placed=placed)
         self._pace.apply(self.fleet)
         self.fleet.collect()
-        self._maybe_calibrate()
+        self._maybe_calibrate(placed=placed)
 
     def _simulated(self, live: Live) -> Simulated:
         """What was simulated of a request until now."""
@@ -434,8 +436,11 @@ class Mirror:
         self.fidelity.add(kpi, predicted, observed)
         self.windows.add(kpi, time_seconds, predicted, observed)
 
-    def _correct(self, seen: RequestSeen, finished: RequestFinished, live: Live) -> None:
-        """Pin the end. A simulation that was ahead waits for as long as it was."""
+    def _correct(self, seen: RequestSeen, finished: RequestFinished, live: Live, *, placed: bool) -> None:
+        """Pin the end. A simulation that was ahead waits for as long as it was.
+
+        The work of its replica tells of speed where it is `placed` as it really was: other batches tell nothing of it.
+        """
         request = self.fleet.state.requests[live.replica, live.slot]
         generated = int(request["tokens"] - request["prompt"])
         excess = 0.0
@@ -453,16 +458,17 @@ class Mirror:
             work = share * outcome["decode_work"]
             self._pace.observe(self.time_seconds, decode_seconds, work)
             wait = float(outcome["scheduled"] - outcome["arrival"]) - self.frontend_seconds
-            self._learn(
-                Row(
-                    self.time_seconds,
-                    max(0.0, wait),
-                    finished.ttft_seconds,
-                    decode_seconds,
-                    tuple(outcome["prefill_work"].tolist()),
-                    tuple(work.tolist()),
+            if placed:
+                self._learn(
+                    Row(
+                        self.time_seconds,
+                        max(0.0, wait),
+                        finished.ttft_seconds,
+                        decode_seconds,
+                        tuple(outcome["prefill_work"].tolist()),
+                        tuple(work.tolist()),
+                    )
                 )
-            )
         if excess > 0.0:
             hold_until = self.time_seconds + min(excess, self.settings.longest_hold_seconds)
             replica_kernels.hold(self.fleet.state, live.replica, hold_until)
@@ -510,8 +516,14 @@ class Mirror:
         self.use(step_time.with_coefficients(values), self.frontend_seconds)
         self._finished_at_calibration = self.finished - self.settings.recalibrate_every_requests + MINIMUM_REQUESTS
 
-    def _maybe_calibrate(self) -> None:
-        """The first time from simulations of what came so far, then from what the mirror itself saw."""
+    def _maybe_calibrate(self, *, placed: bool) -> None:
+        """The first time from simulations of what came so far, then from what the mirror itself saw.
+
+        Where nobody tells which replica served a request, coefficients that are known are better than any fitted to
+        batches that were not; the pace still follows the fleet as a whole.
+        """
+        if self.calibrated and not placed:
+            return
         wait = self.settings.recalibrate_every_requests if self.calibration else self.settings.calibrate_after_requests
         if self._is_fork or self.finished - self._finished_at_calibration < wait:
             return

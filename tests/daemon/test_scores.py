@@ -159,7 +159,7 @@ def test_metrics_show_both_intervals() -> None:
     assert low <= 1.0 + 1e-9
     assert value("score_error_to_persistence_ratio") is None  # persistence was right to the last bit
     slo = {"pool": "chat", "slo": "slow", "horizon": "30"}
-    assert registry.get_sample_value("kavier_twin_score_brier", {**slo, "method": "forecast"}) == pytest.approx(0.49)
+    assert registry.get_sample_value("kavier_twin_score_brier", {**slo, "method": "simulated"}) == pytest.approx(0.49)
     assert b"kavier_twin_pending_forecasts" in generate_latest(registry)
 
 
@@ -222,7 +222,10 @@ def test_a_file_of_the_version_before_is_taken_over(tmp_path: Path) -> None:
     go_on(ScoreKeeper("chat", SETTINGS, store), 0, 200)
     store.close()
     with sqlite3.connect(path) as db:
-        db.executescript("DROP TABLE readings; PRAGMA user_version = 1;")
+        db.executescript(
+            "DROP TABLE readings; ALTER TABLE kpis DROP COLUMN served; ALTER TABLE kpis DROP COLUMN known;"
+            "ALTER TABLE breaches DROP COLUMN simulated; PRAGMA user_version = 1;"
+        )
     assert read_judged(path)["chat"].kpis
     again = ScoreStore(path)
     assert again.readings("chat") == []
