@@ -29,8 +29,8 @@ def print_scores(console: Console, scores: Scores) -> None:
     console.print(_breaches(scores, wide=wide))
     console.print(_alerts(scores))
     console.print(
-        "Errors are mean absolute ones; ratio: over that of persistence, below 1 is better. Covered: intervals that "
-        "held what came, as simulated and widened by what was observed; 90 % is aimed at.",
+        "Errors are mean absolute ones. Ratio: over that of persistence, below 1 is better. Covered: intervals that "
+        "held what came; 90 % is aimed at. Both as simulated, and as served: corrected by what earlier ones missed.",
         style="dim",
     )
     if scores.unobserved:
@@ -46,6 +46,8 @@ def _kpis(scores: Scores, *, wide: bool) -> Table:
     widths = ("width", "widened") if wide else ()
     names = ("KPI", "ahead", "n", "error", "persistence" if wide else "persist.", "ratio", "covered", *widths)
     table = _table("KPIs foreseen", names, left=1)
+    if not wide:
+        table.padding = (0, 0, 0, 1)
     before = ""
     for one in sorted(scores.kpis, key=lambda score: (place(score.kpi), score.horizon_seconds)):
         name = NAMES[one.kpi]
@@ -55,7 +57,9 @@ def _kpis(scores: Scores, *, wide: bool) -> Table:
             str(one.forecasts),
             figure(one.kpi, one.error),
             figure(one.kpi, one.persistence_error),
-            _number(one.error_to_persistence_ratio, ".2f"),
+            ", ".join(
+                _number(r, ".2f") for r in (one.error_to_persistence_ratio, one.served_error_to_persistence_ratio)
+            ),
             f"{one.coverage_ratio:.0%}, {one.widened_coverage_ratio:.0%}",
             *((figure(one.kpi, one.width), figure(one.kpi, one.widened_width)) if wide else ()),
         )

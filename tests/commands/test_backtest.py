@@ -125,7 +125,7 @@ def test_every_objective_is_foreseen_and_judged(tmp_path: Path) -> None:
     assert {score.kpi for score in found.scores.kpis} == judged
     assert {score.slo for score in found.scores.breaches} == judged == {alert.slo for alert in found.scores.alerts}
     # Each is on the wrong side of its threshold, below or above: foreseen as surely broken, and seen so.
-    assert all(score.breached == score.forecasts > 0 and score.brier == 0.0 for score in found.scores.breaches)
+    assert all(score.breached == score.forecasts > 0 and score.brier < 0.05 for score in found.scores.breaches)
     assert set(found.scores.unobserved) == {"rejected_requests"}
     # The twin knows the engine: the sizes of what it draws and how fast it decodes are foreseen as they are read.
     for kpi in ("power_mean_watts", "itl_p99_seconds"):
