@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kavier_twin.commands.figures import NAMES, figure, place
-from kavier_twin.forecast.scores import ALERT_PROBABILITY, Bin, Scores
+from kavier_twin.forecast.scores import ALERT_PROBABILITY, Bin, KpiScore, Scores
 
 _WIDE: Final = 100  # columns from which all figures have room
 
@@ -29,8 +29,9 @@ def print_scores(console: Console, scores: Scores) -> None:
     console.print(_breaches(scores, wide=wide))
     console.print(_alerts(scores))
     console.print(
-        "Errors are mean absolute ones. Ratio: over that of persistence, below 1 is better. Covered: intervals that "
-        "held what came; 90 % is aimed at. Both as simulated, and as served: corrected by what earlier ones missed.",
+        "Errors are mean absolute ones, of medians as simulated; ratio: over that of persistence, below 1 is better, "
+        "as served (in a wide table: as simulated, and as served). Covered: intervals that held what came, as "
+        "simulated and as served; 90 % is aimed at.",
         style="dim",
     )
     if scores.unobserved:
@@ -46,8 +47,6 @@ def _kpis(scores: Scores, *, wide: bool) -> Table:
     widths = ("width", "widened") if wide else ()
     names = ("KPI", "ahead", "n", "error", "persistence" if wide else "persist.", "ratio", "covered", *widths)
     table = _table("KPIs foreseen", names, left=1)
-    if not wide:
-        table.padding = (0, 0, 0, 1)
     before = ""
     for one in sorted(scores.kpis, key=lambda score: (place(score.kpi), score.horizon_seconds)):
         name = NAMES[one.kpi]
@@ -57,14 +56,17 @@ def _kpis(scores: Scores, *, wide: bool) -> Table:
             str(one.forecasts),
             figure(one.kpi, one.error),
             figure(one.kpi, one.persistence_error),
-            ", ".join(
-                _number(r, ".2f") for r in (one.error_to_persistence_ratio, one.served_error_to_persistence_ratio)
-            ),
+            _ratio(one, wide=wide),
             f"{one.coverage_ratio:.0%}, {one.widened_coverage_ratio:.0%}",
             *((figure(one.kpi, one.width), figure(one.kpi, one.widened_width)) if wide else ()),
         )
         before = name
     return table
+
+
+def _ratio(one: KpiScore, *, wide: bool) -> str:
+    served = _number(one.served_error_to_persistence_ratio, ".2f")
+    return f"{_number(one.error_to_persistence_ratio, '.2f')}, {served}" if wide else served
 
 
 def _breaches(scores: Scores, *, wide: bool) -> Table:

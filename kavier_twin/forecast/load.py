@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Lock
 
 import numpy as np
@@ -54,6 +54,9 @@ _PRIOR_RELATIVE_VARIANCE = 0.35**2 / 900.0  # per second ahead
 _PRIOR_TRIALS = 2
 _QUANTILE_Z = 1.2816  # of the 10 % and 90 % quantiles of a normal distribution
 _CHUNK = 1024
+_PAUSES = 1_000  # between recent arrivals that futures are made of; with fewer than a tenth, gamma-distributed ones
+_PAUSES_TOGETHER = 25  # drawn in a row: what comes bunched stays bunched
+_PAUSES_AROUND = 50  # on each side that tell the rate a pause belongs to
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,7 @@ class LoadForecast:
     refitted_seconds: float  # event time at which methods were last fitted and compared
     errors: Mapping[str, float]  # mean absolute scaled error by method over the recent past; NaN: not tried yet
     others: Mapping[str, Floats]  # [steps] mean by method
+    pauses: Floats = field(default_factory=lambda: np.zeros(0))  # between recent arrivals, in units of their mean
 
     def rate(self, horizon_seconds: float, method: str | None = None) -> float:
         """The mean over the next `horizon_seconds`, as forecast by the method in use or another."""
@@ -124,8 +128,9 @@ class LoadForecast:
     def draw_arrivals(self, horizon_seconds: float, rng: np.random.Generator) -> Floats:
         """Sorted arrival times in (time, time + horizon), seconds, at a rate path of the forecast's distribution.
 
-        A renewal process with gamma-distributed pauses, as bursty as told, whose clock runs at the drawn rate. With
-        the same generator state a shorter horizon gives the beginning of a longer one.
+        Pauses are recent ones, some in a row at a time (a moving block bootstrap, Künsch 1989), so that requests come
+        as bunched as they did; where too few are known, gamma-distributed ones, as bursty as told. Their clock runs at
+        the drawn rate. With the same generator state a shorter horizon gives the beginning of a longer one.
         """
         path_rng, arrivals_rng = rng.spawn(2)
         rate = self.draw_rate(path_rng)[: _steps(horizon_seconds)]
@@ -134,10 +139,16 @@ class LoadForecast:
             return np.zeros(0)
         chunks = [np.zeros(1)]
         while chunks[-1][-1] < expected[-1]:
-            pauses = arrivals_rng.gamma(1.0 / self.dispersion_ratio, self.dispersion_ratio, _CHUNK)
+            pauses = self._draw_pauses(arrivals_rng)
             chunks.append(chunks[-1][-1] + np.cumsum(pauses))
         elapsed = np.interp(np.concatenate(chunks[1:]), expected, STEP_SECONDS * np.arange(expected.size), right=np.inf)
         return np.asarray(self.time_seconds + elapsed[elapsed < horizon_seconds], np.float64)
+
+    def _draw_pauses(self, rng: np.random.Generator) -> Floats:
+        if self.pauses.size < _PAUSES // 10:
+            return rng.gamma(1.0 / self.dispersion_ratio, self.dispersion_ratio, _CHUNK)
+        begins = rng.integers(0, self.pauses.size - _PAUSES_TOGETHER + 1, _CHUNK // _PAUSES_TOGETHER)
+        return np.asarray(self.pauses[begins[:, None] + np.arange(_PAUSES_TOGETHER)].ravel(), np.float64)
 
     def draw_rate(self, rng: np.random.Generator) -> Floats:
         """One path of the rate, requests per second: [steps]."""
@@ -194,6 +205,7 @@ class LoadForecaster:
             refitted_seconds=self._refitted_seconds,
             errors=dict(self._errors),
             others={name: path / STEP_SECONDS for name, (path, _) in told.items()},
+            pauses=_pauses(snapshot.recent.arrival),
         )
 
     def _surprised(self, snapshot: Snapshot, history: History, dispersion: float) -> bool:
@@ -351,6 +363,17 @@ def dispersion_ratio(counts: Floats) -> float:
     seen = (np.diff(recent) ** 2).mean() / 2.0 / recent.mean()
     likely = (recent.size * seen + _POISSON_BUCKETS) / (recent.size + _POISSON_BUCKETS)
     return float(np.clip(likely, lowest, highest))
+
+
+def _pauses(arrival: Floats) -> Floats:
+    """Between the newest arrivals, in units of the mean of those around, so that a rate that changes is no burst."""
+    pauses = np.diff(arrival[-_PAUSES - 1 :])
+    if pauses.size < _PAUSES // 10:
+        return np.zeros(0)
+    window = np.ones(2 * _PAUSES_AROUND + 1)
+    around = np.convolve(pauses, window, "same") / np.convolve(np.ones(pauses.size), window, "same")
+    relative = np.divide(pauses, around, out=np.ones(pauses.size), where=around > 0.0)
+    return np.asarray(relative / relative.mean(), np.float64)
 
 
 def _history(snapshot: Snapshot, fine: Floats, steps_ago: int) -> History:

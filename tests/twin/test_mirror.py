@@ -189,6 +189,17 @@ def test_a_snapshot_is_independent(records: list[RequestRecord]) -> None:
     assert (snapshot.recent.output > 0).any()
 
 
+def test_a_forecast_runs_at_the_coefficients_not_at_the_pace_of_the_last_seconds(records: list[RequestRecord]) -> None:
+    mirror = run(halves(records)[:600])
+    snapshot = mirror.snapshot()
+    assert snapshot is not None
+    assert mirror.calibrated
+    assert mirror.pace != 1.0
+    fixed = mirror.fleet.settings.step_time.fixed
+    assert snapshot.fleet.state.engines["fixed"] == pytest.approx(fixed)
+    assert mirror.fleet.state.engines["fixed"] == pytest.approx(mirror.pace * fixed)
+
+
 def test_a_snapshot_tells_which_requests_are_live_and_when_the_others_ended(records: list[RequestRecord]) -> None:
     mirror = Mirror(MirrorSettings(), FLEET)
     for event in halves(records)[:600]:
