@@ -268,7 +268,7 @@ class _Trials:
     @property
     def independent(self) -> float:
         """Moments, without what they have in common: each begins a third of the horizon before the next."""
-        return 1.0 + (self.came.shape[0] - 1) / _ORIGINS_IN_HORIZON
+        return float(1.0 + (self.came.shape[0] - 1) / _ORIGINS_IN_HORIZON)
 
     def error(self, name: str) -> float:
         """Mean absolute scaled error (Hyndman and Koehler, 2006): 1 is as bad as taking each block for the last."""
