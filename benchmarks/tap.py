@@ -69,7 +69,8 @@ def main() -> None:
             helper.terminate()
     notes = (
         "milliseconds from the request to the first byte of its answer; added: the quantile of a way less that of the "
-        "direct one; copied: through a process that only copies bytes; CPU: of the tap's two processes"
+        "direct one; clients take the ways in turn; copied: by a process that only copies bytes; CPU: of the tap's "
+        "two processes"
     )
     report("(k) the tap", rows, notes)
 
@@ -97,7 +98,7 @@ def _row(concurrency: int, process: int, ports: tuple[int, ...]) -> dict[str, An
     cpu = _cpu_seconds(process) - cpu
     (d50, d99), (c50, c99), (t50, t99) = (np.quantile(np.array(of) * 1e3, (0.5, 0.99)) for of in waited)
     return {
-        "streams": concurrency,
+        "clients": concurrency,
         "requests": len(waited[2]),
         "direct p50": d50,
         "direct p99": d99,

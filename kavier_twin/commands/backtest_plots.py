@@ -53,9 +53,9 @@ def _fan(new: Callable[..., Any], kpi: Metric, rows: Sequence[ScoredKpi], slos: 
     picture = new(figsize=(10.0, 0.8 + 2.4 * len(horizons)), layout="constrained")
     panels = np.atleast_1d(picture.subplots(len(horizons), 1, sharex=True))
     factor, sign = unit(kpi, max(abs(row.observed) for row in rows))
-    clock = _Clock([row.time_seconds + row.horizon_seconds for row in rows])
+    clock = _Clock([time for row in rows for time in (row.time_seconds, row.time_seconds + row.horizon_seconds)])
     for axes, horizon in zip(panels, horizons, strict=True):
-        table = np.array([[row[0], *row[3:]] for row in rows if row.horizon_seconds == horizon])
+        table = np.array([[row.time_seconds, *row[3:10]] for row in rows if row.horizon_seconds == horizon])
         low, median, high, wide_low, wide_high, persisted, observed = factor * table[:, 1:].T
         end = clock.of(table[:, 0] + horizon)
         axes.fill_between(end, wide_low, wide_high, color=_FORESEEN, alpha=0.15, lw=0, label="90 % interval, widened")

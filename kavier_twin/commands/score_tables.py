@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kavier_twin.commands.figures import NAMES, figure, place
-from kavier_twin.forecast.scores import ALERT_PROBABILITY, Bin, Scores
+from kavier_twin.forecast.scores import ALERT_PROBABILITY, Bin, KpiScore, Scores
 
 _WIDE: Final = 100  # columns from which all figures have room
 
@@ -29,8 +29,9 @@ def print_scores(console: Console, scores: Scores) -> None:
     console.print(_breaches(scores, wide=wide))
     console.print(_alerts(scores))
     console.print(
-        "Errors are mean absolute ones; ratio: over that of persistence, below 1 is better. Covered: intervals that "
-        "held what came, as simulated and widened by what was observed; 90 % is aimed at.",
+        "Errors are mean absolute ones, of medians as simulated; ratio: over that of persistence, below 1 is better, "
+        "as served (in a wide table: as simulated, and as served). Covered: intervals that held what came, as "
+        "simulated and as served; 90 % is aimed at.",
         style="dim",
     )
     if scores.unobserved:
@@ -55,12 +56,17 @@ def _kpis(scores: Scores, *, wide: bool) -> Table:
             str(one.forecasts),
             figure(one.kpi, one.error),
             figure(one.kpi, one.persistence_error),
-            _number(one.error_to_persistence_ratio, ".2f"),
+            _ratio(one, wide=wide),
             f"{one.coverage_ratio:.0%}, {one.widened_coverage_ratio:.0%}",
             *((figure(one.kpi, one.width), figure(one.kpi, one.widened_width)) if wide else ()),
         )
         before = name
     return table
+
+
+def _ratio(one: KpiScore, *, wide: bool) -> str:
+    served = _number(one.served_error_to_persistence_ratio, ".2f")
+    return f"{_number(one.error_to_persistence_ratio, '.2f')}, {served}" if wide else served
 
 
 def _breaches(scores: Scores, *, wide: bool) -> Table:

@@ -96,7 +96,8 @@ def run(args: argparse.Namespace) -> int:
     )
     upstream = None if args.mirror else args.upstream
     with StopSignals() as signals:
-        server.serve(server.TapSettings(args.host, args.port, upstream, args.upstream_ca, args.grace), records)
+        settings = server.TapSettings(args.host, args.port, upstream, args.upstream_ca, args.grace)
+        server.serve(settings, records, lambda: signals.received is not None)
     return signals.exit_status
 
 

@@ -20,7 +20,7 @@ from kavier_twin.simulation.policies import Override, PolicyError, parse_overrid
 
 _ANSWER_SECONDS: Final = 120.0  # others may be asked first
 _EXAMPLE = """examples:
-  kavier-twin whatif --url http://localhost:9469 --policy kv_cache_dtype=fp8 --replicas 6 --load 1.5x --horizon 15m
+  kavier-twin whatif --token-file token --policy kv_cache_dtype=fp8 --replicas 6 --load 1.5x --horizon 15m
   kavier-twin whatif --url https://twin.example:9469 --token-file token --policy num_gpu_blocks=0.5x --json
 
 The daemon forks its live state, simulates today's policy and the one asked about in the same futures, and answers;

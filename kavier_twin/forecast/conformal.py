@@ -7,9 +7,8 @@ one or less far. Load drifts, so that the past is no fair sample of what comes: 
 "Conformal prediction beyond exchangeability", 2023), and the level follows what was missed lately (adaptive conformal
 inference, Gibbs and Candès, NeurIPS 2021).
 
-It begins at once: a prior counts like a few scores, those of an interval that is as wide as it should be but for having
-been read from a handful of futures; and what shorter horizons of the same KPI scored counts until there are own scores,
-which come a horizon late.
+It begins at once: a prior counts like a few scores, those of an interval that is half as wide as it should be; and what
+shorter horizons of the same KPI scored counts until there are own scores, which come a horizon late.
 """
 
 from __future__ import annotations
@@ -30,7 +29,9 @@ SCORES: Final = 200  # remembered
 ADAPTATION: Final = 0.02  # how far one miss moves the level: that of Gibbs and Candès is 0.005 for thousands of steps
 _FORGET: Final = 0.98  # a score weighs so much less than the next
 _PRIOR_SCORES: Final = 8  # it counts like so many
-_PRIOR_SPREAD: Final = 1.35  # between the extremes of eight futures lie 78 %; 90 % of normal values are so much wider
+# Between the extremes of eight futures lie 78 %: 90 % of normal values are 1.35 times as wide, and futures know only
+# what was seen before.
+_PRIOR_SPREAD: Final = 2.0
 _LENT: Final = 0.3  # weight of another horizon's score beside an own one
 _SMALLEST_SHARE: Final = 0.05  # a half counts as no narrower than this share of the median and of what was seen
 _NORMAL: Final = float(special.ndtri(0.5 + 0.5 * COVERAGE))

@@ -254,10 +254,13 @@ class Mirror:
         earliest = self.time_seconds - self.settings.recent_seconds
         recent = [entry for entry in self._recent.values() if entry.seen.time_seconds >= earliest]
         start = recent[0].seen.time_seconds if recent else self.time_seconds
+        fleet = self.fleet.fork()
+        if self.calibrated:  # the pace is of the last seconds only, and partly the mirror's own noise
+            self._pace.apply(fleet, 1.0)
         return Snapshot(
             pool=self.settings.pool,
             time_seconds=self.time_seconds,
-            fleet=self.fleet.fork(),
+            fleet=fleet,
             recent=self._numbered(recent),
             recent_seconds=min(self.settings.recent_seconds, max(self.time_seconds - start, 1e-9)),
             frontend_seconds=self.frontend_seconds,

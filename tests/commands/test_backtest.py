@@ -11,7 +11,7 @@ import pytest
 from kavier_twin.backtest import backtest, reshaped
 from kavier_twin.cli import main
 from kavier_twin.forecast.forecaster import ForecastSettings
-from kavier_twin.forecast.slo import Slo
+from kavier_twin.forecast.slo import METRICS, Slo
 from kavier_twin.scenario import load_scenario
 from kavier_twin.telemetry import RequestRecord
 from kavier_twin.twin.mirror import Mirror
@@ -109,3 +109,25 @@ def test_wrong_use(
     error = capsys.readouterr().err
     assert says in error
     assert "Traceback" not in error
+
+
+def test_every_objective_is_foreseen_and_judged(tmp_path: Path) -> None:
+    """Whatever KPI it bounds, but for refused requests, which no telemetry tells of."""
+    (tmp_path / "fleet.yaml").write_text(
+        "hardware: {gpu: H100 SXM 80GB, model: meta-llama/Llama-3.1-8B}\n"
+        "footprint: {price_per_gpu_hour: 2.5, currency: USD, carbon: 300}\n"
+    )
+    lower = {"prefix_cache_hit_ratio", "output_tokens_per_second", "requests_per_second"}
+    slos = tuple(Slo(name=metric, metric=metric, threshold=1e12 if metric in lower else -1.0) for metric in METRICS)
+    trace = write(tmp_path / "trace.jsonl", requests(400, 0.2))
+    found = backtest(load_scenario(trace, fleet_file=tmp_path / "fleet.yaml"), SETTINGS, slos, warm_up_seconds=10.0)
+    judged = set(METRICS) - {"rejected_requests"}
+    assert {score.kpi for score in found.scores.kpis} == judged
+    assert {score.slo for score in found.scores.breaches} == judged == {alert.slo for alert in found.scores.alerts}
+    # Each is on the wrong side of its threshold, below or above: foreseen as surely broken, and seen so.
+    assert all(score.breached == score.forecasts > 0 and score.brier < 0.05 for score in found.scores.breaches)
+    assert set(found.scores.unobserved) == {"rejected_requests"}
+    # The twin knows the engine: the sizes of what it draws and how fast it decodes are foreseen as they are read.
+    for kpi in ("power_mean_watts", "itl_p99_seconds"):
+        rows = [row for row in found.kpis if row.kpi == kpi]
+        assert np.mean([abs(row.median / row.observed - 1.0) for row in rows]) < 0.15, kpi

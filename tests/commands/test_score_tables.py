@@ -15,11 +15,11 @@ from kavier_twin.forecast.slo import METRICS
 BINS = tuple(Bin(0.1 * place, 10, 0.1 * place, 0.1 * place) for place in range(10))
 SCORES = Scores(
     kpis=tuple(
-        KpiScore(kpi, horizon, 1_234, 123.456, 234.567, 0.526, 0.512, 0.934, 345.678, 1234.5678)
+        KpiScore(kpi, horizon, 1_234, 123.456, 234.567, 0.526, 120.25, 0.513, 0.512, 0.934, 345.678, 1234.5678)
         for kpi in METRICS
         for horizon in (60.0, 3600.0)
     ),
-    breaches=(BreachScore("ttft_p99_interactive", 3600.0, 1_234, 123, 0.123, 0.234, BINS),),
+    breaches=(BreachScore("ttft_p99_interactive", 3600.0, 1_234, 123, 0.123, 0.145, 0.234, BINS),),
     alerts=(AlertScore("ttft_p99_interactive", 12, 13, 0.9, 0.8, (300.0,), 300.0),),
     pending=17,
     unobserved={"power_mean_watts": 3, "ttft_p50_seconds": 1},

@@ -7,11 +7,12 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from urllib.parse import urlsplit
 
 import pytest
 
+from kavier_twin.tap import upstream
 from tap.openai_server import Running, tapped
 
 GET = b"GET /x HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -258,6 +259,26 @@ def test_a_compressed_answer_passes_compressed(tap: Running, server: RawServer) 
 def test_an_engine_that_talks_nonsense_is_a_502(tap: Running, server: RawServer, answer: bytes) -> None:
     server.answer = answer
     assert ask(tap, GET).startswith(b"HTTP/1.1 502 ")
+
+
+def test_an_engine_that_accepts_no_connection_is_a_502_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upstream, "_CONNECT_SECONDS", 0.3)
+    with ExitStack() as stack:
+        full = stack.enter_context(socket.socket())
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for _ in range(4):  # until its queue is full, and further ones wait
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        with tapped(f"http://127.0.0.1:{full.getsockname()[1]}", ask_engine=False) as tap:
+            assert ask(tap, GET).startswith(b"HTTP/1.1 502 ")
+
+
+def test_a_client_of_http_1_0_is_answered_and_left(tap: Running, server: RawServer) -> None:
+    server.answer = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
+    assert ask(tap, b"GET /x HTTP/1.0\r\n\r\n").endswith(b"connection: close\r\n\r\nok")
+    assert bytes(server.got[0]).startswith(b"GET /x HTTP/1.1\r\n")
 
 
 def test_an_answer_before_the_whole_request_ends_both(tap: Running, server: RawServer) -> None:
