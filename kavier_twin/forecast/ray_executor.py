@@ -28,7 +28,9 @@ class RayExecutor:
     def __init__(self, workers: int | None = None) -> None:
         if not ray.is_initialized():
             # A cluster that is there has its own number of cores, and refuses to be told.
-            started = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers, "include_dashboard": False}
+            started: dict[str, Any] = (
+                {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers, "include_dashboard": False}
+            )
             ray.init(log_to_driver=False, configure_logging=False, **started)
         self._workers = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
 
