@@ -9,6 +9,7 @@ how well it knows the load to come.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -18,18 +19,16 @@ import numpy as np
 from kavier_twin.config import CRUDE_STEP_TIME
 from kavier_twin.errors import UserError
 from kavier_twin.forecast.forecaster import Forecaster, ForecastSettings
+from kavier_twin.forecast.readings import Reading
 from kavier_twin.forecast.scores import Moment, ScoredBreach, ScoredKpi, Scorer, Scores
 from kavier_twin.forecast.slo import Slo
+from kavier_twin.recording import recorded_samples
 from kavier_twin.replay_source import ReplaySource
 from kavier_twin.scenario import Scenario
-from kavier_twin.score_keeper import tell_end
-from kavier_twin.simulation.fleet import simulate
+from kavier_twin.score_keeper import tell, tell_size
+from kavier_twin.simulated_reality import simulated_reality
 from kavier_twin.simulation.policies import Policy
-from kavier_twin.simulation.settings import FleetSettings
-from kavier_twin.simulation.state import FINISHED
-from kavier_twin.simulation.workload import workload_of
-from kavier_twin.telemetry import RequestFinished, RequestRecord, RequestSeen
-from kavier_twin.twin.calibration import with_frontend
+from kavier_twin.telemetry import EngineSample, RequestRecord
 from kavier_twin.twin.mirror import Mirror, MirrorSettings
 
 TODAY: Final = "today"
@@ -83,10 +82,13 @@ def backtest(
     """Run the twin over the scenario's trace; forecasts begin after `warm_up_seconds`, or a quarter of the trace if
     that is less. Raises UserError for a trace that is too short for any horizon."""
     records = list(scenario.trace.records)
+    readings: list[tuple[str, Reading]] = []
+    samples: list[EngineSample] = []
     measured = not shape and all(record.e2e_seconds is not None for record in records) and bool(records)
     fleet = scenario.fleet
     settings = MirrorSettings(lateness_seconds=0.0)
     if measured:
+        samples = recorded_samples(scenario.trace)
         fleet = fleet.model_copy(update={"step_time": CRUDE_STEP_TIME})
         settings = MirrorSettings(
             lateness_seconds=0.0,
@@ -94,7 +96,8 @@ def backtest(
             recalibrate_every_requests=_CALIBRATE_EVERY,
         )
     else:
-        records = _simulated(reshaped(records, shape) if shape else records, fleet, scenario.frontend_seconds)
+        shaped = reshaped(records, shape) if shape else records
+        records, readings = simulated_reality(shaped, fleet, scenario.frontend_seconds)
     first, last = (records[0].time_seconds, records[-1].time_seconds) if records else (0.0, 0.0)
     if last - first <= min(forecast.horizons_seconds):
         raise UserError(
@@ -108,7 +111,8 @@ def backtest(
     scorer = Scorer(slos)
     now = first + min(warm_up_seconds, 0.25 * (last - first))
     clock = [first]
-    source = ReplaySource(records, clock=lambda: clock[0])
+    source = ReplaySource(records, samples, clock=lambda: clock[0])
+    unread = deque(readings)
     source.start()
     kpis: list[ScoredKpi] = []
     breaches: list[ScoredBreach] = []
@@ -116,7 +120,7 @@ def backtest(
     made = 0
 
     def settle(until: float) -> None:
-        settled = scorer.settle(until)
+        settled = scorer.settle(until, fleet.footprint)
         kpis.extend(settled.kpis)
         breaches.extend(settled.breaches)
         moments.extend(settled.moments)
@@ -126,14 +130,14 @@ def backtest(
         while records := source.poll(10_000):
             for record in records:
                 mirror.ingest(record)
-                if isinstance(record, RequestSeen):
-                    scorer.reality.arrive(record.id, record.time_seconds, record.prompt_tokens)
-                elif isinstance(record, RequestFinished):
-                    tell_end(scorer, record)
+                tell(scorer.reality, record)
+        while unread and unread[0][1].time_seconds <= until:
+            scorer.reality.readings.add(*unread.popleft())
 
     while now <= last:
         take_until(now)
         mirror.advance(now)
+        tell_size(scorer.reality, mirror)
         settle(now)
         snapshot = mirror.snapshot()
         if snapshot is not None and mirror.calibrated:
@@ -146,22 +150,3 @@ def backtest(
     return Backtest(
         scorer.scores(), tuple(kpis), tuple(breaches), tuple(moments), made, len(records), measured=measured
     )
-
-
-def _simulated(records: Sequence[RequestRecord], fleet: FleetSettings, frontend_seconds: float) -> list[RequestRecord]:
-    """The requests with what the simulated fleet makes of them; those that it refuses are left out."""
-    workload = with_frontend(workload_of(records), frontend_seconds)
-    outcomes = simulate(fleet, workload).collect()
-    found = []
-    for outcome in outcomes[np.argsort(outcomes["index"], kind="stable")]:
-        if outcome["status"] == FINISHED:
-            arrival = float(outcome["arrival"])
-            told = {
-                "ttft_seconds": float(outcome["first_token"]) - arrival,
-                "e2e_seconds": float(outcome["finish"]) - arrival,
-                "queue_seconds": max(0.0, float(outcome["scheduled"]) - arrival - frontend_seconds),
-                "cached_tokens": int(outcome["cached"]),
-                "output_tokens": int(outcome["output"]),
-            }
-            found.append(records[int(outcome["index"])].model_copy(update=told))
-    return found

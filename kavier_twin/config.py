@@ -35,7 +35,7 @@ PositiveSeconds = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class PoolFleet(FleetFile):
@@ -44,7 +44,9 @@ class PoolFleet(FleetFile):
     With `hardware` it starts from what the data sheets say, and stays there where the stream cannot tell.
     """
 
-    step_time: StepTime = CRUDE_STEP_TIME
+    step_time: StepTime = Field(default=CRUDE_STEP_TIME, examples=[{"fixed": 0.01, "per_prefill_token": 3e-5}])
+    """How long an engine step lasts. Left out, it is fitted to the stream."""
+
     engine_given: Annotated[
         tuple[str, ...], Field(exclude=True)
     ] = ()  # by the file, so that engines' words are not taken
@@ -74,14 +76,31 @@ class MirrorConfig(_Settings):
     """How the pool is mirrored (`MirrorSettings`), seconds of event time."""
 
     lateness_seconds: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = _MIRROR.lateness_seconds
+    """How long an event waits for others that are earlier. Set it above the delay with which records come."""
+
     recent_seconds: PositiveSeconds = _MIRROR.recent_seconds
+    """The past that futures are drawn from."""
+
     recent_requests: Annotated[int, Field(ge=1)] = _MIRROR.recent_requests
+    """At most so many requests of that past."""
+
     calibrate_after_requests: Annotated[int, Field(ge=30)] = _MIRROR.calibrate_after_requests
+    """Finished requests before step times are first fitted."""
+
     recalibrate_every_requests: Annotated[int, Field(ge=1)] = _MIRROR.recalibrate_every_requests
+    """Finished requests between two fits."""
+
     give_up_seconds: PositiveSeconds = _MIRROR.give_up_seconds
+    """A request that has no end for so long is dropped."""
+
     pod_silent_seconds: PositiveSeconds = _MIRROR.pod_silent_seconds
+    """A pod of which nothing is heard for so long, while others are, leaves the mirror."""
+
     most_replicas: Annotated[int, Field(ge=1)] = _MIRROR.most_replicas
-    trust: TrustSettings = _MIRROR.trust
+    """Pods beyond so many are not mirrored, which bounds the memory."""
+
+    trust: TrustSettings = Field(default=_MIRROR.trust, examples=[{"minimum_requests": 50}])
+    """When figures are to be trusted."""
 
     def settings(self, pool: str) -> MirrorSettings:
         """As the mirror takes it."""
@@ -92,11 +111,22 @@ class TraceFile(_Settings):
     """A trace file; followed as it grows unless told otherwise. A relative path counts from the settings file."""
 
     type: Literal["trace_file"]
-    path: Path
-    format: str | None = None
+    """The kind of source."""
+
+    path: Path = Field(examples=["requests.jsonl"])
+    """The file."""
+
+    format: str | None = Field(default=None, examples=["telemetry"])
+    """Its format; found by content unless given."""
+
     follow: bool = True
-    name: Annotated[str, Field(min_length=1)] | None = None
-    pool: Annotated[str, Field(min_length=1)] | None = None  # of records that name none
+    """Whether the file is read on as it grows."""
+
+    name: Annotated[str, Field(min_length=1)] | None = Field(default=None, examples=["gateway"])
+    """What metrics and the log call the source; its path unless given."""
+
+    pool: Annotated[str, Field(min_length=1)] | None = Field(default=None, examples=["chat"])
+    """The pool of records that name none."""
 
     @field_validator("format")
     @classmethod
@@ -131,17 +161,27 @@ SOURCE_TYPES: Final[dict[str, type[BaseModel]]] = {
 class CheckpointConfig(_Settings):
     """Where the twin's state is kept across restarts, and how often it is written."""
 
-    directory: Path
+    directory: Path = Field(examples=["state"])
+    """Where checkpoints are written; it must exist."""
+
     every_seconds: PositiveSeconds = EVERY_SECONDS
+    """Time between two checkpoints."""
+
     keep: Annotated[int, Field(ge=1, le=100)] = KEEP
+    """Checkpoints kept; the oldest go first."""
 
 
 class PoolSettings(_Settings):
     """One pool: engines of one model on one kind of hardware with the same settings."""
 
-    fleet: PoolFleet
-    mirror: MirrorConfig = MirrorConfig()
-    forecast: ForecastSettings = ForecastSettings()
+    fleet: PoolFleet = Field(examples=[{"hardware": {"gpu": "L40S", "model": "Qwen/Qwen3-8B"}}])
+    """The engines."""
+
+    mirror: MirrorConfig = Field(default=MirrorConfig(), examples=[{"lateness_seconds": 5}])
+    """How they are mirrored."""
+
+    forecast: ForecastSettings = Field(default=ForecastSettings(), examples=[{"every_seconds": 60}])
+    """What is forecast."""
 
 
 PoolName = Annotated[str, Field(min_length=1, max_length=512)]
@@ -150,17 +190,42 @@ PoolName = Annotated[str, Field(min_length=1, max_length=512)]
 class Settings(_Settings):
     """Everything the daemon is told. `pools`, or for a single one `pool` (its name), `fleet`, `mirror`, `forecast`."""
 
-    pool: PoolName = "default"
-    fleet: PoolFleet | None = None
-    mirror: MirrorConfig = MirrorConfig()
-    forecast: ForecastSettings = ForecastSettings()
-    pools: dict[PoolName, PoolSettings] = {}
-    sources: Annotated[tuple[AnySource, ...], Field(min_length=1)]
-    http: HttpConfig = HttpConfig()
+    pool: PoolName = Field(default="default", examples=["chat"])
+    """The name of the only pool."""
+
+    fleet: PoolFleet | None = Field(default=None, examples=[{"hardware": {"gpu": "L40S", "model": "Qwen/Qwen3-8B"}}])
+    """The engines of the only pool."""
+
+    mirror: MirrorConfig = Field(default=MirrorConfig(), examples=[{"lateness_seconds": 5}])
+    """How the only pool is mirrored."""
+
+    forecast: ForecastSettings = Field(default=ForecastSettings(), examples=[{"every_seconds": 60}])
+    """What is forecast of the only pool."""
+
+    pools: dict[PoolName, PoolSettings] = Field(
+        default={}, examples=[{"chat": {"fleet": {"hardware": {"gpu": "L40S", "model": "Qwen/Qwen3-8B"}}}}]
+    )
+    """Several pools by name, in place of the four settings above."""
+
+    sources: Annotated[tuple[AnySource, ...], Field(min_length=1)] = Field(
+        examples=[[{"type": "kafka", "brokers": ["kafka:9092"], "topics": ["llm-requests"]}]]
+    )
+    """Where telemetry comes from."""
+
+    http: HttpConfig = Field(default=HttpConfig(), examples=[{"host": "0.0.0.0"}])
+    """Where metrics, the API and the page are served, and to whom."""
+
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    stale_after_seconds: PositiveSeconds = STALE_AFTER_SECONDS  # that a source may fail or be behind
-    checkpoints: CheckpointConfig | None = None  # without it a restart begins anew
-    dead_letters: Path | None = None  # where rejected lines are noted (file, line, reason; never their text)
+    """The least important events that are logged."""
+
+    stale_after_seconds: PositiveSeconds = STALE_AFTER_SECONDS
+    """How long a source may fail, or be behind, before figures are called stale."""
+
+    checkpoints: CheckpointConfig | None = Field(default=None, examples=[{"directory": "state"}])
+    """Where the state is kept across restarts. Without it a restart begins anew."""
+
+    dead_letters: Path | None = Field(default=None, examples=["rejected.jsonl"])
+    """A file that notes each rejected line: where and why, never its text."""
 
     @property
     def by_pool(self) -> Mapping[str, PoolSettings]:

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from threading import Event, Thread
-from types import FrameType
-from typing import Any, Final
+from typing import Final
 
 from connectors.dead_letters import DeadLetters
 from connectors.follow import FollowFile
@@ -29,12 +27,13 @@ from kavier_twin.errors import UserError
 from kavier_twin.feed import UNNAMED_POOL, Feed
 from kavier_twin.freshness import STALE_AFTER_SECONDS, Freshness
 from kavier_twin.http_settings import HttpConfig
+from kavier_twin.kept_policies import KeptPolicies
+from kavier_twin.kernels_ready import compiled, make_ready
 from kavier_twin.live_sources import LiveSource, MetricsSource
 from kavier_twin.pool import PoolTwin
 from kavier_twin.pool_control import PoolControl
 from kavier_twin.score_store import FILE_NAME, ScoreStore
 from kavier_twin.serve.app import Twin
-from kavier_twin.serve.history import History
 from kavier_twin.serve.http import AddressError, HttpServer
 from kavier_twin.serve.view import SourceState, TwinView
 from kavier_twin.telemetry import TelemetryRecord
@@ -54,7 +53,8 @@ class Daemon:
     """The twins of some pools and the feeds that they share, running between `start` and `stop`.
 
     With `http` None nothing is served. With `warm_up`, and no checkpoint to go on from, nothing is ready before the
-    logs have been read up to the present. Raises UserError for an address that cannot be listened on.
+    logs have been read up to the present. `prepare` makes the kernels ready, while all else waits but the HTTP server.
+    Raises UserError for an address that cannot be listened on.
     """
 
     def __init__(
@@ -66,8 +66,10 @@ class Daemon:
         checkpoints: Checkpoints | None = None,
         stale_after_seconds: float = STALE_AFTER_SECONDS,
         warm_up: bool = False,
+        prepare: Callable[[], None] | None = None,
     ) -> None:
         self.failed = False
+        self._prepare = prepare
         self._freshness = Freshness(stale_after_seconds)
         self._warming_up = warm_up
         self.pools = {pool.name: pool for pool in pools}
@@ -80,14 +82,12 @@ class Daemon:
         self._ended: set[str] = set()
         self._stopping = Event()
         self._views: Mapping[str, TwinView] = {}
-        self._history = History()
         self._publish()
         self.http = self._listen(http) if http else None
         self._thread = Thread(target=self._keep_ingesting, name="ingest", daemon=True)
         self._resumed = checkpoints is not None and checkpoints.restore(self.pools, self._sources)
         if self._resumed:
             self._warming_up = False
-            self._publish()
 
     @classmethod
     def of(cls, settings: Settings, warm_up_seconds: float = 0.0) -> Daemon:
@@ -127,10 +127,13 @@ class Daemon:
             checkpoints=Checkpoints(**settings.checkpoints.model_dump()) if settings.checkpoints else None,
             stale_after_seconds=settings.stale_after_seconds,
             warm_up=warm_up_seconds > 0.0,
+            prepare=make_ready,
         )
 
     def _listen(self, http: HttpConfig) -> HttpServer:
-        twin = Twin(lambda: self._views, {name: PoolControl(pool) for name, pool in self.pools.items()}, self._history)
+        kept = KeptPolicies(self._checkpoints.directory) if self._checkpoints else None
+        controls = {name: PoolControl(pool, kept) for name, pool in self.pools.items()}
+        twin = Twin(lambda: self.views, controls)
         try:
             return HttpServer(twin, http.host, http.port, http.access, http.limits)
         except AddressError as error:
@@ -142,12 +145,20 @@ class Daemon:
     @property
     def views(self) -> Mapping[str, TwinView]:
         """The figures published last, by pool."""
-        return self._views
+        if not self.preparing:
+            return self._views
+        now, far = time.time(), compiled()
+        return {name: replace(view, unix_seconds=now, compiling=far) for name, view in self._views.items()}
 
     @property
     def view(self) -> TwinView:
         """Those of the first pool, which often is the only one."""
-        return next(iter(self._views.values()))
+        return next(iter(self.views.values()))
+
+    @property
+    def preparing(self) -> bool:
+        """Whether the kernels are being made ready."""
+        return self._prepare is not None
 
     @property
     def drained(self) -> bool:
@@ -164,10 +175,6 @@ class Daemon:
             self.http.start()
             log.info("serving metrics and the status page on %s", self.http.url)
         self._thread.start()
-        for pool in self.pools.values():
-            pool.start()
-        for source in self._sources:
-            log.info("reading %s", source.name)
 
     def stop(self) -> bool:
         """End all parts, each within a few seconds. Returns whether all did; one that did not ends with the process."""
@@ -191,6 +198,7 @@ class Daemon:
 
     def _keep_ingesting(self) -> None:
         try:
+            self._begin()
             if not self._resumed:
                 self._wait_for_settings()
             while not self._stopping.is_set():
@@ -205,6 +213,20 @@ class Daemon:
         except Exception:
             log.exception("the mirror failed; the daemon ends")
             self.failed = True
+
+    def _begin(self) -> None:
+        if self._prepare is not None:
+            began = time.monotonic()
+            self._prepare()
+            self._prepare = None
+            log.info("kernels ready after %.1f s", time.monotonic() - began)
+        if self._stopping.is_set():
+            return
+        self._publish()
+        for pool in self.pools.values():
+            pool.start()
+        for source in self._sources:
+            log.info("reading %s", source.name)
 
     def _checkpoint(self, checkpoints: Checkpoints) -> None:
         checkpoints.write(checkpoints.take(self.pools.values(), self._sources))
@@ -281,37 +303,7 @@ class Daemon:
                 checkpoint_failures=kept.failures if kept else 0,
             )
         self._views = views
-        self._history.add(views.values())
         self._published = time.monotonic()
-
-
-class StopSignals:
-    """Within it, SIGTERM and Ctrl-C are remembered instead of ending the process; a second one ends it as usual."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._take)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._restore()
-
-    def _take(self, number: int, _: FrameType | None) -> None:
-        self.received = number
-        self._restore()
-
-    def _restore(self) -> None:
-        while self._before:
-            signal.signal(*self._before.popitem())
-
-    @property
-    def exit_status(self) -> int:
-        """0 where a service manager ended the process as it should, 130 for Ctrl-C."""
-        return 130 if self.received == signal.SIGINT else 0
 
 
 class _RejectLog:

@@ -26,15 +26,28 @@ class Hardware(BaseModel):
     `gpu` and `model` are names of the catalogue or paths of a card's YAML and a model's `config.json`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
 
-    gpu: str
-    model: str
+    gpu: str = Field(examples=["H100 SXM 80GB"])
+    """A name of the catalogue, or the path of a card's YAML."""
+
+    model: str = Field(examples=["meta-llama/Llama-3.1-8B"])
+    """A name of the catalogue, or the path of a model's config.json."""
+
     tensor_parallel_size: Annotated[int, Field(ge=1)] = 1
+    """GPUs that share each layer (`--tensor-parallel-size`)."""
+
     data_parallel_size: Annotated[int, Field(ge=1)] = 1
+    """Ranks with requests of their own (`--data-parallel-size`)."""
+
     enable_expert_parallel: bool = False
-    quantization: QuantizationName | None = None
+    """Whether whole experts are spread over the GPUs (`--enable-expert-parallel`)."""
+
+    quantization: QuantizationName | None = Field(default=None, examples=["fp8"])
+    """How weights are kept; as published unless given."""
+
     gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.92
+    """Share of the GPU's memory that vLLM takes (`--gpu-memory-utilization`)."""
 
     @field_validator("gpu")
     @classmethod
@@ -127,7 +140,10 @@ class FleetFile(FleetSettings):
     """A fleet as a user describes it: with `hardware`, the number of blocks, vLLM's limits, the step times and the
     GPUs' power follow where they are not given."""
 
-    hardware: Hardware | None = None
+    hardware: Hardware | None = Field(
+        default=None, examples=[{"gpu": "H100 SXM 80GB", "model": "meta-llama/Llama-3.1-8B"}]
+    )
+    """What an engine runs on; what follows from it need not be given."""
 
     @model_validator(mode="before")
     @classmethod

@@ -24,15 +24,28 @@ class HttpConfig(BaseModel):
     Without a `token` nobody may change anything or ask what-ifs; without `open_reading` figures need it as well.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     host: Annotated[str, Field(min_length=1)] = DEFAULT_HOST
+    """The address to listen on; 0.0.0.0 for all."""
+
     port: Annotated[int, Field(ge=0, le=65535)] = DEFAULT_PORT
+    """The TCP port; 0 takes a free one."""
+
     open_reading: bool = True
-    token: SecretPlace | None = None
+    """Whether figures may be read without the token."""
+
+    token: SecretPlace | None = Field(default=None, examples=[{"file": "/run/secrets/twin/token"}])
+    """The bearer token for what-ifs and changes; without one, nobody may."""
+
     max_body_bytes: Annotated[int, Field(ge=1_024)] = _LIMITS.body_bytes
+    """The longest body of a request."""
+
     max_requests_at_once: Annotated[int, Field(ge=1)] = _LIMITS.at_once
+    """Requests served at once; beyond, the answer is 503."""
+
     max_horizon_seconds: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = _LIMITS.horizon_seconds
+    """How far ahead a what-if may look."""
 
     @model_validator(mode="after")
     def _someone_may_read(self) -> Self:

@@ -40,14 +40,17 @@ Url = Annotated[str, AfterValidator(_checked_url)]
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class SecretPlace(_Settings):
     """Where a password or token lies; never the secret itself. A relative path counts from the settings file."""
 
-    env: Name | None = None
-    file: Path | None = None
+    env: Name | None = Field(default=None, examples=["TWIN_TOKEN"])
+    """The name of an environment variable."""
+
+    file: Path | None = Field(default=None, examples=["/run/secrets/twin/token"])
+    """A file with nothing but the secret."""
 
     @model_validator(mode="before")
     @classmethod
@@ -66,8 +69,11 @@ class SecretPlace(_Settings):
 class LiveSource(_Settings):
     """What all of them have. Relative paths count from the settings file."""
 
-    name: Name | None = None
-    pool: Name | None = None  # whose figures these are; needed where there are several
+    name: Name | None = Field(default=None, examples=["main"])
+    """What metrics and the log call the source; told by its address unless given."""
+
+    pool: Name | None = Field(default=None, examples=["chat"])
+    """Whose figures these are; needed where there are several pools."""
 
     def with_paths_from(self, directory: Path) -> Self:
         """The same with absolute paths."""
@@ -95,14 +101,29 @@ class LiveSource(_Settings):
 class HttpSource(LiveSource):
     """How to reach and to convince a server. `ca_file` replaces the system's certificate authorities."""
 
-    bearer_token: SecretPlace | None = None
-    user: Name | None = None
-    password: SecretPlace | None = None
-    ca_file: Path | None = None
-    certificate_file: Path | None = None
-    key_file: Path | None = None
+    bearer_token: SecretPlace | None = Field(default=None, examples=[{"file": "/run/secrets/prometheus/token"}])
+    """The token that the server asks for."""
+
+    user: Name | None = Field(default=None, examples=["twin"])
+    """The user of HTTP basic authentication."""
+
+    password: SecretPlace | None = Field(default=None, examples=[{"env": "PROMETHEUS_PASSWORD"}])
+    """That user's password."""
+
+    ca_file: Path | None = Field(default=None, examples=["/etc/ssl/fleet-ca.pem"])
+    """Certificate authorities in place of the system's (PEM)."""
+
+    certificate_file: Path | None = Field(default=None, examples=["/run/secrets/twin/tls.crt"])
+    """The certificate to show the server (PEM)."""
+
+    key_file: Path | None = Field(default=None, examples=["/run/secrets/twin/tls.key"])
+    """That certificate's key (PEM)."""
+
     verify_tls: bool = True
+    """Whether the server's certificate is checked."""
+
     timeout_seconds: Seconds = 10.0
+    """How long an answer may take."""
 
     @model_validator(mode="after")
     def _one_way_in(self) -> Self:
@@ -130,6 +151,7 @@ class MetricsSource(HttpSource):
     """Metrics, which are always there to be read."""
 
     interval_seconds: Seconds
+    """Time between two readings."""
 
 
 class Prometheus(MetricsSource):
@@ -139,12 +161,25 @@ class Prometheus(MetricsSource):
     """
 
     type: Literal["prometheus"]
-    url: Url
-    engines: dict[str, str] = {}
-    gpus: dict[str, str] | None = {}
+    """The kind of source."""
+
+    url: Url = Field(examples=["http://prometheus:9090"])
+    """The Prometheus server."""
+
+    engines: dict[str, str] = Field(default={}, examples=[{"namespace": "chat"}])
+    """Label values that tell the pool's vLLM series from others."""
+
+    gpus: dict[str, str] | None = Field(default={}, examples=[{"namespace": "chat"}])
+    """Label values of the pool's series of the DCGM exporter; null leaves GPUs out."""
+
     interval_seconds: Seconds = 15.0
+    """Time between two readings."""
+
     warm_up_seconds: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
+    """How much of the past is read at a first start."""
+
     max_backfill_seconds: Seconds = 3_600.0
+    """How much of the past is read at most after an interruption."""
 
     @field_validator("engines", "gpus")
     @classmethod
@@ -177,16 +212,26 @@ class Prometheus(MetricsSource):
 class EngineAddress(_Settings):
     """A vLLM server's `/metrics`, and the pod it runs in."""
 
-    url: Url
-    pod: str = ""
+    url: Url = Field(examples=["http://vllm-0:8000/metrics"])
+    """The engine's metrics page."""
+
+    pod: str = Field(default="", examples=["vllm-0"])
+    """The pod it runs in, as request records name it."""
 
 
 class VllmMetrics(MetricsSource):
     """The engines' own `/metrics`."""
 
     type: Literal["vllm_metrics"]
-    engines: Annotated[tuple[EngineAddress, ...], Field(min_length=1)]
+    """The kind of source."""
+
+    engines: Annotated[tuple[EngineAddress, ...], Field(min_length=1)] = Field(
+        examples=[[{"url": "http://vllm-0:8000/metrics", "pod": "vllm-0"}]]
+    )
+    """The engines to scrape."""
+
     interval_seconds: Seconds = 5.0
+    """Time between two scrapes."""
 
     def open(self, pool: str, engine: Mapping[str, object]) -> Source:
         return VllmMetricsSource(
@@ -203,11 +248,22 @@ class KvEvents(LiveSource):
     """The KV-cache events of one engine; with `bind`, of all engines that connect to `endpoint`."""
 
     type: Literal["kv_events"]
-    endpoint: str
-    replay_endpoint: str | None = None
-    topic: str = ""
-    pod: str = ""
+    """The kind of source."""
+
+    endpoint: str = Field(examples=["tcp://vllm-0:5557"])
+    """The ZeroMQ address that events are published at."""
+
+    replay_endpoint: str | None = Field(default=None, examples=["tcp://vllm-0:5558"])
+    """The address that missed events are asked from."""
+
+    topic: str = Field(default="", examples=["kv@"])
+    """Only topics that begin so; empty for all."""
+
+    pod: str = Field(default="", examples=["vllm-0"])
+    """The pod of the engine, unless its topic names it."""
+
     bind: bool = False
+    """Listen at `endpoint` for engines that connect, in place of connecting to one."""
 
     @field_validator("endpoint", "replay_endpoint")
     @classmethod

@@ -123,6 +123,7 @@ class PoolTwin:
                 for event in self.metrics.lead(self.mirror):
                     self._scores.take(event)
             self.mirror.advance()
+            self._scores.size(self.mirror)
             if ended:
                 self.mirror.end()
             self._behind = more
@@ -206,6 +207,8 @@ class PoolTwin:
             ),
             every_seconds=self.forecaster.settings.every_seconds,
             slos=assemble.slo_lines(self.forecaster.settings.slos),
+            # Of the mirror itself, not of its fork: what has passed is the same, and it remembers what it told.
+            history=assemble.history(self.mirror.windows.course(mirror.time_seconds)),
             outlook=self._outlook,
             scores=self._scores.scores,
             currency=settings.footprint.currency if settings.footprint else "",
@@ -302,7 +305,7 @@ class PoolTwin:
         if self._outlook is None:
             log.info("pool %s: first forecast made in %.1f s", self.name, forecast.duration_seconds or 0.0)
         today = next(policy.name for policy in self.forecaster.settings.policies if not policy.overrides)
-        self._scores.judge(forecast, today)
+        self._scores.judge(forecast, today, self.mirror.fleet.settings.footprint)
         self._outlook = assemble.outlook(forecast, time.time(), self._policies)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from threading import Lock
 
-from kavier_twin.forecast.policy_set import PolicyInForce, PolicySet, check_cost, in_force
+from kavier_twin.forecast.policy_set import Policies, PolicySet, check_cost, in_force
 from kavier_twin.forecast.whatif import Answer, Question
+from kavier_twin.kept_policies import KeptPolicies
 from kavier_twin.pool import PoolTwin
 from kavier_twin.serve.app import RefusedError
 from kavier_twin.simulation.policies import PolicyError
@@ -13,15 +14,23 @@ from kavier_twin.twin.replicas import ReplicaDetail, replica_detail
 
 
 class PoolControl:
-    """A pool as the API takes it (`serve.app.Pool`). From any thread."""
+    """A pool as the API takes it (`serve.app.Pool`). From any thread. With `kept`, policies that are set outlive it."""
 
-    def __init__(self, pool: PoolTwin) -> None:
+    def __init__(self, pool: PoolTwin, kept: KeptPolicies | None = None) -> None:
         self._pool = pool
+        self._kept = kept
+        self._setting = Lock()
+        self._configured = pool.forecaster.settings.policies
+        self._are_kept = True
+        found = kept.of(pool.name, self._configured) if kept else None
+        if found is not None:
+            pool.forecast_under(found)
 
-    def policies(self) -> Sequence[PolicyInForce]:
+    def policies(self) -> Policies:
         """Those that are forecast, as they would be deployed now."""
-        fleet = self._pool.mirror.fleet.settings
-        return [in_force(fleet, policy) for policy in self._pool.forecaster.settings.policies]
+        fleet, policies = self._pool.mirror.fleet.settings, self._pool.forecaster.settings.policies
+        told = tuple(in_force(fleet, policy) for policy in policies)
+        return Policies(told, configured=policies == self._configured, kept=self._are_kept)
 
     def set_policies(self, policies: PolicySet) -> None:
         """Forecast these from the next cycle on. Raises RefusedError that names the policy at fault."""
@@ -30,7 +39,10 @@ class PoolControl:
                 check_cost(self._pool.mirror.fleet.settings, policy.overrides)
             except PolicyError as error:
                 raise RefusedError(f"policies.{number}.overrides", f"{policy.name}: {error}") from None
-        self._pool.forecast_under(policies.policies)
+        with self._setting:
+            self._pool.forecast_under(policies.policies)
+            kept = self._kept is not None and self._kept.keep(self._pool.name, self._configured, policies.policies)
+            self._are_kept = kept or policies.policies == self._configured
 
     def replica(self, number: int) -> ReplicaDetail | None:
         """A replica as it is now; None: there is none of this number."""

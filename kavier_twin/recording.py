@@ -7,8 +7,11 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
+from connectors.prometheus.engines import engine_samples
+from connectors.prometheus.readings import parse_exposition
 from connectors.traces import Trace, TraceError, read_trace
 from connectors.traces.base import each_line
+from connectors.traces.recording import read_metrics
 from connectors.traces.telemetry import TelemetryReader
 from kavier_twin.errors import UserError
 from kavier_twin.simulation.settings import EngineSettings
@@ -24,8 +27,13 @@ def read_recording(directory: Path | None) -> tuple[Trace, list[EngineSample]]:
         trace = read_trace(directory, "recording")
     except TraceError as error:
         raise UserError(f"{error}; give a recording with --recording DIR") from None
-    samples: list[EngineSample] = []
-    path = trace.path.parent / "samples.jsonl.gz"
+    return trace, recorded_samples(trace)
+
+
+def recorded_samples(trace: Trace) -> list[EngineSample]:
+    """What the server said of itself, on the requests' clock: as samples, or as scrapes of its metrics."""
+    folder, samples = trace.path.parent, list[EngineSample]()
+    path = folder / "samples.jsonl.gz"
     if path.is_file():
         reader = TelemetryReader(path)
 
@@ -35,7 +43,14 @@ def read_recording(directory: Path | None) -> tuple[Trace, list[EngineSample]]:
                 samples.append(record)
 
         each_line(path, take, lambda *_: None)
-    return trace, samples
+    elif trace.format == "recording" and (folder / "metrics.jsonl.gz").is_file():
+        begin = float(trace.settings.get("started_unix", 0.0))
+        for time, text in read_metrics(folder):
+            found = parse_exposition(text)
+            samples += engine_samples(
+                found, lambda _: None, time_seconds=time - begin, pool="default", namespace="", pod="vllm-0"
+            )
+    return samples
 
 
 def recorded_engine(trace: Trace) -> EngineSettings:

@@ -1,8 +1,8 @@
 """Scores kept across restarts: one SQLite file beside the checkpoints.
 
-What was judged, what is still open, and the requests that it will be judged by. Rows older than `KEEP_SECONDS` are
-dropped, so the file's size is bounded by the rate of forecasts. Written in the forecasters' threads, one transaction a
-cycle; another process may read it meanwhile (write-ahead log).
+What was judged, what is still open, and the requests and readings that it will be judged by. Rows older than
+`KEEP_SECONDS` are dropped, so the file's size is bounded by the rate of forecasts. Written in the forecasters' threads,
+one transaction a cycle; another process may read it meanwhile (write-ahead log).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from threading import Lock
 from typing import Any, Final
 
 from kavier_twin.errors import UserError
+from kavier_twin.forecast.readings import EngineReading, GpuReading, Reading, SizeReading
 from kavier_twin.forecast.reality import Ended
 from kavier_twin.forecast.scores import JUDGED, Foreseen, Moment, ScoredBreach, ScoredKpi, Settled
 
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 
 FILE_NAME: Final = "scores.sqlite3"
 KEEP_SECONDS: Final = 30 * 86_400.0
-_VERSION: Final = 1
+_VERSION: Final = 2
 _BUSY_SECONDS: Final = 5.0  # another process may be reading
 _TABLES: Final = """
 CREATE TABLE kpis (pool TEXT, judged REAL, time REAL, horizon REAL, kpi TEXT, low REAL, median REAL, high REAL,
@@ -40,6 +41,11 @@ CREATE TABLE requests (pool TEXT, id TEXT, arrival REAL, scheduled REAL, first_t
 CREATE INDEX requests_finish ON requests (pool, finish);
 CREATE TABLE live (pool TEXT, id TEXT, arrival REAL, prompt_tokens INTEGER, PRIMARY KEY (pool, id)) WITHOUT ROWID;
 """
+_SINCE_2: Final = """
+CREATE TABLE readings (pool TEXT, time REAL, kind TEXT, name TEXT, body TEXT, PRIMARY KEY (pool, time, kind, name))
+    WITHOUT ROWID;
+"""
+_READINGS: Final = {kind.__name__: kind for kind in (EngineReading, GpuReading, SizeReading)}
 
 
 class ScoreStore:
@@ -73,12 +79,13 @@ class ScoreStore:
         still_open: Iterable[Foreseen],
         ended: Iterable[tuple[str, Ended]],
         live: Mapping[str, tuple[float, int]],
+        read: Iterable[tuple[str, Reading]],
         *,
         now_unix: float,
         forget_before_seconds: float,
     ) -> None:
-        """One cycle of a pool. Requests that ended before `forget_before_seconds` (event time) are dropped. Trouble is
-        counted, and logged once for each kind."""
+        """One cycle of a pool. Requests that ended and readings made before `forget_before_seconds` (event time) are
+        dropped. Trouble is counted, and logged once for each kind."""
         opened = [
             (pool, one.time_seconds, one.horizon_seconds, json.dumps([one.kpis, one.breach])) for one in still_open
         ]
@@ -106,7 +113,12 @@ class ScoreStore:
                 db.executemany(
                     "INSERT INTO live VALUES (?, ?, ?, ?)", [(pool, name, *row) for name, row in live.items()]
                 )
+                db.executemany(
+                    "INSERT OR REPLACE INTO readings VALUES (?, ?, ?, ?, ?)",
+                    [(pool, one.time_seconds, type(one).__name__, name, _body(one)) for name, one in read],
+                )
                 db.execute("DELETE FROM requests WHERE pool = ? AND finish < ?", (pool, forget_before_seconds))
+                db.execute("DELETE FROM readings WHERE pool = ? AND time < ?", (pool, forget_before_seconds))
                 for table in ("kpis", "breaches", "moments"):
                     db.execute(f"DELETE FROM {table} WHERE pool = ? AND judged < ?", (pool, now_unix - KEEP_SECONDS))
             self._trouble = ""
@@ -145,6 +157,14 @@ class ScoreStore:
             {identity: (arrival, prompt) for identity, arrival, prompt in live},
         )
 
+    def readings(self, pool: str) -> list[tuple[str, Reading]]:
+        """What engines and GPUs said, in order of time, each with its name."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT kind, name, body FROM readings WHERE pool = ? ORDER BY time, kind, name", (pool,)
+            ).fetchall()
+        return [(name, _READINGS[kind](*map(_value, json.loads(body)))) for kind, name, body in rows]
+
 
 def read_judged(path: Path) -> dict[str, Settled]:
     """All that a file holds, by pool, for who does not write it. Raises UserError."""
@@ -169,8 +189,9 @@ def _open(path: Path) -> sqlite3.Connection:
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = NORMAL")  # a crash may lose the last cycle, never the file
         (version,) = db.execute("PRAGMA user_version").fetchone()
-        if version == 0:
-            db.executescript(f"BEGIN;{_TABLES}PRAGMA user_version = {_VERSION};COMMIT;")
+        if version < _VERSION:
+            tables = _SINCE_2 if version == 1 else _TABLES + _SINCE_2
+            db.executescript(f"BEGIN;{tables}PRAGMA user_version = {_VERSION};COMMIT;")
         _check_version(db, path)
         (sound,) = db.execute("PRAGMA quick_check(1)").fetchone()
         if sound != "ok":
@@ -183,7 +204,7 @@ def _open(path: Path) -> sqlite3.Connection:
 
 def _check_version(db: sqlite3.Connection, path: Path) -> None:
     (version,) = db.execute("PRAGMA user_version").fetchone()
-    if version != _VERSION:
+    if not 0 < version <= _VERSION:
         raise UserError(
             f"{path}: scores of version {version}, this twin knows {_VERSION}; move the file away, or use the twin "
             "that wrote it"
@@ -223,6 +244,14 @@ def _unused(path: Path) -> Path:
 
 def _null(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value  # SQLite has no NaN
+
+
+def _body(reading: Reading) -> str:
+    return json.dumps([_null(value) for value in reading])
+
+
+def _value(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else _number(value)
 
 
 def _number(value: float | None) -> float:

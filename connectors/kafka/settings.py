@@ -31,14 +31,17 @@ Broker = Annotated[str, AfterValidator(_broker)]
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class SecretPlace(_Settings):
     """Where a password lies: an environment variable, or a file. Never the password itself."""
 
-    env: Annotated[str, Field(min_length=1)] | None = None
-    file: Path | None = None
+    env: Annotated[str, Field(min_length=1)] | None = Field(default=None, examples=["KAFKA_PASSWORD"])
+    """The name of an environment variable."""
+
+    file: Path | None = Field(default=None, examples=["/run/secrets/kafka/password"])
+    """A file with nothing but the secret."""
 
     @model_validator(mode="after")
     def _exactly_one(self) -> SecretPlace:
@@ -55,19 +58,33 @@ class SecretPlace(_Settings):
 class Tls(_Settings):
     """TLS to the brokers. `ca` in place of the system's authorities; `certificate` and `key` where clients show one."""
 
-    ca: Path | None = None
-    certificate: Path | None = None
-    key: Path | None = None
-    key_password: SecretPlace | None = None
+    ca: Path | None = Field(default=None, examples=["/etc/kafka/ca.pem"])
+    """Certificate authorities in place of the system's (PEM)."""
+
+    certificate: Path | None = Field(default=None, examples=["/run/secrets/kafka/tls.crt"])
+    """The certificate to show the brokers (PEM)."""
+
+    key: Path | None = Field(default=None, examples=["/run/secrets/kafka/tls.key"])
+    """That certificate's key (PEM)."""
+
+    key_password: SecretPlace | None = Field(default=None, examples=[{"file": "/run/secrets/kafka/key-password"}])
+    """What the key is encrypted with."""
+
     verify_hostname: bool = True
+    """Whether a broker's certificate must name its host."""
 
 
 class Sasl(_Settings):
     """A user and password. PLAIN sends the password as it is: only over TLS."""
 
-    mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"]
-    username: Annotated[str, Field(min_length=1)]
-    password: SecretPlace
+    mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = Field(examples=["SCRAM-SHA-512"])
+    """How the password is shown."""
+
+    username: Annotated[str, Field(min_length=1)] = Field(examples=["twin"])
+    """The user."""
+
+    password: SecretPlace = Field(examples=[{"env": "KAFKA_PASSWORD"}])
+    """That user's password."""
 
 
 def _start(value: object) -> object:
@@ -92,16 +109,42 @@ class KafkaSettings(_Settings):
     """
 
     type: Literal["kafka"] = "kafka"
-    brokers: Annotated[tuple[Broker, ...], Field(min_length=1)]
-    topics: Annotated[tuple[Topic, ...], Field(min_length=1)]
-    name: Annotated[str, Field(min_length=1)] | None = None
-    pool: Annotated[str, Field(min_length=1)] | None = None  # of records that name none, as spans do
-    start: Annotated[Literal["earliest", "latest"] | float, PlainValidator(_start)] = "latest"
+    """The kind of source."""
+
+    brokers: Annotated[tuple[Broker, ...], Field(min_length=1)] = Field(examples=[["kafka-0:9092", "kafka-1:9092"]])
+    """Brokers to begin with, host:port."""
+
+    topics: Annotated[tuple[Topic, ...], Field(min_length=1)] = Field(examples=[["llm-requests"]])
+    """Topics of request records or of OpenTelemetry spans, mixed at will."""
+
+    name: Annotated[str, Field(min_length=1)] | None = Field(default=None, examples=["main"])
+    """What metrics and the log call the source; its topics unless given."""
+
+    pool: Annotated[str, Field(min_length=1)] | None = Field(default=None, examples=["chat"])
+    """The pool of records that name none, as spans do."""
+
+    start: Annotated[Literal["earliest", "latest"] | float, PlainValidator(_start)] = Field(
+        default="latest", examples=["2026-01-31T08:00:00Z"]
+    )
+    """Where reading begins without a checkpoint: earliest, latest, or a time with its zone."""
+
     group: Annotated[str, Field(min_length=1)] | None = "kavier-twin"
-    tls: Tls | None = None
-    sasl: Sasl | None = None
-    dead_letter_topic: Topic | None = None
+    """The consumer group, only committed to, for those who watch its lag; null for none."""
+
+    tls: Tls | None = Field(default=None, examples=[{"ca": "/etc/kafka/ca.pem"}])
+    """TLS to the brokers; {} trusts the system's authorities."""
+
+    sasl: Sasl | None = Field(
+        default=None,
+        examples=[{"mechanism": "SCRAM-SHA-512", "username": "twin", "password": {"env": "KAFKA_PASSWORD"}}],
+    )
+    """User and password."""
+
+    dead_letter_topic: Topic | None = Field(default=None, examples=["llm-requests-rejected"])
+    """A topic that notes each rejected record: where and why, never its content."""
+
     buffer_bytes: Annotated[int, Field(ge=2**20)] = 64 * 2**20
+    """Read ahead of the twin at most."""
 
     @model_validator(mode="after")
     def _letters_do_not_come_back(self) -> KafkaSettings:

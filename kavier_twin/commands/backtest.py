@@ -172,6 +172,9 @@ def print_scores(console: Console, scores: Scores) -> None:
             f"{lead:.0f} s" if math.isfinite(lead) else "–",
         )
     console.print(table)
+    if scores.unobserved:
+        told = ", ".join(sorted(scores.unobserved))
+        console.print(f"Not observed by any telemetry for some or all of the time, and not judged there: {told}.")
     unscored = ", ".join(f"{count} {reason}" for reason, count in scores.unscored.items())
     if scores.pending or unscored:
         note = f"; not judged: {unscored}" if unscored else ""

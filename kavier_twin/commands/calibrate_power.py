@@ -18,7 +18,10 @@ from kavier_twin.scenario import load_scenario, read_footprint
 from kavier_twin.twin.calibration import CalibrationError
 from kavier_twin.twin.power_calibration import PowerCalibration, calibrate_power, observe_power
 
-_EPILOG = """the file of watts: CSV with the columns time and watts (the mean of a GPU), for example
+_EPILOG = """examples:
+  kavier-twin calibrate-power trace.jsonl --watts watts.csv --fleet fleet.yaml > power.yaml
+
+the file of watts: CSV with the columns time and watts (the mean of a GPU), for example
   time,watts
   2026-01-31T23:00:00Z,412.5
 from Prometheus: avg by (pod) (DCGM_FI_DEV_POWER_USAGE). What is printed on standard output goes into the fleet's or the

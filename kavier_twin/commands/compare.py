@@ -25,7 +25,11 @@ from kavier_twin.twin.calibration import with_frontend
 
 DEFAULT_FACTORS: Final = "0.25,0.5,1,2,4"
 
-_EPILOG = f"""a file of policies, each a sparse override of the fleet (a number with x multiplies the fleet's own):
+_EPILOG = f"""examples:
+  kavier-twin compare trace.jsonl --fleet fleet.yaml
+  kavier-twin compare recording/ --policies policies.yaml --capacities 0.5,1,2 --plot hits.png
+
+a file of policies, each a sparse override of the fleet (a number with x multiplies the fleet's own):
   - {{name: today}}
   - {{name: fp8, overrides: {{kv_cache_dtype: fp8}}}}
   - {{name: small, overrides: {{num_gpu_blocks: 0.5x, max_num_seqs: 64}}}}

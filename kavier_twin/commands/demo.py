@@ -10,7 +10,6 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
-from threading import Timer
 from typing import Any, Final
 
 from rich import box
@@ -19,23 +18,22 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from connectors.traces import Trace
-from kavier_twin.commands.run import leave, set_up_logging
 from kavier_twin.config import CRUDE_STEP_TIME
-from kavier_twin.daemon import Daemon, StopSignals
+from kavier_twin.daemon import Daemon
 from kavier_twin.errors import UserError
 from kavier_twin.feed import Feed
-from kavier_twin.forecast.forecaster import Forecaster, ForecastSettings
-from kavier_twin.forecast.load_methods import prepare
+from kavier_twin.forecast.forecaster import ForecastSettings
 from kavier_twin.forecast.slo import Slo
 from kavier_twin.http_settings import DEFAULT_HOST, DEFAULT_PORT, HttpConfig
+from kavier_twin.kernels_ready import make_ready
 from kavier_twin.live_sources import SecretPlace
 from kavier_twin.pool import PoolTwin
+from kavier_twin.process import StopSignals, leave, set_up_logging
 from kavier_twin.recording import read_recording, recorded_engine, recorded_server
 from kavier_twin.replay_source import ReplaySource
 from kavier_twin.serve.view import Beside, Horizon, Outlook, PolicyOutlook, TwinView
 from kavier_twin.simulation.settings import FleetSettings
-from kavier_twin.twin.mirror import Mirror, MirrorSettings
+from kavier_twin.twin.mirror import MirrorSettings
 
 TOTAL_SECONDS: Final = 70.0  # that the demo is to take unless a speed is given, compilation included
 SHORTEST_REPLAY_SECONDS: Final = 25.0
@@ -47,6 +45,7 @@ MIRROR: Final = MirrorSettings(
     recent_seconds=60.0,
     calibrate_after_requests=60,
     recalibrate_every_requests=150,
+    bucket_seconds=10.0,  # the recording has few minutes
 )
 FORECAST: Final = ForecastSettings(
     every_seconds=3.0,
@@ -59,8 +58,7 @@ FORECAST: Final = ForecastSettings(
     ),
 )
 _TOKEN: Final = "KAVIER_TWIN_TOKEN"
-_WARM_UP_REQUESTS: Final = 60
-_SLOW_SECONDS: Final = 2.0  # with compiled kernels the warm-up takes less
+_SLOW_SECONDS: Final = 4.0  # kernels that come from the cache are ready before
 _NAMES: Final = {
     "ttft_seconds": "time to first token",
     "e2e_seconds": "end-to-end latency",
@@ -72,6 +70,12 @@ _NAMES: Final = {
 }
 
 
+_EXAMPLES = """examples:
+  kavier-twin demo
+  kavier-twin demo --once --no-ui --speed 1000 --port 0   as fast as it goes, then end
+"""
+
+
 def add_parser(commands: Any) -> None:
     """Declare the command."""
     parser = commands.add_parser(
@@ -79,6 +83,8 @@ def add_parser(commands: Any) -> None:
         help="watch the twin mirror a recorded vLLM and forecast it",
         description="Replay a recording of a real vLLM as if live: mirror it, forecast it under several policies, "
         "serve metrics and a status page. Needs no service and no network.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--speed", type=float, help="times faster than it happened (default: so that all takes about a minute)"
@@ -113,19 +119,25 @@ def run(args: argparse.Namespace) -> int:
         )
         token = _token()
         http = HttpConfig(host=args.host, port=args.port, token=SecretPlace(env=_TOKEN))
-        daemon = Daemon([pool], [Feed(source)], http=http)
         seconds = source.end_seconds - source.start_seconds
+
+        def prepare() -> None:
+            began = time.monotonic()
+            make_ready()
+            left = TOTAL_SECONDS - (time.monotonic() - began)
+            source.speed = args.speed or max(1.0, seconds / max(left, SHORTEST_REPLAY_SECONDS))
+
+        daemon = Daemon([pool], [Feed(source)], http=http, prepare=prepare)
         console.print(
             f"Kavier Twin demo: {len(trace.records)} requests to a real {recorded_server(trace)}, {seconds:.0f} s."
         )
-        left = TOTAL_SECONDS - _warm_up(console, trace, fleet)
-        source.speed = args.speed or max(1.0, seconds / max(left, SHORTEST_REPLAY_SECONDS))
-        console.print(f"Replayed {source.speed:.1f} times as fast as it happened.")
-        source.start()
         daemon.start()
         assert daemon.http is not None
         # What follows # stays in the browser: the page takes the token from there, for what-ifs.
         console.print(f"Page: {daemon.http.url}/#token={token}   metrics: {daemon.http.url}/metrics   (Ctrl-C ends)\n")
+        _wait_for_kernels(console, daemon, signals)
+        if not daemon.preparing:
+            console.print(f"Replayed {source.speed:.1f} times as fast as it happened.")
         watch = _Watch(console, daemon, source)
         show = watch.live if console.is_terminal and not args.no_ui else watch.plain
         show(signals, once=args.once)
@@ -148,32 +160,23 @@ def _token() -> str:
     return os.environ.setdefault(_TOKEN, secrets.token_urlsafe(9))
 
 
-def _warm_up(console: Console, trace: Trace, fleet: FleetSettings) -> float:
-    """Run everything once on the first requests, so that nothing is compiled while the clock runs.
-
-    Returns the seconds that took.
-    """
-    began = time.monotonic()
-    note = "Compiling the simulation kernels (first run only, a minute or two) ..."
-    slow = Timer(_SLOW_SECONDS, console.print, [note])
-    slow.daemon = True
-    slow.start()
-    try:
-        mirror = Mirror(MirrorSettings(lateness_seconds=0.0, calibrate_after_requests=30), fleet)
-        early = ReplaySource(trace.records[:_WARM_UP_REQUESTS], speed=1e12)
-        while not early.exhausted:
-            for record in early.poll(10_000):
-                mirror.ingest(record)
-        mirror.advance()
-        snapshot = mirror.snapshot()
-        prepare()
-        if snapshot is not None:
-            Forecaster(FORECAST.model_copy(update={"horizons_seconds": (5.0,), "futures": 1})).run(snapshot)
-    finally:
-        slow.cancel()
-    seconds = time.monotonic() - began
-    console.print(f"Kernels ready after {seconds:.1f} s.")
-    return seconds
+def _wait_for_kernels(console: Console, daemon: Daemon, signals: StopSignals) -> None:
+    """Tell how far they are; says nothing where they come from the cache."""
+    began = told_at = time.monotonic()
+    every_seconds = 1.0 if console.is_terminal else PLAIN_EVERY_SECONDS
+    with console.status("Getting the simulation kernels ready ...") as status:
+        while daemon.preparing and signals.received is None and not daemon.failed:
+            time.sleep(0.1)
+            far, now = daemon.view.compiling, time.monotonic()
+            if far is None or now - began < _SLOW_SECONDS or now - told_at < every_seconds:
+                continue
+            told_at = now
+            words = f"Compiling the simulation kernels, {far.compiled} of {far.kernels} (first run only)"
+            if console.is_terminal:
+                status.update(f"{words} ...")
+            else:
+                console.print(words)
+    console.print(f"Kernels ready after {time.monotonic() - began:.1f} s.")
 
 
 # --- watching -----------------------------------------------------------------------------------------------------
@@ -360,7 +363,7 @@ def _trust(view: TwinView) -> Text:
 
 
 def _today(outlook: Outlook | None) -> PolicyOutlook | None:
-    found = (policy for policy in outlook.policies if policy.horizons and not policy.flags) if outlook else iter(())
+    found = (policy for policy in outlook.policies if policy.horizons and policy.in_force) if outlook else iter(())
     return next(found, None)
 
 

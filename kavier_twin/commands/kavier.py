@@ -22,6 +22,15 @@ _EXPERIMENTS: Final = {
 }
 
 
+_EXAMPLES = """examples:
+  kavier-twin kavier accuracy DATA
+  kavier-twin kavier kv-cache DATA
+  kavier-twin kavier prefix DATA --trace TRACE --scope global
+
+DATA is the folder of the paper's tables, from Kavier's repository.
+"""
+
+
 def add_parser(commands: Any) -> None:
     """Declare the command."""
     parser = commands.add_parser(
@@ -29,6 +38,8 @@ def add_parser(commands: Any) -> None:
         help="repeat the experiments of the Kavier paper",
         description="Repeat the experiments of the Kavier paper (arXiv 2605.25247): its model's figures, ours, and "
         "the published ones. docs/kavier.md tells what can be compared.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     experiments = parser.add_subparsers(dest="experiment", metavar="EXPERIMENT", required=True)
     for name, what in _EXPERIMENTS.items():

@@ -17,9 +17,8 @@ from prometheus_client.registry import Collector
 
 from connectors.prometheus.names import CACHE_CONFIG, COUNTERS, GAUGES
 from connectors.traces import Trace
-from kavier_twin.commands.run import set_up_logging
-from kavier_twin.daemon import StopSignals
 from kavier_twin.errors import UserError
+from kavier_twin.process import StopSignals, set_up_logging
 from kavier_twin.recording import read_recording, recorded_engine
 from kavier_twin.replay_source import ReplaySource
 from kavier_twin.simulation.settings import EngineSettings
@@ -35,6 +34,12 @@ _ODD: Final = 0x9E3779B97F4A7C15  # the golden ratio's bits: its multiples are f
 Send = Callable[[TelemetryRecord], None]
 
 
+_EXAMPLES = """examples:
+  kavier-twin replay --kafka kafka:9092
+  kavier-twin replay --kafka kafka:9092 --topic llm-requests --pool chat --metrics-port 8000
+"""
+
+
 def add_parser(commands: Any) -> None:
     """Declare the command."""
     parser = commands.add_parser(
@@ -42,6 +47,8 @@ def add_parser(commands: Any) -> None:
         help="play a recording as if it were a fleet: into Kafka, with metrics as vLLM's",
         description="Play a recording of a real vLLM at the speed it happened, again and again: its requests into a "
         "Kafka topic, and what its server said of itself on a page of metrics.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--kafka", required=True, metavar="HOST:PORT", help="a broker (needs the extra kafka)")
     parser.add_argument("--topic", default="llm-requests", help="the topic (default llm-requests)")

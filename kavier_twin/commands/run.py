@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from kavier_twin.config import read_settings
-from kavier_twin.daemon import Daemon, StopSignals
+from kavier_twin.daemon import Daemon
 from kavier_twin.duration import seconds_of
+from kavier_twin.process import StopSignals, leave, set_up_logging
 
-_EXAMPLE = """an example of a settings file:
+_EXAMPLE = """examples:
+  kavier-twin run --check --config twin.yaml
+  kavier-twin run --config twin.yaml
+  kavier-twin run --config twin.yaml --warm-up 30m    a first start beside a running fleet
+
+an example of a settings file:
   pool: chat
   fleet:
     replicas: 2
@@ -37,9 +40,7 @@ several pools in one daemon, each with records of its own name:
     - {type: kafka, brokers: ["kafka:9092"], topics: [llm-requests]}
     - {type: prometheus, url: "http://prometheus:9090", engines: {namespace: code}, pool: code}
 
-after a first start beside a running fleet:
-  kavier-twin run --config twin.yaml --warm-up 30m
-
+docs/configuration.md has every setting.
 exit status: 0 ended by SIGTERM, 1 failed, 2 wrong use, 130 ended by Ctrl-C
 """
 
@@ -81,20 +82,3 @@ def run(args: argparse.Namespace) -> int:
     if not ended:  # the interpreter would wait for threads that compute
         leave(status)
     return status
-
-
-def set_up_logging(level: str) -> None:
-    """One line an event on standard error."""
-    logging.basicConfig(
-        level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
-    )
-    logging.getLogger("apscheduler").setLevel(logging.ERROR)  # a cycle that waits for the last one is no news
-    logging.getLogger("numba").setLevel(logging.WARNING)
-
-
-def leave(status: int) -> None:
-    """End the process now, with what was printed."""
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)

@@ -8,6 +8,10 @@ from typing import Any
 
 from connectors.traces.telemetry import RECORD
 
+_EXAMPLES = """examples:
+  kavier-twin schema > telemetry.schema.json
+"""
+
 
 def add_parser(commands: Any) -> None:
     """Declare the command."""
@@ -15,6 +19,8 @@ def add_parser(commands: Any) -> None:
         "schema",
         help="the JSON Schema of telemetry records, for those who produce them",
         description="Print the JSON Schema of telemetry records (docs/telemetry.md), for those who produce them.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
 

@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from kavier_twin.commands.run import set_up_logging
-from kavier_twin.daemon import StopSignals
+import yaml
+from pydantic import ValidationError
+
+from connectors.kafka.settings import KafkaSettings
 from kavier_twin.duration import seconds_of
 from kavier_twin.errors import UserError
+from kavier_twin.process import StopSignals, set_up_logging
 from kavier_twin.tap.hashing import ALGORITHMS
 
 _EXAMPLE = """examples:
-  kavier-twin tap --upstream http://vllm:8000 --kafka kafka:9092 --topic llm-requests
+  kavier-twin tap --upstream http://vllm:8000 --kafka kafka:9092 --topic llm-requests --pool chat
+  kavier-twin tap --upstream https://vllm:8443 --upstream-ca ca.pem --kafka kafka:9093 --kafka-security kafka.yaml
   kavier-twin tap --mirror --upstream http://vllm:8000 --output requests.jsonl
+  kavier-twin tap --mirror --tokenizer Llama-3.1-8B/tokenizer.json --kafka kafka:9092
+
+kafka.yaml holds tls and sasl as a Kafka source of `kavier-twin run` has them, passwords in the environment or a file:
+  tls: {ca: kafka-ca.pem}
+  sasl: {mechanism: SCRAM-SHA-512, username: tap, password: {env: KAFKA_PASSWORD}}
+
+exit status: 0 ended by SIGTERM, 2 wrong use, 130 ended by Ctrl-C
 """
-_END_SECONDS = 10.0  # for records that wait for Kafka
 
 
 def add_parser(commands: Any) -> None:
@@ -32,17 +42,24 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--upstream", metavar="URL", help="the vLLM or router behind the tap, which also tokenises")
+    parser.add_argument("--upstream-ca", type=Path, metavar="FILE", help="trust these authorities at an https upstream")
     parser.add_argument("--mirror", action="store_true", help="receive mirrored traffic: answer 204, pass nothing on")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1)")
     parser.add_argument("--port", type=int, default=9470, help="port to listen at (9470; 0 takes a free one)")
-    parser.add_argument("--metrics-port", type=int, default=9471, help="port of /metrics (9471)")
+    parser.add_argument("--metrics-port", type=int, default=9471, help="port of /metrics (9471; 0 takes a free one)")
     place = parser.add_mutually_exclusive_group(required=True)
     place.add_argument("--kafka", metavar="HOST:PORT,...", help="Kafka's brokers")
     place.add_argument("--output", type=Path, metavar="FILE.jsonl", help="append the records to a file instead")
+    parser.add_argument("--kafka-security", type=Path, metavar="FILE.yaml", help="tls and sasl of Kafka, see below")
     parser.add_argument("--topic", default="llm-requests", help="Kafka's topic (llm-requests)")
     parser.add_argument("--pool", default="default", help="the pool that records name (default)")
     parser.add_argument("--pod", help="the pod that records name, where the tap stands before one engine")
-    parser.add_argument("--tokenizer", type=Path, metavar="tokenizer.json", help="tokenise completions with this file")
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="tokenizer.json",
+        help="tokenise in the tap what this file and the chat template beside it allow, rather than ask the engine",
+    )
     parser.add_argument("--block-tokens", type=int, default=16, help="vLLM's --block-size (16)")
     parser.add_argument("--hash-algorithm", choices=ALGORITHMS, default="sha256", help="its hash algorithm (sha256)")
     parser.add_argument(
@@ -55,50 +72,124 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do it."""
-    _check(args)
-    try:
-        from kavier_twin.tap import hashing, metrics, producer, prompts, server
+    problems = _problems(args)
+    kafka = _kafka_options(args, problems) if args.kafka else None
+    if problems:
+        raise UserError("\n  ".join((f"{len(problems)} to mend, nothing was started:", *problems)))
+    from kavier_twin.tap import server, worker
 
-        hasher = hashing.BlockHasher(args.hash_algorithm, args.block_tokens, args.python_hash_seed)
-        tokenizer = None if args.tokenizer is None else prompts.LocalTokenizer(str(args.tokenizer))
-        if args.kafka:
-            import kafka  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"{error.name} is missing; install it: pip install 'kavier-twin[tap,kafka]'") from error
-    except ValueError as error:
-        raise UserError(f"--hash-algorithm: {error}; give --python-hash-seed") from error
     set_up_logging("info")
-    sys.setswitchinterval(0.0005)  # seconds; hashing in a thread must not hold up answers for Python's usual 5 ms
-    measured = metrics.TapMetrics()
-    sink: producer.Sink
-    if args.output is not None:
-        try:
-            sink = producer.FileSink(args.output)
-        except OSError as error:
-            raise UserError(f"--output {args.output}: {error.strerror}; give a file that can be written") from error
-    else:
-        failed = measured.dropped.labels("kafka-failed").inc
-        sink = producer.KafkaSink(args.kafka.split(","), args.topic, failed)
-    settings = server.TapSettings(
-        args.host, args.port, args.metrics_port, args.upstream, args.mirror, args.pool, args.pod, args.grace
+    records = worker.RecordSettings(
+        pool=args.pool,
+        pod=args.pod,
+        block_tokens=args.block_tokens,
+        hash_algorithm=args.hash_algorithm,
+        python_hash_seed=args.python_hash_seed,
+        tokenizer=args.tokenizer,
+        engine=args.upstream and args.upstream.rstrip("/"),
+        engine_ca=args.upstream_ca,
+        topic=args.topic,
+        output=args.output,
+        kafka=kafka,
+        host=args.host,
+        metrics_port=args.metrics_port,
     )
-    records = producer.Producer(sink, measured)
+    upstream = None if args.mirror else args.upstream
     with StopSignals() as signals:
-        try:
-            server.serve(settings, measured, records, hasher, tokenizer)
-        finally:
-            records.close(_END_SECONDS)
+        server.serve(server.TapSettings(args.host, args.port, upstream, args.upstream_ca, args.grace), records)
     return signals.exit_status
 
 
-def _check(args: argparse.Namespace) -> None:
+def _problems(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the options, each as `--option: what and the way out`."""
+    found = []
     if args.upstream is None and not args.mirror:
-        raise UserError("--upstream is missing: give the URL of the vLLM behind the tap, e.g. http://vllm:8000")
-    if args.upstream is not None:
-        found = urlsplit(args.upstream)
-        if found.scheme not in ("http", "https") or not found.netloc or found.path not in ("", "/") or found.query:
-            raise UserError(f"--upstream {args.upstream}: give scheme, host and port only, e.g. http://vllm:8000")
-    if args.block_tokens < 1:
-        raise UserError(f"--block-tokens {args.block_tokens}: give vLLM's block size, 1 or more")
-    if args.tokenizer is not None and not args.tokenizer.is_file():
-        raise UserError(f"--tokenizer {args.tokenizer}: there is no such file; correct the path")
+        found.append("--upstream is missing: give the URL of the vLLM behind the tap, e.g. http://vllm:8000")
+    if args.upstream is None and args.mirror and args.tokenizer is None:
+        found.append("--mirror needs what tokenises: give --upstream, --tokenizer or both")
+    if args.upstream is not None and not _is_place(args.upstream):
+        found.append("--upstream: give scheme, host and port only, e.g. http://vllm:8000")
+    for option, path in (("--upstream-ca", args.upstream_ca), ("--tokenizer", args.tokenizer)):
+        if path is not None and not path.is_file():
+            found.append(f"{option} {path}: there is no such file; correct the path")
+    if args.output is not None and not args.output.parent.is_dir():
+        found.append(f"--output {args.output}: the directory {args.output.parent} does not exist; create it")
+    for option, port in (("--port", args.port), ("--metrics-port", args.metrics_port)):
+        if not 0 <= port <= 65_535:
+            found.append(f"{option} {port}: give a port, 0 to 65535")
+    for option, name in (("--pool", args.pool), ("--pod", args.pod)):
+        if name is not None and not 1 <= len(name) <= 512:
+            found.append(f"{option}: give a name of 1 to 512 characters")
+    if not 1 <= args.block_tokens <= 1_048_576:
+        found.append(f"--block-tokens {args.block_tokens}: give vLLM's block size, 1 to 1048576")
+    if args.hash_algorithm.startswith("xxhash") and args.python_hash_seed is None:
+        found.append(
+            f"--hash-algorithm {args.hash_algorithm}: without PYTHONHASHSEED each engine's hashes differ; set one at "
+            "the engines and give it as --python-hash-seed"
+        )
+    if args.kafka_security is not None and not args.kafka:
+        found.append("--kafka-security: there is no --kafka; leave it out")
+    needed = (
+        *(("kafka",) if args.kafka else ()),
+        "aiohttp",
+        "cbor2",
+        "httptools",
+        "jinja2",
+        "tokenizers",
+        "uvloop",
+        "xxhash",
+    )
+    if missing := [name for name in needed if find_spec(name) is None]:
+        found.append(f"{', '.join(missing)}: not installed; install with: pip install 'kavier-twin[tap,kafka]'")
+    return found
+
+
+def _is_place(url: str) -> bool:
+    try:
+        place = urlsplit(url)
+        return (
+            place.scheme in ("http", "https")
+            and bool(place.hostname)
+            and place.port != 0
+            and "@" not in place.netloc
+            and place.path in ("", "/")
+            and not place.query
+            and not place.fragment
+            and url.isascii()
+        )
+    except ValueError:
+        return False
+
+
+def _kafka_options(args: argparse.Namespace, problems: list[str]) -> dict[str, Any] | None:
+    """kafka-python's options; what is wrong with them is added to `problems`."""
+    security: Any = {}
+    if args.kafka_security is not None:
+        try:
+            security = yaml.safe_load(args.kafka_security.read_text(encoding="utf-8")) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            problems.append(f"--kafka-security {args.kafka_security}: cannot be read ({error}); correct it")
+            return None
+        if not isinstance(security, dict) or security.keys() - {"tls", "sasl"}:
+            problems.append(f"--kafka-security {args.kafka_security}: give tls, sasl or both, and nothing else")
+            return None
+    try:
+        settings = KafkaSettings.model_validate({"brokers": args.kafka.split(","), "topics": [args.topic], **security})
+    except ValidationError as error:
+        options = {"brokers": f"--kafka {args.kafka}", "topics": f"--topic {args.topic}"}
+        for each in error.errors(include_url=False, include_input=False):
+            place = options.get(str(each["loc"][0]))
+            place = place or f"--kafka-security {args.kafka_security}: {'.'.join(map(str, each['loc']))}"
+            problems.append(f"{place}: {each['msg'].removeprefix('Value error, ')}")
+        return None
+    if args.kafka_security is not None:
+        settings = settings.with_paths_from(args.kafka_security.parent)
+    found = settings.problems()  # a missing client is told of with the other libraries
+    problems += [
+        f"--kafka-security {args.kafka_security}: {each}" if "." in each.split(":")[0] else each for each in found
+    ]
+    if problems:
+        return None
+    from connectors.kafka.client import connection
+
+    return connection(settings, None)

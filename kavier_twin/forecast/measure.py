@@ -22,9 +22,8 @@ from kavier_twin.simulation.state import FINISHED, FREE, Records
 
 Floats = npt.NDArray[np.float64]
 
-_TRIMMED: Final = np.dtype(
-    [("status", np.int64), *((name, np.float64) for name in ("arrival", "scheduled", "first_token", "finish"))]
-)
+_TIMES: Final = ("arrival", "scheduled", "first_token", "finish")
+_TRIMMED: Final = np.dtype([("status", np.int64), ("output", np.int64), *((name, np.float64) for name in _TIMES)])
 
 
 def measure(
@@ -104,6 +103,12 @@ class _Stretch:
     def itl_p99(self) -> float:
         return Distribution.of_histogram(self.after.itl_counts - self.before.itl_counts).p99
 
+    def tpot_p99(self) -> float:
+        """Of the requests that ended in between and had several tokens: seconds per token after the first."""
+        several = self.done[self.done["output"] > 1]
+        values = (several["finish"] - several["first_token"]) / (several["output"] - 1)
+        return float(np.quantile(values, 0.99)) if values.size else np.nan
+
     def _until(self, event: str, since_seconds: float = 0.0) -> tuple[Floats, Floats]:
         """Seconds from arrival + `since_seconds` to the event where it came, and ages where it is still to come."""
         done, live, now = self.done, self.live, self._fleet.now_seconds
@@ -117,6 +122,7 @@ _KPIS: Final[dict[Metric, Callable[[_Stretch], float]]] = {
     "ttft_p50_seconds": lambda seen: quantile_with_ages(*seen.ttft, 0.50),
     "ttft_p99_seconds": lambda seen: quantile_with_ages(*seen.ttft, 0.99),
     "itl_p99_seconds": _Stretch.itl_p99,
+    "tpot_p99_seconds": _Stretch.tpot_p99,
     "e2e_p95_seconds": lambda seen: quantile_with_ages(*seen.e2e, 0.95),
     "queue_p95_seconds": lambda seen: quantile_with_ages(*seen.queue, 0.95),
     "prefix_cache_hit_ratio": _Stretch.hit_ratio,

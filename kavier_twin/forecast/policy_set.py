@@ -68,6 +68,15 @@ class PolicyInForce:
     problem: str = ""  # why it cannot be applied
 
 
+@dataclass(frozen=True)
+class Policies:
+    """Those that a pool is forecast under, and where they come from."""
+
+    policies: tuple[PolicyInForce, ...]
+    configured: bool  # in the settings file; else set through the API
+    kept: bool  # a restart of the twin goes on with them
+
+
 def with_today(policies: tuple[Policy, ...]) -> tuple[Policy, ...]:
     """The same policies. Raises ValueError where names are given twice or today's policy is missing."""
     refuse_doubles([policy.name for policy in policies])

@@ -16,14 +16,17 @@ from typing import Final, NamedTuple, Protocol
 import numpy as np
 
 from kavier_twin.forecast.conformal import COVERAGE, Widening
+from kavier_twin.forecast.readings import Reading
 from kavier_twin.forecast.reality import Ended, Reality
 from kavier_twin.forecast.result import Forecast, Quantiles
 from kavier_twin.forecast.slo import Metric, Slo
+from kavier_twin.simulation.footprint import Footprint
 
 ALERT_PROBABILITY: Final = 0.5  # from here on a forecast is an alert
 SETTLE_SECONDS: Final = 120.0  # for which requests that arrived in time are waited for until they end
 JUDGED: Final = 2_000  # newest forecasts that a score is of
 RELIABILITY_BINS: Final = 10
+READINGS: Final = 500  # of an engine over the longest horizon, at most: what bounds their memory
 GAP_MOMENTS: Final = 2  # so many forecasts without alert, or without breach, end neither
 
 
@@ -146,6 +149,7 @@ class Scores:
     intervals: tuple[Interval, ...] = ()
     pending: int = 0  # forecasts whose time has not come, by horizon
     unscored: Mapping[str, int] = field(default_factory=dict)  # reason -> forecasts that could not be judged
+    unobserved: Mapping[str, int] = field(default_factory=dict)  # KPI -> forecasts judged of which nothing told it
 
 
 class _Measure(Protocol):
@@ -167,6 +171,7 @@ class Scorer:
     def __init__(self, slos: Sequence[Slo]) -> None:
         self.reality = Reality()
         self.unscored: dict[str, int] = defaultdict(int)
+        self.unobserved: dict[str, int] = defaultdict(int)
         self._slos = {slo.name: slo for slo in slos}
         self._pending: deque[Foreseen] = deque()
         self._moments: deque[tuple[float, float, dict[str, float]]] = deque()
@@ -188,14 +193,17 @@ class Scorer:
         still_open: Iterable[Foreseen],
         ended: Iterable[tuple[str, Ended]],
         live: Mapping[str, tuple[float, int]],
+        readings: Iterable[tuple[str, Reading]],
     ) -> None:
-        """Go on where another left off: what it had still to judge, and the requests that it knew of."""
+        """Go on where another left off: what it had still to judge, and the requests and readings that it knew of."""
         for one in still_open:
             self._keep(one)
         for identity, row in ended:
             self.reality.restore(identity, row)
         for identity, (arrival, prompt_tokens) in live.items():
             self.reality.arrive(identity, arrival, prompt_tokens)
+        for name, reading in readings:
+            self.reality.readings.add(name, reading)
 
     def needed_since(self, now_seconds: float) -> float:
         """What ended before this event time judges nothing any more."""
@@ -237,16 +245,18 @@ class Scorer:
         self._pending.append(one)
         self._newest = max(self._newest, one.time_seconds)
         self._longest_horizon = max(self._longest_horizon, one.horizon_seconds)
+        self.reality.readings.spacing_seconds = self._longest_horizon / READINGS
 
-    def settle(self, now_seconds: float) -> Settled:
-        """Judge what can be judged at this event time. Returns what is new."""
+    def settle(self, now_seconds: float, footprint: Footprint | None = None) -> Settled:
+        """Judge what can be judged at this event time. Returns what is new. Without a `footprint` watts, energy,
+        carbon and cost are not."""
         settled = Settled([], [], [])
         waiting: deque[Foreseen] = deque()
         measured: dict[tuple[float, float], dict[Metric, float]] = {}
 
         def measure(start: float, stop: float) -> dict[Metric, float]:
             if (start, stop) not in measured:
-                measured[start, stop] = self.reality.measure(start, stop)
+                measured[start, stop] = self.reality.measure(start, stop, footprint)
             return measured[start, stop]
 
         while self._pending:
@@ -297,6 +307,7 @@ class Scorer:
             intervals=self._intervals,
             pending=len(self._pending),
             unscored=dict(self.unscored),
+            unobserved=dict(self.unobserved),
         )
 
     def _known(self, until_seconds: float, now_seconds: float) -> bool:
@@ -319,6 +330,9 @@ class Scorer:
             if name in self._slos and self._slos[name].metric in observed:
                 breached = self._slos[name].breached(observed[self._slos[name].metric])
                 settled.breaches.append(ScoredBreach(start, one.horizon_seconds, name, probability, breached))
+        asked = {*one.kpis, *(self._slos[name].metric for name in one.breach if name in self._slos)}
+        for kpi in sorted(asked - observed.keys()):
+            self.unobserved[kpi] += 1
 
 
 def _interval(values: Quantiles) -> tuple[float, float, float]:

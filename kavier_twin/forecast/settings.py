@@ -18,7 +18,7 @@ Objective = Literal["slo", "latency", "cost", "energy"]
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class RollingRestart(_Settings):
@@ -30,8 +30,13 @@ class RollingRestart(_Settings):
     """
 
     startup_seconds: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 120.0
+    """Until a restarted engine serves."""
+
     drain_seconds: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 30.0
+    """How long an engine may end what it serves; the rest begins again elsewhere."""
+
     max_unavailable_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.25
+    """Share of the replicas that are out at once. Where that is none, a new one starts first."""
 
 
 class ForecastSettings(_Settings):
@@ -43,19 +48,51 @@ class ForecastSettings(_Settings):
     """
 
     every_seconds: Seconds = 30.0
-    budget_seconds: Seconds | None = None
+    """Time between two forecasts."""
+
+    budget_seconds: Seconds | None = Field(default=None, examples=[24.0])
+    """What a forecast may take; 80 % of `every_seconds` unless given."""
+
     horizons_seconds: Annotated[tuple[Seconds, ...], Field(min_length=1)] = (60.0, 300.0, 900.0)
+    """How far ahead, each."""
+
     futures: Count = 8
+    """Futures simulated for each policy, at most."""
+
     least_futures: Count = 4
+    """Futures simulated before the ranking may end a forecast."""
+
     certainty: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
+    """Probability of the ranking at which a forecast may end."""
+
     quantiles: tuple[Annotated[float, Field(gt=0.0, lt=1.0)], ...] = (0.05, 0.1, 0.5, 0.9, 0.95)
-    workers: Count = Field(default_factory=lambda: os.cpu_count() or 1)
+    """Quantiles over the futures that are told of each KPI."""
+
+    workers: Count = Field(default_factory=lambda: os.cpu_count() or 1, examples=[2])
+    """Simulations at once; the processor's cores unless given."""
+
     executor: Literal["threads", "ray"] = "threads"
+    """Where simulations run: in threads of the daemon, or on a Ray cluster."""
+
     seed: Annotated[int, Field(ge=0)] = 0
-    policies: tuple[Policy, ...] = DEFAULT_POLICIES
-    slos: tuple[Slo, ...] = DEFAULT_SLOS
+    """Of the futures drawn."""
+
+    policies: tuple[Policy, ...] = Field(
+        default=DEFAULT_POLICIES,
+        examples=[[{"name": "today"}, {"name": "fp8", "overrides": {"kv_cache_dtype": "fp8"}}]],
+    )
+    """What is compared, the most important first; one without overrides is today's."""
+
+    slos: tuple[Slo, ...] = Field(
+        default=DEFAULT_SLOS, examples=[[{"name": "fast", "metric": "ttft_p99_seconds", "threshold": 2.0}]]
+    )
+    """Service level objectives whose breach is foreseen."""
+
     objective: Annotated[tuple[Objective, ...], Field(min_length=1)] = ("slo", "latency")
-    switch: RollingRestart = RollingRestart()
+    """What makes a policy best; a later entry decides where earlier ones are equal."""
+
+    switch: RollingRestart = Field(default=RollingRestart(), examples=[{"startup_seconds": 300}])
+    """How a new policy would be brought to the engines."""
 
     @property
     def cycle_seconds(self) -> float:

@@ -12,6 +12,7 @@ Metric = Literal[
     "ttft_p50_seconds",
     "ttft_p99_seconds",
     "itl_p99_seconds",
+    "tpot_p99_seconds",
     "e2e_p95_seconds",
     "queue_p95_seconds",
     "prefix_cache_hit_ratio",
@@ -34,11 +35,16 @@ _HIGHER_IS_BETTER: Final = frozenset({"prefix_cache_hit_ratio", "output_tokens_p
 class Slo(BaseModel):
     """One objective: `metric` shall not be above `threshold` (not below, where higher is better), in its own unit."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    name: Annotated[str, Field(min_length=1)]
-    metric: Metric
-    threshold: Annotated[float, Field(allow_inf_nan=False)]
+    name: Annotated[str, Field(min_length=1)] = Field(examples=["fast"])
+    """How metrics and alerts call it."""
+
+    metric: Metric = Field(examples=["ttft_p99_seconds"])
+    """The KPI that is bounded."""
+
+    threshold: Annotated[float, Field(allow_inf_nan=False)] = Field(examples=[2.0])
+    """The bound, in the KPI's unit."""
 
     @property
     def higher_is_better(self) -> bool:

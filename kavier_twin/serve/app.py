@@ -31,13 +31,12 @@ from pydantic import Field
 from starlette.types import ASGIApp
 
 from kavier_twin import __version__
-from kavier_twin.forecast.policy_set import SETTINGS, PolicyInForce, PolicySet
+from kavier_twin.forecast.policy_set import SETTINGS, Policies, PolicySet
 from kavier_twin.forecast.whatif import Answer, Busy, NothingYet, Question
 from kavier_twin.serve import models, problems
 from kavier_twin.serve.access import Access, guarded
 from kavier_twin.serve.envelope import Envelope, Limits
 from kavier_twin.serve.exporter import registry_of
-from kavier_twin.serve.history import CHARTED, History, Point
 from kavier_twin.serve.problems import ProblemError
 from kavier_twin.serve.score_models import AllScores, PoolScores
 from kavier_twin.serve.view import TwinView
@@ -57,7 +56,7 @@ class RefusedError(ValueError):
 class Pool(Protocol):
     """What the API asks of a pool, beyond its view. All may be called from any thread."""
 
-    def policies(self) -> Sequence[PolicyInForce]:
+    def policies(self) -> Policies:
         """Those that are forecast, as they would be deployed now."""
 
     def set_policies(self, policies: PolicySet) -> None:
@@ -76,7 +75,6 @@ class Twin:
 
     current: Callable[[], Mapping[str, TwinView]]
     pools: Mapping[str, Pool] = field(default_factory=dict)
-    history: History = field(default_factory=History)
 
 
 class PolicyChange(PolicySet):
@@ -183,14 +181,8 @@ def _reading(twin: Twin, access: Access) -> APIRouter:
         return AllScores(pools=tuple(map(PoolScores.model_validate, _views(twin, pool))))
 
     @router.get("/history", summary="The last hour, mirror beside reality")
-    def history(
-        pool: _Pool = None,
-        since: Annotated[float, Query(description="Only points made after this unix time.", examples=[0])] = 0.0,
-    ) -> models.Histories:
-        views = _views(twin, pool)
-        return models.Histories(
-            pools=tuple(_history(view.pool, twin.history.since(view.pool, since)) for view in views)
-        )
+    def history(pool: _Pool = None) -> models.Histories:
+        return models.Histories(pools=tuple(map(_history, _views(twin, pool))))
 
     @router.get("/policies", summary="The policies that are forecast")
     def policies(pool: _Pool = None) -> models.Policies:
@@ -208,7 +200,7 @@ def _changing(twin: Twin, access: Access, limits: Limits) -> APIRouter:
         dependencies=[Security(_BEARER)],
     )
 
-    @router.put("/policies", summary="Forecast other policies from the next cycle on, until the twin ends")
+    @router.put("/policies", summary="Forecast other policies from the next cycle on")
     def set_policies(change: PolicyChange) -> models.Policies:
         name = _named(twin, change.pool)
         try:
@@ -277,26 +269,21 @@ def _no_such_pool(name: str, known: Mapping[str, Any]) -> ProblemError:
 
 
 def _policies(twin: Twin, names: Sequence[str]) -> models.Policies:
-    pools = [{"pool": name, "policies": tuple(_pool(twin, name).policies()), "settings": SETTINGS} for name in names]
+    pools = [{"pool": name, **vars(_pool(twin, name).policies()), "settings": SETTINGS} for name in names]
     return models.Policies.model_validate({"pools": pools})
 
 
-def _history(pool: str, points: Sequence[Point]) -> models.PoolHistory:
+def _history(view: TwinView) -> models.PoolHistory:
     series = tuple(
         models.Series(
             kpi=kpi,
             statistic=statistic,
-            mirrored=tuple(point.values[number][0] for point in points),
-            observed=tuple(point.values[number][1] for point in points),
+            mirrored=tuple(mirrored for mirrored, _ in pairs),
+            observed=tuple(observed for _, observed in pairs),
         )
-        for number, (kpi, statistic) in enumerate(CHARTED)
+        for (kpi, statistic), pairs in view.history.series.items()
     )
-    return models.PoolHistory(
-        pool=pool,
-        unix_seconds=tuple(point.unix_seconds for point in points),
-        event_seconds=tuple(point.event_seconds for point in points),
-        series=series,
-    )
+    return models.PoolHistory(pool=view.pool, event_seconds=view.history.event_seconds, series=series)
 
 
 def _metrics(registry: CollectorRegistry, accept: str) -> Response:

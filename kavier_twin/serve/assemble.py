@@ -17,6 +17,7 @@ from kavier_twin.serve.view import (
     Best,
     CacheBeside,
     CalibrationState,
+    History,
     Horizon,
     KpiTrust,
     Outlook,
@@ -31,12 +32,14 @@ from kavier_twin.twin.cache_watch import CacheWatch
 from kavier_twin.twin.fidelity import Score
 from kavier_twin.twin.mirror import Mirror
 from kavier_twin.twin.power_watch import PowerWatch
+from kavier_twin.twin.windows import Stretch
 
 _LATENCIES: Final = {"ttft_seconds": (50, 99), "e2e_seconds": (95,), "queue_seconds": (95,)}
 _METRICS: Final = {  # the forecaster's metric -> KPI and statistic shown
     "ttft_p50_seconds": ("ttft_seconds", "p50"),
     "ttft_p99_seconds": ("ttft_seconds", "p99"),
     "itl_p99_seconds": ("itl_seconds", "p99"),
+    "tpot_p99_seconds": ("tpot_seconds", "p99"),
     "e2e_p95_seconds": ("e2e_seconds", "p95"),
     "queue_p95_seconds": ("queue_seconds", "p95"),
     "prefix_cache_hit_ratio": ("prefix_cache_hit_ratio", ""),
@@ -52,6 +55,16 @@ _METRICS: Final = {  # the forecaster's metric -> KPI and statistic shown
     "carbon_grams_per_million_tokens": ("carbon_grams_per_million_tokens", ""),
     "cost_per_million_tokens": ("cost_per_million_tokens", ""),
 }
+CHARTED: Final = (
+    ("ttft_seconds", "p99"),
+    ("e2e_seconds", "p95"),
+    ("queue_seconds", "p95"),
+    ("requests_waiting", ""),
+    ("requests_running", ""),
+    ("requests_per_second", ""),
+    ("prefix_cache_hit_ratio", ""),
+    ("kv_cache_usage_ratio", ""),
+)
 STREAM_RESULTS: Final = ("accepted", "duplicate", "late", "future_time")
 
 
@@ -72,6 +85,16 @@ def beside(mirror: Mirror, reported: tuple[float, float, float]) -> tuple[Beside
         for kpi, mirrored, observed in zip(names, mirror.load(), reported, strict=True):
             entries.append(Beside(kpi, "", float(mirrored), observed, mirrored - observed))
     return tuple(entries)
+
+
+def history(course: Sequence[Stretch]) -> History:
+    """The last hour of what is charted; what nobody reports is left out."""
+    unknown = (math.nan, math.nan)
+    told = [key for key in CHARTED if any(key in stretch.values for stretch in course)]
+    return History(
+        tuple(stretch.until_seconds for stretch in course),
+        {key: tuple(stretch.values.get(key, unknown) for stretch in course) for key in told},
+    )
 
 
 def caches(watch: CacheWatch) -> tuple[CacheBeside, ...]:
@@ -116,7 +139,11 @@ def outlook(forecast: Forecast, made_unix_seconds: float, policies: Mapping[str,
             for breach in forecast.first_breaches
             if breach.policy == name
         }
-        shown.append(PolicyOutlook(name, policies[name].flags, policies[name].deployable, horizons, first_breach=first))
+        policy = policies[name]
+        in_force = not policy.overrides
+        shown.append(
+            PolicyOutlook(name, policy.flags, policy.deployable, horizons, first_breach=first, in_force=in_force)
+        )
     shown += [PolicyOutlook(failed.policy, (), False, (), problem=failed.error) for failed in forecast.failed]
     return Outlook(
         event_seconds=forecast.time_seconds,

@@ -20,7 +20,7 @@ from prometheus_client.registry import Collector
 from kavier_twin import __version__
 from kavier_twin.serve.cache_metrics import cache_metrics
 from kavier_twin.serve.calibration_metrics import calibration_metrics
-from kavier_twin.serve.families import PREFIX, add, breach_flag, counter, flag, gauge, pool_gauge
+from kavier_twin.serve.families import PREFIX, add, breach_flag, counter, flag, gauge, policy_labels, pool_gauge
 from kavier_twin.serve.fidelity_metrics import fidelity_metrics
 from kavier_twin.serve.load_metrics import load_metrics
 from kavier_twin.serve.power_metrics import power_metrics
@@ -337,7 +337,8 @@ def _forecasts(view: TwinView) -> Iterator[Metric]:
 
 def _predictions(pool: str, source: str, outlook: Outlook) -> Iterator[Metric]:
     for name, kpi in KPIS.items():
-        labels = ["pool", "policy", "horizon", "trusted", "source", *(["statistic"] if kpi.has_statistic else [])]
+        labels = ["pool", "policy", "in_force", "horizon", "trusted", "source"]
+        labels += ["statistic"] if kpi.has_statistic else []
         family = SummaryMetricFamily(
             f"{PREFIX}_predicted_{kpi.metric}",
             f"{_sentence(kpi.says)}, as foreseen over the horizon (seconds from the forecast's start); the quantile is "
@@ -349,7 +350,7 @@ def _predictions(pool: str, source: str, outlook: Outlook) -> Iterator[Metric]:
                 for entry in horizon.predicted:
                     if entry.kpi != name:
                         continue
-                    about = [pool, policy.name, f"{horizon.seconds:g}", flag(entry.trusted), source]
+                    about = [*policy_labels(pool, policy), f"{horizon.seconds:g}", flag(entry.trusted), source]
                     values = _labels(kpi, about, entry.statistic)
                     for quantile, value in sorted(entry.quantiles.items()):
                         if math.isfinite(value):
@@ -359,7 +360,7 @@ def _predictions(pool: str, source: str, outlook: Outlook) -> Iterator[Metric]:
     breach = gauge(
         "slo_breach_probability_ratio",
         "Share of simulated futures, 0 to 1, in which the SLO is breached within the horizon (seconds).",
-        labels=["pool", "policy", "horizon", "slo", "trusted", "source"],
+        labels=["pool", "policy", "in_force", "horizon", "slo", "trusted", "source"],
     )
     best = gauge(
         "best_policy",
@@ -369,16 +370,16 @@ def _predictions(pool: str, source: str, outlook: Outlook) -> Iterator[Metric]:
     info = InfoMetricFamily(
         f"{PREFIX}_policy",
         "Policies that the last forecast compared, with the vllm serve flags that deploy them, always 1.",
-        labels=["pool", "policy"],
+        labels=["pool", "policy", "in_force"],
     )
     for policy in outlook.policies:
         info.add_metric(
-            [pool, policy.name],
+            policy_labels(pool, policy),
             {"flags": " ".join(policy.flags), "deployable": "true" if policy.deployable else "false"},
         )
         for horizon in policy.horizons:
             for slo, probability in sorted(horizon.breach.items()):
-                about = [pool, policy.name, f"{horizon.seconds:g}", slo, breach_flag(horizon, slo), source]
+                about = [*policy_labels(pool, policy), f"{horizon.seconds:g}", slo, breach_flag(horizon, slo), source]
                 add(breach, about, probability)
         if outlook.best is not None:
             add(best, [pool, policy.name], float(outlook.best.policy == policy.name))

@@ -8,7 +8,7 @@ from typing import Final
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-from kavier_twin.serve.view import Horizon
+from kavier_twin.serve.view import Horizon, PolicyOutlook
 
 PREFIX: Final = "kavier_twin"
 
@@ -37,6 +37,11 @@ def add(family: GaugeMetricFamily, labels: list[str], value: float) -> None:
     """A sample, unless the value is not known."""
     if math.isfinite(value):
         family.add_metric(labels, value)
+
+
+def policy_labels(pool: str, policy: PolicyOutlook) -> list[str]:
+    """The values of the labels `pool`, `policy` and `in_force`: rules ask for the policy in force whatever its name."""
+    return [pool, policy.name, flag(policy.in_force)]
 
 
 def breach_flag(horizon: Horizon, slo: str) -> str:

@@ -14,6 +14,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from kavier_twin.serve.access import Access
 from kavier_twin.serve.app import Twin, make_app
 from kavier_twin.serve.envelope import Limits
+from kavier_twin.serve.problems import answer
 
 IDLE_SECONDS: Final = 15.0  # a client that says nothing for so long is let go
 BACKLOG: Final = 64
@@ -70,7 +71,8 @@ class HttpServer:
 
 
 class _Connection(H11Protocol):
-    """Closes a connection whose client leaves a request unfinished, or sends none, for `IDLE_SECONDS` or two."""
+    """Closes a connection whose client leaves a request unfinished, sends none, or does not take its answer, for
+    `IDLE_SECONDS` or two; tells a request that is no HTTP so in a problem document."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -82,10 +84,21 @@ class _Connection(H11Protocol):
     def _look(self, before: Any) -> None:
         if self.transport.is_closing():
             return
-        if self.conn.their_state is not h11.DONE and self.cycle is before:
-            self.transport.close()
+        if self.cycle is before and (self.conn.their_state is not h11.DONE or self.flow.write_paused):
+            self.transport.abort()  # `close` would wait for the answer to be taken
         else:
             self._look_again(self.cycle)
+
+    def send_400_response(self, msg: str) -> None:
+        told = answer(400, "this is no HTTP request, or its headers are too long")
+        headers = [*told.raw_headers, (b"connection", b"close")]
+        for event in (
+            h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
+            h11.Data(data=bytes(told.body)),
+            h11.EndOfMessage(),
+        ):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
 
 def _bound(host: str, port: int) -> socket.socket:

@@ -103,6 +103,13 @@ class Source(_Answer):
     lag_records: Figure = Field(description="In the log and not read yet.", examples=[0])
 
 
+class Compiling(_Answer):
+    """How far the kernels are, on the first start of a version."""
+
+    compiled: int = Field(examples=[120])
+    kernels: int = Field(examples=[258])
+
+
 class PoolState(_Answer):
     """The mirror of one pool."""
 
@@ -110,6 +117,7 @@ class PoolState(_Answer):
     not_ready: Annotated[tuple[str, ...], BeforeValidator(_reasons)] = Field(
         description="Why there are no figures yet; empty: there are.", examples=[[]]
     )
+    compiling: Compiling | None = Field(description="Null: the kernels are ready.", examples=[None])
     stale: tuple[str, ...] = Field(
         description="Why the figures are old, a line for each source that fails or is behind; empty: they are not.",
         examples=[[]],
@@ -217,6 +225,7 @@ class PolicyOutlook(_Answer):
     flags: tuple[str, ...] = Field(description="Of `vllm serve`.", examples=[["--max-num-seqs 128"]])
     deployable: bool = Field(description="Whether the flags deploy all of it.", examples=[True])
     problem: str = Field(description="Why it could not be simulated; empty: it was.", examples=[""])
+    in_force: bool = Field(description="Whether it is today's.", examples=[False])
     horizons: tuple[Horizon, ...]
     first_breach: dict[str, Quantiles] = Field(
         description="By SLO: seconds to its first breach, in the worst tenth of futures and the median one; "
@@ -331,6 +340,12 @@ class PoolPolicies(_Answer):
 
     pool: PoolName
     policies: tuple[PolicyTold, ...]
+    configured: bool = Field(description="In the settings file; false: set through this API.", examples=[False])
+    kept: bool = Field(
+        description="A restart of the twin goes on with them, as long as the settings file names the same as now; "
+        "false: it keeps no checkpoints, or could not write.",
+        examples=[True],
+    )
     settings: tuple[str, ...] = Field(description="What a policy may override.", examples=[["max_num_seqs"]])
 
 
@@ -341,7 +356,7 @@ class Policies(_Answer):
 
 
 class Series(_Answer):
-    """One KPI over the times of its pool's history."""
+    """One KPI over the times of its pool's history. Running and waiting requests are means over the replicas."""
 
     kpi: str = Field(examples=["ttft_seconds"])
     statistic: str = Field(examples=["p99"])
@@ -353,10 +368,11 @@ class PoolHistory(_Answer):
     """The last hour of one pool."""
 
     pool: PoolName
-    unix_seconds: tuple[float, ...] = Field(
-        description="When each point was made.", examples=[[1767225600, 1767225605]]
+    event_seconds: tuple[float, ...] = Field(
+        description="Ends of the stretches of time, mostly minutes, that the values are of: requests that ended, or "
+        "samples taken, since the one before. The last stretch is under way.",
+        examples=[[1767225600, 1767225624]],
     )
-    event_seconds: tuple[float, ...] = Field(description="On the stream's clock.", examples=[[1767225599, 1767225604]])
     series: tuple[Series, ...]
 
 

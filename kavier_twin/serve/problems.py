@@ -88,13 +88,14 @@ def install(app: FastAPI) -> None:
 
 
 def _allowed(app: FastAPI, request: Request) -> list[str]:
-    """The methods of a path. The router only knows those of the first route it has there."""
-    return [
+    """The methods of a path. The router only knows those of the first route it has there, and a mount none."""
+    found = [
         method
         for method in ("GET", "HEAD", "POST", "PUT")
         for scope in [{**request.scope, "method": "GET" if method == "HEAD" else method}]
         if any(route.matches(scope)[0] is Match.FULL for route in app.router.routes)
     ]
+    return found or ["GET", "HEAD"]
 
 
 def _field_problem(found: Mapping[str, object]) -> FieldProblem:

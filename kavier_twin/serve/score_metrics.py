@@ -57,6 +57,12 @@ def score_metrics(pool: str, scores: Scores) -> Iterator[Metric]:
         ["pool", "reason"],
         [([pool, reason], count) for reason, count in sorted(scores.unscored.items())],
     )
+    yield counter(
+        "score_unobserved_forecasts",
+        "Forecasts, by KPI, of whose time no telemetry told the KPI since the start, so that it was not judged.",
+        ["pool", "kpi"],
+        [([pool, kpi], count) for kpi, count in sorted(scores.unobserved.items())],
+    )
 
 
 def _breaches(pool: str, scores: Scores) -> Iterator[Metric]:

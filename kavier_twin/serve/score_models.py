@@ -81,6 +81,10 @@ class Scores(_Answer):
     intervals: tuple[Interval, ...]
     pending: int = Field(description="Forecasts, by horizon, whose time has not come.", examples=[12])
     unscored: dict[str, int] = Field(description="Not judged, by reason.", examples=[{"interrupted": 3}])
+    unobserved: dict[str, int] = Field(
+        description="By KPI: forecasts of whose time no telemetry told it, so that it was not judged.",
+        examples=[{"power_mean_watts": 120}],
+    )
 
 
 class PoolScores(_Answer):

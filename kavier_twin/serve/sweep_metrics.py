@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from prometheus_client.metrics_core import Metric
 
-from kavier_twin.serve.families import add, breach_flag, counter, gauge
+from kavier_twin.serve.families import add, breach_flag, counter, gauge, policy_labels
 from kavier_twin.serve.view import Best, Outlook, TwinView
 
 
@@ -49,23 +49,23 @@ def _breaches(pool: str, source: str, outlook: Outlook) -> Iterator[Metric]:
         "slo_breach_probability_bound_ratio",
         "Ends (low, high) of the 90 % credible interval of the SLO's breach probability, 0 to 1: few futures, wide "
         "interval.",
-        ["pool", "policy", "horizon", "slo", "trusted", "source", "bound"],
+        ["pool", "policy", "in_force", "horizon", "slo", "trusted", "source", "bound"],
     )
     first = gauge(
         "time_to_breach_seconds",
         "Seconds from the forecast's start to the SLO's first breach over a window of the shortest horizon: in the "
         'median future (futures="median") and in the worst tenth of them ("worst"). No sample: none within the longest '
         "horizon.",
-        ["pool", "policy", "slo", "trusted", "source", "futures"],
+        ["pool", "policy", "in_force", "slo", "trusted", "source", "futures"],
     )
     for policy in outlook.policies:
         for horizon in policy.horizons:
             for slo, ends in sorted(horizon.breach_interval.items()):
-                about = [pool, policy.name, f"{horizon.seconds:g}", slo, breach_flag(horizon, slo), source]
+                about = [*policy_labels(pool, policy), f"{horizon.seconds:g}", slo, breach_flag(horizon, slo), source]
                 for bound, value in zip(("low", "high"), ends, strict=True):
                     bounds.add_metric([*about, bound], value)
         for slo, times in sorted(policy.first_breach.items()):
-            about = [pool, policy.name, slo, breach_flag(policy.horizons[-1], slo), source]
+            about = [*policy_labels(pool, policy), slo, breach_flag(policy.horizons[-1], slo), source]
             for quantile, seconds in sorted(times.items()):
                 add(first, [*about, "median" if quantile == 0.5 else "worst"], seconds)
     yield from (bounds, first)

@@ -114,6 +114,7 @@ class PolicyOutlook:
     horizons: tuple[Horizon, ...]
     problem: str = ""  # why it could not be simulated
     first_breach: Mapping[str, Quantiles] = field(default_factory=dict)  # SLO -> seconds from now; infinite: none
+    in_force: bool = False  # today's: it overrides nothing
 
     def at(self, horizon_seconds: float) -> Horizon | None:
         """The outlook over one horizon."""
@@ -222,6 +223,26 @@ class PowerBeside:
 
 
 @dataclass(frozen=True)
+class History:
+    """The last hour in stretches of event time: for each, what ended or was sampled in it, mirrored and observed.
+
+    Running and waiting requests are means over the replicas. The last stretch is under way and ends now.
+    """
+
+    event_seconds: tuple[float, ...] = ()  # ends of the stretches
+    series: Mapping[tuple[str, str], tuple[tuple[float, float], ...]] = field(default_factory=dict)
+    """(KPI, statistic) -> (mirrored, observed) of each stretch."""
+
+
+@dataclass(frozen=True)
+class Compiling:
+    """How far the kernels are: nothing is mirrored before they are ready."""
+
+    compiled: int
+    kernels: int
+
+
+@dataclass(frozen=True)
 class TwinView:
     """The twin of one pool at one moment."""
 
@@ -259,6 +280,7 @@ class TwinView:
     sweeps: SweepCounts = SweepCounts()
     every_seconds: float = math.nan  # between two forecasts
     slos: tuple[SloLine, ...] = ()
+    history: History = History()
     outlook: Outlook | None = None
     scores: Scores = field(default_factory=Scores)  # of the forecasts whose time has come
     currency: str = ""  # of costs, ISO 4217; empty where no footprint is told
@@ -266,9 +288,12 @@ class TwinView:
     stale: tuple[str, ...] = ()  # why the figures are old: one line for each source that fails or is behind
     engine_contradictions: int = 0  # settings that engines tell otherwise than the settings file or each other
     warming_up: bool = False  # the past of the logs is being mirrored
+    compiling: Compiling | None = None  # None: the kernels are ready
 
     def not_ready(self) -> list[str]:
         """Why the figures are not there yet; empty when they are."""
+        if self.compiling is not None:
+            return [f"compiling kernels, {self.compiling.compiled} of {self.compiling.kernels}"]
         reasons = []
         if self.warming_up:
             reasons.append("warming up: the past of the logs is being mirrored")

@@ -29,13 +29,24 @@ class CarbonIntensity(BaseModel):
     `longest_gap_seconds`: later, and before the first point, the intensity is not known (NaN).
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    gco2_per_kwh: Intensity | None = None
-    by_hour_utc: Annotated[tuple[Intensity, ...], Field(min_length=24, max_length=24)] | None = None
-    file: Path | None = None
-    points: tuple[tuple[UnixSeconds, Intensity], ...] = ()
+    gco2_per_kwh: Intensity | None = Field(default=None, examples=[210.0])
+    """Grams of CO2 per kilowatt-hour, always."""
+
+    by_hour_utc: Annotated[tuple[Intensity, ...], Field(min_length=24, max_length=24)] | None = Field(
+        default=None, examples=[[210.0] * 24]
+    )
+    """Grams per kilowatt-hour of each hour of the day, 24 values from midnight UTC on."""
+
+    file: Path | None = Field(default=None, examples=["carbon.csv"])
+    """A CSV or JSON file of times and grams per kilowatt-hour."""
+
+    points: tuple[tuple[UnixSeconds, Intensity], ...] = Field(default=(), examples=[[[1790000000.0, 210.0]]])
+    """Pairs of unix seconds and grams per kilowatt-hour."""
+
     longest_gap_seconds: Annotated[float, Field(gt=0.0)] = 2 * HOUR_SECONDS
+    """How long a point holds where no other follows."""
 
     @model_validator(mode="before")
     @classmethod

@@ -201,7 +201,7 @@ class Fleet:
                 self._next_row = stop
             if self._next_row == self._arrivals.index.size:
                 self._arrivals, self._next_row = None, 0
-        kernels.advance_all(self.state, time_seconds)
+        kernels.advance_all(self.state, float(time_seconds))  # compiled for one type of time
         ended = time_seconds if time_seconds < math.inf else float(self.state.replicas["now"].max())
         self.now_seconds = max(self.now_seconds, ended)
 
@@ -535,7 +535,7 @@ def simulate(
 ) -> Fleet:
     """Run a workload to its end on a cold fleet."""
     start = float(workload.arrival[0]) if workload.arrival.size else 0.0
-    fleet = Fleet(settings, stepping=stepping, start_seconds=min(0.0, start))
+    fleet = Fleet(settings, stepping=stepping, start_seconds=start)
     if sample_seconds > 0.0:
         fleet.sample_every(sample_seconds)
     fleet.feed(workload)
@@ -567,7 +567,7 @@ def simulate_parts(
             continue
         start = float(part.delivered[0])
         if fleet is None:
-            fleet = Fleet(settings, stepping=stepping, start_seconds=min(0.0, start))
+            fleet = Fleet(settings, stepping=stepping, start_seconds=start)
             if sample_seconds > 0.0:
                 fleet.sample_every(sample_seconds)
         fleet.run(start)

@@ -24,7 +24,7 @@ MEMORY_LOAD: Final = 0.36
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class PowerModel(_Settings):
@@ -38,10 +38,17 @@ class PowerModel(_Settings):
     for each of the two bottlenecks, because the phases of inference do not draw alike.
     """
 
-    idle_watts: Watts
-    max_watts: Watts
+    idle_watts: Watts = Field(examples=[70.0])
+    """Draw of an idle GPU; from `hardware` unless given."""
+
+    max_watts: Watts = Field(examples=[700.0])
+    """The GPU's power limit; from `hardware` unless given."""
+
     compute_load: Share = COMPUTE_LOAD
+    """Share of the way from idle to maximal draw while computing."""
+
     memory_load: Share = MEMORY_LOAD
+    """Share of the way from idle to maximal draw while reading memory."""
 
     @model_validator(mode="after")
     def _more_than_idle(self) -> PowerModel:
@@ -68,13 +75,28 @@ class Footprint(_Settings):
     0 s of the stream stands for, for carbon that changes with time: the unix epoch for live streams (the default).
     """
 
-    power: PowerModel
+    power: PowerModel = Field(examples=[{"idle_watts": 70, "max_watts": 700}])
+    """What a GPU draws."""
+
     gpus_per_replica: Annotated[int, Field(ge=1, le=1024)] = 1
+    """GPUs of an engine; from `hardware` unless given."""
+
     pue: Annotated[float, Field(ge=1.0, le=10.0)] = MEAN_PUE_2025
-    carbon: CarbonIntensity = CarbonIntensity(gco2_per_kwh=EU_2023_GCO2_PER_KWH)
-    price_per_gpu_hour: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] | None = None
-    currency: Annotated[str, Field(pattern="^[A-Z]{3}$")] = "EUR"  # ISO 4217
-    time_zero: AwareDatetime = datetime.fromtimestamp(0, UTC)
+    """Power usage effectiveness of the site: all its energy per energy of the machines."""
+
+    carbon: CarbonIntensity = Field(default=CarbonIntensity(gco2_per_kwh=EU_2023_GCO2_PER_KWH), examples=[210])
+    """Carbon intensity of the site's electricity; a plain number will do."""
+
+    price_per_gpu_hour: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] | None = Field(
+        default=None, examples=[2.5]
+    )
+    """Price of a GPU for an hour, in `currency`; without it there is no cost."""
+
+    currency: Annotated[str, Field(pattern="^[A-Z]{3}$")] = "EUR"
+    """ISO 4217."""
+
+    time_zero: AwareDatetime = Field(default=datetime.fromtimestamp(0, UTC), examples=["2026-01-31T23:00:00Z"])
+    """What 0 s of a trace stands for; live streams are in unix time already."""
 
     def assumed(self) -> tuple[str, ...]:
         """What nobody gave and the defaults stand for, each with its value and source."""

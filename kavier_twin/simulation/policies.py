@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kavier_twin.simulation.settings import (
     COEFFICIENTS,
@@ -58,11 +58,15 @@ class Policy(BaseModel):
     model_config = ConfigDict(
         frozen=True,
         extra="forbid",
+        use_attribute_docstrings=True,
         json_schema_extra={"examples": [{"name": "half_kv_capacity", "overrides": {"num_gpu_blocks": "0.5x"}}]},
     )
 
-    name: str
-    overrides: dict[str, Override] = {}
+    name: str = Field(examples=["half_kv_capacity"])
+    """How metrics call it."""
+
+    overrides: dict[str, Override] = Field(default={}, examples=[{"num_gpu_blocks": "0.5x"}])
+    """What it changes; a number with x multiplies the fleet's own."""
 
 
 DEFAULT_POLICIES = (

@@ -31,7 +31,7 @@ COEFFICIENTS: Final = (
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class StepTime(_Settings):
@@ -50,13 +50,28 @@ class StepTime(_Settings):
     A decode step's tokens do not change from step to step, so a run of them still has a closed form.
     """
 
-    fixed: Coefficient
+    fixed: Coefficient = Field(examples=[0.01])
+    """Seconds of every step."""
+
     per_prefill_token: Coefficient = 0.0
+    """Seconds per prompt token computed."""
+
     per_decode_sequence: Coefficient = 0.0
+    """Seconds per request that decodes."""
+
     per_context_token: Coefficient = 0.0
+    """Seconds per token of context that decoding reads."""
+
     per_prefill_attention: Coefficient = 0.0
+    """Seconds per pair of a prompt token and a token before it."""
+
     linear_scale: Coefficient = 1.0
-    linear_layers: Annotated[tuple[tuple[Coefficient, Coefficient], ...], Field(max_length=MAX_KNOTS)] = ()
+    """Factor of `linear_layers`."""
+
+    linear_layers: Annotated[tuple[tuple[Coefficient, Coefficient], ...], Field(max_length=MAX_KNOTS)] = Field(
+        default=(), examples=[[[1, 0.004], [256, 0.006]]]
+    )
+    """Points (tokens of a step, seconds) of the linear layers."""
 
     @model_validator(mode="after")
     def _time_must_pass(self) -> StepTime:
@@ -101,14 +116,29 @@ class HostTier(_Settings):
     carries each way (32 GT/s x 16 lanes x 128/130); halve it for PCIe 4.0. 20 us for launching a copy.
     """
 
-    capacity_gib: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+    capacity_gib: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = Field(examples=[64.0])
+    """Memory over all tensor-parallel ranks (`--kv-offloading-size`)."""
+
     blocks_per_chunk: Annotated[int, Field(ge=1, le=65_536)] = 1
+    """GPU blocks that are stored together."""
+
     eviction_policy: Literal["lru", "arc"] = "lru"
+    """What goes first when it is full."""
+
     store_threshold: Annotated[int, Field(ge=0)] = 0
+    """Lookups before a chunk is stored; 0 and 1 store at once."""
+
     max_tracker_size: Annotated[int, Field(ge=1, le=2**24)] = 64_000
+    """Chunks whose lookups are counted."""
+
     offload_prompt_only: bool = True
+    """Whether decoded tokens are left out."""
+
     bytes_per_second: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 50e9
+    """Rate of transfers, each direction on its own."""
+
     latency_seconds: Coefficient = 20e-6
+    """Time before a transfer's first byte."""
 
 
 class DiskTier(_Settings):
@@ -118,10 +148,17 @@ class DiskTier(_Settings):
     rates of a PCIe 4.0 data centre drive (Samsung PM9A3 U.2, announced: 6.5 GB/s read, 3.5 GB/s write) and 100 us.
     """
 
-    capacity_gib: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+    capacity_gib: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = Field(examples=[1000.0])
+    """Room on the disk."""
+
     read_bytes_per_second: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 6.5e9
+    """Rate of reading."""
+
     write_bytes_per_second: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 3.5e9
+    """Rate of writing."""
+
     latency_seconds: Coefficient = 100e-6
+    """Time before a transfer's first byte."""
 
 
 class EngineSettings(_Settings):
@@ -131,25 +168,64 @@ class EngineSettings(_Settings):
     """
 
     block_size: Annotated[int, Field(ge=1, le=8192)] = 16
-    num_gpu_blocks: Annotated[int, Field(ge=2, le=2**30)]
+    """Tokens of a KV-cache block (`--block-size`)."""
+
+    num_gpu_blocks: Annotated[int, Field(ge=2, le=2**30)] = Field(examples=[27000])
+    """KV-cache blocks, vLLM's null block included; from `hardware` unless given."""
+
     max_num_seqs: Positive = 1024
+    """Requests in a batch (`--max-num-seqs`)."""
+
     max_num_batched_tokens: Positive = 8192
+    """Tokens in a batch (`--max-num-batched-tokens`)."""
+
     max_model_len: Annotated[int, Field(ge=2, le=2**30)] = 131_072
+    """The longest prompt with its output (`--max-model-len`)."""
+
     prefix_caching: bool = True
+    """Whether cached prefixes are used again (`--enable-prefix-caching`)."""
+
     async_scheduling: bool = True
+    """Whether a batch is scheduled while the last one runs (`--async-scheduling`)."""
+
     enable_chunked_prefill: bool = True
+    """Whether a prompt may be computed in parts (`--enable-chunked-prefill`)."""
+
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
+    """Who is admitted first (`--scheduling-policy`)."""
+
     long_prefill_token_threshold: Annotated[int, Field(ge=0)] = 0
+    """Prompt tokens of one request in a batch at most; 0 for no limit (`--long-prefill-token-threshold`)."""
+
     watermark: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of the blocks that admission keeps free (`--watermark`)."""
+
     scheduler_reserve_full_isl: bool = True
+    """Whether admission needs room for the whole prompt (`--scheduler-reserve-full-isl`)."""
+
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
-    eviction: EvictionPolicy = "lru"  # vLLM has LRU only; for the others see docs/policies.md
+    """How cached keys and values are kept (`--kv-cache-dtype`)."""
+
+    eviction: EvictionPolicy = "lru"
+    """What the cache evicts first: vLLM has lru only, for the others see docs/policies.md."""
+
     eviction_ttl_seconds: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 300.0
+    """With `ttl`: how long an unused block stays."""
+
     eviction_pinned_tokens: Annotated[int, Field(ge=0)] = 1024
+    """With `pinned`: leading tokens that go last."""
+
     eviction_pinned_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.25
-    kv_bytes_per_token: Positive = 131_072  # over all ranks; Llama-3.1-8B: 2 x 32 layers x 8 heads x 128 x 2 bytes
-    host_tier: HostTier | None = None
-    disk_tier: DiskTier | None = None
+    """With `pinned`: share of the blocks that may be pinned."""
+
+    kv_bytes_per_token: Positive = 131_072
+    """Bytes of one cached token over all ranks. The default is Llama-3.1-8B's."""
+
+    host_tier: HostTier | None = Field(default=None, examples=[{"capacity_gib": 64}])
+    """Host memory behind the GPU's cache."""
+
+    disk_tier: DiskTier | None = Field(default=None, examples=[{"capacity_gib": 1000}])
+    """A disk behind the host memory."""
 
     @model_validator(mode="after")
     def _tiers_must_fit(self) -> EngineSettings:
@@ -178,8 +254,21 @@ class FleetSettings(_Settings):
     """A pool of identical engines behind one router. `footprint`, where told, is what energy and cost follow from."""
 
     replicas: Annotated[int, Field(ge=1, le=100_000)] = 1
-    engine: EngineSettings
-    step_time: StepTime
+    """Engines at the start; pods that telemetry names join and leave."""
+
+    engine: EngineSettings = Field(examples=[{"num_gpu_blocks": 27000, "max_num_seqs": 256}])
+    """How each engine is set; with `hardware` only what differs from vLLM's choice."""
+
+    step_time: StepTime = Field(examples=[{"fixed": 0.01}])
+    """How long an engine step lasts."""
+
     router: RouterPolicy = "prefix_aware"
+    """Who gets a request whose record names no pod."""
+
     router_max_imbalance: Annotated[int, Field(ge=0)] = 8
-    footprint: Footprint | None = None
+    """With `prefix_aware`: requests above the least loaded replica that a match may cost."""
+
+    footprint: Footprint | None = Field(
+        default=None, examples=[{"power": {"idle_watts": 70, "max_watts": 700}, "price_per_gpu_hour": 2.5}]
+    )
+    """What energy, carbon and cost follow from."""

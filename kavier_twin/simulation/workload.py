@@ -75,7 +75,8 @@ def make_workload(
         raise ValueError("arrivals must be finite and sorted")
 
     def column(values: npt.ArrayLike, dtype: type) -> npt.NDArray[np.int64]:
-        return np.ascontiguousarray(np.broadcast_to(np.asarray(values, dtype=dtype), (n,)))
+        # Copied, as a broadcast array may only be read, and kernels would be compiled once more for such columns.
+        return np.array(np.broadcast_to(np.asarray(values, dtype=dtype), (n,)))
 
     starts = np.zeros(n + 1, np.int64) if chain_starts is None else np.ascontiguousarray(chain_starts, np.int64)
     if starts.size != n + 1:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any, Final
 
+from kavier_twin.tap.exchanges import End
+
 MOST_BYTES: Final = 8 << 20  # of an answer that is no stream, or of one line of a stream; beyond it is not read
 
 
@@ -37,13 +39,24 @@ class Answer:
             self._readable = False
             self._rest.clear()
 
-    def end(self) -> None:
-        """The body ended, whole or cut."""
+    def end(self, id: str, reason: str | None, arrived_seconds: float, now_seconds: float, unix_seconds: float) -> End:
+        """The body ended, whole or cut. `reason` is for an answer that gives none itself."""
         if not self._streamed and self._readable:
             self._read(bytes(self._rest))
         self._rest.clear()
         if self.output_tokens is None and self._streamed and self._readable:
             self.output_tokens = self._chunks
+        first = self.first_token_seconds
+        return End(
+            id,
+            unix_seconds,
+            max(0.0, now_seconds - arrived_seconds),
+            None if first is None else max(0.0, first - arrived_seconds),
+            self.output_tokens,
+            self.prompt_tokens,
+            self.cached_tokens,
+            self.finish_reason or reason,
+        )
 
     def _event(self, data: bytes, now_seconds: float) -> None:
         if data == b"[DONE]":

@@ -6,14 +6,16 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from kavier_twin.tap.metrics import TapMetrics
 from kavier_twin.telemetry import RequestFinished, RequestSeen
 
-MOST_RECORDS: Final = 20_000  # that wait; a record of a long prompt has some tens of kilobytes
+MOST_BYTES: Final = 64 << 20  # of records that wait: a minute or an hour of Kafka's absence, as traffic is
+_MOST_UNDER_WAY: Final = 1_000  # records in the hands of Kafka's client
+_DELIVERY_MS: Final = 600_000  # after which the client gives one up
 _RETRY_SECONDS: Final = 1.0
 
 log = logging.getLogger(__name__)
@@ -44,29 +46,41 @@ class FileSink:
 class KafkaSink:
     """A topic. Keyed by the request's id, so that both halves of a request keep their order.
 
-    `options` are kafka-python's. `failed` is called for each record that Kafka did not take in the end.
+    `options` are kafka-python's. `failed` is called, with a reason, for each record that Kafka did not take in the end.
     """
 
-    def __init__(self, brokers: list[str], topic: str, failed: Callable[[], None], **options: Any) -> None:
-        self._options = {"bootstrap_servers": brokers, "linger_ms": 20, "max_block_ms": 2_000, **options}
+    def __init__(self, topic: str, failed: Callable[[str], None], options: Mapping[str, Any]) -> None:
+        self._options = {
+            **options,
+            "linger_ms": 20,
+            "max_block_ms": 2_000,
+            "delivery_timeout_ms": _DELIVERY_MS,
+            "compression_type": "gzip",
+        }
         self._topic = topic
         self._failed = failed
         self._producer: Any = None
+        self._under_way = threading.Semaphore(_MOST_UNDER_WAY)
 
     def write(self, key: bytes, value: bytes) -> None:
         from kafka import KafkaProducer  # an extra
         from kafka.errors import KafkaError, MessageSizeTooLargeError
 
+        if not self._under_way.acquire(timeout=1.0):  # the client's own buffer has no limit
+            raise OSError("Kafka does not confirm what it was sent")
         try:
             if self._producer is None:
                 self._producer = KafkaProducer(**self._options)
             future = self._producer.send(self._topic, key=key, value=value)
         except MessageSizeTooLargeError:  # no use in trying again
-            self._failed()
+            self._under_way.release()
+            self._failed("too-large")
             return
         except KafkaError as error:
-            raise OSError(str(error)) from error
-        future.add_errback(lambda error: self._failed())
+            self._under_way.release()
+            raise OSError(type(error).__name__) from error
+        future.add_callback(self._confirmed)
+        future.add_errback(self._lost)
 
     def close(self, seconds: float) -> None:
         from kafka.errors import KafkaError
@@ -76,17 +90,27 @@ class KafkaSink:
         try:
             self._producer.flush(timeout=seconds)
         except KafkaError as error:
-            log.warning("Kafka did not take all records before the end: %s", error)
-        self._producer.close(timeout=seconds)
+            log.warning("Kafka did not take all records before the end: %s", type(error).__name__)
+        self._producer.close(timeout=1.0)
+
+    def _confirmed(self, _: object) -> None:
+        self._under_way.release()
+
+    def _lost(self, error: BaseException) -> None:
+        self._under_way.release()
+        self._failed("kafka-failed")
 
 
 class Producer:
     """A bounded buffer before a sink, emptied by a thread. `put` never blocks and never raises."""
 
-    def __init__(self, sink: Sink, metrics: TapMetrics, most_records: int = MOST_RECORDS) -> None:
+    def __init__(self, sink: Sink, metrics: TapMetrics, most_bytes: int = MOST_BYTES) -> None:
         self._sink = sink
         self._metrics = metrics
-        self._waiting: queue.Queue[tuple[str, bytes, bytes]] = queue.Queue(most_records)
+        self._most_bytes = most_bytes
+        self._waiting: queue.SimpleQueue[tuple[str, bytes, bytes]] = queue.SimpleQueue()
+        self._bytes = 0
+        self._counting = threading.Lock()
         self._deadline_seconds: float | None = None  # on the monotonic clock, once it is to end
         self._thread = threading.Thread(target=self._run, name="tap-producer", daemon=True)
         self._thread.start()
@@ -94,19 +118,25 @@ class Producer:
     def put(self, record: RequestSeen | RequestFinished) -> None:
         """Take a record, or count it as dropped."""
         value = record.model_dump_json(exclude_none=True).encode()
-        try:
-            self._waiting.put_nowait((record.kind, record.id.encode(), value))
-        except queue.Full:
+        if self._bytes + len(value) > self._most_bytes:
             self._metrics.dropped.labels("buffer-full").inc()
-        self._metrics.buffered.set(self._waiting.qsize())
+            return
+        self._count(len(value), 1)
+        self._waiting.put((record.kind, record.id.encode(), value))
+
+    def _count(self, more_bytes: int, more_records: int) -> None:
+        with self._counting:
+            self._bytes += more_bytes
+            self._metrics.buffered.inc(more_records)
 
     def close(self, seconds: float) -> None:
         """Hand over what waits, for `seconds` at most; what is left then is counted as dropped."""
         self._deadline_seconds = time.monotonic() + seconds
         self._thread.join(seconds + 5.0)  # a write under way may still block
         while not self._waiting.empty():
-            self._waiting.get_nowait()
+            _, _, value = self._waiting.get_nowait()
             self._metrics.dropped.labels("ended").inc()
+            self._count(-len(value), -1)
         self._sink.close(max(0.1, self._deadline_seconds - time.monotonic()))
 
     def _run(self) -> None:
@@ -127,6 +157,7 @@ class Producer:
                     away = True
                     if self._over():
                         self._metrics.dropped.labels("ended").inc()
+                        self._count(-len(value), -1)
                         return
                     time.sleep(_RETRY_SECONDS)
                     continue
@@ -135,7 +166,7 @@ class Producer:
                 log.info("records are handed on again")
             away = False
             self._metrics.records.labels(kind).inc()
-            self._metrics.buffered.set(self._waiting.qsize())
+            self._count(-len(value), -1)
 
     def _over(self) -> bool:
         return self._deadline_seconds is not None and time.monotonic() > self._deadline_seconds

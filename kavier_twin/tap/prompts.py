@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -106,25 +106,13 @@ class Asked:
 
 
 class Tokenizer(Protocol):
-    """Gives the token ids of a prompt. Raises NoTokens."""
+    """Gives the token ids of a prompt, away from the event loop."""
 
-    async def token_ids(self, asked: Asked, authorization: str | None) -> list[int]: ...
+    def knows(self, asked: Asked) -> bool:
+        """Whether it can do so for this one."""
 
-
-class LocalTokenizer:
-    """A `tokenizer.json`. It knows no chat template, so that only `/v1/completions` is tokenised by it."""
-
-    def __init__(self, path: str) -> None:
-        from tokenizers import Tokenizer as Reader  # an extra
-
-        self._reader = Reader.from_file(path)
-
-    async def token_ids(self, asked: Asked, authorization: str | None) -> list[int]:
-        prompt = asked.body.get("prompt")
-        if asked.is_chat or not isinstance(prompt, str):
-            raise NoTokens("no-chat-template" if asked.is_chat else "no-prompt")
-        special = asked.body.get("add_special_tokens") is not False
-        return list(self._reader.encode(prompt, add_special_tokens=special).ids)
+    def token_ids(self, asked: Asked) -> Sequence[int]:
+        """The ids. Raises NoTokens."""
 
 
 def _text(value: Any) -> str | None:

@@ -5,241 +5,213 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
-import aiohttp
-from yarl import URL
-
 from kavier_twin.tap.answers import Answer
-from kavier_twin.tap.metrics import TapMetrics
+from kavier_twin.tap.bodies import Bodies, BodyCopy
+from kavier_twin.tap.exchanges import Passed, Request
 from kavier_twin.tap.prompts import TAPPED_PATHS
-from kavier_twin.tap.recorder import MOST_BODY_BYTES, Recorder, Request
+from kavier_twin.tap.upstream import Connection, Fields, Upstream
 
 # RFC 9110 section 7.6.1: of one connection, never passed on; with them the fields that `Connection` names.
 _HOP_BY_HOP: Final = frozenset(
     (b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade")
 )
-_OF_THIS_REQUEST: Final = frozenset(
-    (b"host", b"expect")
-)  # the client library sets the first, the server met the second
-_KEEP_IDLE_SECONDS: Final = 2.0  # vLLM's server closes after 5 s: a request must not meet a connection that closes
-_CONNECT_SECONDS: Final = 10.0
+# `Host` becomes the engine's, `Expect` was met by the server; of `Content-Length` see `_head`.
+_OF_THIS_REQUEST: Final = _HOP_BY_HOP | {b"host", b"expect", b"content-length"}
 _BAD_GATEWAY: Final = b'{"error":{"message":"the engine cannot be reached","type":"bad_gateway","code":502}}'
+_BAD_TARGET: Final = b'{"error":{"message":"the target of a request is a path","type":"bad_request","code":400}}'
 
 log = logging.getLogger(__name__)
 
 
-def client_session() -> aiohttp.ClientSession:
-    """A client that changes nothing: no cookies, no decompression, no fields of its own, no limit in time."""
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_IDLE_SECONDS),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        auto_decompress=False,
-        skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS),
-        max_line_size=65_536,
-        max_field_size=65_536,
-    )
-
-
 class Proxy:
-    """The ASGI application. `upstream` is a URL without path."""
+    """The ASGI application. `hand_over` is told of requests and their ends, and must return at once."""
 
-    def __init__(self, upstream: str, session: aiohttp.ClientSession, recorder: Recorder, metrics: TapMetrics) -> None:
-        self._upstream = upstream.rstrip("/")
-        self._session = session
-        self._recorder = recorder
-        self._metrics = metrics
+    def __init__(self, upstream: Upstream, hand_over: Callable[[Request | Passed], None]) -> None:
+        self.upstream = upstream
+        self.hand_over = hand_over
+        self.bodies = Bodies()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            return
-        exchange = _Exchange(self._upstream, self._session, self._recorder, self._metrics, scope, receive, send)
-        await exchange.run()
+        if scope["type"] == "http":
+            await _Exchange(self, scope, receive, send).run()
 
 
 class _Exchange:
     """One request and its answer."""
 
-    def __init__(
-        self,
-        upstream: str,
-        session: aiohttp.ClientSession,
-        recorder: Recorder,
-        metrics: TapMetrics,
-        scope: Any,
-        receive: Any,
-        send: Any,
-    ) -> None:
-        self._url = URL(f"{upstream}{_target(scope)}", encoded=True)
-        self._session = session
-        self._recorder = recorder
-        self._metrics = metrics
+    def __init__(self, proxy: Proxy, scope: Any, receive: Any, send: Any) -> None:
+        self._proxy = proxy
         self._scope = scope
         self._receive = receive
         self._send = send
-        self._tapped = scope["method"] == "POST" and scope["path"] in TAPPED_PATHS
-        self._body = bytearray()  # a copy of a tapped request's
-        self._sent_whole = asyncio.Event()
-        self._client_gone = False
-        self._request: Request | None = None
-        self._answer: Answer | None = None
         self._arrived_unix_seconds = time.time()
         self._arrived_seconds = time.perf_counter()
-        self._kept_seconds = 0.0
+        self._connection: Connection | None = None
+        self._client_gone = False
+        self._sent_whole = False
+        tapped = scope["method"] == "POST" and scope["path"] in TAPPED_PATHS
+        self._body = BodyCopy(proxy.bodies) if tapped else None
+        self._request: Request | None = None
+        self._answer: Answer | None = None
+        self._added_seconds: float | None = None
 
     async def run(self) -> None:
         """Pass it on until it ended or the client went away."""
-        passing = asyncio.ensure_future(self._pass_on())
-        watching = asyncio.ensure_future(self._until_gone())
-        outcome = "cancelled"
+        outcome = "cancelled"  # as by the server, which ends
         try:
-            await asyncio.wait({passing, watching}, return_when=asyncio.FIRST_COMPLETED)
-            if passing.done():
-                outcome = passing.result()
+            outcome = await self._pass_on()
         finally:
-            ours = [task for task in (passing, watching) if not task.done()]
-            for task in ours:
-                task.cancel()
-            await asyncio.gather(*ours, return_exceptions=True)  # its connection is closed: the engine stops
-            self._record(outcome)
-            self._metrics.requests.labels(outcome).inc()
+            self._end(outcome)
 
     async def _pass_on(self) -> str:
         """Returns the outcome."""
-        headers = _headers(self._scope["headers"], _HOP_BY_HOP | _OF_THIS_REQUEST)
+        target = _target(self._scope)
+        if not target.startswith(b"/"):
+            await self._say(400, _BAD_TARGET)
+            return "refused"
+        listening: asyncio.Task[None] | None = None
         started = False
         try:
-            data = await self._request_body()
-            self._kept_seconds = time.perf_counter() - self._arrived_seconds
-            async with self._session.request(
-                self._scope["method"],
-                self._url,
-                headers=[(name.decode("latin-1"), value.decode("utf-8", "replace")) for name, value in headers],
-                data=data,
-                allow_redirects=False,
-            ) as response:
-                fields = _headers(((name.lower(), value) for name, value in response.raw_headers), _HOP_BY_HOP)
-                self._look_at(response)
-                await self._send({"type": "http.response.start", "status": response.status, "headers": fields})
-                started = True
-                first = True
-                async for piece in response.content.iter_any():
-                    came_seconds = time.perf_counter()
-                    await self._send({"type": "http.response.body", "body": piece, "more_body": True})
-                    if first:
-                        first = False
-                        self._metrics.added.observe(self._kept_seconds + time.perf_counter() - came_seconds)
-                    self._take(piece, came_seconds)
-                await self._send({"type": "http.response.body", "body": b""})
-                return "answered" if response.status < 400 else "refused"
-        except (aiohttp.ClientError, OSError) as error:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                self._client_gone = True
+                return "cancelled"
+            connection = self._connection = await self._proxy.upstream.connection()
+            connection.begin(self._scope["method"])
+            head, chunked = _head(self._scope, target, self._proxy.upstream.authority)
+            first = self._part(message, chunked)
+            kept_seconds = time.perf_counter() - self._arrived_seconds
+            await connection.write(head + first)
+            listening = asyncio.ensure_future(self._listen(connection, chunked))
+            await connection.head()
+            fields = _end_to_end(connection.fields, _HOP_BY_HOP)
+            self._look_at(connection.status, fields)
+            status = connection.status
+            await self._send({"type": "http.response.start", "status": status, "headers": fields})
+            started = True
+            while (piece := await connection.piece()) is not None:
+                came_seconds = connection.came_seconds
+                await self._send({"type": "http.response.body", "body": piece, "more_body": True})
+                if self._added_seconds is None:
+                    self._added_seconds = kept_seconds + time.perf_counter() - came_seconds
+                self._take(piece, came_seconds)
+            listening.cancel()  # before the answer ends: the client that leaves then has its whole answer
+            self._connection = None
+            if self._sent_whole:
+                self._proxy.upstream.give_back(connection)
+            else:
+                connection.close()
+            await self._send({"type": "http.response.body", "body": b""})
+            return "answered" if status < 400 else "refused"
+        except (OSError, TimeoutError) as error:
             if self._client_gone:
                 return "cancelled"
             log.warning("%s from the engine: %s", "half an answer" if started else "no answer", type(error).__name__)
             if started:  # without its end the server closes the connection: the client sees what happened
                 return "cut"
-            fields = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(_BAD_GATEWAY))]
-            await self._send({"type": "http.response.start", "status": 502, "headers": fields})
-            await self._send({"type": "http.response.body", "body": _BAD_GATEWAY})
+            await self._say(502, _BAD_GATEWAY)
             return "unreachable"
+        finally:
+            if listening is not None:
+                listening.cancel()
+            if self._connection is not None:
+                self._connection.close()  # the engine sees it, and stops
 
-    async def _request_body(self) -> bytes | AsyncIterator[bytes] | None:
-        """The body: at once if it came so, else piece by piece."""
-        message = await self._receive()
-        if message["type"] == "http.disconnect":
-            self._client_gone = True
-            raise ConnectionError
-        data: bytes = message.get("body", b"")
-        self._copy(data)
-        if not message.get("more_body"):
-            self._sent_whole.set()
-            return data or None
-        return self._pieces(data)
-
-    async def _pieces(self, data: bytes) -> AsyncIterator[bytes]:
-        if data:
-            yield data
-        while True:
-            message = await self._receive()
-            if message["type"] == "http.disconnect":
-                self._client_gone = True
-                raise ConnectionError
-            data = message.get("body", b"")
-            self._copy(data)
-            if not message.get("more_body"):
-                self._sent_whole.set()
-                if data:
-                    yield data
-                return
-            if data:
-                yield data
-
-    def _copy(self, data: bytes) -> None:
-        if self._tapped and len(self._body) <= MOST_BODY_BYTES:
-            self._body += data
-
-    async def _until_gone(self) -> None:
-        """Return once the client went away."""
-        await self._sent_whole.wait()
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
+    async def _listen(self, connection: Connection, chunked: bool) -> None:
+        """Pass on the rest of the body; then wait for the client to go away, and end it for the engine too."""
+        try:
+            while not self._sent_whole:
+                message = await self._receive()
+                if message["type"] == "http.disconnect":
+                    break
+                if data := self._part(message, chunked):
+                    await connection.write(data)
+            while self._sent_whole and (await self._receive())["type"] != "http.disconnect":
+                pass
+        except OSError:
+            return  # the engine is gone, which its answer tells
         self._client_gone = True
+        connection.close()
 
-    def _look_at(self, response: aiohttp.ClientResponse) -> None:
-        if self._tapped and response.status == 200:
-            encoded = response.headers.get("Content-Encoding", "identity") != "identity"
-            self._answer = Answer(streamed=response.content_type == "text/event-stream", encoded=encoded)
+    def _part(self, message: Any, chunked: bool) -> bytes:
+        """A piece of the request's body, as it goes on the wire."""
+        data: bytes = message.get("body", b"")
+        self._sent_whole = not message.get("more_body")
+        if self._body is not None:
+            self._body.add(data)
+        if not chunked:
+            return data
+        part = b"%x\r\n%b\r\n" % (len(data), data) if data else b""
+        return part + b"0\r\n\r\n" if self._sent_whole else part
+
+    def _look_at(self, status: int, fields: Fields) -> None:
+        if self._body is not None and status == 200:
+            named = {name.lower(): value.lower() for name, value in fields}
+            streamed = named.get(b"content-type", b"").startswith(b"text/event-stream")
+            encoded = named.get(b"content-encoding", b"identity") != b"identity"
+            self._answer = Answer(streamed=streamed, encoded=encoded)
 
     def _take(self, piece: bytes, now_seconds: float) -> None:
         if self._answer is None:
             return
         self._answer.take(piece, now_seconds)
-        if self._answer.first_token_seconds is not None and self._request is None and self._sent_whole.is_set():
-            self._request = self._asked()
-            if self._request is not None:
-                self._recorder.begun(self._request, self._answer)
+        if self._request is None and self._answer.first_token_seconds is not None and self._sent_whole:
+            self._begin()
 
-    def _asked(self) -> Request | None:
-        if len(self._body) > MOST_BODY_BYTES:
-            return None
+    def _begin(self) -> None:
+        """Hand the request over to be recorded."""
+        assert self._body is not None
         fields = dict(self._scope["headers"])
-        if fields.get(b"content-encoding", b"identity") != b"identity":
-            return None
-        session = fields.get(b"x-session-id", b"").decode("latin-1")[:512]
-        request = Request(
-            self._scope["path"],
-            bytes(self._body),
-            session or None,
-            fields.get(b"authorization", b"").decode("latin-1") or None,
-            self._arrived_unix_seconds,
-            self._arrived_seconds,
-        )
-        self._body.clear()
-        return request
+        self._request = Request.of(self._scope["path"], self._body, fields, self._arrived_unix_seconds, will_end=True)
+        if self._request is not None:
+            self._proxy.hand_over(self._request)
 
-    def _record(self, outcome: str) -> None:
-        if not self._tapped or outcome in ("refused", "unreachable") or not self._sent_whole.is_set():
-            return
-        if self._request is None:
-            self._request = self._asked()
-        if self._request is None:
-            self._metrics.dropped.labels("body").inc()
-            return
-        answer = self._answer or Answer(streamed=True, encoded=False)
-        reason = {"cancelled": "abort", "cut": "error"}.get(outcome)
-        self._recorder.ended(self._request, answer, reason, time.perf_counter())
+    def _end(self, outcome: str) -> None:
+        dropped = end = None
+        if self._body is not None:
+            if self._request is None and self._sent_whole and outcome in ("answered", "cancelled", "cut"):
+                self._begin()
+                dropped = self._body.dropped
+            self._body.take()
+        if self._request is not None:
+            reason = {"cancelled": "abort", "cut": "error"}.get(outcome)
+            answer = self._answer or Answer(streamed=True, encoded=False)
+            end = answer.end(self._request.id, reason, self._arrived_seconds, time.perf_counter(), time.time())
+        self._proxy.hand_over(Passed(outcome, self._added_seconds, dropped, end))
+
+    async def _say(self, status: int, body: bytes) -> None:
+        fields = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        await self._send({"type": "http.response.start", "status": status, "headers": fields})
+        await self._send({"type": "http.response.body", "body": body})
 
 
-def _target(scope: Any) -> str:
+def _target(scope: Any) -> bytes:
     path: bytes = scope.get("raw_path") or scope["path"].encode()
     query: bytes = scope["query_string"]
-    return (path.split(b"?")[0] + (b"?" + query if query else b"")).decode("latin-1")
+    return path.split(b"?")[0] + (b"?" + query if query else b"")
 
 
-def _headers(fields: Iterable[tuple[bytes, bytes]], left_out: frozenset[bytes]) -> list[tuple[bytes, bytes]]:
-    """Header fields that belong to the message, not to one connection. Names in lower case."""
-    listed = list(fields)
-    named = {part.strip().lower() for name, value in listed if name == b"connection" for part in value.split(b",")}
-    return [(name, value) for name, value in listed if name not in left_out and name not in named]
+def _head(scope: Any, target: bytes, authority: bytes) -> tuple[bytes, bool]:
+    """The head of the request for the engine, and whether its body goes in chunks, as it does where it came so.
+
+    One of both frames the body, never both (RFC 9112, 6.1): the engine must not see another end than the tap.
+    """
+    fields = scope["headers"]
+    chunked = any(name == b"transfer-encoding" for name, _ in fields)
+    lines = [scope["method"].encode() + b" " + target + b" HTTP/1.1\r\nhost: " + authority]
+    if chunked:
+        lines.append(b"transfer-encoding: chunked")
+    else:
+        lines += [b"content-length: " + value for name, value in fields if name == b"content-length"][:1]
+    lines += [name + b": " + value for name, value in _end_to_end(fields, _OF_THIS_REQUEST)]
+    return b"\r\n".join(lines) + b"\r\n\r\n", chunked
+
+
+def _end_to_end(fields: Iterable[tuple[bytes, bytes]], left_out: frozenset[bytes]) -> Fields:
+    """Header fields that belong to the message, not to one connection."""
+    listed = [(name, name.lower(), value) for name, value in fields]
+    named = {part.strip().lower() for _, name, value in listed if name == b"connection" for part in value.split(b",")}
+    return [(name, value) for name, lower, value in listed if lower not in left_out and lower not in named]

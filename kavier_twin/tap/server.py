@@ -3,92 +3,128 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import socket
+import ssl
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from pathlib import Path
+from typing import Any, Final
 
 import uvicorn
-from prometheus_client import start_http_server
+import uvloop
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from kavier_twin.errors import UserError
-from kavier_twin.tap.engine import Engine
-from kavier_twin.tap.hashing import BlockHasher
-from kavier_twin.tap.metrics import TapMetrics
+from kavier_twin.tap.exchanges import Passed, Request
 from kavier_twin.tap.mirror import Mirror
-from kavier_twin.tap.producer import Producer
-from kavier_twin.tap.prompts import Tokenizer
-from kavier_twin.tap.proxy import Proxy, client_session
-from kavier_twin.tap.recorder import Recorder
+from kavier_twin.tap.proxy import Proxy
+from kavier_twin.tap.upstream import Upstream
+from kavier_twin.tap.worker import RecordSettings, Worker
 
-_DRAIN_SECONDS: Final = 10.0  # for records under way, after the last answer
+_BACKLOG: Final = 2048  # connections that wait to be accepted
+_HEAD_SECONDS: Final = 30.0  # that a client may take for the head of a request
+_MOST_HEAD_BYTES: Final = 65_536
+_HEAD_TOO_LARGE: Final = (
+    b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+)
 
 
 @dataclass(frozen=True)
 class TapSettings:
-    """How a tap runs. `upstream` is None for a mirror without an engine to ask."""
+    """How a tap runs. Without `upstream` it is a receiver of mirrored traffic."""
 
     host: str
     port: int
-    metrics_port: int
     upstream: str | None
-    mirror: bool
-    pool: str
-    pod: str | None
+    upstream_ca: Path | None
     grace_seconds: float
 
 
-def serve(
-    settings: TapSettings, metrics: TapMetrics, producer: Producer, hasher: BlockHasher, tokenizer: Tokenizer | None
-) -> None:
-    """Run until a signal, then finish the answers under way and hand over the records."""
+def serve(settings: TapSettings, records: RecordSettings) -> None:
+    """Run until a signal; then finish the answers under way and hand over the records."""
     with _listen(settings.host, settings.port) as listening:
-        try:
-            server, thread = start_http_server(settings.metrics_port, settings.host, metrics.registry)
-        except OSError as error:
-            raise UserError(f"--metrics-port {settings.metrics_port}: {error.strerror}; give another one") from error
+        worker = Worker(records)
+        metrics_port = worker.start()
         print(f"tap at http://{settings.host}:{listening.getsockname()[1]}, ", end="")
-        print(f"metrics at http://{settings.host}:{server.server_port}/metrics", flush=True)
-        try:
-            asyncio.run(_serve(settings, metrics, producer, hasher, tokenizer, listening))
-        finally:
-            server.shutdown()
-            thread.join()
+        print(f"metrics at http://{records.host}:{metrics_port}/metrics", flush=True)
+        uvloop.run(_serve(settings, worker, listening))
 
 
-async def _serve(
-    settings: TapSettings,
-    metrics: TapMetrics,
-    producer: Producer,
-    hasher: BlockHasher,
-    tokenizer: Tokenizer | None,
-    listening: socket.socket,
-) -> None:
-    async with client_session() as session:
-        engine = None if settings.upstream is None else Engine(session, settings.upstream.rstrip("/"))
-        recorder = Recorder(producer, metrics, hasher, tokenizer, engine, settings.pool, settings.pod)
-        app: Proxy | Mirror
-        if settings.mirror:
-            app = Mirror(recorder, metrics)
-        else:
-            assert settings.upstream is not None
-            app = Proxy(settings.upstream, session, recorder, metrics)
-        config = uvicorn.Config(
-            app,
-            lifespan="off",
-            ws="none",
-            log_config=None,
-            access_log=False,
-            date_header=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_keep_alive=75,
-            h11_max_incomplete_event_size=65_536,
-            timeout_graceful_shutdown=max(1, round(settings.grace_seconds)),
-        )
-        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # an answer that was cut is told by the proxy
-        await uvicorn.Server(config).serve(sockets=[listening])
-        await recorder.drain(_DRAIN_SECONDS)
+async def _serve(settings: TapSettings, worker: Worker, listening: socket.socket) -> None:
+    gc.freeze()  # what was imported stays; looking through it again would hold up answers
+    await worker.attend()
+    upstream = None
+    if settings.upstream is not None:
+        upstream = Upstream(settings.upstream, ssl.create_default_context(cafile=settings.upstream_ca))
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # an answer that was cut is told by the proxy
+    await uvicorn.Server(server_config(upstream, worker.take, settings.grace_seconds)).serve(sockets=[listening])
+    if upstream is not None:
+        upstream.close()
+    await worker.end()
+
+
+def server_config(
+    upstream: Upstream | None, hand_over: Callable[[Request | Passed], None], grace_seconds: float
+) -> uvicorn.Config:
+    """The server of a tap: a proxy, or without `upstream` a receiver of mirrored traffic."""
+    return uvicorn.Config(
+        Mirror(hand_over) if upstream is None else Proxy(upstream, hand_over),
+        http=_Connection,
+        lifespan="off",
+        ws="none",
+        log_config=None,
+        access_log=False,
+        date_header=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=max(1, round(grace_seconds)),
+    )
+
+
+class _Connection(HttpToolsProtocol):
+    """Bounds the head of a request, in bytes and in time, and knows nothing of what follows a body in chunks."""
+
+    _in_head = True
+    _head_bytes = 0
+    _late: Any = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._late = self.loop.call_later(_HEAD_SECONDS, self._close_late)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._late.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if not self._in_head:
+            return
+        self._head_bytes += len(data)
+        if self._head_bytes > _MOST_HEAD_BYTES and not self.transport.is_closing():
+            self.transport.write(_HEAD_TOO_LARGE)
+            self.transport.close()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_head, self._head_bytes = True, 0
+        self._late.cancel()
+        self._late = self.loop.call_later(_HEAD_SECONDS, self._close_late)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_head:
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        self._late.cancel()
+        super().on_headers_complete()
+
+    def _close_late(self) -> None:
+        self.transport.close()
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -96,6 +132,7 @@ def _listen(host: str, port: int) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
+        listening.listen(_BACKLOG)  # before the address is told, so that nobody is refused
     except OSError as error:
         listening.close()
         raise UserError(f"--port {port}: cannot listen at {host}: {error.strerror}; give another one") from error

@@ -48,7 +48,7 @@ from kavier_twin.twin.rate_history import RateHistory
 from kavier_twin.twin.snapshot import Snapshot
 from kavier_twin.twin.stream import MAX_JUMP_SECONDS, OrderedStream
 from kavier_twin.twin.trust import DEFAULT_TRUST, Judge, TrustSettings
-from kavier_twin.twin.windows import Windows, WindowScore
+from kavier_twin.twin.windows import BUCKET_SECONDS, Windows, WindowScore
 
 JUDGE_EVERY_SECONDS: Final = 10
 
@@ -70,6 +70,7 @@ class MirrorSettings:
     pod_silent_seconds: float = 300.0  # a pod of which nothing is heard for so long, while others are, leaves
     most_replicas: int = 256  # pods beyond are not mirrored, which bounds the memory
     trust: TrustSettings = DEFAULT_TRUST
+    bucket_seconds: float = BUCKET_SECONDS  # what the last hour is told in
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Mirror:
         self.settings = settings
         self.fleet = Fleet(fleet, start_seconds=-math.inf)
         self.fidelity = Fidelity()
-        self.windows = Windows()
+        self.windows = Windows(settings.bucket_seconds)
         self.gauges = Gauges()
         self.judge = Judge(settings.trust)
         self.scores: tuple[WindowScore, ...] = ()  # as of the last judgement

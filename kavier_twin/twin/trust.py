@@ -59,10 +59,13 @@ Bound = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 class TrustSettings(BaseModel):
     """When predictions are to be trusted. `max_error` by KPI; those not named keep their defaults."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     max_error: dict[str, Bound] = MAX_ERROR
+    """The largest error by KPI: relative, and a difference for ratios. Those not named keep their defaults."""
+
     minimum_requests: Annotated[int, Field(ge=1)] = 30
+    """Observations that a judgement needs."""
 
     @field_validator("max_error")
     @classmethod

@@ -1,16 +1,17 @@
 """Predicted beside observed over windows of event time, per KPI, in bounded memory whatever the rate.
 
-A window is made of one-minute buckets. They hold sums and, for latencies, counts in bins whose edges grow by 2 %, so
-that a quantile is exact to 1 % (DDSketch; Masson, Rim, Lee 2019).
+A window is made of buckets, of a minute unless told otherwise. They hold sums and, for latencies, counts in bins whose
+edges grow by 2 %, so that a quantile is exact to 1 % (DDSketch; Masson, Rim, Lee 2019).
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 LATENCIES: Final = {  # KPI -> its quantiles over requests, beside the mean
     "ttft_seconds": (0.5, 0.99),
@@ -25,7 +26,7 @@ BUCKET_SECONDS: Final = 60.0
 
 _BIN_RATIO: Final = 1.02
 _SMALLEST_SECONDS: Final = 1e-6
-_BUCKETS_KEPT: Final = int(max(WINDOWS.values()) / BUCKET_SECONDS) + 1
+_KEPT_SECONDS: Final = max(WINDOWS.values())
 _PREDICTED, _OBSERVED = 0, 1
 
 
@@ -44,6 +45,13 @@ class WindowScore:
     predicted: float
     observed: float
     error: float
+
+
+class Stretch(NamedTuple):
+    """One bucket: (KPI, statistic) -> (predicted, observed) of what ended, or was sampled, up to `until_seconds`."""
+
+    until_seconds: float
+    values: Mapping[tuple[str, str], tuple[float, float]]
 
 
 @dataclass
@@ -67,9 +75,12 @@ class _Sums:
 class Windows:
     """The last hour of every KPI, and its scores over each window. The same pairs in the same order, the same bits."""
 
-    def __init__(self) -> None:
+    def __init__(self, bucket_seconds: float = BUCKET_SECONDS) -> None:
+        self._bucket_seconds = bucket_seconds
+        self._kept = int(_KEPT_SECONDS / bucket_seconds) + 1
         self._buckets: dict[int, dict[str, _Sums]] = {}
         self._own: set[int] = set()  # buckets that no fork shares
+        self._whole: dict[int, Stretch] = {}  # of buckets that are over, until they are added to
         self._since_seconds = math.inf
 
     def fork(self) -> Windows:
@@ -77,6 +88,7 @@ class Windows:
         twin = copy(self)
         twin._buckets = self._buckets.copy()
         self._own, twin._own = set(), set()
+        twin._whole = {}
         return twin
 
     def save(self) -> dict[str, Any]:
@@ -131,7 +143,7 @@ class Windows:
         """Every statistic of every KPI that was observed within a window that ends now."""
         found: list[WindowScore] = []
         for window, seconds in WINDOWS.items():
-            first, last = _bucket(now_seconds - seconds), _bucket(now_seconds)
+            first, last = self._bucket(now_seconds - seconds), self._bucket(now_seconds)
             merged: dict[str, _Sums] = {}
             for number, bucket in self._buckets.items():
                 if first <= number <= last:
@@ -139,32 +151,60 @@ class Windows:
                         if number < last or kpi not in RATES:
                             merged.setdefault(kpi, _Sums()).take(sums)
             # Rates are those of whole buckets: of the last one, requests to end later than now are counted already.
-            covered = last * BUCKET_SECONDS - max(self._since_seconds, first * BUCKET_SECONDS)
+            covered = last * self._bucket_seconds - max(self._since_seconds, first * self._bucket_seconds)
             for kpi, sums in merged.items():
                 if sums.count:
                     found += _scores(kpi, window, sums, covered)
         return tuple(found)
 
+    def course(self, now_seconds: float) -> tuple[Stretch, ...]:
+        """The last hour bucket by bucket, oldest first. The last one is under way: it ends now, and has no rates."""
+        if not self._buckets:
+            return ()
+        last = self._bucket(now_seconds)
+        self._whole = {number: stretch for number, stretch in self._whole.items() if number > last - self._kept}
+        found: list[Stretch] = []
+        for number in range(max(min(self._buckets), last - self._kept + 1), last + 1):
+            if number == last:
+                found.append(self._stretch(number, now_seconds))
+                continue
+            if number not in self._whole:
+                self._whole[number] = self._stretch(number, (number + 1) * self._bucket_seconds)
+            found.append(self._whole[number])
+        return tuple(found)
+
+    def _stretch(self, number: int, until_seconds: float) -> Stretch:
+        start = number * self._bucket_seconds
+        covered = until_seconds - max(start, self._since_seconds)
+        whole = until_seconds - start >= self._bucket_seconds
+        values = {
+            (score.kpi, score.statistic): (score.predicted, score.observed)
+            for kpi, sums in self._buckets.get(number, {}).items()
+            if sums.count and (whole or kpi not in RATES)
+            for score in _scores(kpi, "", sums, covered)
+        }
+        return Stretch(until_seconds, values)
+
+    def _bucket(self, time_seconds: float) -> int:
+        return math.floor(time_seconds / self._bucket_seconds)
+
     def _sums(self, kpi: str, time_seconds: float) -> _Sums | None:
         """Those of the time's bucket, to be added to; None for what is older than every window."""
-        number = _bucket(time_seconds)
+        number = self._bucket(time_seconds)
         newest = max(self._buckets, default=number)
-        if number <= newest - _BUCKETS_KEPT:
+        if number <= newest - self._kept:
             return None
+        self._whole.pop(number, None)
         self._since_seconds = min(self._since_seconds, time_seconds)
         bucket = self._buckets.get(number)
         if bucket is None:
             bucket = self._buckets[number] = {}
-            for old in [known for known in self._buckets if known <= number - _BUCKETS_KEPT]:
+            for old in [known for known in self._buckets if known <= number - self._kept]:
                 del self._buckets[old]
         elif number not in self._own:
             bucket = self._buckets[number] = {name: _Sums().take(sums) for name, sums in bucket.items()}
         self._own.add(number)
         return bucket.setdefault(kpi, _Sums())
-
-
-def _bucket(time_seconds: float) -> int:
-    return math.floor(time_seconds / BUCKET_SECONDS)
 
 
 def _bin(seconds: float) -> int:

@@ -243,3 +243,20 @@ def test_closed_loops_that_cannot_be(arguments: list[str], what: str, capsys: py
     err = capsys.readouterr().err
     assert re.search(what, err)
     assert err.count("\n") == 1
+
+
+def test_a_trace_in_unix_time_is_simulated_from_its_first_request_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As records of a live fleet are: 56 years before it nothing is to be simulated."""
+    found = []
+    for began in (0.0, 1_790_000_000.0):
+        requests = [
+            {"kind": "request", "id": str(n), "time_seconds": began + n, "prompt_tokens": 500, "output_tokens": 20}
+            for n in range(50)
+        ]
+        path = tmp_path / "trace.jsonl"
+        path.write_text("".join(json.dumps(request) + "\n" for request in requests))
+        found.append(as_json(capsys, str(path)))
+    assert found[0]["e2e"]["mean"] == pytest.approx(found[1]["e2e"]["mean"], rel=1e-5)
+    assert found[0]["impact"]["energy_joules"] == pytest.approx(found[1]["impact"]["energy_joules"], rel=1e-5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +15,18 @@ from forecast.forecasts import forecast_of, row
 from kavier_twin.cli import main
 from kavier_twin.errors import UserError
 from kavier_twin.forecast.forecaster import ForecastSettings
-from kavier_twin.forecast.result import Forecast
+from kavier_twin.forecast.result import Forecast, Quantiles
 from kavier_twin.forecast.scores import Settled
 from kavier_twin.forecast.slo import Slo
 from kavier_twin.score_keeper import ScoreKeeper
 from kavier_twin.score_store import KEEP_SECONDS, ScoreStore, read_judged
 from kavier_twin.serve.exporter import registry_of
 from kavier_twin.serve.view import TwinView
-from kavier_twin.telemetry import RequestRecord, RequestSeen
+from kavier_twin.simulation.footprint import Footprint, PowerModel
+from kavier_twin.telemetry import EngineSample, GpuSample, RequestRecord, RequestSeen
 
 SETTINGS = ForecastSettings(slos=(Slo(name="slow", metric="e2e_p95_seconds", threshold=2.0),))
+FOOTPRINT = Footprint(power=PowerModel(idle_watts=100.0, max_watts=700.0))
 
 
 def record(number: int) -> RequestRecord:
@@ -90,7 +93,7 @@ def test_old_scores_and_requests_are_dropped(tmp_path: Path) -> None:
     nothing = Settled([], [], [])
     with sqlite3.connect(store.path) as db:
         (newest,) = db.execute("SELECT MAX(judged) FROM kpis").fetchone()
-    store.save("chat", nothing, (), (), {}, now_unix=newest + KEEP_SECONDS + 1.0, forget_before_seconds=1e9)
+    store.save("chat", nothing, (), (), {}, (), now_unix=newest + KEEP_SECONDS + 1.0, forget_before_seconds=1e9)
     assert store.judged("chat") == nothing
     assert store.requests("chat")[0] == []
 
@@ -184,3 +187,43 @@ def test_intervals_come_from_the_policy_in_force() -> None:
     today = forecast(5.0).rows
     keeper.judge(forecast_of(5.0, row("other", 30.0, {0.5: 9.0}, 1.0), *today), "today")
     assert np.max([interval.high for interval in keeper.scores.intervals]) < 2.0
+
+
+def test_engines_and_gpus_judge_what_requests_do_not_tell(tmp_path: Path) -> None:
+    """Also across a restart; and what nothing tells is told as not observed."""
+    store = ScoreStore(tmp_path / "scores.sqlite3")
+    keeper = ScoreKeeper("chat", SETTINGS, store)
+    kpis = {"kv_usage_mean_ratio": 0.3, "power_mean_watts": 640.0, "itl_p99_seconds": 0.02}
+    for second in range(300):
+        keeper.take(record(second))
+        if second % 15 == 0:
+            about = {"time_seconds": float(second), "pod": "a"}
+            keeper.take(EngineSample(**about, kv_cache_usage_ratio=0.25, requests_running=1.0, requests_waiting=0.0))
+            keeper.take(GpuSample(**about, gpu="GPU-1", power_watts=400.0))
+        if second % 10 == 0:
+            rows = tuple(
+                replace(one, kpis={**one.kpis, **{kpi: Quantiles({0.5: value}) for kpi, value in kpis.items()}})
+                for one in forecast(float(second)).rows
+            )
+            keeper.judge(forecast_of(float(second), *rows), "today", FOOTPRINT)
+        if second == 150:
+            store.close()
+            keeper = ScoreKeeper("chat", SETTINGS, store := ScoreStore(tmp_path / "scores.sqlite3"))
+    scores = {score.kpi: score for score in keeper.scores.kpis if score.horizon_seconds == 30.0}
+    assert scores["kv_usage_mean_ratio"].error == pytest.approx(0.05)
+    assert scores["power_mean_watts"].error == pytest.approx(640.0 - 1.54 * 400.0)
+    assert scores["kv_usage_mean_ratio"].forecasts == scores["e2e_p95_seconds"].forecasts  # none lost in the restart
+    assert keeper.scores.unobserved == {"itl_p99_seconds": keeper.scores.unobserved["itl_p99_seconds"]}
+
+
+def test_a_file_of_the_version_before_is_taken_over(tmp_path: Path) -> None:
+    path = tmp_path / "scores.sqlite3"
+    store = ScoreStore(path)
+    go_on(ScoreKeeper("chat", SETTINGS, store), 0, 200)
+    store.close()
+    with sqlite3.connect(path) as db:
+        db.executescript("DROP TABLE readings; PRAGMA user_version = 1;")
+    assert read_judged(path)["chat"].kpis
+    again = ScoreStore(path)
+    assert again.readings("chat") == []
+    assert again.judged("chat").kpis

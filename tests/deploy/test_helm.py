@@ -98,7 +98,9 @@ def test_rules_and_dashboards_are_the_files_of_deploy(tmp_path: Path) -> None:
     assert {path.resolve() for path in (CHART / "files").iterdir()} == {RULES, DASHBOARDS[0].parent}
     subprocess.run([helm(), "package", CHART, "-d", tmp_path], capture_output=True, check=True)
     (package,) = tmp_path.glob("*.tgz")
-    everything = ["--set", "prometheusRule.enabled=true,grafanaDashboards.enabled=true"]
+    runbook, grafana = "http://127.0.0.1:9469/static/runbook.html", "http://127.0.0.1:3000"  # as in deploy/
+    links = f"prometheusRule.runbookUrl={runbook},prometheusRule.grafanaUrl={grafana}"
+    everything = ["--set", f"prometheusRule.enabled=true,grafanaDashboards.enabled=true,{links}"]
     for chart in (CHART, package):
         command = [helm(), "template", "twin", chart, *everything]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -111,13 +113,24 @@ def test_rules_and_dashboards_are_the_files_of_deploy(tmp_path: Path) -> None:
         assert shown == {f"kavier-twin-{path.name}": path.read_text() for path in DASHBOARDS}
 
 
-def test_links_of_alerts_begin_where_they_are_told() -> None:
-    groups = only(render("-f", EVERYTHING), "PrometheusRule")["spec"]["groups"]
+@pytest.mark.parametrize(
+    ("values", "runbook", "panel"),
+    [
+        (["-f", EVERYTHING], "https://docs.example.org/runbook#", "https://grafana.example.org/d/kavier-twin-"),
+        (
+            ["--set", "prometheusRule.enabled=true,service.port=80"],
+            "http://twin-kavier-twin.llm:80/static/runbook.html#",
+            "/d/kavier-twin-",
+        ),
+    ],
+)
+def test_links_of_alerts_begin_where_they_are_told(values: list[str | Path], runbook: str, panel: str) -> None:
+    groups = only(render(*values), "PrometheusRule")["spec"]["groups"]
     links = [rule["annotations"] for group in groups for rule in group["rules"] if "alert" in rule]
     assert links
     for link in links:
-        assert link["runbook_url"].startswith("https://docs.example.org/runbook#")
-        assert link["dashboard_url"].startswith("https://grafana.example.org/d/kavier-twin-")
+        assert link["runbook_url"].startswith(runbook)
+        assert link["dashboard_url"].startswith(panel)
 
 
 @pytest.mark.parametrize(
@@ -189,6 +202,7 @@ def test_the_service_reaches_the_twin_alone() -> None:
         ("serviceMonitor.interval=often", "interval"),
         ("secrets.kafka.password=x", "kafka"),
         ("podDisruptionBudget.maxUnavailable=2", "maxUnavailable"),
+        ("prometheusRule.runbookUrl=docs/runbook.md", "runbookUrl"),
         ("serviceMonitr.enabled=true", "serviceMonitr"),
     ],
 )
@@ -212,6 +226,8 @@ def test_notes_tell_the_next_step(tmp_path: Path) -> None:
     assert "--set serviceMonitor.enabled=true" in told()
     assert "--set prometheusRule.enabled=true" in told("--set", "serviceMonitor.enabled=true")
     assert "Overview" in told("-f", EVERYTHING)
+    assert "grafanaUrl" in told("--set", "prometheusRule.enabled=true")
+    assert "grafanaUrl" not in told("-f", EVERYTHING)
     assert "kubectl -n llm port-forward svc/twin-kavier-twin" in told()
     assert "begins anew" in told("--set", "persistence.enabled=false")
     assert "NO SETTINGS" in told()

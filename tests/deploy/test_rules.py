@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
+from deploy import runbook_page
+from deploy.helm_chart import RULES
+from deploy.runbook_page import PAGE
 from real_parts import promtool
 
-ROOT = Path(__file__).parents[2]
-RULES = ROOT / "deploy/prometheus/kavier-twin.rules.yaml"
 UNIT_TESTS = RULES.with_name("kavier-twin.test.yaml")
 ALERTS = [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"] if "alert" in rule]
 
@@ -38,8 +38,13 @@ def test_every_alert_is_seen_firing_and_not_firing_in_a_unit_test() -> None:
 def test_an_alert_has_a_severity_and_leads_to_its_section_of_the_runbook(alert: dict[str, dict[str, str]]) -> None:
     assert alert["labels"]["severity"] in {"critical", "warning", "info"}
     page, _, section = alert["annotations"]["runbook_url"].partition("#")
-    headings = re.findall(r"^#+ (.*)$", (ROOT / page).read_text(), re.MULTILINE)
-    assert section in {heading.lower().replace(" ", "-") for heading in headings}
+    assert page == "http://127.0.0.1:9469/static/runbook.html"
+    assert f'<h2 id="{section}">' in PAGE.read_text()
+
+
+def test_the_runbook_that_the_twin_serves_is_the_documentation_s() -> None:
+    told = "PYTHONPATH=tests python -m deploy.runbook_page > kavier_twin/serve/static/runbook.html"
+    assert PAGE.read_text() == runbook_page.page(), told
 
 
 def run_promtool(*arguments: str | Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
-from itertools import pairwise
 
 import schemathesis
 from hypothesis import HealthCheck, settings
@@ -14,7 +13,7 @@ from schemathesis.generation import GenerationMode
 from kavier_twin.serve.access import Access
 from kavier_twin.serve.app import Twin, make_app
 from kavier_twin.serve.envelope import Limits
-from kavier_twin.serve.history import CAPACITY, CHARTED, History
+from kavier_twin.serve.view import History
 from serve.twins import TOKEN, FakePool, Served
 from serve.views import empty_view, full_view
 
@@ -89,41 +88,15 @@ def test_forecast_tells_quantiles_and_objectives() -> None:
     }
 
 
-# --- the history --------------------------------------------------------------------------------------------------
-
-
-def test_history_keeps_the_last_hour_in_bounded_memory() -> None:
-    history = History()
-    view = full_view()
-    seconds = 0.0
-    while seconds <= 3 * 3600.0:
-        history.add([replace(view, unix_seconds=1e9 + seconds, event_seconds=seconds)])
-        seconds += 0.5
-        points = history.since("chat")
-        assert len(points) <= CAPACITY
-        if seconds == 60.0:
-            assert len(points) == 120  # a minute after the start each view is there
-    assert points[-1].event_seconds - points[0].event_seconds >= 3600.0
-    apart = [b.event_seconds - a.event_seconds for a, b in pairwise(points)]
-    assert max(apart) == min(apart) == 8.0
-    assert points[-1].values[CHARTED.index(("ttft_seconds", "p99"))] == (1.1, 1.0)
-
-
-def test_history_is_told_by_pool_and_from_a_moment_on() -> None:
+def test_history_is_told_by_pool() -> None:
     served = Served()
     try:
-        served.views["code"] = replace(full_view("code"), beside=(), unix_seconds=1.7e9 + 9.0, event_seconds=7.0)
-        served.twin.history.add(served.views.values())
-        served.twin.history.add([empty_view("code")])  # nothing has happened there
-        found = json.loads(served.ask("GET", "/v1/history?since=1700000000")[2])["pools"]
+        history = History((60.0, 85.0), {("ttft_seconds", "p99"): ((0.2, 0.3), (math.nan, 0.4))})
+        served.views["code"] = replace(full_view("code"), history=history)
+        found = json.loads(served.ask("GET", "/v1/history")[2])["pools"]
     finally:
         served.server.close()
-    assert [(pool["pool"], pool["event_seconds"]) for pool in found] == [("chat", []), ("code", [7.0])]
-    assert found[1]["series"][0]["mirrored"] == [None]
-
-
-def test_history_takes_no_moment_twice() -> None:
-    history = History()
-    for unix_seconds in (1.0, 2.0, 3.0):
-        history.add([replace(full_view(), unix_seconds=unix_seconds, event_seconds=math.floor(unix_seconds / 2))])
-    assert [point.event_seconds for point in history.since("chat")] == [0.0, 1.0]
+    assert found[0] == {"pool": "chat", "event_seconds": [], "series": []}
+    assert found[1]["event_seconds"] == [60.0, 85.0]
+    [series] = found[1]["series"]
+    assert series == {"kpi": "ttft_seconds", "statistic": "p99", "mirrored": [0.2, None], "observed": [0.3, 0.4]}

@@ -68,16 +68,16 @@ def test_openmetrics_holds_the_same() -> None:
 
 def test_predictions_carry_policy_horizon_and_quantile() -> None:
     view = full_view()
-    at = {"policy": "half", "horizon": "300", "quantile": "0.9", "source": "stream"}
+    at = {"policy": "half", "in_force": "0", "horizon": "300", "quantile": "0.9", "source": "stream"}
     assert value(view, "kavier_twin_predicted_ttft_seconds", statistic="p99", trusted="1", **at) == 1.0
     assert value(view, "kavier_twin_predicted_prefix_cache_hit_ratio", trusted="0", **at) == 1.0
-    breach = {"policy": "today", "horizon": "60", "source": "stream"}
+    breach = {"policy": "today", "in_force": "1", "horizon": "60", "source": "stream"}
     assert value(view, "kavier_twin_slo_breach_probability_ratio", slo="fast", trusted="1", **breach) == 0.25
     assert value(view, "kavier_twin_slo_breach_probability_ratio", slo="steady", trusted="0", **breach) == 0.0
     assert value(view, "kavier_twin_best_policy", policy="half") == 1.0
     assert value(view, "kavier_twin_best_policy", policy="today") == 0.0
     flags = {"flags": "--max-num-seqs 3 --no-async-scheduling", "deployable": "true"}
-    assert value(view, "kavier_twin_policy_info", policy="half", **flags) == 1.0
+    assert value(view, "kavier_twin_policy_info", policy="half", in_force="0", **flags) == 1.0
 
 
 def test_every_kpi_predicted_is_exported() -> None:
@@ -91,7 +91,7 @@ def test_every_kpi_predicted_is_exported() -> None:
 
 def test_energy_carbon_and_cost() -> None:
     view = full_view()
-    at = {"policy": "half", "horizon": "300", "quantile": "0.5", "trusted": "0", "source": "stream"}
+    at = {"policy": "half", "in_force": "0", "horizon": "300", "quantile": "0.5", "trusted": "0", "source": "stream"}
     for kpi in (
         "power_watts",
         "energy_joules_per_million_tokens",
@@ -187,9 +187,10 @@ def test_sweeps_and_what_their_verdict_is_worth() -> None:
     assert value(view, "kavier_twin_forecast_simulated_futures_total") == 28.0
     assert value(view, "kavier_twin_forecast_shed_total", policy="slow") == 3.0
     assert value(view, "kavier_twin_forecast_stops_total", reason="time") == 1.0
-    breach = {"policy": "today", "horizon": "300", "slo": "fast", "trusted": "1", "source": "stream"}
+    now = {"policy": "today", "in_force": "1", "trusted": "1", "source": "stream"}
+    breach = {**now, "horizon": "300", "slo": "fast"}
     assert value(view, "kavier_twin_slo_breach_probability_bound_ratio", **breach, bound="high") == 0.65
-    first = {"policy": "today", "slo": "fast", "trusted": "1", "source": "stream"}
+    first = {**now, "slo": "fast"}
     assert value(view, "kavier_twin_time_to_breach_seconds", **first, futures="worst") == 120.0
     assert value(view, "kavier_twin_time_to_breach_seconds", **first, futures="median") is None
     best = {"policy": "half"}

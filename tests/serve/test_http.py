@@ -4,6 +4,7 @@ import json
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from threading import Barrier, Event, Thread
 
 import pytest
@@ -71,6 +72,40 @@ def test_head_is_get_without_the_body(served: Served, path: str) -> None:
 def test_other_methods_are_refused(served: Served, method: str) -> None:
     status, headers, _ = served.ask(method, "/metrics")
     assert (status, headers["allow"]) == (405, "GET, HEAD")
+
+
+@pytest.mark.parametrize("method", ["PUT", "OPTIONS"])
+def test_a_static_file_is_only_read(served: Served, method: str) -> None:
+    status, headers, _ = served.ask(method, "/static/page.js")
+    assert (status, headers["allow"], headers["content-type"]) == (405, "GET, HEAD", "application/problem+json")
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"no request\r\n\r\n",
+        b"GET / HTTP/1.1\r\n\r\n",  # names no host
+        b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 100_000,
+    ],
+)
+def test_what_is_no_http_is_told_as_a_problem(served: Served, sent: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", served.server.port), timeout=20.0) as connection:
+        connection.sendall(sent)
+        answered = b""
+        while part := _received(connection):
+            answered += part
+    head, _, body = answered.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400")
+    assert b"application/problem+json" in head
+    assert json.loads(body)["status"] == 400
+
+
+def _received(connection: socket.socket) -> bytes:
+    try:
+        return connection.recv(4096)
+    except ConnectionResetError:  # what was sent has not been read to its end
+        return b""
 
 
 @pytest.mark.parametrize(
@@ -149,6 +184,23 @@ def test_a_client_that_leaves_its_request_unfinished_is_let_go(served: Served, m
             hanging.sendall(begun)
             while hanging.recv(4096):
                 pass
+
+
+def test_a_client_that_does_not_take_its_answer_is_let_go(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "IDLE_SECONDS", 0.1)
+    served.server._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # or the system takes all of it
+    view = served.views["chat"]
+    served.views["chat"] = replace(view, replicas=view.replicas * 500)
+    with socket.socket() as hanging:
+        hanging.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        hanging.connect(("127.0.0.1", served.server.port))
+        hanging.sendall(b"GET /v1/state HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert hanging.recv(1)  # the answer is under way
+        time.sleep(2.0)
+        taken = 0
+        while part := _received(hanging):
+            taken += len(part)
+    assert taken < len(served.ask("GET", "/v1/state")[2])
 
 
 # --- the API's guards ---------------------------------------------------------------------------------------------

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import http.client
-from collections.abc import Sequence
 
-from kavier_twin.forecast.policy_set import PolicyInForce, PolicySet, in_force
+from kavier_twin.forecast.policy_set import Policies, PolicySet, in_force
 from kavier_twin.forecast.whatif import Answer, Case, Question, Spread
 from kavier_twin.serve.access import Access
 from kavier_twin.serve.app import RefusedError, Twin
@@ -31,8 +30,9 @@ class FakePool:
         self.refusal: Exception | None = None
         self.mirror = Mirror(MirrorSettings(), FLEET)
 
-    def policies(self) -> Sequence[PolicyInForce]:
-        return [in_force(FLEET, policy) for policy in self.set.policies]
+    def policies(self) -> Policies:
+        told = tuple(in_force(FLEET, policy) for policy in self.set.policies)
+        return Policies(told, configured=self.set.policies == DEFAULT_POLICIES, kept=True)
 
     def set_policies(self, policies: PolicySet) -> None:
         for number, policy in enumerate(policies.policies):
@@ -84,7 +84,6 @@ class Served:
         self.views: dict[str, TwinView] = {"chat": full_view()}
         self.pools = {"chat": FakePool()}
         self.twin = Twin(lambda: self.views, self.pools)
-        self.twin.history.add(self.views.values())
         self.server = HttpServer(self.twin, "127.0.0.1", 0, access, limits)
         self.server.start()
 

@@ -48,7 +48,9 @@ def full_view(pool: str = "chat") -> TwinView:
         rate_per_second=2.5,
         calibrated=True,
         policies=(
-            PolicyOutlook("today", (), True, horizons, first_breach={"fast": {0.1: 120.0, 0.5: math.inf}}),
+            PolicyOutlook(
+                "today", (), True, horizons, first_breach={"fast": {0.1: 120.0, 0.5: math.inf}}, in_force=True
+            ),
             PolicyOutlook("half", ("--max-num-seqs 3", "--no-async-scheduling"), True, horizons),
             PolicyOutlook("odd", (), False, (), problem='cannot be "applied"'),
         ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -11,14 +12,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import aiohttp
 import uvicorn
+import uvloop
 
 from kavier_twin.tap.engine import Engine
 from kavier_twin.tap.hashing import BlockHasher
 from kavier_twin.tap.metrics import TapMetrics
-from kavier_twin.tap.mirror import Mirror
-from kavier_twin.tap.proxy import Proxy, client_session
+from kavier_twin.tap.prompts import Tokenizer
 from kavier_twin.tap.recorder import Recorder
+from kavier_twin.tap.server import server_config
+from kavier_twin.tap.upstream import Upstream
 
 
 def token_ids(text: str) -> list[int]:
@@ -127,32 +131,41 @@ class Running:
 
 
 @contextmanager
-def serving(app: Any) -> Iterator[Running]:
+def serving(app: Any, **more: Any) -> Iterator[Running]:
     """Run an application."""
-    with _serving(lambda running: _async(app)) as running:
+    with _serving(lambda running: _config(app, more)) as running:
         yield running
 
 
 @contextmanager
-def tapped(upstream: str, *, mirror: bool = False, ask_engine: bool = True) -> Iterator[Running]:
-    """Run a tap before `upstream` whose records are kept in the test."""
+def tapped(
+    upstream: str,
+    *,
+    mirror: bool = False,
+    ask_engine: bool = True,
+    tokenizer: Tokenizer | None = None,
+    tls: ssl.SSLContext | None = None,
+) -> Iterator[Running]:
+    """Run a tap before `upstream` whose records are kept in the test, and are made in the process of the traffic."""
 
     sessions: list[Any] = []
 
-    async def make(running: Running) -> Any:
-        session = client_session()
+    async def make(running: Running) -> uvicorn.Config:
+        session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=tls or True))
         sessions.append(session)
         engine = Engine(session, upstream) if ask_engine else None
         hasher = BlockHasher("sha256", 4)
-        recorder = Recorder(running, running.metrics, hasher, None, engine, "chat", None)  # type: ignore[arg-type]
-        return Mirror(recorder, running.metrics) if mirror else Proxy(upstream, session, recorder, running.metrics)
+        recorder = Recorder(running, running.metrics, hasher, tokenizer, engine, "chat", None)  # type: ignore[arg-type]
+        config = server_config(None if mirror else Upstream(upstream, tls), recorder.take, 5.0)
+        config.port = 0
+        return config
 
     with _serving(make, sessions) as running:
         yield running
 
 
-async def _async(app: Any) -> Any:
-    return app
+async def _config(app: Any, more: Any) -> uvicorn.Config:
+    return uvicorn.Config(app, port=0, lifespan="off", ws="none", log_config=None, date_header=False, **more)
 
 
 @contextmanager
@@ -162,9 +175,7 @@ def _serving(make: Any, sessions: Sequence[Any] = ()) -> Iterator[Running]:
     servers: list[uvicorn.Server] = []
 
     async def main() -> None:
-        app = await make(running)
-        config = uvicorn.Config(app, port=0, lifespan="off", ws="none", log_config=None, date_header=False)
-        server = uvicorn.Server(config)
+        server = uvicorn.Server(await make(running))
         servers.append(server)
         serve = asyncio.ensure_future(server.serve())
         while not server.started:
@@ -175,7 +186,7 @@ def _serving(make: Any, sessions: Sequence[Any] = ()) -> Iterator[Running]:
         for session in sessions:
             await session.close()
 
-    thread = threading.Thread(target=lambda: asyncio.run(main()))
+    thread = threading.Thread(target=lambda: uvloop.run(main()))
     thread.start()
     assert begun.wait(10.0)
     try:

@@ -51,6 +51,28 @@ def test_windows_forget() -> None:
     assert windows.scores(now + 7200.0) == ()
 
 
+def test_the_course_of_the_last_hour() -> None:
+    """Each stretch holds what ended in it, exactly once, whatever was told of it before more came."""
+    windows = Windows(10.0)
+    for second in range(5000):
+        if not 4000 <= second < 4020:  # nobody asked anything
+            windows.add("ttft_seconds", second, 1.0 if second < 4500 else 3.0, 1.0)
+            windows.add_end(second + 0.5, second, 10)
+    course = windows.course(4996.0)
+    assert len(course) == 361
+    assert [stretch.until_seconds for stretch in course[-3:]] == [4980.0, 4990.0, 4996.0]
+    by_end = {stretch.until_seconds: stretch.values for stretch in course}
+    assert by_end[4010.0] == by_end[4020.0] == {}
+    assert by_end[4500.0]["ttft_seconds", "mean"] == (1.0, 1.0)
+    assert by_end[4510.0]["ttft_seconds", "p99"] == pytest.approx((3.0, 1.0), rel=0.01)
+    assert by_end[4500.0]["requests_per_second", ""] == (1.0, 1.0)
+    assert ("requests_per_second", "") not in by_end[4996.0]  # it is not over
+    windows.add("ttft_seconds", 4985.0, 3.0, 12.0)  # a late record
+    late = {stretch.until_seconds: stretch.values for stretch in windows.course(4996.0)}
+    assert late[4990.0]["ttft_seconds", "mean"][1] == pytest.approx(2.0)
+    assert not any(stretch.values for stretch in windows.course(4996.0 + 7200.0))
+
+
 def test_a_fork_and_its_origin_go_their_own_ways() -> None:
     windows = Windows()
     windows.add("e2e_seconds", 0.0, 1.0, 1.0)

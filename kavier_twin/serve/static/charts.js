@@ -1,6 +1,7 @@
 /* Small charts on one time axis: mirror and reality up to now, the forecast's fan from there on, objectives across. */
 
-import { clock, figure, known } from "./words.js";
+import { element } from "./elements.js";
+import { figure, known, kpiName, minute } from "./words.js";
 
 export const CHARTED = [
   ["ttft_seconds", "p99", "Time to first token, p99"],
@@ -8,10 +9,12 @@ export const CHARTED = [
   ["queue_seconds", "p95", "Queue time, p95"],
   ["requests_waiting", "", "Requests waiting"],
   ["requests_running", "", "Requests running"],
+  ["requests_per_second", "", "Requests ended, per second"],
   ["prefix_cache_hit_ratio", "", "Prefix-cache hit ratio"],
   ["kv_cache_usage_ratio", "", "KV cache usage"],
 ];
-const HOUR = 3600;
+const BY_REPLICA = ["requests_waiting", "requests_running"]; // history tells the mean replica, the forecast their sum
+const HEIGHT = 150;
 export const charts = new Map(); // by KPI: its elements, its uPlot and the columns it shows
 
 function color(name) {
@@ -22,21 +25,16 @@ function color(name) {
 function dataOf(view, kpi, statistic) {
   const series = view.history.series.find((one) => one.kpi === kpi && one.statistic === statistic);
   const times = view.history.event_seconds;
-  const from = times.length ? times[times.length - 1] - HOUR : 0;
   const x = [], observed = [], mirrored = [], low = [], middle = [], high = [];
   const at = (time, real, twin, fan) => {
     x.push(time); observed.push(real); mirrored.push(twin);
     low.push(fan ? fan[0] : null); middle.push(fan ? fan[1] : null); high.push(fan ? fan[2] : null);
   };
   const fan = fanOf(view, kpi, statistic);
-  const start = view.outlook ? view.outlook.event_seconds : Infinity;
-  let begun = !fan.length;
+  const last = series ? series.mirrored.findLastIndex(known) : -1; // where the fan begins
   times.forEach((time, i) => {
-    if (time < from) return;
     const twin = series ? series.mirrored[i] : null;
-    const begins = !begun && time >= start && known(twin);
-    begun = begun || begins;
-    at(time, series ? series.observed[i] : null, twin, begins ? [twin, twin, twin] : null);
+    at(time, series ? series.observed[i] : null, twin, fan.length && i === last ? [twin, twin, twin] : null);
   });
   for (const [time, quantiles] of fan) if (!x.length || time > x[x.length - 1]) at(time, null, null, quantiles);
   return [x, observed, mirrored, high, low, middle];
@@ -49,61 +47,69 @@ function fanOf(view, kpi, statistic) {
     const found = horizon.predicted.find((one) => one.kpi === kpi && one.statistic === statistic);
     if (!found || !known(found.quantiles["0.5"])) return [];
     const keys = Object.keys(found.quantiles).sort((a, b) => a - b);
-    const values = [keys[0], "0.5", keys[keys.length - 1]].map((key) => found.quantiles[key]);
+    const values = [keys[0], "0.5", keys[keys.length - 1]].map((key) => found.quantiles[key] / shareOf(view, kpi));
     return [[view.outlook.event_seconds + horizon.seconds, values]];
   });
 }
 
-function make(kpi, title, node) {
-  const box = document.createElement("div");
-  box.className = "chart";
-  const head = document.createElement("h3"), figures = document.createElement("p"), plot = document.createElement("div");
-  head.textContent = title;
-  figures.className = "figures";
-  plot.className = "plot";
+function shareOf(view, kpi) {
+  return BY_REPLICA.includes(kpi) ? Math.max(1, view.replicas) : 1;
+}
+
+function make(kpi, node) {
+  const box = element("div", "", "chart"), head = element("h3"), figures = element("p", "", "figures"), plot = element("div", "", "plot");
   plot.setAttribute("role", "img");
   box.append(head, figures, plot);
   node.append(box);
-  const chart = { box, figures, plot, view: null, slos: [], data: null, uplot: null };
+  const chart = { box, head, figures, plot, view: null, slos: [], data: null, uplot: null };
   chart.draw = () => { chart.uplot?.destroy(); chart.uplot = build(chart, kpi); };
   new ResizeObserver(() => {
-    if (chart.uplot && plot.clientWidth !== chart.uplot.width) chart.uplot.setSize({ width: plot.clientWidth, height: 150 });
+    if (chart.uplot && plot.clientWidth !== chart.uplot.width) chart.uplot.setSize({ width: plot.clientWidth, height: HEIGHT });
   }).observe(plot);
   return chart;
 }
 
 function build(chart, kpi) {
-  const soft = color("soft"), line = color("line"), fan = color("fan");
+  const ratio = devicePixelRatio, soft = color("soft"), line = color("line"), fan = color("fan");
   const axis = { stroke: soft, grid: { stroke: line, width: 1 }, ticks: { stroke: line, width: 1, size: 4 }, font: "11px system-ui" };
   const top = (data) => {
     let most = 0;
     for (const column of data.slice(1)) for (const value of column) if (known(value) && value > most) most = value;
-    // An objective far above would flatten what there is; its line is then named at the edge.
+    // An objective far above would flatten what there is: the words over the chart say so.
     for (const slo of chart.slos) if (slo.threshold > most && slo.threshold <= 2.5 * most) most = slo.threshold;
     return kpi.endsWith("_ratio") ? Math.min(1.0, Math.max(1.15 * most, 0.05)) : 1.15 * most || 1;
   };
   const options = {
     width: chart.plot.clientWidth || 320,
-    height: 150,
+    height: HEIGHT,
     cursor: { y: false, drag: { x: false, y: false } },
     legend: { show: false },
     scales: { x: { time: false }, y: { range: (self) => [0, top(self.data)] } },
     axes: [
-      { ...axis, size: 26, space: 60, incrs: [1, 5, 10, 30, 60, 120, 300, 600, 900, 1800, 3600], values: (_, ticks) => ticks.map(clock) },
+      { ...axis, size: 26, space: 60, incrs: [1, 5, 10, 30, 60, 120, 300, 600, 900, 1800, 3600], values: (_, ticks) => ticks.map(minute) },
       { ...axis, size: 52, space: 28, values: (_, ticks) => ticks.map((tick) => (tick === 0 ? "0" : figure(tick, kpi))) },
     ],
     series: [
       {},
-      { stroke: color("real"), width: 2.5, dash: [2, 4], cap: "round", points: { show: false } },
-      { stroke: color("mirror"), width: 2, points: { show: false } },
+      { stroke: color("real"), width: 2.5, dash: [2 * ratio, 4 * ratio], cap: "round", points: alone(color("real")) },
+      { stroke: color("mirror"), width: 2, points: alone(color("mirror")) },
       { stroke: fan, width: 0.5, spanGaps: true, points: { show: false } },
       { stroke: fan, width: 0.5, spanGaps: true, points: { show: false } },
-      { stroke: fan, width: 2, dash: [6, 4], spanGaps: true, points: { show: false } },
+      { stroke: fan, width: 2, dash: [6 * ratio, 4 * ratio], spanGaps: true, points: { show: false } },
     ],
     bands: [{ series: [3, 4], fill: `${fan}38` }],
     hooks: { draw: [(self) => mark(self, chart, kpi)] },
   };
   return new uPlot(options, chart.data, chart.plot);
+}
+
+/* A dot for a value whose neighbours are not known: no line would show it. */
+function alone(stroke) {
+  const filter = (self, number) => {
+    const values = self.data[number];
+    return values.map((_, i) => i).filter((i) => known(values[i]) && !known(values[i - 1]) && !known(values[i + 1]));
+  };
+  return { show: true, size: 5, stroke, fill: stroke, filter };
 }
 
 /* The line of now and those of the objectives. */
@@ -123,54 +129,41 @@ function mark(self, chart, kpi) {
     ctx.textAlign = right ? "right" : "left";
     ctx.fillText("now", x + (right ? -4 : 4) * ratio, bbox.top + bbox.height - 5 * ratio);
   }
-  ctx.fillStyle = color("slo");
-  ctx.textAlign = "left";
+  ctx.strokeStyle = color("slo");
+  ctx.setLineDash([6 * ratio, 4 * ratio]);
+  ctx.lineWidth = 1.5 * ratio;
   for (const slo of chart.slos) {
-    ctx.strokeStyle = color("slo");
-    ctx.setLineDash([6 * ratio, 4 * ratio]);
-    ctx.lineWidth = 1.5 * ratio;
-    const inside = slo.threshold <= self.scales.y.max;
-    const y = inside ? self.valToPos(slo.threshold, "y", true) : bbox.top;
-    if (inside) {
-      ctx.beginPath();
-      ctx.moveTo(bbox.left, y);
-      ctx.lineTo(bbox.left + bbox.width, y);
-      ctx.stroke();
-    }
-    const says = `${slo.name} ${slo.higher_is_better ? "≥" : "≤"} ${figure(slo.threshold, kpi)}${inside ? "" : " ↑"}`;
-    const below = y < bbox.top + 14 * ratio;
-    ctx.setLineDash([]);
-    ctx.strokeStyle = color("card"); // a rim in the card's colour keeps the words apart from lines under them
-    ctx.lineWidth = 4 * ratio;
-    ctx.strokeText(says, bbox.left + 4 * ratio, y + (below ? 12 : -4) * ratio);
-    ctx.fillText(says, bbox.left + 4 * ratio, y + (below ? 12 : -4) * ratio);
+    if (slo.threshold > self.scales.y.max) continue;
+    const y = self.valToPos(slo.threshold, "y", true);
+    ctx.beginPath();
+    ctx.moveTo(bbox.left, y);
+    ctx.lineTo(bbox.left + bbox.width, y);
+    ctx.stroke();
   }
   ctx.restore();
 }
 
-/* `view`: history, outlook (or null), today (name of today's policy), slos, now (event seconds), latest (KPI -> beside). */
+/* `view`: history, outlook (or null), today (name of today's policy), slos, now (event seconds), replicas (how many). */
 export function drawCharts(node, view) {
   for (const [kpi, statistic, title] of CHARTED) {
-    if (!charts.has(kpi)) charts.set(kpi, make(kpi, title, node));
-    const chart = charts.get(kpi), last = view.latest(kpi, statistic);
-    chart.slos = view.slos.filter((slo) => slo.kpi === kpi && slo.statistic === statistic);
+    if (!charts.has(kpi)) charts.set(kpi, make(kpi, node));
+    const chart = charts.get(kpi), share = shareOf(view, kpi);
+    chart.slos = view.slos.filter((slo) => slo.kpi === kpi && slo.statistic === statistic)
+      .map((slo) => ({ ...slo, threshold: slo.threshold / share }));
     chart.now = view.now;
     chart.data = dataOf(view, kpi, statistic);
-    const mirror = figure(last?.mirrored, kpi), real = figure(last?.observed, kpi);
-    const parts = [["mirror ", mirror, "mirror"], [" · reality ", real, "real"]];
-    chart.figures.replaceChildren(...parts.flatMap(([word, value, cls]) => {
-      const shown = document.createElement("span");
-      shown.className = cls;
-      shown.textContent = value;
-      return [word, shown];
-    }));
+    const [, observed, mirrored] = chart.data, newest = mirrored.findLastIndex(known), seen = observed.findLastIndex(known);
+    const mirror = figure(mirrored[newest], kpi), real = figure(observed[seen], kpi);
+    chart.head.textContent = share > 1 ? `${title}, per replica` : title;
+    chart.figures.replaceChildren("mirror ", element("span", mirror, "mirror"), " · reality ", element("span", real, "real"),
+      ...chart.slos.flatMap((slo) => [" · ", element("span", `objective ${slo.higher_is_better ? "≥" : "≤"} ${figure(slo.threshold, kpi)}`, "slo")]));
     chart.box.dataset.kpi = kpi;
     const danger = view.outlook?.policies.find((policy) => policy.name === view.today)?.horizons
       .some((horizon) => chart.slos.some((slo) => horizon.breach[slo.name] >= 0.5));
     chart.box.classList.toggle("alert", Boolean(danger));
-    chart.plot.setAttribute("aria-label", `${title}: mirror ${mirror}, reality ${real}` + ahead(view, kpi, statistic));
+    chart.plot.setAttribute("aria-label", `${kpiName(kpi, statistic)}: mirror ${mirror}, reality ${real}` + ahead(view, kpi, statistic));
     // A KPI that nobody reports in this pool has no chart.
-    chart.box.hidden = !chart.data[1].some(known) && !chart.data[2].some(known);
+    chart.box.hidden = newest < 0 && seen < 0;
     if (chart.box.hidden) continue;
     if (chart.uplot) chart.uplot.setData(chart.data);
     else chart.draw();

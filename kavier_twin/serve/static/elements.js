@@ -1,11 +1,20 @@
 /* Elements made from text, and redrawing that leaves the reader's place alone. */
 
-import { figure, known } from "./words.js";
+import { figure, known, percent } from "./words.js";
+
+export const LIKELY = 0.5; // odds of a breach from here on are pointed at
 
 export function element(tag, text, cls) {
   const node = document.createElement(tag);
   if (text !== undefined && text !== "") node.textContent = text;
   if (cls) node.className = cls;
+  return node;
+}
+
+/* A name from the settings, which may be broken at its underscores. */
+export function named(tag, name) {
+  const node = element(tag);
+  node.append(...name.split(/(?<=_)/).flatMap((part) => [part, document.createElement("wbr")]));
   return node;
 }
 
@@ -25,6 +34,7 @@ export function table(place, head, rows, caption, cls = "") {
   thead.append(top);
   node.append(thead, body);
   const scrolled = place.scrollLeft;
+  if (!node.querySelector("button")) Object.assign(place, { tabIndex: 0, role: "region", ariaLabel: caption }); // to be scrolled by keyboard
   place.replaceChildren(node);
   place.scrollLeft = scrolled;
 }
@@ -46,5 +56,12 @@ export function interval(quantiles, kpi, factor = 1) {
   const text = (key) => figure(known(quantiles[key]) ? factor * quantiles[key] : null, kpi);
   const [low, high] = [text(keys[0]), text(keys.at(-1))];
   node.append(text("0.5"), element("span", low === high ? "in all futures" : `${low} – ${high}`, "range"));
+  return node;
+}
+
+/* A table cell with the odds of a breach and their interval. */
+export function odds(share, range) {
+  const node = element("td", `${share >= LIKELY ? "▲ " : ""}${percent(share)}`, share >= LIKELY ? "bad-text" : "");
+  if (range) node.append(element("span", range.map(percent).join(" – "), "range"));
   return node;
 }

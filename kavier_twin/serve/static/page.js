@@ -1,7 +1,8 @@
 /* The page: asks the API every two seconds and shows what it says. Names from outside are text, never markup. */
 
 import { drawCharts } from "./charts.js";
-import { element, interval, keepFocus, table } from "./elements.js";
+import { LIKELY, element, interval, keepFocus, named, odds, table } from "./elements.js";
+import { drawScores } from "./scores.js";
 import { settingsKnown, startWhatIf } from "./whatif.js";
 import { clock, errorOf, figure, known, kpiName, percent, span, windowError } from "./words.js";
 
@@ -15,7 +16,7 @@ const COLUMNS = [
   [" / Mtoken", "cost_per_million_tokens", "", 1],
 ];
 const told = new URLSearchParams(location.hash.slice(1)); // a token in the fragment never leaves the browser by itself
-const page = { pool: told.get("pool"), token: told.get("token") ?? "", horizon: null, sort: null, replica: null, history: null, answeredAt: null };
+const page = { pool: told.get("pool"), token: told.get("token") ?? "", horizon: null, sort: null, replica: null, answeredAt: null };
 
 // --- asking ---------------------------------------------------------------------------------------------------------
 
@@ -30,23 +31,18 @@ async function ask(path) {
   return answer.json();
 }
 
-async function askPool(what, parameters = {}) {
-  const query = new URLSearchParams({ pool: page.pool, ...parameters });
-  return (await ask(`v1/${what}?${query}`)).pools[0];
+async function askPool(what) {
+  return (await ask(`v1/${what}?${new URLSearchParams({ pool: page.pool })}`)).pools[0];
 }
 
 async function refresh() {
   try {
     const state = await ask("v1/state");
-    choosePool(state.pools.map((pool) => pool.pool));
-    const since = page.history?.unix_seconds.at(-1) ?? 0;
-    const [fidelity, forecast, policies, history] = await Promise.all([
-      askPool("fidelity"), askPool("forecast"), askPool("policies"), askPool("history", { since }),
-    ]);
-    extendHistory(history);
+    choosePool(state.pools);
+    const parts = await Promise.all(["fidelity", "forecast", "policies", "history", "scores"].map(askPool));
     page.answeredAt = Date.now();
     $("token-form").hidden = true;
-    draw(state, fidelity, forecast, policies);
+    if (parts.every((part) => part.pool === page.pool)) draw(state, ...parts); // not of a pool that was left meanwhile
     if (page.replica !== null) await drawReplica();
     connected(null);
   } catch (problem) {
@@ -55,17 +51,19 @@ async function refresh() {
   setTimeout(refresh, EVERY_MS);
 }
 
-function choosePool(names) {
+function choosePool(pools) {
+  const names = pools.map((pool) => pool.pool);
   if (!names.includes(page.pool)) page.pool = names[0];
-  const shown = [...$("pool").options].map((option) => option.value);
-  if (shown.join("\n") !== names.join("\n")) {
-    $("pool").replaceChildren(...names.map((name) => new Option(name, name, false, name === page.pool)));
-  }
+  const words = pools.map((pool) => pool.pool + (pool.stale.length ? " ✕ stale" : pool.not_ready.length ? " … not ready" : ""));
+  const shown = [...$("pool").options];
+  if (shown.map((option) => option.value).join("\n") !== names.join("\n")) {
+    $("pool").replaceChildren(...names.map((name, i) => new Option(words[i], name, false, name === page.pool)));
+  } else shown.forEach((option, i) => { if (option.text !== words[i]) option.text = words[i]; });
   $("pool").disabled = names.length < 2;
 }
 
 $("pool").onchange = () => {
-  Object.assign(page, { pool: $("pool").value, history: null, replica: null, horizon: null });
+  Object.assign(page, { pool: $("pool").value, replica: null, horizon: null });
   history.replaceState(null, "", `#${new URLSearchParams({ pool: page.pool })}`);
   $("replica").replaceChildren();
   $("whatif-answer").replaceChildren();
@@ -75,16 +73,6 @@ $("token-form").onsubmit = (event) => {
   event.preventDefault();
   page.token = $("token").value;
 };
-
-function extendHistory(more) {
-  if (!page.history || page.history.pool !== more.pool) { page.history = more; return; }
-  const all = page.history, from = Math.max(0, all.unix_seconds.length + more.unix_seconds.length - 4000);
-  const join = (a, b) => [...a, ...b].slice(from);
-  for (const name of ["unix_seconds", "event_seconds"]) all[name] = join(all[name], more[name]);
-  all.series.forEach((series, i) => {
-    for (const side of ["mirrored", "observed"]) series[side] = join(series[side], more.series[i][side]);
-  });
-}
 
 function connected(problem) {
   document.body.classList.toggle("old", problem !== null);
@@ -97,7 +85,7 @@ function connected(problem) {
 
 // --- showing --------------------------------------------------------------------------------------------------------
 
-function draw(state, fidelity, forecast, policies) {
+function draw(state, fidelity, forecast, policies, history, scores) {
   const pool = state.pools.find((one) => one.pool === page.pool);
   if (!pool) return;
   const today = policies.policies.find((policy) => !Object.keys(policy.overrides).length)?.name;
@@ -108,9 +96,9 @@ function draw(state, fidelity, forecast, policies) {
   $("clock").textContent = `stream at ${clock(pool.event_seconds)} · updated ${new Date().toLocaleTimeString()}`;
   drawTrust(pool, fidelity, forecast, late, age);
   drawCharts($("charts"), {
-    history: page.history, outlook: forecast.outlook, today, slos: forecast.slos, now: pool.event_seconds,
-    latest: (kpi, statistic) => pool.beside.find((one) => one.kpi === kpi && one.statistic === statistic),
+    history, outlook: forecast.outlook, today, slos: forecast.slos, now: pool.event_seconds, replicas: pool.replicas.length,
   });
+  $("charts-none").hidden = history.series.length > 0 || Boolean(forecast.outlook);
   const some = forecast.outlook?.policies.find((one) => one.horizons.length)?.horizons[0].predicted[0];
   if (some) $("fan-words").textContent = `median and ${rangeWords(some.quantiles)} of the futures, today’s policy`;
   keepFocus(() => {
@@ -118,6 +106,7 @@ function draw(state, fidelity, forecast, policies) {
     drawOdds(forecast, today);
     drawForecast(forecast, late, age);
     drawReplicas(pool);
+    drawScores(scores);
   });
   drawStream(pool, fidelity, forecast);
   settingsKnown(policies.settings);
@@ -132,17 +121,21 @@ function drawTrust(pool, fidelity, forecast, late, age) {
   const why = fidelity.calibrated ? [...fidelity.untrusted_reasons] : [], notYet = [...pool.not_ready];
   why.unshift(...pool.stale.map((reason) => `stale: ${reason}`));
   if (!pool.stale.length) for (const source of pool.sources) if (source.trouble) why.push(`${source.name} cannot be read: ${source.trouble}`);
-  if (!fidelity.calibrated) notYet.push("step times are not fitted to this fleet yet");
+  const compiling = pool.compiling;
+  $("compiling").hidden = !compiling;
+  if (compiling) Object.assign($("compiling"), { max: compiling.kernels, value: compiling.compiled });
+  else if (!fidelity.calibrated) notYet.push("step times are not fitted to this fleet yet");
   if (late) why.push(`the last forecast is ${span(Math.round(age))} old; one is due every ${span(forecast.every_seconds)}`);
   document.body.classList.toggle("stale", pool.stale.length > 0);
   const level = notYet.length ? "warn" : why.length || !fidelity.trusted ? "bad" : "good";
   const [mark, word] = {
-    good: ["✓", "Trusted"], warn: ["…", "Not to be trusted yet"], bad: ["✕", pool.stale.length ? "Stale: not to be trusted" : "Not to be trusted"],
+    good: ["✓", "Trusted"], warn: ["…", compiling ? "Getting ready" : "Not to be trusted yet"], bad: ["✕", pool.stale.length ? "Stale: not to be trusted" : "Not to be trusted"],
   }[level];
-  const good = [`Step times fitted on ${fidelity.calibrated_on_requests} requests; real steps last ` +
-    `${fidelity.pace_ratio.toFixed(2)} times what they say now.`];
+  const pace = fidelity.pace_ratio, slower = pace >= 1;
+  const good = [`Step times are fitted on ${fidelity.calibrated_on_requests} requests` + (Math.abs(pace - 1) < 0.005 ? "." :
+    `; right now the engines are ${(slower ? pace : 1 / pace).toFixed(2)} times ${slower ? "slower" : "faster"}, which the mirror follows.`)];
   if (known(fidelity.exact_cache_ratio)) {
-    good.push(`Prefix hits exact to the token for ${(100 * fidelity.exact_cache_ratio).toFixed(1)} % of requests.`);
+    good.push(`Prefix-cache hits are exact to the token for ${(100 * fidelity.exact_cache_ratio).toFixed(1)} % of requests.`);
   }
   if ($("trust").dataset.word !== word) {
     $("trust").dataset.word = word;
@@ -155,18 +148,20 @@ function drawTrust(pool, fidelity, forecast, late, age) {
   if ($("trust-why").textContent !== lines.join("")) $("trust-why").replaceChildren(...lines.map((line) => element("li", line)));
 }
 
-/* One chip a KPI that is observed: trusted or not, and its error over the shortest window that has one. */
+/* A line a KPI that is observed: trusted or not, and its error over the shortest window that has one. */
 function drawKpis(fidelity) {
-  const chips = Object.entries(fidelity.trust).flatMap(([kpi, trust]) => {
+  const usual = fidelity.errors[0]?.window;
+  const lines = Object.entries(fidelity.trust).flatMap(([kpi, trust]) => {
     const error = fidelity.errors.find((one) => one.kpi === kpi && known(one.error));
     if (!error) return [];
-    const chip = element("li", "", trust.trusted ? "good" : "bad");
-    chip.append(element("b", trust.trusted ? "✓" : "✕"), ` ${kpiName(kpi, error.statistic)} ${windowError(error.error, kpi)}`);
-    chip.append(element("span", ` over ${error.window}`, "soft"));
-    if (trust.reason) chip.title = trust.reason;
-    return [chip];
+    const line = element("li", "", trust.trusted ? "good" : "bad"), name = element("span");
+    name.append(element("b", trust.trusted ? "✓" : "✕"), ` ${kpiName(kpi, error.statistic)}`);
+    line.append(name, element("span", windowError(error.error, kpi) + (error.window === usual ? "" : ` (${error.window})`)));
+    return [line];
   });
-  $("trust-kpis").replaceChildren(...chips);
+  $("kpis-words").hidden = !lines.length;
+  $("kpis-words").textContent = `Error of the mirror against reality over the last ${usual}:`;
+  $("trust-kpis").replaceChildren(...lines);
 }
 
 function drawBeside(pool) {
@@ -180,11 +175,13 @@ function drawBeside(pool) {
 function drawOdds(forecast, today) {
   const policies = forecast.outlook?.policies ?? [];
   const now = policies.find((policy) => policy.name === today && policy.horizons.length);
-  if (!now) { $("odds").replaceChildren(element("p", "No forecast yet.", "soft")); return; }
+  if (!now) { $("ahead-alert").hidden = true; $("odds").replaceChildren(element("p", "No forecast yet.", "soft")); return; }
   const cell = (share, interval, trusted) => {
-    const node = element("td", percent(share), trusted ? "" : "doubtful");
-    if (interval) node.append(element("span", interval.map(percent).join(" – "), "range"));
-    if (!trusted) node.append(element("span", "not trusted", "range"));
+    const node = odds(share, interval);
+    if (!trusted) {
+      node.className = "doubtful";
+      node.append(element("span", "not trusted", "range"));
+    }
     const bar = element("span", "", "bar"), fill = element("span");
     fill.style.width = `${100 * (share ?? 0)}%`;
     bar.append(fill);
@@ -193,7 +190,7 @@ function drawOdds(forecast, today) {
   };
   const rows = Object.keys(now.horizons[0].breach).map((slo) => {
     const told = forecast.slos.find((one) => one.name === slo);
-    const name = element("th", slo);
+    const name = named("th", slo);
     if (told) name.append(element("span", `${kpiName(told.kpi, told.statistic)} ${told.higher_is_better ? "≥" : "≤"} ` +
       figure(told.threshold, told.kpi), "soft range"));
     const first = now.first_breach?.[slo];
@@ -201,6 +198,12 @@ function drawOdds(forecast, today) {
       ? `in ${span(Math.round(first["0.1"]))} at worst` : "none seen");
     return [name, ...now.horizons.map((horizon) => cell(horizon.breach[slo], horizon.breach_interval[slo], horizon.breach_trusted[slo])), when ?? "–"];
   });
+  const likely = Object.keys(now.horizons[0].breach)
+    .flatMap((slo) => now.horizons.filter((horizon) => horizon.breach[slo] >= LIKELY).slice(0, 1).map((horizon) => [slo, horizon.seconds]));
+  $("ahead-alert").hidden = !likely.length;
+  const alert = likely.length ? `▲ A breach is more likely than not: ${likely.map(([slo, seconds]) => `${slo} within ${span(seconds)}`).join(", ")}.` : "";
+  if ($("ahead-alert").textContent !== alert) $("ahead-alert").textContent = alert;
+  document.title = `${likely.length ? "▲ " : ""}Kavier Twin`;
   table($("odds"), ["objective", ...now.horizons.map((horizon) => `within ${span(horizon.seconds)}`), "first breach"], rows,
     "Odds of breach", "odds");
 }
@@ -291,7 +294,7 @@ function drawPolicies(forecast, outlook, again) {
   });
   head.push(element("th", "vllm serve flags", "left"));
   const rows = sorted(outlook.policies, sorters).map((policy) => {
-    const row = [element("th", policy.name)], horizon = at(policy), isBest = outlook.best?.policy === policy.name;
+    const row = [named("th", policy.name)], horizon = at(policy), isBest = outlook.best?.policy === policy.name;
     if (isBest) row[0].append(" ", element("span", "recommended", "tag"));
     row.className = isBest ? "best" : "";
     if (!horizon) {
@@ -299,7 +302,7 @@ function drawPolicies(forecast, outlook, again) {
       why.colSpan = head.length - 1;
       return Object.assign([row[0], why], { className: "" });
     }
-    for (const slo of slos) row.push(element("td", percent(horizon.breach[slo]), horizon.breach[slo] >= 0.5 ? "bad-text" : ""));
+    for (const slo of slos) row.push(odds(horizon.breach[slo], horizon.breach_interval[slo]));
     for (const [, kpi, statistic, factor] of columns) row.push(interval(predictedOf(horizon, kpi, statistic), kpi, factor));
     const how = element("td", "", "left");
     how.append(policy.flags.length ? flags(policy.flags, "", policy.name)
@@ -344,7 +347,7 @@ function drawReplicas(pool) {
     return [element("th", one.pod || `replica ${one.replica}`), one.state, usage, one.requests_running, one.requests_waiting,
       figure(one.prefix_cache_hit_ratio, "_ratio"), one.requests_finished, one.preemptions, more];
   });
-  const head = ["replica", "state", "KV cache usage", "running", "waiting", "hit ratio", "finished", "preemptions", ""];
+  const head = ["replica", "state", "KV cache usage", "running", "waiting", "hit ratio", "finished", "preemptions", "details"];
   table($("replicas"), head, rows, "Mirrored replicas");
 }
 
@@ -394,14 +397,13 @@ async function drawReplica() {
 function drawStream(pool, fidelity, forecast) {
   $("notes").replaceChildren(...pool.notes.map((note) => element("p", note, "soft")));
   const facts = [
-    ...Object.entries(pool.records).map(([result, count]) => [`records ${result}`, count]),
+    ...Object.entries(pool.records).map(([result, count]) => [`records ${result.replaceAll("_", " ")}`, count]),
     ["requests followed to their end", pool.finished_requests],
     ...Object.entries(pool.dropped).map(([reason, count]) => [reason.replaceAll("_", " "), count]),
     ["mirror behind the newest record", known(pool.lag_seconds) ? `${pool.lag_seconds.toFixed(1)} s` : "–"],
     ["records buffered", pool.buffered_records],
     ...Object.entries(forecast.forecasts).map(([result, count]) => [`forecasts ${result}`, count]),
     ["last forecast took", known(forecast.outlook?.duration_seconds) ? `${forecast.outlook.duration_seconds.toFixed(2)} s` : "–"],
-    ["pace", fidelity.pace_ratio.toFixed(2)],
     ...pool.sources.map((source) => [source.name, source.ended ? "ended" : source.trouble || "open"]),
   ];
   $("facts").replaceChildren(...facts.map(([name, value]) => {

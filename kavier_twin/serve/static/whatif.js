@@ -1,7 +1,7 @@
 /* The what-if form: a question about the live state, and its answer beside today's policy. */
 
-import { element, interval, table } from "./elements.js";
-import { figure, percent, span } from "./words.js";
+import { element, interval, odds, table } from "./elements.js";
+import { figure, span } from "./words.js";
 
 const $ = (id) => document.getElementById(id);
 const COLUMNS = [
@@ -38,7 +38,7 @@ export function startWhatIf(page) {
 
 function addChange() {
   const row = element("div"), name = element("input"), value = element("input"), number = $("w-changes").childElementCount + 1;
-  const label = element("label", "Setting "), becomes = element("label", " becomes ");
+  const label = element("label", "Setting"), becomes = element("label", "becomes");
   Object.assign(name, { size: 22, autocomplete: "off", placeholder: "kv_cache_dtype", className: "w-name", id: `w-name-${number}` });
   name.setAttribute("list", "w-settings");
   Object.assign(value, { size: 8, autocomplete: "off", placeholder: "fp8, 0.5x", className: "w-value", id: `w-value-${number}` });
@@ -100,10 +100,10 @@ function showAnswer(told) {
     if (one.load !== 1) changed.push(`load ${one.load}x`);
     const name = element("th", CASES[one.name] ?? one.name);
     if (changed.length) name.append(element("span", changed.join(" "), "soft range"));
-    return [name, ...slos.map((slo) => percent(one.breach_probability[slo])), ...COLUMNS.map(([, kpi]) => interval(quantiles(kpi), kpi))];
+    return [name, ...slos.map((slo) => odds(one.breach_probability[slo], one.breach_interval[slo])), ...COLUMNS.map(([, kpi]) => interval(quantiles(kpi), kpi))];
   });
   const place = element("div", "", "scroll");
-  table(place, ["", ...slos.map((slo) => `breach ${slo}`), ...COLUMNS.map(([title]) => title)], rows, "What if");
+  table(place, ["case", ...slos.map((slo) => `breach ${slo}`), ...COLUMNS.map(([title]) => title)], rows, "What if");
   const how = told.vllm_flags.length ? `vllm serve … ${told.vllm_flags.join(" ")}` : told.hypothetical_reasons.join("; ");
   const parts = [element("p", `The next ${span(told.horizon_seconds)}, ${told.futures} futures at ` +
     `${figure(told.rate_requests_per_second, "")} requests/s; simulated in ${told.duration_seconds.toFixed(1)} s.` +

@@ -53,6 +53,11 @@ export function span(seconds) {
   return `${+Number(seconds).toFixed(1)} s`;
 }
 
+/* The same on an axis. */
+export function minute(seconds) {
+  return seconds > 1e9 ? new Date(1000 * seconds).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" }) : clock(seconds);
+}
+
 /* The stream's time: a clock's where it is unix time, else minutes and seconds of the recording. */
 export function clock(seconds) {
   if (!known(seconds)) return "–";

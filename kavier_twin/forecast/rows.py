@@ -1,0 +1,42 @@
+"""A table of numbers that grows at its end and is cut at its beginning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+_FIRST_ROWS: Final = 64
+
+
+class Rows:
+    """Rows of so many numbers."""
+
+    def __init__(self, width: int) -> None:
+        self._table = np.zeros((_FIRST_ROWS, width))
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def values(self) -> npt.NDArray[np.float64]:
+        """[rows, width]; not to be kept beyond the next change."""
+        return self._table[: self._count]
+
+    def append(self, row: Sequence[float]) -> None:
+        """One more at the end."""
+        if self._count == self._table.shape[0]:
+            self._table = np.concatenate([self._table, np.zeros_like(self._table)])
+        self._table[self._count] = row
+        self._count += 1
+
+    def keep(self, kept: npt.NDArray[np.bool_]) -> None:
+        """Only those rows."""
+        if kept.all():
+            return
+        found = self.values[kept]
+        spare = np.zeros((max(_FIRST_ROWS, found.shape[0] // 4), found.shape[1]))
+        self._table, self._count = np.concatenate([found, spare]), found.shape[0]
