@@ -94,7 +94,7 @@ class Fleet:
         self._arrivals: Workload | None = None
         self._next_row = 0
         self._actions: list[Action] = []
-        self._collected: list[Records] = []
+        self._collected: list[npt.NDArray[np.uint8]] = []  # outcomes, as bytes
         self.now_seconds = start_seconds
         if state is None:
             self.state.replicas["now"] = start_seconds
@@ -347,12 +347,13 @@ class Fleet:
         self._set_aside()
         taken = self._collected
         self._collected = []
-        return np.concatenate(taken) if taken else np.zeros(0, layout.OUTCOME)
+        # As bytes, as in `copy_state`.
+        return np.concatenate([np.zeros(0, np.uint8), *taken]).view(layout.OUTCOME)
 
     def _set_aside(self) -> None:
         count = int(self.state.fleet["outcomes"][0])
         if count:
-            self._collected.append(self.state.outcomes[:count].copy())
+            self._collected.append(self.state.outcomes[:count].view(np.uint8).copy())
             self.state.fleet["outcomes"] = 0
 
     def _sample(self) -> None:
@@ -460,7 +461,7 @@ class Fleet:
         outcome["prompt"], outcome["arrival"] = workload.prompt[row], workload.arrival[row]
         for name in ("scheduled", "first_token", "finish"):
             outcome[name] = np.nan
-        self._collected.append(outcome)
+        self._collected.append(outcome.view(np.uint8))
 
     def apply(self, overrides: Mapping[str, Override]) -> None:
         """Switch to these overrides now. What a live vLLM would do only after a restart is done in place.

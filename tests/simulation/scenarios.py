@@ -423,7 +423,8 @@ class Player:
             if replica["parked"]:
                 self.resumed_from = min(self.resumed_from, float(replica["now"]))
             self.fleet.set_output(live, generated + stop.output)
-            row["held"] = row["held"] and stop.kind != "let_go"
+            done = row["tokens"] >= row["prompt"] + row["output"]  # at max_model_len: no step would end it
+            row["held"] = row["held"] and (stop.kind != "let_go" or done)
         return True
 
     def _finish(self, live: Live, output: int, learn: bool) -> None:
