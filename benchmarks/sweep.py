@@ -96,7 +96,18 @@ def warm_snapshot(replicas: int) -> Snapshot:
     outcomes = fleet.collect()
     recent = take_rows(workload, np.flatnonzero(workload.arrival >= WARM_SECONDS - RECENT_SECONDS))
     recent = recent._replace(output=np.where(np.isin(recent.index, outcomes["index"]), recent.output, 0))
-    return Snapshot("benchmark", WARM_SECONDS, fleet, recent, RECENT_SECONDS, 0.0, calibrated=True)
+    ended = np.full(workload.index.size, np.nan)
+    ended[outcomes["index"]] = outcomes["finish"]
+    return Snapshot(
+        "benchmark",
+        WARM_SECONDS,
+        fleet,
+        recent,
+        RECENT_SECONDS,
+        0.0,
+        calibrated=True,
+        ended_seconds=ended[recent.index],
+    )
 
 
 def seconds_of(work: Callable[[], Result]) -> tuple[Result, float, float]:
@@ -168,7 +179,7 @@ def main() -> None:
     fleet, cpu, wall = seconds_of(future.present.fork)
     tell("one fork", cpu, wall)
     before = Counters.of(fleet.state, fleet.now_seconds)
-    fleet.feed(future.workload)
+    fleet.feed_sessions(future.workload, future.turns)
     _, cpu, wall = seconds_of(lambda: fleet.run(WARM_SECONDS + horizons[-1]))
     tell("one simulation", cpu, wall)
     outcomes = fleet.collect()

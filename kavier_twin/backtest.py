@@ -9,6 +9,7 @@ how well it knows the load to come.
 from __future__ import annotations
 
 import math
+import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -96,6 +97,7 @@ def backtest(
             recalibrate_every_requests=_CALIBRATE_EVERY,
         )
     else:
+        settings = MirrorSettings(lateness_seconds=0.0, calibrate_after_requests=sys.maxsize)  # the engine is known
         shaped = reshaped(records, shape) if shape else records
         records, readings = simulated_reality(shaped, fleet, scenario.frontend_seconds)
     first, last = (records[0].time_seconds, records[-1].time_seconds) if records else (0.0, 0.0)

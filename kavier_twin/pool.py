@@ -305,7 +305,7 @@ class PoolTwin:
         if self._outlook is None:
             log.info("pool %s: first forecast made in %.1f s", self.name, forecast.duration_seconds or 0.0)
         today = next(policy.name for policy in self.forecaster.settings.policies if not policy.overrides)
-        self._scores.judge(forecast, today, self.mirror.fleet.settings.footprint)
+        forecast = self._scores.judge(forecast, today, self.mirror.fleet.settings.footprint)
         self._outlook = assemble.outlook(forecast, time.time(), self._policies)
 
 

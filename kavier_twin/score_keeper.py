@@ -43,11 +43,12 @@ class ScoreKeeper:
         with self._lock:
             self._keep(tell_size(self._scorer.reality, mirror))
 
-    def judge(self, forecast: Forecast, policy: str, footprint: Footprint | None = None) -> None:
-        """Keep this forecast of the policy in force, and judge those whose time has come by it."""
+    def judge(self, forecast: Forecast, policy: str, footprint: Footprint | None = None) -> Forecast:
+        """Keep this forecast of the policy in force, and judge those whose time has come by it. Returns the forecast
+        as it is to be served: corrected by what earlier ones missed."""
         with self._lock:
             settled = self._scorer.settle(forecast.time_seconds, footprint)
-            self._scorer.foresee(forecast, policy)
+            served = self._scorer.foresee(forecast, policy)
             self.scores = self._scorer.scores()
             still_open, live = self._scorer.open_forecasts, self._scorer.reality.live
             ended, self._ended = self._ended, []
@@ -63,6 +64,7 @@ class ScoreKeeper:
                 now_unix=time.time(),
                 forget_before_seconds=self._scorer.needed_since(forecast.time_seconds),
             )
+        return served
 
     def _keep(self, told: list[tuple[str, Ended | Reading]]) -> None:
         """For the file, until it is written."""

@@ -21,12 +21,13 @@ from kavier_twin.errors import UserError
 from kavier_twin.forecast.readings import EngineReading, GpuReading, Reading, SizeReading
 from kavier_twin.forecast.reality import Ended
 from kavier_twin.forecast.scores import JUDGED, Foreseen, Moment, ScoredBreach, ScoredKpi, Settled
+from kavier_twin.forecast.serving import Foretold
 
 log = logging.getLogger(__name__)
 
 FILE_NAME: Final = "scores.sqlite3"
 KEEP_SECONDS: Final = 30 * 86_400.0
-_VERSION: Final = 2
+_VERSION: Final = 3
 _BUSY_SECONDS: Final = 5.0  # another process may be reading
 _TABLES: Final = """
 CREATE TABLE kpis (pool TEXT, judged REAL, time REAL, horizon REAL, kpi TEXT, low REAL, median REAL, high REAL,
@@ -44,6 +45,12 @@ CREATE TABLE live (pool TEXT, id TEXT, arrival REAL, prompt_tokens INTEGER, PRIM
 _SINCE_2: Final = """
 CREATE TABLE readings (pool TEXT, time REAL, kind TEXT, name TEXT, body TEXT, PRIMARY KEY (pool, time, kind, name))
     WITHOUT ROWID;
+"""
+_SINCE_3: Final = """
+ALTER TABLE kpis ADD COLUMN served REAL;
+ALTER TABLE kpis ADD COLUMN known REAL;
+ALTER TABLE breaches ADD COLUMN simulated REAL;
+DELETE FROM open;
 """
 _READINGS: Final = {kind.__name__: kind for kind in (EngineReading, GpuReading, SizeReading)}
 
@@ -92,12 +99,12 @@ class ScoreStore:
         try:
             with self._lock, self._db as db:
                 db.executemany(
-                    f"INSERT OR REPLACE INTO kpis VALUES (?, ?{', ?' * 10})",
+                    f"INSERT OR REPLACE INTO kpis VALUES (?, ?{', ?' * 12})",
                     [(pool, now_unix, *map(_null, row)) for row in settled.kpis],
                 )
                 db.executemany(
-                    "INSERT OR REPLACE INTO breaches VALUES (?, ?, ?, ?, ?, ?, ?)",
-                    [(pool, now_unix, *row) for row in settled.breaches],
+                    "INSERT OR REPLACE INTO breaches VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                    [(pool, now_unix, *map(_null, row)) for row in settled.breaches],
                 )
                 db.executemany(
                     "INSERT OR REPLACE INTO moments VALUES (?, ?, ?, ?, ?, ?)",
@@ -142,7 +149,9 @@ class ScoreStore:
         found = []
         for time, horizon, body in rows:
             kpis, breach = json.loads(body)
-            found.append(Foreseen(time, horizon, {kpi: tuple(values) for kpi, values in kpis.items()}, breach))
+            told = {kpi: Foretold(*values) for kpi, values in kpis.items()}
+            odds = {slo: (said, share) for slo, (said, share) in breach.items()}
+            found.append(Foreseen(time, horizon, told, odds))
         return found
 
     def requests(self, pool: str) -> tuple[list[tuple[str, Ended]], dict[str, tuple[float, int]]]:
@@ -190,8 +199,8 @@ def _open(path: Path) -> sqlite3.Connection:
         db.execute("PRAGMA synchronous = NORMAL")  # a crash may lose the last cycle, never the file
         (version,) = db.execute("PRAGMA user_version").fetchone()
         if version < _VERSION:
-            tables = _SINCE_2 if version == 1 else _TABLES + _SINCE_2
-            db.executescript(f"BEGIN;{tables}PRAGMA user_version = {_VERSION};COMMIT;")
+            steps = "".join((_TABLES, _SINCE_2, _SINCE_3)[version:])
+            db.executescript(f"BEGIN;{steps}PRAGMA user_version = {_VERSION};COMMIT;")
         _check_version(db, path)
         (sound,) = db.execute("PRAGMA quick_check(1)").fetchone()
         if sound != "ok":
@@ -214,17 +223,18 @@ def _check_version(db: sqlite3.Connection, path: Path) -> None:
 def _judged(db: sqlite3.Connection, pool: str) -> Settled:
     def rows(table: str, series: str, columns: Iterable[str]) -> list[tuple[Any, ...]]:
         """The newest of each series, as many as scores are of."""
-        names = ", ".join(columns)
+        there = {column[1] for column in db.execute(f"PRAGMA table_info({table})")}  # an older file may be read only
+        names = ", ".join(name if name in there else f"NULL AS {name}" for name in columns)
         newest = f"ROW_NUMBER() OVER (PARTITION BY {series} ORDER BY time DESC) AS age"
         chosen = f"SELECT {names}, {newest} FROM {table} WHERE pool = ?"
         return db.execute(f"SELECT {names} FROM ({chosen}) WHERE age <= {JUDGED} ORDER BY time", (pool,)).fetchall()
 
     names = [name.removesuffix("_seconds") for name in ScoredKpi._fields]
     kpis = [ScoredKpi(*row[:3], *map(_number, row[3:])) for row in rows("kpis", "horizon, kpi", names)]
-    of_breach = ("time", "horizon", "slo", "probability", "breached")
+    of_breach = ("time", "horizon", "slo", "probability", "breached", "simulated")
     breaches = [
-        ScoredBreach(time, horizon, slo, probability, bool(breached))
-        for time, horizon, slo, probability, breached in rows("breaches", "horizon, slo", of_breach)
+        ScoredBreach(time, horizon, slo, probability, bool(breached), _number(simulated))
+        for time, horizon, slo, probability, breached, simulated in rows("breaches", "horizon, slo", of_breach)
     ]
     of_moment = ("time", "slo", "probability", "breached")
     moments = [

@@ -82,6 +82,7 @@ def _told(records: Sequence[RequestRecord], fleet: Fleet, frontend_seconds: floa
                 "queue_seconds": max(0.0, float(outcome["scheduled"]) - arrival - frontend_seconds),
                 "cached_tokens": int(outcome["cached"]),
                 "output_tokens": int(outcome["output"]),
+                "pod": str(int(outcome["replica"])),
             }
             found.append(records[int(outcome["index"])].model_copy(update=told))
     return found

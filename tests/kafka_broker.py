@@ -77,12 +77,13 @@ class OurBroker(Broker):
         super().__init__(f"127.0.0.1:{plain}", f"Apache Kafka from {jars}")
         self.secure_address = f"127.0.0.1:{secure}"
         self.certificate = directory / "broker.pem"
+        self.jars = jars
         self._classpath = f"{jars}/*"
         self._directory = directory
         self._process: subprocess.Popen[bytes] | None = None
         self._make_certificate()
         self._properties = directory / "server.properties"
-        self._properties.write_text(_properties(directory, plain, secure, controller))
+        self._properties.write_text(self.properties(plain, secure, controller))
         users = [
             argument
             for hash in ("256", "512")
@@ -92,6 +93,10 @@ class OurBroker(Broker):
         tool = ["kafka.tools.StorageTool", "format", "-t", cluster, "-c", str(self._properties), *users]
         self._run(["java", *_HEAP, _LOGGING, "-cp", self._classpath, *tool])
         self.start()
+
+    def properties(self, plain: int, secure: int, controller: int) -> str:
+        """The server's settings, listening on these ports of this machine."""
+        return _properties(self._directory, plain, secure, controller)
 
     def start(self) -> None:
         """Start it, with the data it had, and wait until it answers."""

@@ -1,4 +1,4 @@
-"""A real Prometheus server, and recorded `/metrics` for it to read."""
+"""A real Prometheus server, a real Alertmanager, and recorded `/metrics` for it to read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import urllib3
 import yaml
 
-from real_parts import prometheus, promtool
+from real_parts import alertmanager, prometheus, promtool
 
 
 class RealPrometheus:
@@ -26,8 +26,7 @@ class RealPrometheus:
     ) -> None:
         self.directory = directory
         self.data = directory / "data"
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.address = f"127.0.0.1:{free.getsockname()[1]}"
+        self.address = free_address()
         self.url = f"http://{self.address}"
         self._settings = directory / "prometheus.yml"
         self._settings.write_text(yaml.safe_dump({"scrape_configs": list(scrape_configs), **settings}))
@@ -78,6 +77,45 @@ class RealPrometheus:
             self._process.terminate()
             self._process.wait(30)
             self._process = None
+
+
+class RealAlertmanager:
+    """Prometheus' Alertmanager as a child process."""
+
+    def __init__(self, directory: Path, settings: Mapping[str, Any]) -> None:
+        self._directory = directory / "alertmanager"
+        self._directory.mkdir()
+        self._settings = self._directory / "alertmanager.yml"
+        self._settings.write_text(yaml.safe_dump(dict(settings)))
+        self.address = free_address()
+        self.url = f"http://{self.address}"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Raises AssertionError where it does not listen within 30 s."""
+        command = [
+            alertmanager(),
+            f"--config.file={self._settings}",
+            f"--storage.path={self._directory}",
+            f"--web.listen-address={self.address}",
+            "--cluster.listen-address=",
+        ]
+        with (self._directory / "log").open("ab") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        host, port = self.address.split(":")
+        wait_until(lambda: _listens(host, int(port)), 30.0)
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait(30)
+            self._process = None
+
+
+def free_address() -> str:
+    """HOST:PORT of this machine where nothing listens."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return f"127.0.0.1:{free.getsockname()[1]}"
 
 
 class Pages:

@@ -59,6 +59,11 @@ def amtool() -> str:
     return _program("amtool", "install Alertmanager (Debian: apt-get install prometheus-alertmanager)")
 
 
+def nginx() -> str:
+    """The path of nginx."""
+    return _program("nginx", "install nginx (Debian: apt-get install nginx-light)")
+
+
 def helm() -> str:
     """The path of `helm`."""
     return _program("helm", "install Helm 3 (go install helm.sh/helm/v3/cmd/helm@v3.19.0)")

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import math
 import re
-import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import ValidationError
-from rich import box
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from connectors.traces import FORMATS
 from kavier_twin.backtest import Backtest, backtest
+from kavier_twin.commands.backtest_plots import write_plots
+from kavier_twin.commands.score_tables import print_scores, wide_console
 from kavier_twin.errors import UserError
 from kavier_twin.forecast.forecaster import ForecastSettings
-from kavier_twin.forecast.scores import ALERT_PROBABILITY, Scores
-from kavier_twin.forecast.slo import Slo
 from kavier_twin.scenario import load_scenario
 from kavier_twin.simulation.plain import plain
 from kavier_twin.slo_file import read_slos
@@ -108,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
             progress=lambda share: progress.update(bar, completed=share),
         )
     if args.plots is not None:
-        for path in _write_plots(found, slos, args.plots):
+        for path in write_plots(found, slos, args.plots):
             console.print(f"plot: {path}", highlight=False, markup=False)
     if args.json:
         print(json.dumps(document(found)))
@@ -120,75 +114,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def wide_console() -> Console:
-    """As wide as the terminal; where there is none, wide enough for the tables."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-
-
-def print_scores(console: Console, scores: Scores) -> None:
-    """The tables of all scores."""
-    table = Table(title="KPIs foreseen", title_justify="left", box=box.SIMPLE_HEAD)
-    for name in ("KPI", "horizon", "forecasts", "error", "persistence", "ratio", "covered", "widened", "width", "wide"):
-        table.add_column(name, justify="left" if name == "KPI" else "right")
-    for one in sorted(scores.kpis, key=lambda score: (score.kpi, score.horizon_seconds)):
-        table.add_row(
-            one.kpi,
-            f"{one.horizon_seconds:g} s",
-            str(one.forecasts),
-            f"{one.error:.4g}",
-            _number(one.persistence_error),
-            _number(one.error_to_persistence_ratio, ".2f"),
-            f"{one.coverage_ratio:.0%}",
-            f"{one.widened_coverage_ratio:.0%}",
-            f"{one.width:.3g}",
-            f"{one.widened_width:.3g}",
-        )
-    console.print(table)
-    table = Table(title="Breaches foreseen", title_justify="left", box=box.SIMPLE_HEAD)
-    for name in ("objective", "horizon", "forecasts", "breached", "Brier", "persistence", "said -> came (forecasts)"):
-        table.add_column(name, justify="left" if name == "objective" else "right")
-    for breach in scores.breaches:
-        table.add_row(
-            breach.slo,
-            f"{breach.horizon_seconds:g} s",
-            str(breach.forecasts),
-            str(breach.breached),
-            f"{breach.brier:.3f}",
-            _number(breach.persistence_brier, ".3f"),
-            ", ".join(f"{b.probability:.0%} -> {b.breached_ratio:.0%} ({b.forecasts})" for b in breach.reliability),
-        )
-    console.print(table)
-    table = Table(title=f"Alerts (odds from {ALERT_PROBABILITY:.0%} on)", title_justify="left", box=box.SIMPLE_HEAD)
-    for name in ("objective", "alerts", "breaches", "precision", "recall", "median lead"):
-        table.add_column(name, justify="left" if name == "objective" else "right")
-    for alert in scores.alerts:
-        lead = alert.median_lead_seconds
-        table.add_row(
-            alert.slo,
-            str(alert.alerts),
-            str(alert.breaches),
-            _number(alert.precision, ".0%"),
-            _number(alert.recall, ".0%"),
-            f"{lead:.0f} s" if math.isfinite(lead) else "–",
-        )
-    console.print(table)
-    if scores.unobserved:
-        told = ", ".join(sorted(scores.unobserved))
-        console.print(f"Not observed by any telemetry for some or all of the time, and not judged there: {told}.")
-    unscored = ", ".join(f"{count} {reason}" for reason, count in scores.unscored.items())
-    if scores.pending or unscored:
-        note = f"; not judged: {unscored}" if unscored else ""
-        console.print(f"{scores.pending} forecasts still open{note}.", style="dim")
-
-
 def document(found: Backtest) -> dict[str, Any]:
     """Plain JSON types."""
     what = {"forecasts": found.forecasts, "requests": found.requests, "measured": found.measured}
     return {**what, **plain(asdict(found.scores))}
-
-
-def _number(value: float, form: str = ".4g") -> str:
-    return format(value, form) if math.isfinite(value) else "–"
 
 
 def _numbers(text: str, option: str) -> list[float]:
@@ -208,66 +137,3 @@ def _shape(text: str) -> list[tuple[float, float]]:
             f"--shape {text}: expected SECONDS:FACTOR,... with ascending times and factors above 0, as 0:1,600:1,1200:3"
         )
     return found
-
-
-# --- plots --------------------------------------------------------------------------------------------------------
-
-
-def _write_plots(found: Backtest, slos: Sequence[Slo], folder: Path) -> list[Path]:
-    """A fan for every KPI, one panel a horizon, and a timeline for every objective."""
-    try:
-        figures = importlib.import_module("matplotlib.figure")
-    except ImportError:
-        raise UserError("--plots needs matplotlib: pip install 'kavier-twin[plot]'") from None
-    written = []
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for kpi in sorted({row.kpi for row in found.kpis}):
-            rows = [row for row in found.kpis if row.kpi == kpi]
-            horizons = sorted({row.horizon_seconds for row in rows})
-            figure = figures.Figure(figsize=(10.0, 2.6 * len(horizons)), layout="constrained")
-            panels = np.atleast_1d(figure.subplots(len(horizons), 1, sharex=True))
-            for axes, horizon in zip(panels, horizons, strict=True):
-                _fan(axes, np.array([[row[0], *row[3:]] for row in rows if row.horizon_seconds == horizon]), horizon)
-                for slo in slos:
-                    if slo.metric == kpi:
-                        axes.axhline(slo.threshold, color="tab:red", linewidth=0.8, linestyle="--", label=slo.name)
-            panels[0].set_title(kpi)
-            panels[0].legend(fontsize="x-small", ncols=4)
-            panels[-1].set_xlabel("end of the horizon, s")
-            written.append(_save(figure, folder / f"fan-{kpi}.png"))
-        for slo in slos:
-            moments = [moment for moment in found.moments if moment.slo == slo.name]
-            if moments:
-                figure = figures.Figure(figsize=(10.0, 2.6), layout="constrained")
-                axes = figure.subplots()
-                times = np.array([moment.time_seconds for moment in moments])
-                broken = np.array([moment.breached for moment in moments])
-                axes.fill_between(
-                    times, 0.0, 1.0, where=broken, step="post", color="tab:red", alpha=0.3, label="broken"
-                )
-                axes.step(
-                    times, [moment.probability for moment in moments], where="post", label="odds of a breach ahead"
-                )
-                axes.axhline(ALERT_PROBABILITY, color="black", linewidth=0.8, linestyle="--", label="alert")
-                axes.set(title=f"{slo.name}: {slo.metric} {slo.threshold:g}", xlabel="s", ylim=(-0.02, 1.02))
-                axes.legend(fontsize="x-small", ncols=3)
-                written.append(_save(figure, folder / f"alerts-{re.sub(r'[^A-Za-z0-9]+', '-', slo.name)}.png"))
-    except OSError as error:
-        raise UserError(f"--plots {folder}: cannot be written: {error.strerror}") from None
-    return written
-
-
-def _fan(axes: Any, rows: Any, horizon: float) -> None:
-    time, low, median, high, wide_low, wide_high, _, observed = rows.T
-    end = time + horizon
-    axes.fill_between(end, wide_low, wide_high, color="tab:blue", alpha=0.15, label="widened interval")
-    axes.fill_between(end, low, high, color="tab:blue", alpha=0.35, label="interval of the futures")
-    axes.plot(end, median, color="tab:blue", linewidth=1.0, label="median foreseen")
-    axes.plot(end, observed, color="black", linewidth=1.0, label="what came")
-    axes.set_ylabel(f"{horizon:g} s ahead")
-
-
-def _save(figure: Any, path: Path) -> Path:
-    figure.savefig(path, dpi=80, metadata={"Software": None})
-    return path

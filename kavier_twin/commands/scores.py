@@ -9,10 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-import urllib3
 from pydantic import TypeAdapter, ValidationError
 
-from kavier_twin.commands.backtest import print_scores, wide_console
+from kavier_twin.commands.client import add_token, add_url, ask
+from kavier_twin.commands.score_tables import print_scores, wide_console
 from kavier_twin.errors import UserError
 from kavier_twin.forecast.scores import Scorer, Scores
 from kavier_twin.score_store import FILE_NAME, read_judged
@@ -39,14 +39,15 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     place = parser.add_mutually_exclusive_group()
-    place.add_argument("--url", default="http://127.0.0.1:9469", help="a running daemon (default %(default)s)")
+    add_url(place)
     place.add_argument("--db", type=Path, metavar="FILE", help=f"the {FILE_NAME} that a daemon keeps")
+    add_token(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
 
 def run(args: argparse.Namespace) -> int:
     """Do it."""
-    pools = _from_file(args.db) if args.db is not None else _from_daemon(args.url)
+    pools = _from_file(args.db) if args.db is not None else _from_daemon(args)
     if args.json:
         print(json.dumps({"pools": {pool: plain(asdict(scores)) for pool, scores in pools.items()}}))
         return 0
@@ -69,19 +70,13 @@ def _from_file(path: Path) -> dict[str, Scores]:
     return found
 
 
-def _from_daemon(url: str) -> dict[str, Scores]:
-    address = f"{url.rstrip('/')}/v1/scores"
+def _from_daemon(args: argparse.Namespace) -> dict[str, Scores]:
+    body = ask(args, "/v1/scores", seconds=_ANSWER_SECONDS)
     try:
-        answer = urllib3.request("GET", address, timeout=_ANSWER_SECONDS, retries=False)
-    except (urllib3.exceptions.HTTPError, ValueError) as error:
-        raise UserError(f"--url {url}: no answer ({error}); is the daemon running there?") from None
-    if answer.status != 200:
-        raise UserError(f"--url {url}: {address} answered {answer.status}; is that a twin of this version?")
-    try:
-        pools = _known(answer.json())["pools"]
+        pools = _known(json.loads(body))["pools"]
         return {pool["pool"]: _SCORES.validate_python(pool["scores"]) for pool in pools}
     except (ValueError, KeyError, AttributeError, TypeError, ValidationError):
-        raise UserError(f"--url {url}: {address} did not answer with scores; is that a twin of this version?") from None
+        raise UserError(f"{args.url}: answers with something else than scores; is it a Kavier Twin?") from None
 
 
 def _known(value: Any) -> Any:

@@ -28,7 +28,7 @@ kafka.yaml holds tls and sasl as a Kafka source of `kavier-twin run` has them, p
   tls: {ca: kafka-ca.pem}
   sasl: {mechanism: SCRAM-SHA-512, username: tap, password: {env: KAFKA_PASSWORD}}
 
-exit status: 0 ended by SIGTERM, 2 wrong use, 130 ended by Ctrl-C
+exit status: 0 ended by SIGTERM, 1 failed, 2 wrong use, 130 ended by Ctrl-C
 """
 
 
@@ -96,7 +96,8 @@ def run(args: argparse.Namespace) -> int:
     )
     upstream = None if args.mirror else args.upstream
     with StopSignals() as signals:
-        server.serve(server.TapSettings(args.host, args.port, upstream, args.upstream_ca, args.grace), records)
+        settings = server.TapSettings(args.host, args.port, upstream, args.upstream_ca, args.grace)
+        server.serve(settings, records, lambda: signals.received is not None)
     return signals.exit_status
 
 
@@ -177,7 +178,8 @@ def _kafka_options(args: argparse.Namespace, problems: list[str]) -> dict[str, A
         settings = KafkaSettings.model_validate({"brokers": args.kafka.split(","), "topics": [args.topic], **security})
     except ValidationError as error:
         options = {"brokers": f"--kafka {args.kafka}", "topics": f"--topic {args.topic}"}
-        for each in error.errors(include_url=False, include_input=False):
+        told = error.errors(include_url=False, include_input=False)
+        for each in (one for one in told if one["type"] != "too_short"):  # as a list is whose entries are all wrong
             place = options.get(str(each["loc"][0]))
             place = place or f"--kafka-security {args.kafka_security}: {'.'.join(map(str, each['loc']))}"
             problems.append(f"{place}: {each['msg'].removeprefix('Value error, ')}")

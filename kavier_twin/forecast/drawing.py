@@ -13,6 +13,7 @@ from kavier_twin.simulation.kernels.compile import kernel
 
 _CANDIDATES = 8  # open nodes looked at on each side of the wanted age
 _SHORTEST_GAP_SECONDS = 1e-3
+_NOT_ENDED = 1e6  # distance of a node whose answer would not be there yet: taken where there is no other
 _TOP_BIT = np.uint64(1 << 63)  # a chained key has it set and the low bits clear (kernels.blocks.chain_key)
 _HIGH_BITS = ~np.uint64(1023)
 
@@ -24,6 +25,8 @@ class Examples(NamedTuple):
     parent: npt.NDArray[np.int64]
     returns: npt.NDArray[np.bool_]
     contained: npt.NDArray[np.bool_]
+    waits: npt.NDArray[np.bool_]
+    response_seconds: npt.NDArray[np.float64]  # NaN: not known
     known: npt.NDArray[np.int64]
     steady: npt.NDArray[np.int64]
 
@@ -40,6 +43,9 @@ class Nodes(NamedTuple):
     session: npt.NDArray[np.int64]
     source: npt.NDArray[np.int64]  # the node that the leading keys are those of
     kept: npt.NDArray[np.int64]  # how many keys that are
+    ended: npt.NDArray[np.float64]  # seconds, when the engine is as fast as lately; NaN: not known
+    after: npt.NDArray[np.int64]  # the node whose end it waits for, -1: none
+    think_seconds: npt.NDArray[np.float64]  # from that end to its arrival
     # The nearest open node at or before it and at or behind it; -1 and the number of nodes where there is none.
     before: npt.NDArray[np.int64]
     behind: npt.NDArray[np.int64]
@@ -57,14 +63,18 @@ def _open_at(links, node):
 
 
 @kernel
-def _distance(nodes, node, now, gap, length):
+def _distance(nodes, node, now, gap, length, waits):
     age = max(now - nodes.arrival[node], _SHORTEST_GAP_SECONDS)
-    return abs(np.log(age / gap)) + abs(np.log((nodes.prompt[node] + nodes.output[node]) / length))
+    early = _NOT_ENDED if waits and nodes.ended[node] > now else 0.0
+    return early + abs(np.log(age / gap)) + abs(np.log((nodes.prompt[node] + nodes.output[node]) / length))
 
 
 @kernel
-def _most_alike(nodes, drawn, now, gap, length):
-    """The open node before `drawn` that arrived about `gap` seconds ago and is about `length` tokens long, or -1."""
+def _most_alike(nodes, drawn, now, gap, length, waits):
+    """The open node before `drawn` that arrived about `gap` seconds ago and is about `length` tokens long, or -1.
+
+    If the new one `waits` for an answer, one that has ended by now.
+    """
     gap = max(gap, _SHORTEST_GAP_SECONDS)
     middle = np.searchsorted(nodes.arrival[:drawn], now - gap)
     best, least = np.int64(-1), np.inf
@@ -72,7 +82,7 @@ def _most_alike(nodes, drawn, now, gap, length):
     for _ in range(_CANDIDATES):
         if node < 0:
             break
-        distance = _distance(nodes, node, now, gap, length)
+        distance = _distance(nodes, node, now, gap, length, waits)
         if distance < least:
             best, least = node, distance
         node = _open_at(nodes.before, node - 1)
@@ -80,7 +90,7 @@ def _most_alike(nodes, drawn, now, gap, length):
     for _ in range(_CANDIDATES):
         if node >= drawn:
             break
-        distance = _distance(nodes, node, now, gap, length)
+        distance = _distance(nodes, node, now, gap, length, waits)
         if distance < least:
             best, least = node, distance
         node = _open_at(nodes.behind, node + 1)
@@ -108,7 +118,8 @@ def draw_requests(nodes, rows, examples, uniform, max_model_len, covers_output, 
         if examples.returns[example]:
             parent = examples.parent[example]
             gap = nodes.arrival[example] - nodes.arrival[parent]
-            node = _most_alike(nodes, drawn, now, gap, nodes.prompt[parent] + nodes.output[parent])
+            length = nodes.prompt[parent] + nodes.output[parent]
+            node = _most_alike(nodes, drawn, now, gap, length, examples.waits[example])
             grown = prompt
             if node >= 0 and examples.contained[example]:
                 grown = nodes.prompt[node] + prompt - nodes.prompt[parent]
@@ -123,6 +134,9 @@ def draw_requests(nodes, rows, examples, uniform, max_model_len, covers_output, 
                     if examples.known[example] < min(whole, nodes.prompt[example] // nodes.hash_tokens[example]):
                         kept = min(kept, nodes.prompt[node] // hash_tokens)  # the answer did not come back
                     session = nodes.session[node]
+                    if examples.waits[example] and not np.isnan(nodes.ended[node]):
+                        nodes.after[drawn] = node
+                        nodes.think_seconds[drawn] = max(0.0, now - nodes.ended[node])
                     _close(nodes, node)
         if hash_tokens == 0:  # without content there is nothing to tell sessions by but their labels, which recur
             session = nodes.session[example]
@@ -133,6 +147,7 @@ def draw_requests(nodes, rows, examples, uniform, max_model_len, covers_output, 
             next_session += 1
         nodes.prompt[drawn], nodes.output[drawn] = prompt, output
         nodes.hash_tokens[drawn] = hash_tokens
+        nodes.ended[drawn] = now + examples.response_seconds[example]
         nodes.priority[drawn] = nodes.priority[example]
         nodes.session[drawn] = session
         if hash_tokens > 0:

@@ -4,6 +4,9 @@ Every arrival is drawn after a recent request. One that came back to another, as
 branch, comes back to the open request most like that one, in age and in length, and goes on by a message of the same
 length: the time between uses is kept, which decides what a cache still has. A first turn keeps the steady prefix that
 its example has; the rest of its content is new. An output length always comes with the prompt it was seen with.
+
+Arrivals are drawn for an engine that is as fast as lately. A next turn waits for an answer: what lies between is the
+user's, and on another engine it comes as long after the answer's true end.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from kavier_twin.forecast.load import LoadForecast, LoadForecaster
 from kavier_twin.forecast.stream import read_stream
 from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.state import FREE
+from kavier_twin.simulation.turns import Turns
 from kavier_twin.simulation.workload import Workload
 from kavier_twin.twin.snapshot import Snapshot
 
@@ -28,7 +32,7 @@ def draw_future(snapshot: Snapshot, horizon_seconds: float, seed: int | Sequence
     Deterministic in its arguments; a shorter horizon gives the beginning of a longer one. Empty if nothing arrived
     lately. Requests of an unknown length (none has finished yet) get one as `assumed_output` says.
     """
-    return Futures(snapshot, horizon_seconds).draw(seed)
+    return Futures(snapshot, horizon_seconds).draw(seed)[0]
 
 
 def draw_futures(
@@ -39,7 +43,7 @@ def draw_futures(
 ) -> list[Workload]:
     """One `draw_future` per seed; `arrivals` are forecast from the snapshot if they are not given."""
     futures = Futures(snapshot, horizon_seconds, arrivals=arrivals)
-    return [futures.draw(seed) for seed in seeds]
+    return [futures.draw(seed)[0] for seed in seeds]
 
 
 class Futures:
@@ -57,24 +61,28 @@ class Futures:
         self._snapshot = snapshot
         self._horizon_seconds = horizon_seconds
         self._arrivals = (arrivals or LoadForecaster().forecast(snapshot, horizon_seconds)).scaled(load)
-        self._stream = read_stream(recent)
+        self._stream = read_stream(recent, snapshot.ended_seconds)
         self._first_index = _first_free_index(snapshot)
+        live = [request.index for request in snapshot.fleet.live()]
+        self._live = (snapshot.recent.output == 0) & np.isin(recent.index, live)
 
-    def draw(self, seed: int | Sequence[int]) -> Workload:
-        """The future of this seed."""
+    def draw(self, seed: int | Sequence[int]) -> tuple[Workload, Turns]:
+        """The future of this seed: its requests as they arrive if the engine is as fast as lately, and who waits."""
         snapshot, stream = self._snapshot, self._stream
-        arrivals_rng, rng = np.random.default_rng(seed).spawn(2)
+        arrivals_rng, rng, ends_rng = np.random.default_rng(seed).spawn(3)
         arrivals = self._arrivals.draw_arrivals(self._horizon_seconds, arrivals_rng)
         n = stream.recent.index.size
         if not n:
             arrivals = arrivals[:0]
-        nodes = self._nodes(arrivals)
+        nodes = self._nodes(arrivals, ends_rng)
         cumulative = np.cumsum(stream.weight)
         examples = Examples(
             cumulative=cumulative / cumulative[-1] if n else cumulative,
             parent=stream.parent,
             returns=stream.returns,
             contained=stream.contained,
+            waits=stream.waits,
+            response_seconds=stream.response_seconds,
             known=stream.known,
             steady=stream.steady,
         )
@@ -86,7 +94,7 @@ class Futures:
         np.cumsum(nodes.keys[n:], out=starts[1:])
         chain = np.empty(int(starts[-1]), np.uint64)
         fill_keys(nodes, n, stream.recent.chain_starts, stream.recent.chain, starts, chain, salt)
-        return Workload(
+        workload = Workload(
             index=np.arange(self._first_index, self._first_index + arrivals.size),
             arrival=arrivals,
             delivered=arrivals + snapshot.frontend_seconds,
@@ -101,8 +109,22 @@ class Futures:
             hash_tokens=nodes.hash_tokens[n:],
             covered=nodes.keys[n:] * nodes.hash_tokens[n:],
         )
+        # What has ended by now needs no waiting for.
+        numbers = np.concatenate([np.where(self._live, stream.recent.index, -1), workload.index])
+        after = np.where(nodes.after[n:] >= 0, numbers[nodes.after[n:]], -1)
+        return workload, Turns(after, nodes.think_seconds[n:], snapshot.frontend_seconds)
 
-    def _nodes(self, arrivals: npt.NDArray[np.float64]) -> Nodes:
+    def _ends(self, rng: np.random.Generator) -> npt.NDArray[np.float64]:
+        """When the recent requests ended; those in flight last as long as one of the recent ones of their age did."""
+        arrival, response = self._stream.recent.arrival, self._stream.response_seconds
+        known = np.sort(response[np.isfinite(response)])
+        age = self._snapshot.time_seconds - arrival
+        shorter = np.searchsorted(known, age, side="right")
+        picks = shorter + (rng.random(age.size) * (known.size - shorter)).astype(np.int64)
+        drawn = np.where(shorter < known.size, np.append(known, np.nan)[picks], 1.25 * age)
+        return arrival + np.where(self._live & (known.size > 0), drawn, response)
+
+    def _nodes(self, arrivals: npt.NDArray[np.float64], ends_rng: np.random.Generator) -> Nodes:
         """The recent requests, and room for those that arrive at these times."""
         stream, recent = self._stream, self._stream.recent
         n = recent.index.size
@@ -126,6 +148,9 @@ class Futures:
             session=with_room(recent.session),
             source=with_room(numbers[:n]),
             kept=with_room(stream.full_keys),
+            ended=np.concatenate([self._ends(ends_rng), np.full(arrivals.size, np.nan)]),
+            after=np.full(n + arrivals.size, -1),
+            think_seconds=np.zeros(n + arrivals.size),
             before=before,
             behind=behind,
         )

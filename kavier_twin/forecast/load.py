@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Lock
 
 import numpy as np
@@ -33,6 +33,7 @@ Floats = npt.NDArray[np.float64]
 
 REFIT_SECONDS = 120.0
 _ORIGINS = 6  # moments of the past that methods are tried from
+_ORIGINS_IN_HORIZON = 3  # of them
 _BLOCKS = 4  # parts of the horizon whose errors are told apart
 _FEWEST_STEPS = 4  # fewer say less than the recent requests themselves
 _FEWEST_TRAINING_STEPS = 12
@@ -47,12 +48,16 @@ _POISSON_BUCKETS = 20  # beside them, so that a few buckets do not tell much
 _BETTER_RATIO = 0.95  # of persistence's error: what is hardly better over a few moments may well be worse
 _SURPRISE = 4.0  # standard deviations from what was foreseen at the last fit that call for another
 _MOST_RELATIVE_DEVIATION = 1.0
-# Before anything was tried: a rate is a fifth off after a quarter of an hour, as persistence is on the hour of Azure's
-# production chat. It counts like so many trials.
-_PRIOR_RELATIVE_VARIANCE = 0.2**2 / 900.0  # per second ahead
+# Before anything was tried: a rate that doubles or halves within a quarter of an hour is two deviations off. (On the
+# hour of Azure's production chat, which neither ramps nor bursts, persistence is a fifth off.) It counts like so many
+# trials.
+_PRIOR_RELATIVE_VARIANCE = 0.35**2 / 900.0  # per second ahead
 _PRIOR_TRIALS = 2
 _QUANTILE_Z = 1.2816  # of the 10 % and 90 % quantiles of a normal distribution
 _CHUNK = 1024
+_PAUSES = 1_000  # between recent arrivals that futures are made of; with fewer than a tenth, gamma-distributed ones
+_PAUSES_TOGETHER = 25  # drawn in a row: what comes bunched stays bunched
+_PAUSES_AROUND = 50  # on each side that tell the rate a pause belongs to
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,7 @@ class LoadForecast:
     refitted_seconds: float  # event time at which methods were last fitted and compared
     errors: Mapping[str, float]  # mean absolute scaled error by method over the recent past; NaN: not tried yet
     others: Mapping[str, Floats]  # [steps] mean by method
+    pauses: Floats = field(default_factory=lambda: np.zeros(0))  # between recent arrivals, in units of their mean
 
     def rate(self, horizon_seconds: float, method: str | None = None) -> float:
         """The mean over the next `horizon_seconds`, as forecast by the method in use or another."""
@@ -123,8 +129,9 @@ class LoadForecast:
     def draw_arrivals(self, horizon_seconds: float, rng: np.random.Generator) -> Floats:
         """Sorted arrival times in (time, time + horizon), seconds, at a rate path of the forecast's distribution.
 
-        A renewal process with gamma-distributed pauses, as bursty as told, whose clock runs at the drawn rate. With
-        the same generator state a shorter horizon gives the beginning of a longer one.
+        Pauses are recent ones, some in a row at a time (a moving block bootstrap, Künsch 1989), so that requests come
+        as bunched as they did; where too few are known, gamma-distributed ones, as bursty as told. Their clock runs at
+        the drawn rate. With the same generator state a shorter horizon gives the beginning of a longer one.
         """
         path_rng, arrivals_rng = rng.spawn(2)
         rate = self.draw_rate(path_rng)[: _steps(horizon_seconds)]
@@ -133,10 +140,16 @@ class LoadForecast:
             return np.zeros(0)
         chunks = [np.zeros(1)]
         while chunks[-1][-1] < expected[-1]:
-            pauses = arrivals_rng.gamma(1.0 / self.dispersion_ratio, self.dispersion_ratio, _CHUNK)
+            pauses = self._draw_pauses(arrivals_rng)
             chunks.append(chunks[-1][-1] + np.cumsum(pauses))
         elapsed = np.interp(np.concatenate(chunks[1:]), expected, STEP_SECONDS * np.arange(expected.size), right=np.inf)
         return np.asarray(self.time_seconds + elapsed[elapsed < horizon_seconds], np.float64)
+
+    def _draw_pauses(self, rng: np.random.Generator) -> Floats:
+        if self.pauses.size < _PAUSES // 10:
+            return rng.gamma(1.0 / self.dispersion_ratio, self.dispersion_ratio, _CHUNK)
+        begins = rng.integers(0, self.pauses.size - _PAUSES_TOGETHER + 1, _CHUNK // _PAUSES_TOGETHER)
+        return np.asarray(self.pauses[begins[:, None] + np.arange(_PAUSES_TOGETHER)].ravel(), np.float64)
 
     def draw_rate(self, rng: np.random.Generator) -> Floats:
         """One path of the rate, requests per second: [steps]."""
@@ -193,6 +206,7 @@ class LoadForecaster:
             refitted_seconds=self._refitted_seconds,
             errors=dict(self._errors),
             others={name: path / STEP_SECONDS for name, (path, _) in told.items()},
+            pauses=_pauses(snapshot.recent.arrival),
         )
 
     def _surprised(self, snapshot: Snapshot, history: History, dispersion: float) -> bool:
@@ -232,7 +246,7 @@ class LoadForecaster:
         ahead_seconds = STEP_SECONDS * np.arange(1.0, mean.size + 1.0, dtype=np.float64)
         observed = _PRIOR_RELATIVE_VARIANCE * ahead_seconds
         if self._trials is not None:
-            moments = self._trials.came.shape[0]
+            moments = self._trials.independent
             tried = self._trials.relative_variance(self._method, dispersion, ahead_seconds)
             observed = (_PRIOR_TRIALS * observed + moments * tried) / (_PRIOR_TRIALS + moments)
         relative = np.maximum(np.maximum((own**2 - own[:1] ** 2) / safe**2, observed), dispersion / level)
@@ -250,6 +264,11 @@ class _Trials:
     came: Floats  # [moments, blocks]
     block_seconds: float
     scale: float  # mean absolute difference between a block and the one before
+
+    @property
+    def independent(self) -> float:
+        """Moments, without what they have in common: each begins a third of the horizon before the next."""
+        return float(1.0 + (self.came.shape[0] - 1) / _ORIGINS_IN_HORIZON)
 
     def error(self, name: str) -> float:
         """Mean absolute scaled error (Hyndman and Koehler, 2006): 1 is as bad as taking each block for the last."""
@@ -281,7 +300,7 @@ def _trials(snapshot: Snapshot, fine: Floats, names: list[str], steps: int) -> _
     predicted: dict[str, list[Floats]] = {name: [] for name in names}
     came = []
     for origin in range(_ORIGINS):
-        ago = steps + origin * max(1, steps // 3)
+        ago = steps + origin * max(1, steps // _ORIGINS_IN_HORIZON)
         if known.size - ago < _FEWEST_TRAINING_STEPS:
             break
         history = _history(snapshot, fine, steps_ago=ago)
@@ -350,6 +369,17 @@ def dispersion_ratio(counts: Floats) -> float:
     seen = (np.diff(recent) ** 2).mean() / 2.0 / recent.mean()
     likely = (recent.size * seen + _POISSON_BUCKETS) / (recent.size + _POISSON_BUCKETS)
     return float(np.clip(likely, lowest, highest))
+
+
+def _pauses(arrival: Floats) -> Floats:
+    """Between the newest arrivals, in units of the mean of those around, so that a rate that changes is no burst."""
+    pauses = np.diff(arrival[-_PAUSES - 1 :])
+    if pauses.size < _PAUSES // 10:
+        return np.zeros(0)
+    window = np.ones(2 * _PAUSES_AROUND + 1)
+    around = np.convolve(pauses, window, "same") / np.convolve(np.ones(pauses.size), window, "same")
+    relative = np.divide(pauses, around, out=np.ones(pauses.size), where=around > 0.0)
+    return np.asarray(relative / relative.mean(), np.float64)
 
 
 def _history(snapshot: Snapshot, fine: Floats, steps_ago: int) -> History:

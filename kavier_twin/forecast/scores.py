@@ -15,10 +15,12 @@ from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 
-from kavier_twin.forecast.conformal import COVERAGE, Widening
+from kavier_twin.forecast.conformal import Widening
+from kavier_twin.forecast.correction import Correction
 from kavier_twin.forecast.readings import Reading
 from kavier_twin.forecast.reality import Ended, Reality
-from kavier_twin.forecast.result import Forecast, Quantiles
+from kavier_twin.forecast.result import Forecast, Row
+from kavier_twin.forecast.serving import Foretold, breach_probability, interval, served
 from kavier_twin.forecast.slo import Metric, Slo
 from kavier_twin.simulation.footprint import Footprint
 
@@ -43,6 +45,8 @@ class ScoredKpi(NamedTuple):
     wide_high: float
     persisted: float  # NaN: too little was known before
     observed: float
+    served: float = math.nan  # the median as corrected; NaN: by a version that did not correct it
+    known: float = math.nan  # what was known of `persisted` when the forecast was made
 
 
 class ScoredBreach(NamedTuple):
@@ -53,6 +57,7 @@ class ScoredBreach(NamedTuple):
     slo: str
     probability: float
     breached: bool
+    simulated: float = math.nan  # the share of futures; NaN: by a version that served just that
 
 
 class Moment(NamedTuple):
@@ -80,9 +85,11 @@ class KpiScore:
     kpi: Metric
     horizon_seconds: float
     forecasts: int
-    error: float
+    error: float  # of the medians as simulated
     persistence_error: float  # of the forecasts for which persistence is known
     error_to_persistence_ratio: float  # below 1: better. Of those forecasts only
+    served_error: float  # of the corrected medians
+    served_error_to_persistence_ratio: float
     coverage_ratio: float  # of the intervals as simulated
     widened_coverage_ratio: float
     width: float  # mean, as simulated
@@ -107,6 +114,7 @@ class BreachScore:
     forecasts: int
     breached: int
     brier: float
+    simulated_brier: float  # of the share of futures
     persistence_brier: float  # of saying: as it is now
     reliability: tuple[Bin, ...]  # ascending, without empty ones
 
@@ -129,13 +137,15 @@ class AlertScore:
 
 
 class Interval(NamedTuple):
-    """Of the last forecast: one KPI over one horizon, as simulated and as widened by what was observed before."""
+    """Of the last forecast: one KPI over one horizon, as simulated and as served, by what was observed before."""
 
     kpi: Metric
     horizon_seconds: float
     low: float
+    median: float
     high: float
     wide_low: float
+    served: float
     wide_high: float
 
 
@@ -149,7 +159,7 @@ class Scores:
     intervals: tuple[Interval, ...] = ()
     pending: int = 0  # forecasts whose time has not come, by horizon
     unscored: Mapping[str, int] = field(default_factory=dict)  # reason -> forecasts that could not be judged
-    unobserved: Mapping[str, int] = field(default_factory=dict)  # KPI -> forecasts judged of which nothing told it
+    unobserved: Mapping[Metric, int] = field(default_factory=dict)  # KPI -> forecasts judged of which nothing told it
 
 
 class _Measure(Protocol):
@@ -161,8 +171,8 @@ class Foreseen(NamedTuple):
 
     time_seconds: float
     horizon_seconds: float
-    kpis: dict[Metric, tuple[float, float, float, float, float]]  # low, median, high, widened low and high
-    breach: dict[str, float]
+    kpis: dict[Metric, Foretold]
+    breach: dict[str, tuple[float, float]]  # by objective: odds as served, and the share of futures
 
 
 class Scorer:
@@ -171,17 +181,19 @@ class Scorer:
     def __init__(self, slos: Sequence[Slo]) -> None:
         self.reality = Reality()
         self.unscored: dict[str, int] = defaultdict(int)
-        self.unobserved: dict[str, int] = defaultdict(int)
+        self.unobserved: dict[Metric, int] = defaultdict(int)
         self._slos = {slo.name: slo for slo in slos}
         self._pending: deque[Foreseen] = deque()
         self._moments: deque[tuple[float, float, dict[str, float]]] = deque()
-        self._widenings: dict[tuple[float, Metric], Widening] = defaultdict(Widening)
+        self._widenings: dict[tuple[float, Metric], Widening] = {}
+        self._corrections: dict[tuple[float, Metric], Correction] = {}
         self._kpis: dict[tuple[float, Metric], deque[ScoredKpi]] = defaultdict(lambda: deque(maxlen=JUDGED))
         self._breaches: dict[tuple[float, str], deque[ScoredBreach]] = defaultdict(lambda: deque(maxlen=JUDGED))
         self._told: dict[str, deque[Moment]] = defaultdict(lambda: deque(maxlen=JUDGED))
         self._longest_horizon = 0.0
         self._newest = -math.inf  # forecast kept
         self._intervals: tuple[Interval, ...] = ()
+        self._footprint: Footprint | None = None  # the last told
 
     @property
     def open_forecasts(self) -> list[Foreseen]:
@@ -209,37 +221,63 @@ class Scorer:
         """What ended before this event time judges nothing any more."""
         return now_seconds - 2.0 * self._longest_horizon - SETTLE_SECONDS
 
-    def foresee(self, forecast: Forecast, policy: str) -> None:
-        """Keep what was foreseen under `policy`, the one in force.
+    def foresee(self, forecast: Forecast, policy: str) -> Forecast:
+        """Keep what was foreseen under `policy`, the one in force. Returns the forecast as it is to be served.
 
-        A forecast no later than the last one is passed over: nothing happened in between.
+        A forecast no later than the last one is not kept: nothing happened in between.
         """
         rows = [row for row in forecast.rows if row.policy == policy]
-        if not rows or forecast.time_seconds <= self._newest:
-            return
-        self._newest = forecast.time_seconds
-        intervals = []
+        told: dict[tuple[float, Metric], Foretold] = {}
         for row in rows:
-            kpis: dict[Metric, tuple[float, float, float, float, float]] = {}
-            for metric, values in row.kpis.items():
-                low, median, high = _interval(values)
-                if math.isfinite(median):
-                    wide = self._widening(row.horizon_seconds, metric).widen(low, median, high)
-                    kpis[metric] = (low, median, high, *wide)
-                    intervals.append(Interval(metric, row.horizon_seconds, low, high, *wide))
-            self._keep(Foreseen(forecast.time_seconds, row.horizon_seconds, kpis, dict(row.breach_probability)))
-        self._intervals = tuple(intervals)
-        odds = {slo: max(row.breach_probability.get(slo, 0.0) for row in rows) for slo in self._slos}
-        self._moments.append((forecast.time_seconds, min(row.horizon_seconds for row in rows), odds))
+            told |= self._foretell(forecast.time_seconds, row)
+        if not rows or forecast.time_seconds <= self._newest:
+            return served(forecast, told, list(self._slos.values()))
+        self._newest = forecast.time_seconds
+        odds: dict[str, float] = defaultdict(float)
+        for row in rows:
+            horizon = row.horizon_seconds
+            breach = {}
+            for name, share in row.breach_probability.items():
+                one = told.get((horizon, self._slos[name].metric)) if name in self._slos else None
+                said = share
+                if one is not None:
+                    said = breach_probability(self._slos[name], one.wide_low, one.served, one.wide_high)
+                breach[name] = (said, share)
+                odds[name] = max(odds[name], said)
+            kpis = {metric: one for (at, metric), one in told.items() if at == horizon}
+            self._keep(Foreseen(forecast.time_seconds, horizon, kpis, breach))
+        self._intervals = tuple(Interval(metric, horizon, *one[:6]) for (horizon, metric), one in told.items())
+        shortest = min(row.horizon_seconds for row in rows)
+        self._moments.append((forecast.time_seconds, shortest, {slo: odds[slo] for slo in self._slos}))
+        return served(forecast, told, list(self._slos.values()))
+
+    def _foretell(self, time_seconds: float, row: Row) -> dict[tuple[float, Metric], Foretold]:
+        """The row's KPIs, corrected and widened."""
+        horizon = row.horizon_seconds
+        known: Mapping[Metric, float] = {}
+        if time_seconds - horizon >= self.reality.since_seconds:
+            known = self.reality.measure(time_seconds - horizon, time_seconds, self._footprint)
+        told = {}
+        for metric, values in row.kpis.items():
+            low, median, high = interval(values)
+            if not math.isfinite(median):
+                continue
+            before = known.get(metric, math.nan)
+            corrected = self._correction(horizon, metric).serve(median, before)
+            ends = _moved(low, median, high, corrected)
+            wide_low, wide_high = self._widening(horizon, metric).widen(ends[0], corrected, ends[1])
+            told[horizon, metric] = Foretold(low, median, high, wide_low, corrected, wide_high, before)
+        return told
+
+    def _correction(self, horizon_seconds: float, metric: Metric) -> Correction:
+        return self._corrections.setdefault((horizon_seconds, metric), Correction(horizon_seconds))
 
     def _widening(self, horizon_seconds: float, metric: Metric) -> Widening:
-        """What was learnt of this horizon; before enough was, that of the longest one of which it was.
-
-        Scores are in units of an interval's own size, so they tell something of another horizon's as well.
-        """
-        own = self._widenings[horizon_seconds, metric]
-        others = [at for (at, of), found in self._widenings.items() if of == metric and found.ready]
-        return own if own.ready or not others else self._widenings[max(others), metric]
+        """What was learnt of this horizon; with what was of shorter ones until then."""
+        if (horizon_seconds, metric) not in self._widenings:
+            shorter = [found for (at, of), found in self._widenings.items() if of == metric and at < horizon_seconds]
+            self._widenings[horizon_seconds, metric] = Widening(shorter)
+        return self._widenings[horizon_seconds, metric]
 
     def _keep(self, one: Foreseen) -> None:
         self._pending.append(one)
@@ -250,6 +288,7 @@ class Scorer:
     def settle(self, now_seconds: float, footprint: Footprint | None = None) -> Settled:
         """Judge what can be judged at this event time. Returns what is new. Without a `footprint` watts, energy,
         carbon and cost are not."""
+        self._footprint = footprint
         settled = Settled([], [], [])
         waiting: deque[Foreseen] = deque()
         measured: dict[tuple[float, float], dict[Metric, float]] = {}
@@ -284,10 +323,14 @@ class Scorer:
 
     def remember(self, settled: Settled) -> None:
         """Count what was judged, now or before a restart."""
-        for kpi in settled.kpis:
+        for kpi in sorted(settled.kpis, key=lambda one: one.horizon_seconds):  # shorter horizons lend to longer ones
             self._kpis[kpi.horizon_seconds, kpi.kpi].append(kpi)
-            self._widenings[kpi.horizon_seconds, kpi.kpi].observe(
-                kpi.low, kpi.median, kpi.high, kpi.wide_low, kpi.wide_high, kpi.observed
+            corrected = kpi.median if math.isnan(kpi.served) else kpi.served
+            correction = self._correction(kpi.horizon_seconds, kpi.kpi)
+            correction.observe(kpi.time_seconds, kpi.median, kpi.known, kpi.observed)
+            low, high = _moved(kpi.low, kpi.median, kpi.high, corrected)
+            self._widening(kpi.horizon_seconds, kpi.kpi).observe(
+                low, corrected, high, kpi.wide_low, kpi.wide_high, kpi.observed
             )
         for breach in settled.breaches:
             self._breaches[breach.horizon_seconds, breach.slo].append(breach)
@@ -325,33 +368,39 @@ class Scorer:
             seen = observed.get(kpi, math.nan)
             if math.isfinite(seen):
                 persisted = before.get(kpi, math.nan)
-                settled.kpis.append(ScoredKpi(start, one.horizon_seconds, kpi, *values, persisted, seen))
-        for name, probability in one.breach.items():
+                wide = (values.low, values.median, values.high, values.wide_low, values.wide_high)
+                after = (values.served, values.known)
+                settled.kpis.append(ScoredKpi(start, one.horizon_seconds, kpi, *wide, persisted, seen, *after))
+        for name, (probability, simulated) in one.breach.items():
             if name in self._slos and self._slos[name].metric in observed:
                 breached = self._slos[name].breached(observed[self._slos[name].metric])
-                settled.breaches.append(ScoredBreach(start, one.horizon_seconds, name, probability, breached))
+                settled.breaches.append(
+                    ScoredBreach(start, one.horizon_seconds, name, probability, breached, simulated)
+                )
         asked = {*one.kpis, *(self._slos[name].metric for name in one.breach if name in self._slos)}
         for kpi in sorted(asked - observed.keys()):
             self.unobserved[kpi] += 1
 
 
-def _interval(values: Quantiles) -> tuple[float, float, float]:
-    """Low end, median and high end: the quantiles nearest to those between which COVERAGE of all futures lie."""
-    tail = 0.5 * (1.0 - COVERAGE)
-    low, high = (min(values.values, key=lambda quantile: abs(quantile - end)) for end in (tail, 1.0 - tail))
-    return values.values[low], values.p50, values.values[high]
+def _moved(low: float, median: float, high: float, corrected: float) -> tuple[float, float]:
+    """The ends of an interval whose median becomes another."""
+    if median > 0.0:
+        return low * corrected / median, high * corrected / median
+    return low + corrected - median, high + corrected - median
 
 
 def kpi_score(rows: Iterable[ScoredKpi]) -> KpiScore:
     """Of forecasts of one KPI over one horizon, at least one."""
     rows = list(rows)
-    low, median, high, wide_low, wide_high, persisted, observed = np.array([row[3:] for row in rows], np.float64).T
+    columns = np.array([row[3:] for row in rows], np.float64).T
+    low, median, high, wide_low, wide_high, persisted, observed, corrected, _ = columns
     error = np.abs(median - observed)
+    served_error = np.abs(np.where(np.isnan(corrected), median, corrected) - observed)
     both = np.isfinite(persisted)
     persistence = float(np.abs(persisted - observed)[both].mean()) if both.any() else math.nan
-    ratio = math.nan
+    ratio, served_ratio = math.nan, math.nan
     if both.any() and persistence > 0.0:
-        ratio = float(error[both].mean()) / persistence
+        ratio, served_ratio = (float(each[both].mean()) / persistence for each in (error, served_error))
     return KpiScore(
         kpi=rows[0].kpi,
         horizon_seconds=rows[0].horizon_seconds,
@@ -359,6 +408,8 @@ def kpi_score(rows: Iterable[ScoredKpi]) -> KpiScore:
         error=float(error.mean()),
         persistence_error=persistence,
         error_to_persistence_ratio=ratio,
+        served_error=float(served_error.mean()),
+        served_error_to_persistence_ratio=served_ratio,
         coverage_ratio=float(((low <= observed) & (observed <= high)).mean()),
         widened_coverage_ratio=float(((wide_low <= observed) & (observed <= wide_high)).mean()),
         width=float((high - low).mean()),
@@ -370,6 +421,7 @@ def breach_score(rows: Iterable[ScoredBreach], states: Mapping[tuple[str, float]
     """Of one objective over one horizon. `states`: whether it was broken when a forecast was made."""
     rows = list(rows)
     said = np.array([row.probability for row in rows])
+    simulated = np.array([row.probability if math.isnan(row.simulated) else row.simulated for row in rows])
     came = np.array([row.breached for row in rows], np.float64)
     now = np.array([float(states.get((row.slo, row.time_seconds), math.nan)) for row in rows])
     place = np.minimum((said * RELIABILITY_BINS).astype(int), RELIABILITY_BINS - 1)
@@ -389,6 +441,7 @@ def breach_score(rows: Iterable[ScoredBreach], states: Mapping[tuple[str, float]
         forecasts=len(rows),
         breached=int(came.sum()),
         brier=float(((said - came) ** 2).mean()),
+        simulated_brier=float(((simulated - came) ** 2).mean()),
         persistence_brier=float(((now - came)[told] ** 2).mean()) if told.any() else math.nan,
         reliability=tuple(bins),
     )

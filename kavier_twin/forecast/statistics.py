@@ -23,7 +23,7 @@ def quantiles(values: Floats, at: Sequence[float]) -> dict[float, float]:
     return dict(zip(at, map(float, np.quantile(seen, at, method="weibull")), strict=True))
 
 
-def share_interval(successes: int, of: int, credibility: float = 0.9) -> tuple[float, float]:
+def share_interval(successes: float, of: int, credibility: float = 0.9) -> tuple[float, float]:
     """Jeffreys' interval of a probability (Brown, Cai and DasGupta, "Interval estimation for a binomial proportion",
     2001): equal tails of Beta(k + 1/2, n - k + 1/2), reaching 0 where nothing and 1 where everything succeeded."""
     tail, a, b = (1.0 - credibility) / 2.0, successes + 0.5, of - successes + 0.5

@@ -13,6 +13,9 @@ There are two ways to share:
 Session labels, where given, decide whether a request that contains another is its next turn; without labels the earlier
 one must have had content of its own to be known by.
 
+Where the stream tells when requests ended, a next turn that came after the answer before it *waits* for that: the user
+reads, thinks and asks again.
+
 A return after g seconds is only seen where the window reaches back g seconds: it stands for all requests that a window
 without a beginning would have shown (Horvitz and Thompson, 1952). Likewise a request without a parent is more surely a
 first turn late in the window than early.
@@ -33,6 +36,9 @@ Flags = npt.NDArray[np.bool_]
 
 _STEADY_USERS = 3  # first turns that must have used a prefix, over half of the window at least, to call it steady
 _LONGEST_WEIGHT = 5.0  # one return stands for so many at most
+# A first turn this much older counts 1 / e, as what people ask for drifts; in a long window one with this share of it.
+# Returns are too few for that, and their times decide about a cache.
+_MEMORY_SECONDS, _MEMORY_SHARE = 200.0, 1 / 3
 _UNSEEN_RATIO = 0.02  # returns per request that first turns may be mistaken for
 
 
@@ -48,6 +54,8 @@ class Stream:
     previous: Integers  # [n] the row whose next turn this is, -1: a first turn
     returns: Flags  # [n] comes back to its parent
     contained: Flags  # [n] comes back to all of its parent's prompt
+    waits: Flags  # [n] a next turn that came when the one before had ended
+    response_seconds: Floats  # [n] from arrival to end, NaN where no end is told
     weight: Floats  # [n] requests of the stream that this one stands for; 0: in flight, no example for others
     open_rows: Integers  # rows with content that no other contains yet
     covers_output: bool  # chains run over prompt and output
@@ -59,9 +67,13 @@ class Stream:
         return float(self.weight[self.returns].sum()) / total if total else 0.0
 
 
-def read_stream(recent: Workload) -> Stream:
-    """Understand recent requests, sorted by arrival; `output` 0 marks those still in flight."""
+def read_stream(recent: Workload, ended_seconds: Floats | None = None) -> Stream:
+    """Understand recent requests, sorted by arrival; `output` 0 marks those still in flight.
+
+    `ended_seconds` [n] tells when they ended, NaN where that is not known.
+    """
     n = recent.index.size
+    ended = np.full(n, np.nan) if ended_seconds is None else ended_seconds
     hash_tokens = np.maximum(recent.hash_tokens, 1)
     full_keys = np.minimum(np.diff(recent.chain_starts), recent.covered // hash_tokens)
     prompt_keys = np.minimum(full_keys, recent.prompt // hash_tokens)
@@ -88,6 +100,8 @@ def read_stream(recent: Workload) -> Stream:
         previous=previous,
         returns=returns,
         contained=contained,
+        waits=contained & (previous >= 0) & (ended[at] <= recent.arrival),
+        response_seconds=ended - recent.arrival,
         weight=_weights(recent.arrival, recent.output > 0, returns, np.where(returns, parent, -1)),
         open_rows=np.flatnonzero(~continued & (recent.hash_tokens > 0)),
         covers_output=bool((recent.covered > recent.prompt).any()),
@@ -137,7 +151,9 @@ def _weights(arrival: Floats, finished: Flags, returns: Flags, parent: Integers)
     sure = np.zeros(n)
     sure[first[(unseen[first] <= _UNSEEN_RATIO) | (np.arange(first.size) >= first.size // 2)]] = 1.0
     result = np.zeros(n)
-    for group, share, value in ((returns, returning, weight), (~returns, 1.0 - returning, sure)):
+    memory = max(_MEMORY_SECONDS, _MEMORY_SHARE * float(seen_since[-1]))
+    newer = np.exp((arrival - arrival[-1]) / memory)
+    for group, share, value in ((returns, returning, weight), (~returns, 1.0 - returning, sure * newer)):
         examples = group & finished
         total = float(value[examples].sum())
         if total > 0.0:

@@ -27,6 +27,7 @@ from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.kpis import Counters
 from kavier_twin.simulation.policies import Override, Policy, PolicyError, apply_overrides
 from kavier_twin.simulation.state import Records
+from kavier_twin.simulation.turns import Turns
 from kavier_twin.simulation.workload import Workload
 from kavier_twin.twin.snapshot import Snapshot
 
@@ -44,6 +45,7 @@ class Future(NamedTuple):
 
     present: Fleet
     workload: Workload
+    turns: Turns
 
 
 class Task(NamedTuple):
@@ -110,7 +112,7 @@ def draw(
         present = snapshot.fleet.fork()
         settle_lengths(present, snapshot.recent, np.random.default_rng((seed, number, 1)))
         present.collect()  # what ended before is not of the future
-        yield Future(present, futures.draw((seed, number, 0)))
+        yield Future(present, *futures.draw((seed, number, 0)))
 
 
 def simulate(task: Task, cancelled: Cancelled = never) -> Seen | None:
@@ -122,7 +124,7 @@ def simulate(task: Task, cancelled: Cancelled = never) -> Seen | None:
         fleet.apply(task.overrides)
     else:
         begin_restart(fleet, task.overrides, task.restart)
-    fleet.feed(task.future.workload)
+    fleet.feed_sessions(task.future.workload, task.future.turns)
     watched = {slo.metric for slo in task.slos}
     outcomes: list[Records] = []
     kpis = np.empty((len(task.horizons_seconds), len(METRICS)))

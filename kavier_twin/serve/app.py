@@ -118,23 +118,35 @@ def make_app(twin: Twin, access: Access, limits: Limits) -> ASGIApp:
 
 def _plain(twin: Twin, access: Access) -> APIRouter:
     """What is not JSON."""
-    router = APIRouter(include_in_schema=False)
+    router = APIRouter(tags=["operating"], default_response_class=PlainTextResponse)
     registry = registry_of(twin.current)
 
-    @router.get("/")
+    @router.get("/", include_in_schema=False)
     def page() -> FileResponse:
         return FileResponse(str(STATIC.joinpath("index.html")), media_type="text/html; charset=utf-8")
 
-    @router.get("/metrics")
+    @router.get(
+        "/metrics",
+        summary="All metrics, in the Prometheus text format or as OpenMetrics",
+        responses={
+            200: {"content": {"application/openmetrics-text": {"schema": {"type": "string"}}}},
+            **_problems(401),
+        },
+        dependencies=[] if access.open_reading else [Security(_BEARER)],
+    )
     def metrics(request: Request) -> Response:
         access.to_read(request)
         return _metrics(registry, request.headers.get("accept", ""))
 
-    @router.get("/healthz")
+    @router.get("/healthz", summary="Whether the process serves")
     async def healthy() -> PlainTextResponse:
         return PlainTextResponse("ok\n")
 
-    @router.get("/readyz")
+    @router.get(
+        "/readyz",
+        summary="Whether there are figures to serve",
+        responses={503: {"description": "Not yet: a line for each pool and reason.", "content": {"text/plain": {}}}},
+    )
     def ready() -> PlainTextResponse:
         reasons = [f"pool {name}: {why}" for name, view in twin.current().items() for why in view.not_ready()]
         if not reasons:
@@ -302,7 +314,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         for operations in found["paths"].values():
             for operation in operations.values():
                 for status, response in operation["responses"].items():
-                    if int(status) >= 400:
+                    if int(status) >= 400 and "application/json" in response["content"]:
                         response["content"] = {problems.MEDIA_TYPE: response["content"]["application/json"]}
         app.openapi_schema = found
     return app.openapi_schema

@@ -16,12 +16,16 @@ def score_metrics(pool: str, scores: Scores) -> Iterator[Metric]:
     judged = gauge("score_forecasts", "Forecasts judged that the scores of this KPI and horizon are of.", kpi)
     error = gauge(
         "score_absolute_error",
-        "Mean absolute error of what was foreseen (method=forecast) and of saying that the KPI stays as it was over as "
+        "Mean absolute error of what was simulated (method=forecast), of that corrected by what was observed "
+        "(method=served), and of saying that the KPI stays as it was over as "
         "long a time before (method=persistence), in the KPI's unit.",
         [*kpi, "method"],
     )
     ratio = gauge(
-        "score_error_to_persistence_ratio", "Error of forecasts over that of persistence; below 1 is better.", kpi
+        "score_error_to_persistence_ratio",
+        "Error over that of persistence; below 1 is better. Of what was simulated (method=forecast) and of what was "
+        "served.",
+        [*kpi, "method"],
     )
     coverage = gauge(
         "score_coverage_ratio",
@@ -30,22 +34,27 @@ def score_metrics(pool: str, scores: Scores) -> Iterator[Metric]:
     )
     bound = gauge(
         "prediction_bound",
-        "Ends of the interval of the last forecast under today's policy, in the KPI's unit: as simulated, and widened.",
+        "Ends and median of the interval of the last forecast under today's policy, in the KPI's unit: as simulated, "
+        "and as served (widened, the median corrected).",
         [*kpi, "interval", "bound"],
     )
     for one in scores.kpis:
         labels = [pool, one.kpi, f"{one.horizon_seconds:g}"]
         add(judged, labels, one.forecasts)
         add(error, [*labels, "forecast"], one.error)
+        add(error, [*labels, "served"], one.served_error)
         add(error, [*labels, "persistence"], one.persistence_error)
-        add(ratio, labels, one.error_to_persistence_ratio)
+        add(ratio, [*labels, "forecast"], one.error_to_persistence_ratio)
+        add(ratio, [*labels, "served"], one.served_error_to_persistence_ratio)
         add(coverage, [*labels, "simulated"], one.coverage_ratio)
         add(coverage, [*labels, "widened"], one.widened_coverage_ratio)
     for interval in scores.intervals:
         labels = [pool, interval.kpi, f"{interval.horizon_seconds:g}"]
         add(bound, [*labels, "simulated", "low"], interval.low)
+        add(bound, [*labels, "simulated", "median"], interval.median)
         add(bound, [*labels, "simulated", "high"], interval.high)
         add(bound, [*labels, "widened", "low"], interval.wide_low)
+        add(bound, [*labels, "widened", "median"], interval.served)
         add(bound, [*labels, "widened", "high"], interval.wide_high)
     yield from (judged, error, ratio, coverage, bound)
     yield from _breaches(pool, scores)
@@ -69,8 +78,8 @@ def _breaches(pool: str, scores: Scores) -> Iterator[Metric]:
     slo = ["pool", "slo", "horizon"]
     brier = gauge(
         "score_brier",
-        "Mean squared error of breach probabilities (method=forecast), and of saying that it stays as it is "
-        "(method=persistence); 0 is perfect.",
+        "Mean squared error of breach probabilities (method=forecast), of the share of futures that break the "
+        "objective (method=simulated), and of saying that it stays as it is (method=persistence); 0 is perfect.",
         [*slo, "method"],
     )
     said = gauge(
@@ -83,6 +92,7 @@ def _breaches(pool: str, scores: Scores) -> Iterator[Metric]:
     for one in scores.breaches:
         labels = [pool, one.slo, f"{one.horizon_seconds:g}"]
         add(brier, [*labels, "forecast"], one.brier)
+        add(brier, [*labels, "simulated"], one.simulated_brier)
         add(brier, [*labels, "persistence"], one.persistence_brier)
         for found in one.reliability:
             add(said, [*labels, f"{found.lower:g}"], found.probability)

@@ -22,6 +22,8 @@ class KpiScore(_Answer):
     error: Figure = Field(examples=[0.08])
     persistence_error: Figure = Field(description="Of saying that it stays as it was.", examples=[0.11])
     error_to_persistence_ratio: Figure = Field(description="Below 1 is better.", examples=[0.73])
+    served_error: Figure = Field(description="Of medians corrected by what was observed.", examples=[0.07])
+    served_error_to_persistence_ratio: Figure = Field(examples=[0.64])
     coverage_ratio: Figure = Field(description="Intervals, as simulated, that held what came.", examples=[0.7])
     widened_coverage_ratio: Figure = Field(description="The same, widened by what was observed.", examples=[0.9])
     width: Figure = Field(description="Mean, as simulated.", examples=[0.2])
@@ -45,6 +47,7 @@ class BreachScore(_Answer):
     forecasts: int = Field(examples=[120])
     breached: int = Field(description="Forecasts whose breach came.", examples=[9])
     brier: Figure = Field(description="Mean squared error, 0 is perfect.", examples=[0.04])
+    simulated_brier: Figure = Field(description="Of the share of futures.", examples=[0.05])
     persistence_brier: Figure = Field(description="Of saying that it stays as it is.", examples=[0.07])
     reliability: tuple[Bin, ...]
 
@@ -62,13 +65,15 @@ class AlertScore(_Answer):
 
 
 class Interval(_Answer):
-    """Of the last forecast: as simulated, and widened."""
+    """Of the last forecast: as simulated, and as served: corrected and widened."""
 
     kpi: str = Field(examples=["ttft_p99_seconds"])
     horizon_seconds: float = _HORIZON
     low: Figure = Field(examples=[0.6])
+    median: Figure = Field(examples=[0.7])
     high: Figure = Field(examples=[0.8])
     wide_low: Figure = Field(examples=[0.5])
+    served: Figure = Field(description="The corrected median.", examples=[0.72])
     wide_high: Figure = Field(examples=[0.9])
 
 

@@ -29,6 +29,7 @@ from kavier_twin.simulation.policies import Override, apply_overrides
 from kavier_twin.simulation.power import Reading
 from kavier_twin.simulation.settings import FleetSettings
 from kavier_twin.simulation.state import FleetState, Records
+from kavier_twin.simulation.turns import SessionLoad, Turns
 from kavier_twin.simulation.workload import Workload, concatenate, take_rows
 
 Kind = Literal["join", "drain", "leave", "fail", "restart", "accept", "policy", "sample"]
@@ -93,6 +94,7 @@ class Fleet:
         self.state = build.new_state(settings, stepping=stepping) if state is None else state
         self._arrivals: Workload | None = None
         self._next_row = 0
+        self._sessions: SessionLoad | None = None
         self._actions: list[Action] = []
         self._collected: list[npt.NDArray[np.uint8]] = []  # outcomes, as bytes
         self.now_seconds = start_seconds
@@ -107,8 +109,10 @@ class Fleet:
     def feed(self, workload: Workload) -> None:
         """Add requests, sorted by arrival and none earlier than those fed before or than now.
 
-        Raises ValueError for an arrival in the past.
+        Raises ValueError for an arrival in the past, and behind `feed_sessions`.
         """
+        if self._sessions is not None:
+            raise ValueError("sessions in a closed loop are under way: nothing can be fed behind them")
         if workload.index.size == 0:
             return
         if workload.delivered[0] < self.now_seconds:
@@ -117,6 +121,18 @@ class Fleet:
         self._arrivals = workload if rest is None else concatenate(rest, workload)
         self._next_row = 0
         self.foresee(self._arrivals)
+
+    def feed_sessions(self, workload: Workload, turns: Turns) -> None:
+        """`feed` of requests some of which arrive when another one ended, one of these or a live one.
+
+        What waits for a request that never ends, or is lost, does not come. Belady's policy is told the order that the
+        workload has. Raises ValueError behind anything else that is still to come, and as `SessionLoad` does.
+        """
+        if self._arrivals is not None:
+            raise ValueError("other requests are still to come: sessions in a closed loop cannot be fed behind them")
+        self.feed(workload)
+        self._arrivals = None
+        self._sessions = SessionLoad(workload, turns)
 
     def foresee(self, workload: Workload | None) -> None:
         """Tell Belady's policy all requests to come; nothing under any other. `feed` does it."""
@@ -201,6 +217,8 @@ class Fleet:
                 self._next_row = stop
             if self._next_row == self._arrivals.index.size:
                 self._arrivals, self._next_row = None, 0
+        if self._sessions is not None:
+            self._deliver_sessions(self._sessions, time_seconds)
         kernels.advance_all(self.state, float(time_seconds))  # compiled for one type of time
         ended = time_seconds if time_seconds < math.inf else float(self.state.replicas["now"].max())
         self.now_seconds = max(self.now_seconds, ended)
@@ -217,6 +235,17 @@ class Fleet:
             elif status != request_kernels.OK:
                 self.grow(status)
         return places[start:stop]
+
+    def _deliver_sessions(self, sessions: SessionLoad, until_seconds: float) -> None:
+        row, status = sessions.deliver(self.state, until_seconds)
+        while status != request_kernels.OK:
+            if status == kernels.NO_REPLICA:
+                self._lose(sessions.workload, row)
+            else:
+                self.grow(status)
+            row, status = sessions.deliver(self.state, until_seconds)
+        if sessions.done:
+            self._sessions = None
 
     def grow(self, status: int) -> None:
         """Make room for what a kernel found no room for: `status` is what it returned."""
@@ -335,7 +364,7 @@ class Fleet:
     @property
     def idle(self) -> bool:
         """No request is live and none is to come."""
-        return self._arrivals is None and int(self.state.fleet["live"][0]) == 0
+        return self._arrivals is None and self._sessions is None and int(self.state.fleet["live"][0]) == 0
 
     def live(self) -> list[Live]:
         """All requests in the replicas now."""
@@ -353,6 +382,8 @@ class Fleet:
     def _set_aside(self) -> None:
         count = int(self.state.fleet["outcomes"][0])
         if count:
+            if self._sessions is not None:
+                self._sessions.take_note(self.state)
             self._collected.append(self.state.outcomes[:count].view(np.uint8).copy())
             self.state.fleet["outcomes"] = 0
 
@@ -375,6 +406,7 @@ class Fleet:
         twin.samples = self.samples.copy()
         twin.requeued = self.requeued
         twin._arrivals, twin._next_row = self._arrivals, self._next_row
+        twin._sessions = None if self._sessions is None else self._sessions.fork()
         twin._actions = list(self._actions)
         twin._collected = list(self._collected)
         return twin

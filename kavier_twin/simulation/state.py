@@ -93,8 +93,7 @@ BLOCK = _record(
     ("key", np.uint64),  # content identity, UNHASHED or PRIVATE
     ("prev", np.int32),  # free list, block 0 (vLLM's null block) being its sentinel
     ("next", np.int32),
-    ("refs", np.uint16),  # live requests that hold it; 0 = in the free list
-    ("oldest", np.uint16),  # known to be the first registered of those with its key; 0 = it may be
+    ("refs", np.int32),  # live requests that hold it; 0 = in the free list
     ("chain", np.int32),  # next block in its hash bucket, 0 = end; newest first
 )
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any, Final
+
+from pydantic_core import from_json
 
 from kavier_twin.tap.exchanges import End
 
@@ -67,8 +68,8 @@ class Answer:
 
     def _read(self, data: bytes) -> None:
         try:
-            told = json.loads(data)
-        except (ValueError, RecursionError):
+            told = from_json(data)  # several times as fast as the standard library's, and it is in the way of bytes
+        except ValueError:
             return
         if not isinstance(told, dict):
             return

@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -19,6 +20,8 @@ _DELIVERY_MS: Final = 600_000  # after which the client gives one up
 _RETRY_SECONDS: Final = 1.0
 
 log = logging.getLogger(__name__)
+# The client's own log shows what it sends, a password among it.
+logging.getLogger("kafka").setLevel(logging.CRITICAL)
 
 
 class Sink(Protocol):
@@ -26,7 +29,8 @@ class Sink(Protocol):
 
     def write(self, key: bytes, value: bytes) -> None: ...
 
-    def close(self, seconds: float) -> None: ...
+    def close(self, seconds: float) -> int:
+        """Let what was written arrive, for `seconds` at most. Returns how many records did not."""
 
 
 class FileSink:
@@ -39,8 +43,9 @@ class FileSink:
         self._file.write(value + b"\n")
         self._file.flush()
 
-    def close(self, seconds: float) -> None:
+    def close(self, seconds: float) -> int:
         self._file.close()
+        return 0
 
 
 class KafkaSink:
@@ -61,6 +66,8 @@ class KafkaSink:
         self._failed = failed
         self._producer: Any = None
         self._under_way = threading.Semaphore(_MOST_UNDER_WAY)
+        self._unconfirmed = 0
+        self._counting = threading.Lock()
 
     def write(self, key: bytes, value: bytes) -> None:
         from kafka import KafkaProducer  # an extra
@@ -79,26 +86,30 @@ class KafkaSink:
         except KafkaError as error:
             self._under_way.release()
             raise OSError(type(error).__name__) from error
-        future.add_callback(self._confirmed)
-        future.add_errback(self._lost)
+        with self._counting:
+            self._unconfirmed += 1
+        future.add_callback(lambda _: self._over())
+        future.add_errback(lambda _: self._over("kafka-failed"))
 
-    def close(self, seconds: float) -> None:
+    def close(self, seconds: float) -> int:
         from kafka.errors import KafkaError
 
         if self._producer is None:
-            return
-        try:
+            return 0
+        with suppress(KafkaError):
             self._producer.flush(timeout=seconds)
-        except KafkaError as error:
-            log.warning("Kafka did not take all records before the end: %s", type(error).__name__)
-        self._producer.close(timeout=1.0)
+        left = self._unconfirmed
+        with suppress(KafkaError):
+            self._producer.close(timeout=1.0)
+        return left
 
-    def _confirmed(self, _: object) -> None:
+    def _over(self, failure: str | None = None) -> None:
+        """Kafka has a record, or never will."""
+        with self._counting:
+            self._unconfirmed -= 1
         self._under_way.release()
-
-    def _lost(self, error: BaseException) -> None:
-        self._under_way.release()
-        self._failed("kafka-failed")
+        if failure is not None:
+            self._failed(failure)
 
 
 class Producer:
@@ -110,6 +121,7 @@ class Producer:
         self._most_bytes = most_bytes
         self._waiting: queue.SimpleQueue[tuple[str, bytes, bytes]] = queue.SimpleQueue()
         self._bytes = 0
+        self._given_up = 0
         self._counting = threading.Lock()
         self._deadline_seconds: float | None = None  # on the monotonic clock, once it is to end
         self._thread = threading.Thread(target=self._run, name="tap-producer", daemon=True)
@@ -133,11 +145,15 @@ class Producer:
         """Hand over what waits, for `seconds` at most; what is left then is counted as dropped."""
         self._deadline_seconds = time.monotonic() + seconds
         self._thread.join(seconds + 5.0)  # a write under way may still block
+        left = self._given_up
         while not self._waiting.empty():
             _, _, value = self._waiting.get_nowait()
             self._metrics.dropped.labels("ended").inc()
             self._count(-len(value), -1)
-        self._sink.close(max(0.1, self._deadline_seconds - time.monotonic()))
+            left += 1
+        left += self._sink.close(max(0.1, self._deadline_seconds - time.monotonic()))
+        if left:
+            log.warning("%d records were not handed on at the end", left)
 
     def _run(self) -> None:
         away = False
@@ -158,6 +174,7 @@ class Producer:
                     if self._over():
                         self._metrics.dropped.labels("ended").inc()
                         self._count(-len(value), -1)
+                        self._given_up += 1
                         return
                     time.sleep(_RETRY_SECONDS)
                     continue

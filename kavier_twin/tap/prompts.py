@@ -34,7 +34,6 @@ class Asked:
 
     body: Mapping[str, Any]
     is_chat: bool
-    stream: bool
     model: str | None
     max_tokens: int | None
     priority: int
@@ -62,7 +61,6 @@ class Asked:
         return cls(
             body,
             is_chat,
-            body.get("stream") is True,
             _text(body.get("model")),
             _count(limit if limit is not None else body.get("max_tokens")),
             _count(body.get("priority"), signed=True) or 0,

@@ -42,24 +42,29 @@ class TapSettings:
     grace_seconds: float
 
 
-def serve(settings: TapSettings, records: RecordSettings) -> None:
-    """Run until a signal; then finish the answers under way and hand over the records."""
+def serve(settings: TapSettings, records: RecordSettings, stopped: Callable[[], bool]) -> None:
+    """Run until a signal; then finish the answers under way and hand over the records.
+
+    `stopped` tells of a signal that came before the server could hear it.
+    """
     with _listen(settings.host, settings.port) as listening:
         worker = Worker(records)
         metrics_port = worker.start()
         print(f"tap at http://{settings.host}:{listening.getsockname()[1]}, ", end="")
         print(f"metrics at http://{records.host}:{metrics_port}/metrics", flush=True)
-        uvloop.run(_serve(settings, worker, listening))
+        uvloop.run(_serve(settings, worker, listening, stopped))
 
 
-async def _serve(settings: TapSettings, worker: Worker, listening: socket.socket) -> None:
+async def _serve(settings: TapSettings, worker: Worker, listening: socket.socket, stopped: Callable[[], bool]) -> None:
     gc.freeze()  # what was imported stays; looking through it again would hold up answers
     await worker.attend()
     upstream = None
     if settings.upstream is not None:
         upstream = Upstream(settings.upstream, ssl.create_default_context(cafile=settings.upstream_ca))
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # an answer that was cut is told by the proxy
-    await uvicorn.Server(server_config(upstream, worker.take, settings.grace_seconds)).serve(sockets=[listening])
+    server = uvicorn.Server(server_config(upstream, worker.take, settings.grace_seconds))
+    if not stopped():
+        await server.serve(sockets=[listening])
     if upstream is not None:
         upstream.close()
     await worker.end()
@@ -93,6 +98,7 @@ class _Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        transport.set_write_buffer_limits(0)  # or uvloop writes only after everything else that is ready
         self._late = self.loop.call_later(_HEAD_SECONDS, self._close_late)
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -135,6 +135,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's are no subclass
+        self._transport.set_write_buffer_limits(0)  # or uvloop writes only after everything else that is ready
 
     def data_received(self, data: bytes) -> None:
         self.came_seconds = time.perf_counter()

@@ -39,7 +39,7 @@ _MAKE_SECONDS: Final = 10.0  # for records under way, after the last answer
 _HAND_ON_SECONDS: Final = 10.0  # for records that then wait for Kafka
 _START_SECONDS: Final = 60.0
 _AGAIN_SECONDS: Final = 1.0
-_NICENESS: Final = 5  # where processors are short, traffic goes first
+_NICENESS: Final = 10  # where processors are short, traffic goes first
 _LENGTH: Final = struct.Struct("!Q")
 
 log = logging.getLogger(__name__)
@@ -108,10 +108,10 @@ class Worker:
         self._transport, _ = await loop.create_connection(lambda: _Watch(self._lost_it), sock=self._socket)
 
     def take(self, told: Request | Passed) -> None:
-        """Hand over, or count as dropped."""
-        transport = self._transport
-        if transport is None or transport.get_write_buffer_size() > MOST_BYTES_TOGETHER:
-            self._lost += isinstance(told, Request)
+        """Hand over; a request that does not fit is counted as dropped, when that can be told."""
+        transport, is_request = self._transport, isinstance(told, Request)
+        if transport is None or (is_request and transport.get_write_buffer_size() > MOST_BYTES_TOGETHER):
+            self._lost += is_request
             return
         lost, self._lost = self._lost, 0
         data = pickle.dumps((told, lost))
@@ -120,6 +120,8 @@ class Worker:
     async def end(self) -> None:
         """Let it finish the records that it has, and end."""
         self._ending = True
+        if self._restarting is not None:
+            await self._restarting
         if self._transport is not None:
             self._transport.write_eof()
             try:

@@ -254,16 +254,28 @@ class Mirror:
         earliest = self.time_seconds - self.settings.recent_seconds
         recent = [entry for entry in self._recent.values() if entry.seen.time_seconds >= earliest]
         start = recent[0].seen.time_seconds if recent else self.time_seconds
+        fleet = self.fleet.fork()
+        if self.calibrated:  # the pace is of the last seconds only, and partly the mirror's own noise
+            self._pace.apply(fleet, 1.0)
         return Snapshot(
             pool=self.settings.pool,
             time_seconds=self.time_seconds,
-            fleet=self.fleet.fork(),
-            recent=_workload(recent),
+            fleet=fleet,
+            recent=self._numbered(recent),
             recent_seconds=min(self.settings.recent_seconds, max(self.time_seconds - start, 1e-9)),
             frontend_seconds=self.frontend_seconds,
             calibrated=self.calibrated,
             arrivals=self._arrivals.until(self.time_seconds),
+            ended_seconds=np.array([e.finished.time_seconds if e.finished else math.nan for e in recent], np.float64),
         )
+
+    def _numbered(self, entries: list[Seen]) -> Workload:
+        """Requests as arrays, live ones with their number in the fleet, the others with numbers below zero."""
+        index = [
+            live.index if (live := self._running.get(entry.seen.id)) is not None else -1 - row
+            for row, entry in enumerate(entries)
+        ]
+        return _workload(entries)._replace(index=np.array(index, np.int64))
 
     # --- events ---------------------------------------------------------------------------------------------------
 
@@ -382,11 +394,13 @@ class Mirror:
             self.fleet.finish(live, finished.output_tokens, None, 0)
             self.fleet.collect()
             return
+        # Without a pod's name the router decided, perhaps not as the real one did.
+        placed = bool(entry.seen.pod) or self.fleet.state.replicas.size == 1
         self._score(entry.seen, finished, self._simulated(live))
-        self._correct(entry.seen, finished, live)
+        self._correct(entry.seen, finished, live, placed=placed)
         self._pace.apply(self.fleet)
         self.fleet.collect()
-        self._maybe_calibrate()
+        self._maybe_calibrate(placed=placed)
 
     def _simulated(self, live: Live) -> Simulated:
         """What was simulated of a request until now."""
@@ -425,8 +439,11 @@ class Mirror:
         self.fidelity.add(kpi, predicted, observed)
         self.windows.add(kpi, time_seconds, predicted, observed)
 
-    def _correct(self, seen: RequestSeen, finished: RequestFinished, live: Live) -> None:
-        """Pin the end. A simulation that was ahead waits for as long as it was."""
+    def _correct(self, seen: RequestSeen, finished: RequestFinished, live: Live, *, placed: bool) -> None:
+        """Pin the end. A simulation that was ahead waits for as long as it was.
+
+        The work of its replica tells of speed where it is `placed` as it really was: other batches tell nothing of it.
+        """
         request = self.fleet.state.requests[live.replica, live.slot]
         generated = int(request["tokens"] - request["prompt"])
         excess = 0.0
@@ -444,16 +461,17 @@ class Mirror:
             work = share * outcome["decode_work"]
             self._pace.observe(self.time_seconds, decode_seconds, work)
             wait = float(outcome["scheduled"] - outcome["arrival"]) - self.frontend_seconds
-            self._learn(
-                Row(
-                    self.time_seconds,
-                    max(0.0, wait),
-                    finished.ttft_seconds,
-                    decode_seconds,
-                    tuple(outcome["prefill_work"].tolist()),
-                    tuple(work.tolist()),
+            if placed:
+                self._learn(
+                    Row(
+                        self.time_seconds,
+                        max(0.0, wait),
+                        finished.ttft_seconds,
+                        decode_seconds,
+                        tuple(outcome["prefill_work"].tolist()),
+                        tuple(work.tolist()),
+                    )
                 )
-            )
         if excess > 0.0:
             hold_until = self.time_seconds + min(excess, self.settings.longest_hold_seconds)
             replica_kernels.hold(self.fleet.state, live.replica, hold_until)
@@ -501,8 +519,14 @@ class Mirror:
         self.use(step_time.with_coefficients(values), self.frontend_seconds)
         self._finished_at_calibration = self.finished - self.settings.recalibrate_every_requests + MINIMUM_REQUESTS
 
-    def _maybe_calibrate(self) -> None:
-        """The first time from simulations of what came so far, then from what the mirror itself saw."""
+    def _maybe_calibrate(self, *, placed: bool) -> None:
+        """The first time from simulations of what came so far, then from what the mirror itself saw.
+
+        Where nobody tells which replica served a request, coefficients that are known are better than any fitted to
+        batches that were not; the pace still follows the fleet as a whole.
+        """
+        if self.calibrated and not placed:
+            return
         wait = self.settings.recalibrate_every_requests if self.calibration else self.settings.calibrate_after_requests
         if self._is_fork or self.finished - self._finished_at_calibration < wait:
             return

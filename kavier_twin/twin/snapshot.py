@@ -35,9 +35,10 @@ class Snapshot:
 
     `fleet` is a fork whose live requests still have their assumed output lengths: a forecast draws them. `recent`
     holds the requests seen over the last `recent_seconds`, in order of arrival, with the output length of those that
-    finished and 0 for those in flight; `recent.session` numbers sessions as the fleet does (a request without one has a
-    number of its own, below zero). `arrivals` counts the requests of a longer past. Times are the stream's event time,
-    seconds.
+    finished and 0 for those in flight, and `ended_seconds` when each of them ended (NaN: not yet; None: nobody told any
+    end). `recent.index` is the fleet's number of those that are live in it, and no other's; `recent.session` numbers
+    sessions as the fleet does (a request without one has a number of its own, below zero). `arrivals` counts the
+    requests of a longer past. Times are the stream's event time, seconds.
     """
 
     pool: str
@@ -48,3 +49,4 @@ class Snapshot:
     frontend_seconds: float
     calibrated: bool
     arrivals: ArrivalCounts = field(default_factory=ArrivalCounts)
+    ended_seconds: npt.NDArray[np.float64] | None = None

@@ -11,9 +11,10 @@ import pytest
 from kavier_twin.backtest import backtest, reshaped
 from kavier_twin.cli import main
 from kavier_twin.forecast.forecaster import ForecastSettings
-from kavier_twin.forecast.slo import Slo
+from kavier_twin.forecast.slo import METRICS, Slo
 from kavier_twin.scenario import load_scenario
 from kavier_twin.telemetry import RequestRecord
+from kavier_twin.twin.mirror import Mirror
 
 RECORDINGS = Path(__file__).parents[1] / "data" / "recordings"
 SETTINGS = ForecastSettings(every_seconds=10.0, horizons_seconds=(10.0, 30.0), futures=2, workers=2)
@@ -48,6 +49,12 @@ def test_a_recording(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert found["breaches"][0]["brier"] <= 1.0
     written = {path.name for path in (tmp_path / "plots").iterdir()}
     assert {"fan-e2e_p95_seconds.png", "alerts-patient.png"} <= written
+
+
+def test_the_engine_of_a_simulated_reality_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calibration would lead away from it, as the mirror does not see which replica serves whom."""
+    monkeypatch.setattr(Mirror, "use", lambda *_: pytest.fail("calibrated"))
+    backtest(load_scenario(write(tmp_path / "calm.jsonl", requests(600, 0.2))), SETTINGS, (), warm_up_seconds=90.0)
 
 
 def test_forecasts_know_nothing_of_what_comes(tmp_path: Path) -> None:
@@ -102,3 +109,25 @@ def test_wrong_use(
     error = capsys.readouterr().err
     assert says in error
     assert "Traceback" not in error
+
+
+def test_every_objective_is_foreseen_and_judged(tmp_path: Path) -> None:
+    """Whatever KPI it bounds, but for refused requests, which no telemetry tells of."""
+    (tmp_path / "fleet.yaml").write_text(
+        "hardware: {gpu: H100 SXM 80GB, model: meta-llama/Llama-3.1-8B}\n"
+        "footprint: {price_per_gpu_hour: 2.5, currency: USD, carbon: 300}\n"
+    )
+    lower = {"prefix_cache_hit_ratio", "output_tokens_per_second", "requests_per_second"}
+    slos = tuple(Slo(name=metric, metric=metric, threshold=1e12 if metric in lower else -1.0) for metric in METRICS)
+    trace = write(tmp_path / "trace.jsonl", requests(400, 0.2))
+    found = backtest(load_scenario(trace, fleet_file=tmp_path / "fleet.yaml"), SETTINGS, slos, warm_up_seconds=10.0)
+    judged = set(METRICS) - {"rejected_requests"}
+    assert {score.kpi for score in found.scores.kpis} == judged
+    assert {score.slo for score in found.scores.breaches} == judged == {alert.slo for alert in found.scores.alerts}
+    # Each is on the wrong side of its threshold, below or above: foreseen as surely broken, and seen so.
+    assert all(score.breached == score.forecasts > 0 and score.brier < 0.05 for score in found.scores.breaches)
+    assert set(found.scores.unobserved) == {"rejected_requests"}
+    # The twin knows the engine: the sizes of what it draws and how fast it decodes are foreseen as they are read.
+    for kpi in ("power_mean_watts", "itl_p99_seconds"):
+        rows = [row for row in found.kpis if row.kpi == kpi]
+        assert np.mean([abs(row.median / row.observed - 1.0) for row in rows]) < 0.15, kpi

@@ -61,7 +61,7 @@ def test_a_question_and_its_answer(url: str, tmp_path: Path, capsys: pytest.Capt
     assert (path, authorization) == ("/v1/whatif", "Bearer s3cret")
     assert question == Question(overrides={"kv_cache_dtype": "fp8", "replicas": 2}, load=1.5, horizon_seconds=15.0)
     told = capsys.readouterr().out
-    for words in ("replicas=2", "load x 1.5", "ttft p99", "breaches ttft_p99", "--kv-cache-dtype fp8", "replicas=2:"):
+    for words in ("replicas=2", "load x 1.5", "TTFT p99", "breaks ttft_p99", "--kv-cache-dtype fp8", "replicas=2:"):
         assert words in told
     assert main(["whatif", "--url", url, "--horizon", "5", "--json"]) == 0
     assert [case["name"] for case in json.loads(capsys.readouterr().out)["cases"]] == ["today"]
@@ -70,9 +70,11 @@ def test_a_question_and_its_answer(url: str, tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("refusal", "says"),
     [
-        ((401, {"detail": "no token"}), "no token; give the daemon's token with --token-file"),
+        ((401, {"detail": "no token"}), "give the daemon's token with --token-file"),
         ((422, {"detail": "overrides: unknown policy setting 'color'"}), "unknown policy setting 'color'"),
         ((429, {"detail": "8 questions wait"}), "try again in a few seconds"),
+        ((404, {"detail": "there is no pool 'x'"}), "there is no pool 'x'\n"),
+        ((404, {}), "is it a Kavier Twin of this version?"),
         ((200, {}), "is it a Kavier Twin?"),
     ],
 )
@@ -90,7 +92,7 @@ def test_refusals_are_told(
     ("given", "says"),
     [
         (["--policy", "nonsense"], "expected NAME=VALUE"),
-        (["--load", "0"], "load: Input should be greater than 0"),
+        (["--load", "0"], "--load: Input should be greater than 0"),
         (["--token-file", "/nowhere"], "--token-file /nowhere: cannot be read"),
         (["--url", "not a url"], "correct --url"),
     ],

@@ -159,7 +159,7 @@ def test_metrics_show_both_intervals() -> None:
     assert low <= 1.0 + 1e-9
     assert value("score_error_to_persistence_ratio") is None  # persistence was right to the last bit
     slo = {"pool": "chat", "slo": "slow", "horizon": "30"}
-    assert registry.get_sample_value("kavier_twin_score_brier", {**slo, "method": "forecast"}) == pytest.approx(0.49)
+    assert registry.get_sample_value("kavier_twin_score_brier", {**slo, "method": "simulated"}) == pytest.approx(0.49)
     assert b"kavier_twin_pending_forecasts" in generate_latest(registry)
 
 
@@ -173,13 +173,13 @@ def test_the_command_reads_the_file(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert found["kpis"][0]["forecasts"] == keeper.scores.kpis[0].forecasts
     assert found["kpis"][0]["error"] == pytest.approx(0.1)
     assert main(["scores", "--db", str(path)]) == 0
-    assert "e2e_p95_seconds" in capsys.readouterr().out
+    assert "e2e p95" in capsys.readouterr().out
     for wrong, says in (("nowhere", "no such file"), ("text", "not a file of scores")):
         (tmp_path / "text").write_text("a text, and no database")
         assert main(["scores", "--db", str(tmp_path / wrong)]) == 1
         assert says in capsys.readouterr().err
     assert main(["scores", "--url", "http://127.0.0.1:9"]) == 1
-    assert "is the daemon running" in capsys.readouterr().err
+    assert "no daemon answers there" in capsys.readouterr().err
 
 
 def test_intervals_come_from_the_policy_in_force() -> None:
@@ -222,7 +222,10 @@ def test_a_file_of_the_version_before_is_taken_over(tmp_path: Path) -> None:
     go_on(ScoreKeeper("chat", SETTINGS, store), 0, 200)
     store.close()
     with sqlite3.connect(path) as db:
-        db.executescript("DROP TABLE readings; PRAGMA user_version = 1;")
+        db.executescript(
+            "DROP TABLE readings; ALTER TABLE kpis DROP COLUMN served; ALTER TABLE kpis DROP COLUMN known;"
+            "ALTER TABLE breaches DROP COLUMN simulated; PRAGMA user_version = 1;"
+        )
     assert read_judged(path)["chat"].kpis
     again = ScoreStore(path)
     assert again.readings("chat") == []

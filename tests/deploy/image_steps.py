@@ -3,7 +3,8 @@
     python tests/deploy/image_steps.py      (as root on Debian, so that it can become the image's user)
 
 No container engine is needed, and none replaces what it cannot do: the base image is this machine. Checked is that the
-steps work, and that the twin runs as the image's user with everything read-only but /tmp, compiling no kernel anew.
+steps work, and that the twin runs as the image's user on a read-only file system with a /tmp as compose and Helm give
+it, compiling no kernel anew. (Where mounting is not allowed, as in some containers, only the user keeps it from that.)
 """
 
 from __future__ import annotations
@@ -21,6 +22,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = ROOT / "deploy/Dockerfile"
 USER = 10001
+# Runs a command as the image's user, in mounts of its own.
+_READ_ONLY = [
+    *("unshare", "--mount", "--propagation", "private", "sh", "-ec"),
+    'mount -t tmpfs -o mode=1777,noexec,nosuid,nodev tmpfs "$1/tmp"; mount -o remount,bind,ro /; shift; '
+    f'exec setpriv --reuid={USER} --regid={USER} --clear-groups -- "$@"',
+    "sh",
+]
 _OURS = re.compile(r"(?<![\w/.])/(opt|src|tmp/kernels|var/lib/kavier-twin)\b")
 
 
@@ -97,7 +105,14 @@ def try_out(image: Image, entrypoint: str) -> None:
     drop = {"user": USER, "group": USER, "extra_groups": []} if os.getuid() == 0 else {}
     began = time.monotonic()
     command = [entrypoint, "demo", "--no-ui", "--speed", "1000"]
-    twin = subprocess.Popen(command, env=environment, cwd="/", **drop)
+    inside = _READ_ONLY if subprocess.run([*_READ_ONLY, image.root, "true"], check=False).returncode == 0 else None
+    print(
+        "the root file system is read-only" if inside else "no mounting here: files are the user's only bar", flush=True
+    )
+    if inside:
+        twin = subprocess.Popen([*inside, image.root, *command], env=environment, cwd="/")
+    else:
+        twin = subprocess.Popen(command, env=environment, cwd="/", **drop)
     try:
         while subprocess.run(
             image.health, check=False, env=environment, cwd="/", stderr=subprocess.DEVNULL, **drop
@@ -107,12 +122,12 @@ def try_out(image: Image, entrypoint: str) -> None:
             time.sleep(0.5)
         print(f"healthy {time.monotonic() - began:.1f} s after its start", flush=True)
         time.sleep(5)
+        kernels = Path(f"/proc/{twin.pid}/root{image.root}/tmp/kernels")  # as the twin sees it
+        links = [path for path in kernels.rglob("*.nb?") if path.is_symlink()]
+        compiled = [path for path in kernels.rglob("*.nb?") if not path.is_symlink()]
     finally:
         twin.terminate()
         twin.wait(30)
-    kernels = image.root / "tmp/kernels"
-    links = [path for path in kernels.rglob("*.nb?") if path.is_symlink()]
-    compiled = [path for path in kernels.rglob("*.nb?") if not path.is_symlink()]
     print(f"{len(links)} files of compiled kernels used, {len(compiled)} written anew")
     assert len(links) > 100
     assert not compiled, compiled[:5]

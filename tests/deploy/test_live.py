@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -28,8 +27,7 @@ from kavier_twin.pool import PoolTwin
 from kavier_twin.recording import read_recording, recorded_engine
 from kavier_twin.replay_source import ReplaySource
 from kavier_twin.simulation.settings import FleetSettings
-from prometheus_server import RealPrometheus, wait_until
-from real_parts import alertmanager
+from prometheus_server import RealAlertmanager, RealPrometheus
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
@@ -53,15 +51,14 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     prometheus, alerts = _prometheus(directory, twin.http.port)
     try:
         prometheus.start()
-        wait_until(lambda: _answers(f"{alerts.url}/-/ready"), 30.0)
+        alerts.start()
         source.start()
         twin.start()
         yield Live(twin.http.url, prometheus.url, alerts.url)
     finally:
         assert twin.stop()
         prometheus.stop()
-        alerts.process.terminate()
-        alerts.process.wait(30)
+        alerts.stop()
 
 
 def _twin() -> tuple[Daemon, ReplaySource]:
@@ -80,39 +77,23 @@ def _faster(duration: re.Match[str]) -> str:
     return f"{duration[1]}{1000 * seconds / SPEED:.0f}ms"
 
 
-class Alerts(NamedTuple):
-    url: str
-    process: subprocess.Popen[bytes]
-
-
-def _prometheus(directory: Path, twin_port: int) -> tuple[RealPrometheus, Alerts]:
+def _prometheus(directory: Path, twin_port: int) -> tuple[RealPrometheus, RealAlertmanager]:
     """With the rules as they are but for the clock: all that they wait for passes as fast as the recording."""
     rules = directory / "rules.yaml"
     rules.write_text(re.sub(r"((?:interval|for): |\[)(\d+)([smh])\b", _faster, RULES.read_text()))
     settings = yaml.safe_load((ROOT / "deploy/compose/alertmanager.yaml").read_text())
     settings["route"] |= {"group_wait": "0s", "group_interval": "1s"}
-    (directory / "alertmanager.yaml").write_text(yaml.safe_dump(settings))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    command = [
-        alertmanager(),
-        f"--config.file={directory / 'alertmanager.yaml'}",
-        f"--storage.path={directory / 'alertmanager'}",
-        f"--web.listen-address={address}",
-        "--cluster.listen-address=",
-    ]
-    with (directory / "alertmanager.log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    alerts = RealAlertmanager(directory, settings)
     prometheus = RealPrometheus(
         directory,
         [{"job_name": "kavier-twin", "static_configs": [{"targets": [f"127.0.0.1:{twin_port}"]}]}],
         **{
             "global": {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"},
             "rule_files": [str(rules)],
-            "alerting": {"alertmanagers": [{"static_configs": [{"targets": [address]}]}]},
+            "alerting": {"alertmanagers": [{"static_configs": [{"targets": [alerts.address]}]}]},
         },
     )
-    return prometheus, Alerts(f"http://{address}", process)
+    return prometheus, alerts
 
 
 def test_a_forecast_raises_an_alert_that_reaches_alertmanager(live: Live) -> None:
@@ -126,7 +107,7 @@ def test_a_forecast_raises_an_alert_that_reaches_alertmanager(live: Live) -> Non
     assert alert["labels"]["severity"] in {"critical", "warning"}
     assert alert["labels"]["slo"] == SLO.name
     assert re.fullmatch(r"((1|2)m )?\d+(\.\d+)?s", alert["annotations"]["lead_time"])
-    assert f"in the last two minutes breach SLO {SLO.name}" in alert["annotations"]["description"]
+    assert f"in the last minute breach SLO {SLO.name}" in alert["annotations"]["description"]
     assert "<error" not in json.dumps(alert["annotations"])
 
 
@@ -195,13 +176,6 @@ def _ask(live: Live, how: str, **fields: Any) -> list[Any]:
 
 def _get(url: str, **fields: Any) -> Any:
     return urllib3.request("GET", url, fields={name: str(value) for name, value in fields.items()}, timeout=10.0).json()
-
-
-def _answers(url: str) -> bool:
-    try:
-        return urllib3.request("GET", url, retries=False, timeout=1.0).status == 200
-    except urllib3.exceptions.HTTPError:
-        return False
 
 
 def _until(condition: Callable[[], Any], seconds: float = PATIENCE_SECONDS) -> None:

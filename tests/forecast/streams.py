@@ -10,6 +10,7 @@ from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.footprint import Footprint, PowerModel
 from kavier_twin.simulation.kpis import Counters
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
+from kavier_twin.simulation.turns import Turns
 from kavier_twin.simulation.workload import Workload, make_workload, take_rows
 from kavier_twin.twin.snapshot import Snapshot
 
@@ -87,24 +88,28 @@ def snapshot_at(
     *,
     frontend: float = 0.0,
     held: bool = False,
+    tells_ends: bool = True,
 ) -> Snapshot:
     """A fleet that served the workload up to `time`; `held`: nobody told it yet when its live requests will end."""
     past = between(workload, 0.0, time)
     past = past._replace(delivered=past.arrival + frontend)
-    fleet, finished = _served(settings, past, time)
+    fleet, outcomes = _served(settings, past, time)
+    finished = outcomes["index"]
     if held:
         unfinished = ~np.isin(past.index, finished)
         fleet, _ = _served(settings, past._replace(held=unfinished.astype(np.int8)), time)
     recent = between(past, time - window, time)
     recent = recent._replace(output=np.where(np.isin(recent.index, finished), recent.output, 0))
-    return Snapshot("default", time, fleet, recent, window, frontend, calibrated=True)
+    ends = dict(zip(finished.tolist(), outcomes["finish"].tolist(), strict=True))
+    ended = np.array([ends.get(index, np.nan) for index in recent.index.tolist()]) if tells_ends else None
+    return Snapshot("default", time, fleet, recent, window, frontend, calibrated=True, ended_seconds=ended)
 
 
 def _served(settings: FleetSettings, past: Workload, time: float) -> tuple[Fleet, Any]:
     fleet = Fleet(settings)
     fleet.feed(past)
     fleet.run(time)
-    return fleet, fleet.collect()["index"]
+    return fleet, fleet.collect()
 
 
 def empty_snapshot(settings: FleetSettings | None = None, time: float = 100.0) -> Snapshot:
@@ -113,11 +118,14 @@ def empty_snapshot(settings: FleetSettings | None = None, time: float = 100.0) -
     return Snapshot("default", time, fleet, make_workload([], [], []), 60.0, 0.0, calibrated=False)
 
 
-def hit_ratio(fleet: Fleet, future: Workload) -> float:
+def hit_ratio(fleet: Fleet, future: Workload, turns: Turns | None = None) -> float:
     """Prefix-cache hit ratio of these requests on a copy of the fleet as it is now."""
     fork = fleet.fork()
     before = Counters.of(fork.state, fork.now_seconds)
-    fork.feed(future)
+    if turns is None:
+        fork.feed(future)
+    else:
+        fork.feed_sessions(future, turns)
     fork.run()
     after = Counters.of(fork.state, fork.now_seconds)
     return (after.hit_tokens - before.hit_tokens) / (after.query_tokens - before.query_tokens)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -215,6 +216,16 @@ def test_arrivals_are_as_bursty_as_told(dispersion: float) -> None:
     counts = np.histogram(arrivals, 500)[0].astype(np.float64)
     assert counts.var() / counts.mean() == pytest.approx(dispersion, rel=0.2)
     assert dispersion_ratio(counts) == pytest.approx(dispersion, rel=0.25)
+
+
+def test_arrivals_are_bunched_as_those_before() -> None:
+    """Batches of five every two seconds, then twice as many: a count of ten seconds shows neither."""
+    batches = np.concatenate([np.arange(0.0, 300.0, 2.0), np.arange(300.0, 600.0, 1.0)])
+    told = LoadForecaster().forecast(at(np.repeat(batches, 5), 600.0), 600.0)
+    told = dataclasses.replace(told, mean=np.full(60, 5.0), deviation=np.zeros(60))
+    pauses = np.diff(told.draw_arrivals(600.0, np.random.default_rng(3)))
+    assert (pauses < 1e-6).mean() == pytest.approx(0.8, abs=0.02)
+    assert np.median(pauses[pauses > 1e-6]) == pytest.approx(1.0, rel=0.05)
 
 
 def test_the_rate_path_is_as_uncertain_as_told() -> None:

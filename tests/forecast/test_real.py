@@ -9,7 +9,7 @@ import pytest
 
 from connectors.traces import read_trace
 from forecast.streams import between, fleet_settings, hit_ratio, snapshot_at
-from kavier_twin.forecast.futures import draw_futures
+from kavier_twin.forecast.futures import Futures, draw_futures
 from kavier_twin.simulation.settings import EngineSettings, StepTime
 from kavier_twin.simulation.workload import Workload, take_rows, workload_of
 from kavier_twin.twin.snapshot import Snapshot
@@ -43,9 +43,11 @@ def test_recordings_of_a_real_server(shared_data: Path, name: str) -> None:
     for share in (0.40, 0.45, 0.50, 0.55, 0.60, 0.65, 0.70):
         snapshot = snapshot_at(stream, fleet_settings(**engine), share * end, end)
         went_on = between(stream, share * end, end)
-        futures = draw_futures(snapshot, (1.0 - share) * end, range(4))
-        errors.append(mean_hit_ratio(snapshot, futures) - hit_ratio(snapshot.fleet, went_on))
-        assert np.mean([future.output.mean() for future in futures]) == pytest.approx(went_on.output.mean(), rel=0.15)
+        futures = Futures(snapshot, (1.0 - share) * end)
+        drawn = [futures.draw(seed) for seed in range(4)]  # turns that wait for simulated answers
+        ratios = [hit_ratio(snapshot.fleet, *future) for future in drawn]
+        errors.append(np.mean(ratios) - hit_ratio(snapshot.fleet, went_on))
+        assert np.mean([future.output.mean() for future, _ in drawn]) == pytest.approx(went_on.output.mean(), rel=0.15)
     assert abs(np.mean(errors)) < 0.01
     assert np.abs(errors).max() < 0.025
 
@@ -59,7 +61,7 @@ def mooncake(shared_data: Path) -> Workload:
 def mooncake_at_half(stream: Workload, num_gpu_blocks: int) -> tuple[Snapshot, float]:
     """The snapshot, and the hit ratio that the second half of the trace had behind it."""
     settings = fleet_settings(num_gpu_blocks=num_gpu_blocks).model_copy(update={"step_time": FAST})
-    snapshot = snapshot_at(stream, settings, HALF_SECONDS, HALF_SECONDS)
+    snapshot = snapshot_at(stream, settings, HALF_SECONDS, HALF_SECONDS, tells_ends=False)  # as the trace is
     return snapshot, hit_ratio(snapshot.fleet, between(stream, HALF_SECONDS, np.inf))
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
 from forecast.forecasts import forecast_of, row
-from kavier_twin.forecast.conformal import SCORES_NEEDED, Widening
+from kavier_twin.forecast.conformal import Widening
+from kavier_twin.forecast.correction import Correction
 from kavier_twin.forecast.reality import Ended, Reality
 from kavier_twin.forecast.result import Forecast
 from kavier_twin.forecast.scores import SETTLE_SECONDS, Moment, ScoredBreach, Scorer, alert_score, breach_score
@@ -84,7 +87,8 @@ def test_a_forecast_is_judged_when_its_time_has_come() -> None:
     assert score.error_to_persistence_ratio == pytest.approx(0.1)
     assert score.coverage_ratio == 1.0
     (breach,) = scores.breaches
-    assert breach.brier == pytest.approx(0.04)
+    assert breach.simulated_brier == pytest.approx(0.04)  # of the share of futures
+    assert breach.brier < 0.04  # the interval says more: 2.7 to 3.7, where 2 is the threshold
     assert breach.persistence_brier == 1.0  # it was not broken then
     assert scores.pending == 0
 
@@ -171,6 +175,64 @@ def test_widened_intervals_cover(spread: float) -> None:
         observed = level + spread * float(rng.standard_normal())
         covered.append(wide_low <= observed <= wide_high)
         widening.observe(low, level, high, wide_low, wide_high, observed)
-        if number < SCORES_NEEDED:
-            assert (wide_low, wide_high) == (low, high)
     assert 0.85 <= np.mean(covered[100:]) <= 0.95
+
+
+def test_intervals_that_cover_too_much_become_narrower() -> None:
+    rng = np.random.default_rng(3)
+    widening = Widening()
+    for _ in range(200):
+        widening.observe(0.0, 10.0, 20.0, *widening.widen(0.0, 10.0, 20.0), 10.0 + float(rng.standard_normal()))
+    low, high = widening.widen(0.0, 10.0, 20.0)
+    assert 2.5 < high - low < 6.0  # 3.3 would do
+
+
+def test_a_longer_horizon_learns_from_shorter_ones_until_its_time_comes() -> None:
+    """A side that always misses is widened, the other is not."""
+    short = Widening()
+    for _ in range(20):
+        short.observe(9.0, 10.0, 11.0, *short.widen(9.0, 10.0, 11.0), 15.0)
+    low, high = Widening([short]).widen(9.0, 10.0, 11.0)
+    assert high > 14.0
+    assert low > 8.0
+    assert Widening().widen(9.0, 10.0, 11.0)[1] < 12.0
+
+
+@pytest.mark.parametrize(("simulated", "persisted", "least", "most"), [(1.0, 9.0, 0.8, 1.0), (9.0, 1.0, 0.0, 0.2)])
+def test_the_better_expert_is_served(simulated: float, persisted: float, least: float, most: float) -> None:
+    """Where errors of simulation and persistence are of these sizes."""
+    rng = np.random.default_rng(4)
+    correction = Correction(60.0)
+    assert correction.serve(2.0, math.nan) == 2.0
+    for number in range(50):
+        noise = rng.standard_normal(2)
+        correction.observe(60.0 * number, 100.0 + simulated * noise[0], 100.0 + persisted * noise[1], 100.0)
+    assert least <= correction.share <= most
+
+
+def test_forecasts_that_overlap_count_once() -> None:
+    apart, overlapping = Correction(600.0), Correction(600.0)
+    for number in range(5):
+        apart.observe(600.0 * number, 2.0, 1.0, 1.0)
+        overlapping.observe(60.0 * number, 2.0, 1.0, 1.0)
+    assert apart.share < overlapping.share < 0.8
+
+
+def test_what_is_served() -> None:
+    """Simulated far too low: the policy in force is raised, others alike; odds follow; what was simulated is kept."""
+    scorer = Scorer([SLOW])
+    scorer.reality = reality({float(t): 1.9 for t in range(0, 4000)})
+    for minute in range(5, 60):
+        scorer.settle(60.0 * minute)
+        told = scorer.foresee(forecast(60.0 * minute, 1.0), "today")
+    today, other = told.rows
+    assert today.kpis["e2e_p95_seconds"].p50 == pytest.approx(1.9, abs=0.1)
+    assert other.kpis["e2e_p95_seconds"].p50 == pytest.approx(9.0 * today.kpis["e2e_p95_seconds"].p50)
+    values = list(today.kpis["e2e_p95_seconds"].values.values())
+    assert values == sorted(values)
+    assert 0.0 < today.breach_probability["slow"] < 0.5 < other.breach_probability["slow"]
+    (last,) = scorer.scores().intervals
+    assert (last.low, last.median, last.high) == (0.5, 1.0, 1.5)
+    assert last.served == today.kpis["e2e_p95_seconds"].p50
+    (score,) = scorer.scores().kpis
+    assert score.served_error < 0.3 * score.error

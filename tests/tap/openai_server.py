@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import ssl
 import threading
 import time
@@ -24,6 +25,8 @@ from kavier_twin.tap.recorder import Recorder
 from kavier_twin.tap.server import server_config
 from kavier_twin.tap.upstream import Upstream
 
+PATIENCE_SECONDS = 60.0
+
 
 def token_ids(text: str) -> list[int]:
     """The server's tokenizer: one token a character."""
@@ -35,6 +38,7 @@ class OpenAIServer:
 
     def __init__(self, pause_seconds: float = 0.0) -> None:
         self.pause_seconds = pause_seconds
+        self.tokenize_status = 200
         self.cancelled = threading.Event()
         self.requests: list[tuple[str, str, dict[bytes, bytes], bytes]] = []
 
@@ -51,7 +55,7 @@ class OpenAIServer:
         if path == "/tokenize":
             asked = json.loads(body)
             text = asked["prompt"] if "prompt" in asked else "".join(m["content"] for m in asked["messages"])
-            await _json(send, {"tokens": token_ids(text), "count": len(text)})
+            await _json(send, {"tokens": token_ids(text), "count": len(text)}, self.tokenize_status)
         elif path == "/v1/models":
             await _json(send, {"data": [{"id": "base", "parent": None}, {"id": "adapter", "parent": "base"}]})
         elif path in ("/v1/chat/completions", "/v1/completions"):
@@ -95,6 +99,13 @@ class OpenAIServer:
         gone.cancel()
 
 
+def free_port() -> int:
+    """A port that nothing listens at now."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
 async def _json(send: Any, content: Any, status: int = 200) -> None:
     fields = [(b"content-type", b"application/json")]
     await send({"type": "http.response.start", "status": status, "headers": fields})
@@ -114,7 +125,7 @@ class Running:
 
     def of_kind(self, kind: str, count: int = 1) -> list[Any]:
         """Its records of a kind, once there are `count`."""
-        deadline = time.monotonic() + 10.0
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while True:
             found = [record for record in self.records if record.kind == kind]
             if len(found) >= count or time.monotonic() > deadline:
@@ -124,7 +135,7 @@ class Running:
 
     def counted(self, name: str, count: float = 1.0, **labels: str) -> None:
         """Wait until a counter has reached a value."""
-        deadline = time.monotonic() + 10.0
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while (value := self.metrics.registry.get_sample_value(name, labels)) != count:
             assert time.monotonic() < deadline, f"{name}{labels} is {value}"
             time.sleep(0.01)
@@ -188,7 +199,7 @@ def _serving(make: Any, sessions: Sequence[Any] = ()) -> Iterator[Running]:
 
     thread = threading.Thread(target=lambda: uvloop.run(main()))
     thread.start()
-    assert begun.wait(10.0)
+    assert begun.wait(PATIENCE_SECONDS)
     try:
         yield running
     finally:

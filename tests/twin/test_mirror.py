@@ -6,6 +6,7 @@ import math
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -186,6 +187,35 @@ def test_a_snapshot_is_independent(records: list[RequestRecord]) -> None:
     mirror.advance()
     assert tuple(array.tobytes() for array in snapshot.fleet.state) == before
     assert (snapshot.recent.output > 0).any()
+
+
+def test_a_forecast_runs_at_the_coefficients_not_at_the_pace_of_the_last_seconds(records: list[RequestRecord]) -> None:
+    mirror = run(halves(records)[:600])
+    snapshot = mirror.snapshot()
+    assert snapshot is not None
+    assert mirror.calibrated
+    assert mirror.pace != 1.0
+    fixed = mirror.fleet.settings.step_time.fixed
+    assert snapshot.fleet.state.engines["fixed"] == pytest.approx(fixed)
+    assert mirror.fleet.state.engines["fixed"] == pytest.approx(mirror.pace * fixed)
+
+
+def test_a_snapshot_tells_which_requests_are_live_and_when_the_others_ended(records: list[RequestRecord]) -> None:
+    mirror = Mirror(MirrorSettings(), FLEET)
+    for event in halves(records)[:600]:
+        mirror.ingest(event)
+    mirror.advance()
+    snapshot = mirror.snapshot()
+    assert snapshot is not None
+    assert snapshot.ended_seconds is not None
+    recent, live = snapshot.recent, {request.index for request in snapshot.fleet.live()}
+    assert len(live) > 2
+    assert set(recent.index[recent.index >= 0].tolist()) == live
+    assert np.array_equal(np.isfinite(snapshot.ended_seconds), recent.output > 0)
+    assert not np.isfinite(snapshot.ended_seconds[recent.index >= 0]).any()
+    ends = {record.time_seconds: record.time_seconds + (record.e2e_seconds or 0.0) for record in records}
+    for arrival, end in zip(recent.arrival.tolist(), snapshot.ended_seconds.tolist(), strict=True):
+        assert math.isnan(end) or end == ends[arrival]
 
 
 def test_memory_stays_bounded(records: list[RequestRecord]) -> None:

@@ -39,18 +39,24 @@ def stream(slower: Callable[[float], float], seconds: float, seed: int = 1) -> l
         fleet.run(second + 1.0)
     events: list[Event] = []
     for outcome in fleet.collect():
-        identity, began = f"{outcome['index']}", float(outcome["arrival"])
-        events.append(RequestSeen(id=identity, time_seconds=began, prompt_tokens=int(outcome["prompt"])))
-        events.append(
-            RequestFinished(
-                id=identity,
-                time_seconds=float(outcome["finish"]),
-                output_tokens=int(outcome["output"]),
-                ttft_seconds=float(outcome["first_token"]) - began,
-                e2e_seconds=float(outcome["finish"]) - began,
-            )
-        )
+        events += records_of(outcome)
     return sorted(events, key=lambda event: event.time_seconds)
+
+
+def records_of(outcome: np.void, tell_pod: bool = False) -> tuple[RequestSeen, RequestFinished]:
+    """What the stream tells of a request."""
+    identity, began = f"{outcome['index']}", float(outcome["arrival"])
+    pod = f"pod-{outcome['replica']}" if tell_pod else None
+    return (
+        RequestSeen(id=identity, time_seconds=began, prompt_tokens=int(outcome["prompt"]), pod=pod),
+        RequestFinished(
+            id=identity,
+            time_seconds=float(outcome["finish"]),
+            output_tokens=int(outcome["output"]),
+            ttft_seconds=float(outcome["first_token"]) - began,
+            e2e_seconds=float(outcome["finish"]) - began,
+        ),
+    )
 
 
 def follow(mirror: Mirror, events: list[Event], until: float) -> list[Event]:
@@ -67,6 +73,29 @@ def speed(mirror: Mirror) -> float:
     """How long typical steps last by the mirror's coefficients, TRUE's being 1."""
     found = mirror.fleet.settings.step_time.coefficients() @ TYPICAL_WORK
     return float(found / (TRUE.coefficients() @ TYPICAL_WORK))
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_without_pods_known_step_times_stay(told: bool) -> None:
+    """Where nobody tells which replica served a request, the mirror's batches are others than those that took so
+    long: nothing is to be fitted to them."""
+    rng = np.random.default_rng(5)
+    arrival = np.cumsum(rng.exponential(1 / 12, 1500))
+    prompt, output = rng.integers(50, 1200, arrival.size), rng.integers(20, 200, arrival.size)
+    # Three real replicas get their requests by chance, which the mirrored router cannot know.
+    workload = make_workload(arrival, prompt, output, index=np.arange(arrival.size), replica=rng.integers(0, 3, 1500))
+    fleet = Fleet(FleetSettings(engine=ENGINE, replicas=3, step_time=TRUE))
+    fleet.feed(workload)
+    fleet.run()
+    mirror = Mirror(
+        MirrorSettings(prior=TRUE), FleetSettings(engine=ENGINE, replicas=3, step_time=TRUE), calibrated=True
+    )
+    events = [event for outcome in fleet.collect() for event in records_of(outcome, told)]
+    follow(mirror, sorted(events, key=lambda event: event.time_seconds), math.inf)
+    assert mirror.finished > 1_000
+    assert speed(mirror) == pytest.approx(1.0, abs=0.02)
+    assert mirror.frontend_seconds < 0.01
+    assert (mirror.calibration is not None) is told
 
 
 def test_a_jump_is_found_and_met() -> None:

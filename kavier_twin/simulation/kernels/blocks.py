@@ -8,11 +8,7 @@ the head, no de-duplication, the first registered copy answers a lookup.
 import numpy as np
 
 from kavier_twin.simulation.kernels.compile import kernel, small_kernel
-from kavier_twin.simulation.kernels.prefetch import prefetch
 from kavier_twin.simulation.state import PRIVATE, UNHASHED
-
-_EVICTED_AHEAD = 8  # blocks whose memory is asked for at a time
-NEAR = 8  # blocks: those further apart were hardly taken together
 
 _UNHASHED = np.uint64(UNHASHED)
 _PRIVATE = np.uint64(PRIVATE)
@@ -57,8 +53,7 @@ def private_key(uid, block):
 
 
 @small_kernel
-def bucket_of(buckets, key):
-    """Where blocks with this key begin."""
+def _bucket(buckets, key):
     # Blocks under one coarse hash lie in neighbouring buckets: a prefix walk stays in a few cache lines.
     return np.int64((mix(key >> _SUB_BITS) + (key & _SUB_MASK)) & np.uint64(buckets.size - 1))
 
@@ -67,7 +62,7 @@ def bucket_of(buckets, key):
 def find(blocks, buckets, key):
     """The first registered block with this key, 0 if there is none."""
     found = 0
-    block = buckets[bucket_of(buckets, key)]
+    block = buckets[_bucket(buckets, key)]
     while block != 0:
         if blocks[block].key == key:
             found = block
@@ -76,56 +71,18 @@ def find(blocks, buckets, key):
 
 
 @small_kernel
-def _is(blocks, block, key):
-    return 0 < block < blocks.size and blocks[block].oldest and blocks[block].key == key
-
-
-@small_kernel
-def expected(blocks, key, last, step):
-    """`find` without the hash table where it can be told without, given the block before in a prefix; else 0.
-
-    Blocks taken together lie near each other, mostly `step` apart, and the table is far larger than the processor's
-    caches. Only a block known to be what `find` returns may be taken that way.
-    """
-    if _is(blocks, last + step, key):
-        return last + step
-    for away in range(1, NEAR + 1):
-        if _is(blocks, last - away, key):
-            return last - away
-        if _is(blocks, last + away, key):
-            return last + away
-    return np.int64(0)
-
-
-@small_kernel
-def find_oldest(blocks, buckets, key):
-    """`find` that leaves a note for `expected`: others with that key come later."""
-    block = np.int64(find(blocks, buckets, key))
-    if block != 0:
-        blocks[block].oldest = 1
-    return block
-
-
-@small_kernel
-def link(blocks, buckets, block, key):
-    """Make a record findable under `key`."""
-    bucket = bucket_of(buckets, key)
+def insert(blocks, buckets, block, key):
+    """Make `block` findable under `key`."""
+    bucket = _bucket(buckets, key)
     blocks[block].key = key
     blocks[block].chain = buckets[bucket]
     buckets[bucket] = block
 
 
 @small_kernel
-def insert(blocks, buckets, block, key):
-    """Make `block` findable under `key`."""
-    link(blocks, buckets, block, key)
-    blocks[block].oldest = blocks[block].chain == 0
-
-
-@small_kernel
 def remove(blocks, buckets, block):
     """Take a findable block out of the hash table. Its key stays."""
-    bucket = bucket_of(buckets, blocks[block].key)
+    bucket = _bucket(buckets, blocks[block].key)
     at = buckets[bucket]
     if at == block:
         buckets[bucket] = blocks[block].chain
@@ -154,11 +111,6 @@ def allocate(replica, blocks, buckets, table, start, count):
     """
     block = blocks[0].next
     for at in range(start, start + count):
-        if (at - start) % _EVICTED_AHEAD == 0:
-            ahead = block
-            for _ in range(min(_EVICTED_AHEAD, start + count + 1 - at)):  # the one after the last too: it comes next
-                prefetch(buckets, bucket_of(buckets, blocks[ahead].key))
-                ahead = blocks[ahead].next
         forget(replica, blocks, buckets, block)
         blocks[block].refs = 1
         table[at] = np.uint64(block)

@@ -15,9 +15,34 @@ NO_REPLICA = 4
 
 
 @kernel
-def _refresh_all(state):
+def refresh_all(state):
     for number in range(state.replicas.size):
         refresh(state, number)
+
+
+@kernel
+def arrive_one(state, workload, row, places):
+    """Deliver one row of a workload. Returns (status, replica): see `arrive`.
+
+    `tokens` and `computed` of requests in the flow are not written for readers outside the kernels.
+    """
+    time = workload.delivered[row]
+    number = route(state, workload, row, time)
+    if number < 0:
+        return NO_REPLICA, np.int64(-1)
+    advance(state, number, time)
+    status, slot = push(state, number, workload, row)
+    if status != OK:
+        # The turn was taken: a second try must come out the same.
+        state.fleet[0].turn = number
+        return status, np.int64(number)
+    if state.engines[number].eviction == BELADY and state.replicas.size > 1:
+        for other in range(state.replicas.size):
+            advance(state, other, time)
+        belady.passed(state, row, workload, number if slot >= 0 else -1)
+    places[row, 0] = number
+    places[row, 1] = slot
+    return OK, np.int64(number)
 
 
 @kernel
@@ -28,26 +53,14 @@ def arrive(state, workload, start, stop, places):
     status, replica): a status other than OK names what must grow (on that replica) before going on.
     """
     state, workload = by_reference(state), by_reference(workload)
-    for row in range(start, stop):
-        time = workload.delivered[row]
-        number = route(state, workload, row, time)
-        if number < 0:
-            return row, NO_REPLICA, -1
-        advance(state, number, time)
-        status, slot = push(state, number, workload, row)
+    row, status, number = start, OK, np.int64(-1)
+    while row < stop:
+        status, number = arrive_one(state, workload, row, places)
         if status != OK:
-            # The turn was taken: a second try must come out the same.
-            state.fleet[0].turn = number
-            _refresh_all(state)
-            return row, status, number
-        if state.engines[number].eviction == BELADY and state.replicas.size > 1:
-            for other in range(state.replicas.size):
-                advance(state, other, time)
-            belady.passed(state, row, workload, number if slot >= 0 else -1)
-        places[row, 0] = number
-        places[row, 1] = slot
-    _refresh_all(state)
-    return stop, OK, -1
+            break
+        row += 1
+    refresh_all(state)
+    return row, status, number
 
 
 @kernel
@@ -56,7 +69,7 @@ def advance_all(state, until):
     state = by_reference(state)
     for number in range(state.replicas.size):
         advance(state, number, until)
-    _refresh_all(state)
+    refresh_all(state)
 
 
 @kernel

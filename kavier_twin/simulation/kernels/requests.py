@@ -8,12 +8,8 @@ import numpy as np
 
 from kavier_twin.simulation.kernels import queue
 from kavier_twin.simulation.kernels.blocks import (
-    NEAR,
     allocate,
-    bucket_of,
-    expected,
     find,
-    find_oldest,
     insert,
     private_key,
     release_table,
@@ -23,7 +19,6 @@ from kavier_twin.simulation.kernels.compile import inlined_kernel, kernel, small
 from kavier_twin.simulation.kernels.eviction import dispatch
 from kavier_twin.simulation.kernels.eviction.order import order_of
 from kavier_twin.simulation.kernels.flow import leave
-from kavier_twin.simulation.kernels.prefetch import prefetch
 from kavier_twin.simulation.kernels.reference import by_reference
 from kavier_twin.simulation.state import (
     FINISHED,
@@ -41,8 +36,6 @@ OK = 0
 GROW_SLOTS = 1
 GROW_ARENA = 2
 GROW_OUTCOMES = 3
-
-AHEAD = 64  # blocks whose memory is asked for at a time
 
 _PRIVATE = np.uint64(PRIVATE)
 _UNHASHED = np.uint64(UNHASHED)
@@ -182,19 +175,6 @@ def publish(request, blocks, buckets, arena, block_size):
             insert(blocks, buckets, block, private_key(request.uid, number))
 
 
-@small_kernel
-def ask_for(blocks, buckets, keys, cell, within, hash_tokens, block_size, count):
-    """Ask for what finding `count` blocks from here on (as in `keys_from`) will read."""
-    at, sub = cell, within
-    for _ in range(count):
-        prefetch(buckets, bucket_of(buckets, keys[at] + np.uint64(sub // block_size)))
-        at, sub = next_key(at, sub, hash_tokens, block_size)
-    at, sub = cell, within
-    for _ in range(count):
-        prefetch(blocks, buckets[bucket_of(buckets, keys[at] + np.uint64(sub // block_size))])
-        at, sub = next_key(at, sub, hash_tokens, block_size)
-
-
 @kernel
 def lookup(request, blocks, buckets, arena, block_size):
     """The longest cached prefix, capped at num_tokens - 1 (vLLM `get_computed_blocks`).
@@ -207,18 +187,11 @@ def lookup(request, blocks, buckets, arena, block_size):
     known = min(most, request.known)
     hash_tokens = request.hash_tokens
     single = hash_tokens == block_size
-    evictable, block, step, asked = 0, np.int64(0), np.int64(1), 0
+    evictable = 0
     cell, within = keys_from(request, 0, block_size)
     for number in range(known):
         key = arena[cell] + np.uint64(0 if single else within // block_size)
-        last, block = block, expected(blocks, key, block, step)
-        if block == 0:
-            if number >= asked:
-                ask_for(blocks, buckets, arena, cell, within, hash_tokens, block_size, min(AHEAD, known - number))
-                asked = number + AHEAD
-            block = find_oldest(blocks, buckets, key)
-        if abs(block - last) <= NEAR:
-            step = block - last
+        block = find(blocks, buckets, key)
         if block == 0:
             return number, evictable, key
         if blocks[block].refs == 0:

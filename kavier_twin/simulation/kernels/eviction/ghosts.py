@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from kavier_twin.simulation.kernels.blocks import find, link, remove
+from kavier_twin.simulation.kernels.blocks import find, insert, remove
 from kavier_twin.simulation.kernels.compile import kernel
 from kavier_twin.simulation.state import PRIVATE
 
@@ -49,7 +49,7 @@ def push(order, which, key):
     if key == _PRIVATE:
         ghosts[row].key = key
     else:
-        link(ghosts, order.ghost_buckets, row, key)
+        insert(ghosts, order.ghost_buckets, row, key)
 
 
 @kernel

@@ -1,0 +1,81 @@
+"""`kavier-twin tap` as a process."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PATIENCE_SECONDS = 60.0
+
+
+def until(condition: Callable[[], Any], what: str) -> Any:
+    """What `condition` gives once it gives something."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        time.sleep(0.02)
+    pytest.fail(f"waited in vain: {what}")
+
+
+class TapProcess:
+    """A running tap. `said` is what it wrote to standard output and error."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+        self.process = process
+        self._log = log
+        found = until(self._address, f"the tap starts: {self.said}")
+        self.url, self.metrics_url = found.groups()
+
+    def _address(self) -> re.Match[str] | None:
+        assert self.process.poll() is None, self.said
+        return re.search(r"tap at (http\S+), metrics at (http\S+)\n", self.said)
+
+    @property
+    def said(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def metrics(self) -> str:
+        return str(urllib.request.urlopen(self.metrics_url, timeout=20).read().decode())
+
+    def counted(self, line: str) -> None:
+        """Wait until the metrics have this line."""
+        until(lambda: f"\nkavier_twin_tap_{line}\n" in self.metrics(), line)
+
+    def worker(self) -> int:
+        """The process that makes records, 0 if there is none."""
+        threads = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        children = " ".join(children.read_text() for children in threads).split()
+        named = [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+        return named[-1] if named else 0
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        """Send a signal, wait for the end, give the exit status."""
+        self.process.send_signal(number)
+        return self.process.wait(60)
+
+
+@contextmanager
+def tap_process(log: Path, *options: str | Path, environment: dict[str, str] | None = None) -> Iterator[TapProcess]:
+    """Run a tap that writes what it says to `log`."""
+    command = [sys.executable, "-m", "kavier_twin.cli", "tap", "--port", "0", "--metrics-port", "0"]
+    with log.open("wb") as said:
+        process = subprocess.Popen(
+            [*command, *map(str, options)], stdout=said, stderr=said, env={**os.environ, **(environment or {})}
+        )
+        try:
+            yield TapProcess(process, log)
+        finally:
+            process.kill()
+            process.wait(30)
