@@ -12,7 +12,8 @@ END = b"\xff" * 8
 class Publisher:
     """vLLM's ZmqEventPublisher: PUB beside a ROUTER for replay, the last `keep` batches kept.
 
-    `lose` are sequence numbers that the PUB socket does not deliver.
+    `lose` are sequence numbers that the PUB socket does not deliver. `before` are batches from before anybody could be
+    there to receive them.
     """
 
     def __init__(
@@ -23,7 +24,9 @@ class Publisher:
         keep: int = 10_000,
         topic: bytes = b"",
         lose: tuple[int, ...] = (),
+        before: tuple[bytes, ...] = (),
     ) -> None:
+        self._sent = list(before)
         self._context = zmq.Context()
         self._pub = self._context.socket(zmq.XPUB)  # a PUB that tells when a subscriber is there
         self._router = self._context.socket(zmq.ROUTER)
@@ -35,7 +38,6 @@ class Publisher:
         self.replay: str = self._router.last_endpoint.decode()
         self.replays: list[int] = []
         self._keep, self._topic, self._lose = keep, topic, lose
-        self._sent: list[bytes] = []
         self._stop = Event()
         self._thread = Thread(target=self._answer, daemon=True)
         self._thread.start()
@@ -50,6 +52,11 @@ class Publisher:
             self._sent.append(batch)
             if sequence not in self._lose:
                 self._pub.send_multipart([self._topic, sequence.to_bytes(8, "big"), batch])
+
+    def send_again(self) -> None:
+        """What was sent already, as where a replay overtook what lies in a subscriber's queue."""
+        for sequence, batch in enumerate(self._sent):
+            self._pub.send_multipart([self._topic, sequence.to_bytes(8, "big"), batch])
 
     def _answer(self) -> None:
         while not self._stop.is_set():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Final
 
 import zmq
@@ -144,6 +145,8 @@ class KvEventsSource(BackgroundSource):
         if batch is None:
             return  # its number will be missing
         publisher = self._publishers.get(self._key(topic, batch))
+        if publisher and sequence <= publisher.sequence and batch.time_seconds <= publisher.time_seconds:
+            return  # a replay has brought it already; to ask once more for each would take long, and could be in vain
         if self._in_doubt or sequence != (publisher.sequence + 1 if publisher else 0):
             self._replay(context)
         self._take(topic, sequence, batch)
@@ -199,6 +202,19 @@ class KvEventsSource(BackgroundSource):
             self._take(topic, sequence, batch)
 
     def _replayed(self, context: zmq.Context[Any], start: int) -> list[tuple[bytes, int, Batch]]:
+        """What the engine has from a sequence number on. Raises zmq.Again where it does not answer in time.
+
+        Its ROUTER drops what is sent faster than it goes out, so what is missing in between is asked for once more.
+        """
+        found = self._answered(context, start)
+        while gap := _gap(found):
+            more = [one for one in self._answered(context, gap) if one[1] >= gap]
+            if not more or more[0][1] != gap:
+                break  # it cannot be had
+            found = [one for one in found if one[1] < gap] + more
+        return found
+
+    def _answered(self, context: zmq.Context[Any], start: int) -> list[tuple[bytes, int, Batch]]:
         """What the replay socket has from a sequence number on. Raises zmq.Again where it does not answer in time.
 
         The answer is a message [empty, topic, sequence, payload] for each batch, without topic from older engines.
@@ -208,6 +224,7 @@ class KvEventsSource(BackgroundSource):
         with context.socket(zmq.DEALER) as socket:
             socket.linger = 0
             socket.maxmsgsize = _MAX_MESSAGE_BYTES
+            socket.rcvhwm = _RECEIVE_MESSAGES  # an engine's ROUTER drops what we are too slow for
             socket.rcvtimeo = round(1e3 * self._replay_timeout)
             socket.connect(self._replay_endpoint)
             socket.send_multipart([b"", start.to_bytes(_SEQUENCE_BYTES, "big")])
@@ -237,6 +254,12 @@ class KvEventsSource(BackgroundSource):
     def _reject_missed(self, batches: int) -> None:
         if batches > 0:
             self._reject("missed-batch", batches)
+
+
+def _gap(replayed: list[tuple[bytes, int, Batch]]) -> int | None:
+    """The first sequence number that is missing in between."""
+    numbers = [number for _, number, _ in replayed]
+    return next((before + 1 for before, number in pairwise(numbers) if number > before + 1), None)
 
 
 def _pod_of(topic: bytes) -> str:

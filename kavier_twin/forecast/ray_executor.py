@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from typing import Any, Final
@@ -26,7 +27,11 @@ class RayExecutor:
 
     def __init__(self, workers: int | None = None) -> None:
         if not ray.is_initialized():
-            ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, configure_logging=False)
+            # A cluster that is there has its own number of cores, and refuses to be told.
+            started: dict[str, Any] = (
+                {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers, "include_dashboard": False}
+            )
+            ray.init(log_to_driver=False, configure_logging=False, **started)
         self._workers = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
 
     def run(

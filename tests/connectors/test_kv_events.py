@@ -275,6 +275,19 @@ def test_a_replay_buffer_that_is_too_short_fills_what_it_has(publish: Any, subsc
     assert source.rejected() == {"missed-batch": 6}
 
 
+def test_what_a_replay_has_brought_is_not_asked_for_again(publish: Any, subscribe: Any) -> None:
+    publisher = publish()
+    source = subscribe(publisher)
+    publisher.send(*some(5))
+    collect(source, 5)
+    wait_until(lambda: len(publisher.replays) > 0)  # that of the first connection
+    asked = len(publisher.replays)
+    publisher.send_again()
+    publisher.send(payload(200.0, stored(9)))
+    assert told(collect(source, 1)) == [(5, True)]
+    assert len(publisher.replays) == asked
+
+
 @pytest.mark.parametrize("batches_after", [2, 5, 6, 9])
 def test_an_engine_that_begins_anew(publish: Any, subscribe: Any, batches_after: int) -> None:
     """Also where the new process has published as many batches as the old one, or more, before we are back."""
@@ -284,8 +297,7 @@ def test_an_engine_that_begins_anew(publish: Any, subscribe: Any, batches_after:
     collect(source, 6)
     old.close()
     wait_until(lambda: "lost" in source.trouble)
-    new = publish(endpoint=old.endpoint, replay=old.replay)
-    new.send(*some(batches_after, first=100, at=1_000.0))
+    new = publish(endpoint=old.endpoint, replay=old.replay, before=tuple(some(batches_after, first=100, at=1_000.0)))
     new.wait_for_subscriber()
     batches = collect(source, batches_after)
     assert told(batches) == [(0, False), *((number, True) for number in range(1, batches_after))]

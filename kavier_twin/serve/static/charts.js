@@ -73,8 +73,10 @@ function build(chart, kpi) {
   const ratio = devicePixelRatio, soft = color("soft"), line = color("line"), fan = color("fan");
   const axis = { stroke: soft, grid: { stroke: line, width: 1 }, ticks: { stroke: line, width: 1, size: 4 }, font: "11px system-ui" };
   const top = (data) => {
-    let most = 0;
-    for (const column of data.slice(1)) for (const value of column) if (known(value) && value > most) most = value;
+    const highest = (...columns) => Math.max(0, ...columns.flat().filter(known));
+    // A fan far above all else would flatten it as well: it is cut.
+    let most = highest(data[1], data[2], data[5]);
+    most = Math.max(most, Math.min(highest(data[3]), 3 * most || Infinity));
     // An objective far above would flatten what there is: the words over the chart say so.
     for (const slo of chart.slos) if (slo.threshold > most && slo.threshold <= 2.5 * most) most = slo.threshold;
     return kpi.endsWith("_ratio") ? Math.min(1.0, Math.max(1.15 * most, 0.05)) : 1.15 * most || 1;
