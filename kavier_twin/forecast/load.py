@@ -376,7 +376,7 @@ def _pauses(arrival: Floats) -> Floats:
     pauses = np.diff(arrival[-_PAUSES - 1 :])
     if pauses.size < _PAUSES // 10:
         return np.zeros(0)
-    window = np.ones(2 * _PAUSES_AROUND + 1)
+    window = np.ones(min(2 * _PAUSES_AROUND + 1, pauses.size))  # "same" is as long as the longer of the two
     around = np.convolve(pauses, window, "same") / np.convolve(np.ones(pauses.size), window, "same")
     relative = np.divide(pauses, around, out=np.ones(pauses.size), where=around > 0.0)
     return np.asarray(relative / relative.mean(), np.float64)

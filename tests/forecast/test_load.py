@@ -11,6 +11,7 @@ from forecast.streams import empty_snapshot, fleet_settings
 from kavier_twin.forecast.load import (
     LoadForecast,
     LoadForecaster,
+    _pauses,
     arrival_rate,
     dispersion_ratio,
     fill_gaps,
@@ -258,3 +259,11 @@ def test_another_load_is_as_uncertain() -> None:
     told = forecast(4.0, deviation=1.0).scaled(1.5)
     assert told.rate(60.0) == pytest.approx(6.0)
     assert told.interval(60.0) == pytest.approx(tuple(1.5 * end for end in forecast(4.0, deviation=1.0).interval(60.0)))
+
+
+@pytest.mark.parametrize("arrivals", [2, 60, 101, 102, 700])
+def test_pauses_of_few_arrivals(arrivals: int) -> None:
+    """Fewer than what their mean is taken over, too."""
+    pauses = _pauses(np.cumsum(np.random.default_rng(1).exponential(1.0, arrivals)))
+    assert pauses.size in (0, min(arrivals - 1, 1_000))
+    assert pauses.size == 0 or pauses.mean() == pytest.approx(1.0)

@@ -18,8 +18,8 @@ export function drawScores({ scores }) {
     for (const id of ["scores", "alerts"]) $(id).replaceChildren();
     return;
   }
-  const compared = kpis.filter((one) => known(one.error_to_persistence_ratio));
-  const better = compared.filter((one) => one.error_to_persistence_ratio < 1).length;
+  const compared = kpis.filter((one) => known(one.served_error_to_persistence_ratio));
+  const better = compared.filter((one) => one.served_error_to_persistence_ratio < 1).length;
   $("scores-words").textContent = `${Math.max(...kpis.map((one) => one.forecasts))} forecasts judged; ${waiting}. ` +
     (compared.length ? `Nearer to what came than “it stays as it was” in ${better} of ${compared.length} figures.` : "");
   const horizons = [...new Set(kpis.map((one) => one.horizon_seconds))].sort((a, b) => a - b);
@@ -34,9 +34,9 @@ export function drawScores({ scores }) {
 /* The error, whether that is better than persistence, and how often the interval held what came. */
 function cell(score, kpi) {
   const node = element("td");
-  if (!score || !known(score.error)) { node.textContent = "–"; return node; }
-  node.append(kpi.endsWith("_ratio") ? `${(100 * score.error).toFixed(1)} points` : figure(score.error, kpi));
-  const ratio = score.error_to_persistence_ratio, told = [];
+  if (!score || !known(score.served_error)) { node.textContent = "–"; return node; }
+  node.append(kpi.endsWith("_ratio") ? `${(100 * score.served_error).toFixed(1)} points` : figure(score.served_error, kpi));
+  const ratio = score.served_error_to_persistence_ratio, told = [];
   if (known(ratio)) told.push(`${ratio < 1 ? "✓" : "✕"} ${ratio.toFixed(2)} × persistence’s`);
   if (known(score.widened_coverage_ratio)) told.push(`${percent(score.widened_coverage_ratio)} within interval`);
   node.append(element("span", told.join(" · "), "range"));
