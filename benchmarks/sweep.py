@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
-from typing import TypeVar
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from threading import Lock
+from typing import Any, TypeVar
+from unittest.mock import patch
 
 import numpy as np
 
 from benchmarks.common import BLOCK_TOKENS, compile_kernels, report
+from kavier_twin.forecast import sweep as sweep_module
 from kavier_twin.forecast.executors import ThreadExecutor
+from kavier_twin.forecast.futures import Futures
 from kavier_twin.forecast.measure import measure
 from kavier_twin.forecast.settings import ForecastSettings
 from kavier_twin.forecast.slo import DEFAULT_SLOS
@@ -111,6 +117,38 @@ def seconds_of(work: Callable[[], Result]) -> tuple[Result, float, float]:
     return result, time.process_time() - cpu, time.perf_counter() - wall
 
 
+@contextmanager
+def split() -> Iterator[dict[str, float]]:
+    """CPU seconds that the parts of a sweep take meanwhile, over all threads."""
+    seconds: dict[str, float] = defaultdict(float)
+    lock = Lock()
+
+    def watched(part: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **named: Any) -> Any:
+            began = time.thread_time()
+            try:
+                return work(*args, **named)
+            finally:
+                with lock:
+                    seconds[part] += time.thread_time() - began
+
+        return run
+
+    parts = [
+        ("futures", Futures, "draw"),
+        ("forks, policies", Fleet, "fork"),
+        ("forks, policies", Fleet, "apply"),
+        ("simulation", Fleet, "run"),
+        ("simulation", Fleet, "collect"),
+        ("KPIs", sweep_module, "measure"),
+        ("KPIs", sweep_module, "trimmed"),
+    ]
+    with ExitStack() as patches:
+        for part, owner, name in parts:
+            patches.enter_context(patch.object(owner, name, watched(part, getattr(owner, name))))
+        yield seconds
+
+
 def main() -> None:
     """Run it; `--replicas` and the like make it smaller."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -131,7 +169,7 @@ def main() -> None:
     short = settings.model_copy(update={"horizons_seconds": (1.0,), "futures": 1})
     sweep(snapshot, short, executor)  # the rest of the kernels
 
-    rows = []
+    rows: list[dict[str, Any]] = []
 
     def tell(part: str, cpu: float, wall: float, target: float | str = "") -> None:
         rows.append({"part": part, "CPU s": cpu, "wall s": wall, "target wall s": target})
@@ -151,8 +189,11 @@ def main() -> None:
     _, cpu, wall = seconds_of(lambda: answer(snapshot, question, DEFAULT_SLOS, executor))
     tell("what-if of one policy", cpu, wall, WHAT_IF_TARGET_SECONDS)
     if not args.parts:
-        _, cpu, wall = seconds_of(lambda: sweep(snapshot, settings, executor))
+        with split() as of_parts:
+            _, cpu, wall = seconds_of(lambda: sweep(snapshot, settings, executor))
         tell(f"sweep, {args.policies} policies, {args.futures} futures", cpu, wall, TARGET_SECONDS)
+        for part, seconds in of_parts.items():
+            rows.append({"part": f"  of it {part}", "CPU s": seconds, "wall s": "", "target wall s": ""})
     size = f"{args.replicas} replicas, {args.workers} threads, {args.minutes:g} minutes"
     report("(h) a forecast's sweep", rows, size)
 

@@ -96,7 +96,7 @@ class Fleet:
         self._next_row = 0
         self._sessions: SessionLoad | None = None
         self._actions: list[Action] = []
-        self._collected: list[Records] = []
+        self._collected: list[npt.NDArray[np.uint8]] = []  # outcomes, as bytes
         self.now_seconds = start_seconds
         if state is None:
             self.state.replicas["now"] = start_seconds
@@ -376,14 +376,15 @@ class Fleet:
         self._set_aside()
         taken = self._collected
         self._collected = []
-        return np.concatenate(taken) if taken else np.zeros(0, layout.OUTCOME)
+        # As bytes, as in `copy_state`.
+        return np.concatenate([np.zeros(0, np.uint8), *taken]).view(layout.OUTCOME)
 
     def _set_aside(self) -> None:
         count = int(self.state.fleet["outcomes"][0])
         if count:
             if self._sessions is not None:
                 self._sessions.take_note(self.state)
-            self._collected.append(self.state.outcomes[:count].copy())
+            self._collected.append(self.state.outcomes[:count].view(np.uint8).copy())
             self.state.fleet["outcomes"] = 0
 
     def _sample(self) -> None:
@@ -492,7 +493,7 @@ class Fleet:
         outcome["prompt"], outcome["arrival"] = workload.prompt[row], workload.arrival[row]
         for name in ("scheduled", "first_token", "finish"):
             outcome[name] = np.nan
-        self._collected.append(outcome)
+        self._collected.append(outcome.view(np.uint8))
 
     def apply(self, overrides: Mapping[str, Override]) -> None:
         """Switch to these overrides now. What a live vLLM would do only after a restart is done in place.

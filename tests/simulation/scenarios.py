@@ -69,7 +69,9 @@ class Stop(NamedTuple):
     """The fleet is stopped and looked at; then something may be done to live requests (numbered by index)."""
 
     time: float
-    kind: str = "look"  # "finish": end a held one; "output": change a length; "fork": go on with a copy
+    # "finish": end a held one; "finish_any": or another; "output": change a length; "let_go": hold it no more;
+    # "fork": go on with a copy
+    kind: str = "look"
     pick: int = 0
     output: int = 1
     learn: bool = False
@@ -401,18 +403,18 @@ class Player:
         look(self)
 
     def _held(self) -> list[Live]:
-        rows = self.scenario.rows
-        return sorted((live for live in self.fleet.live() if rows[live.index].held), key=lambda live: live.index)
+        requests = self.fleet.state.requests
+        return sorted(live for live in self.fleet.live() if requests[live.replica, live.slot]["held"])
 
     def _do(self, stop: Stop) -> bool:
         if stop.kind == "fork":
             self.fleet = self.fleet.fork()
             return False
-        held = self._held()
-        if stop.kind == "look" or not held:
+        chosen = sorted(self.fleet.live()) if stop.kind == "finish_any" else self._held()
+        if stop.kind == "look" or not chosen:
             return False
-        live = held[stop.pick % len(held)]
-        if stop.kind == "finish":
+        live = chosen[stop.pick % len(chosen)]
+        if stop.kind in ("finish", "finish_any"):
             self._finish(live, stop.output, stop.learn)
         else:
             row = self.fleet.state.requests[live.replica, live.slot]
@@ -421,6 +423,8 @@ class Player:
             if replica["parked"]:
                 self.resumed_from = min(self.resumed_from, float(replica["now"]))
             self.fleet.set_output(live, generated + stop.output)
+            done = row["tokens"] >= row["prompt"] + row["output"]  # at max_model_len: no step would end it
+            row["held"] = row["held"] and (stop.kind != "let_go" or done)
         return True
 
     def _finish(self, live: Live, output: int, learn: bool) -> None:

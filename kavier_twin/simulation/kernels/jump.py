@@ -179,7 +179,8 @@ def jump(state, number, until):
     account(replica, engine, replica.now)
     requests, phases = state.requests[number], state.phases[number]
     size, caching, in_order = engine.block_size, engine.prefix_caching, fills_in_order(engine)
-    batches, began = replica.scheduled_batches, replica.now
+    # Not from `now`: a parked replica whose request got more to generate goes on from when it stopped.
+    batches, began = replica.scheduled_batches, replica.accounted
     at, unused_block_seconds = (batches + 1) % size - 1, 0.0
     for step in range(steps):
         at = at + 1 if at + 1 < size else 0
@@ -192,7 +193,7 @@ def jump(state, number, until):
             steps = step
             break
         if step > 0:
-            unused_block_seconds += phase.count * (origin + span(first, slope, float(step - ahead)) - began)
+            unused_block_seconds += phase.count * max(0.0, origin + span(first, slope, float(step - ahead)) - began)
         if in_order:
             schedule_flow_in_order(state, number, batches + 1 + step)
             continue

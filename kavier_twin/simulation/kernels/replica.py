@@ -9,7 +9,7 @@ from kavier_twin.simulation.kernels.compile import inlined_kernel, kernel
 from kavier_twin.simulation.kernels.eviction import ttl
 from kavier_twin.simulation.kernels.eviction.order import order_of
 from kavier_twin.simulation.kernels.eviction.stranded import stranded_blocks
-from kavier_twin.simulation.kernels.flow import dissolve_flow, leave, list_explicit
+from kavier_twin.simulation.kernels.flow import dissolve_flow, leave, list_explicit, refresh
 from kavier_twin.simulation.kernels.jump import jump
 from kavier_twin.simulation.kernels.loads import break_off, observe
 from kavier_twin.simulation.kernels.reference import by_reference
@@ -232,9 +232,13 @@ def finish_now(state, number, slot, time):
         leave(state, number, slot)
     size = engine.block_size
     account(replica, engine, time)
+    if not request.held:  # it ends here, in none of the steps that catch up
+        request.held = 1
+        replica.holding += request.tokens >= request.prompt + request.output
     if request.tokens < request.prompt + request.output:
         expected = _expected_finish(replica, engine, request, time)
-        if request.state == RUNNING:
+        # More than all memory, and the steps would reject it.
+        if request.state == RUNNING and request.prompt + request.output - 1 <= size * (engine.num_blocks - 1):
             _catch_up(state, number, slot, time)
     else:
         expected = request.predicted_finish
@@ -268,6 +272,7 @@ def finish_now(state, number, slot, time):
     close(state, number, slot, FINISHED, time)
     if replica.in_flight == 0:
         replica.now = max(replica.now, time)
+    refresh(state, number)
 
 
 @kernel

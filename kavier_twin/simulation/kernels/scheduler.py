@@ -565,7 +565,9 @@ def schedule(state, number):
             attention += float(tokens) * before + 0.5 * float(tokens) * (tokens + 1)
         request.computed = before + tokens
         request.in_flight += tokens
-        entry.emits = request.computed == request.tokens + request.placeholders
+        # A held request that has all its tokens gets no more when it computes again what a preemption took.
+        done = request.held and request.tokens >= request.prompt + request.output
+        entry.emits = request.computed == request.tokens + request.placeholders and not done
         if entry.emits:
             request.prefilling = 0
         if entry.emits and engine.async_scheduling:
