@@ -144,7 +144,7 @@ def test_how_right_past_forecasts_were_is_told(page: Page, served: Served) -> No
     kpi = KpiScore("ttft_p99_seconds", 60.0, 40, 0.09, 0.1, 0.9, 0.08, 0.8, 0.6, 0.9, 0.2, 0.4)
     scores = Scores(
         (kpi, replace(kpi, horizon_seconds=300.0, served_error=0.3, served_error_to_persistence_ratio=1.5)),
-        (BreachScore("fast", 60.0, 40, 9, 0.04, 0.07, ()),),
+        (BreachScore("fast", 60.0, 40, 9, 0.04, 0.05, 0.07, ()),),
         (AlertScore("fast", 4, 3, 0.75, 1.0, (30.0, 42.0), 36.0),),
         (),
         1,
