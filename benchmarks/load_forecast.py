@@ -18,7 +18,7 @@ import numpy.typing as npt
 from benchmarks.common import report
 from connectors.traces import read_trace
 from kavier_twin.forecast.load import LoadForecaster
-from kavier_twin.scenario import DEFAULT_FLEET
+from kavier_twin.offline.scenario import DEFAULT_FLEET
 from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.workload import make_workload
 from kavier_twin.twin.rate_history import RateHistory

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import compile_kernels, report, shared_prefix_workload
-from kavier_twin.scenario import DEFAULT_FLEET
+from kavier_twin.offline.scenario import DEFAULT_FLEET
 from kavier_twin.simulation.fleet import simulate
 from kavier_twin.simulation.policies import apply_overrides
 from kavier_twin.simulation.settings import FleetSettings

@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks.common import report
 from connectors.traces import read_trace
 from kavier_twin.config import CRUDE_STEP_TIME
-from kavier_twin.scenario import _engine
+from kavier_twin.offline.scenario import _engine
 from kavier_twin.simulation.settings import FleetSettings
 from kavier_twin.telemetry import RequestFinished, RequestRecord, RequestSeen
 from kavier_twin.twin.mirror import Mirror, MirrorSettings

@@ -26,7 +26,7 @@ from kavier_twin.forecast.settings import ForecastSettings
 from kavier_twin.forecast.slo import DEFAULT_SLOS
 from kavier_twin.forecast.sweep import draw, sweep
 from kavier_twin.forecast.whatif import Question, answer
-from kavier_twin.scenario import DEFAULT_FLEET
+from kavier_twin.offline.scenario import DEFAULT_FLEET
 from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.kpis import Counters
 from kavier_twin.simulation.policies import DEFAULT_POLICIES, Policy

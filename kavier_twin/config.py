@@ -12,14 +12,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from connectors.kafka.settings import KafkaSettings
 from connectors.traces import FORMATS
-from kavier_twin.checkpoints import EVERY_SECONDS, KEEP
 from kavier_twin.errors import UserError
 from kavier_twin.footprint_file import fleet_with_carbon_read
 from kavier_twin.forecast.forecaster import ForecastSettings
-from kavier_twin.freshness import STALE_AFTER_SECONDS
 from kavier_twin.hardware import FleetFile
 from kavier_twin.http_settings import HttpConfig
-from kavier_twin.live_sources import SECRET_GIVEN, KvEvents, LiveSource, Prometheus, VllmMetrics
+from kavier_twin.live.checkpoints import EVERY_SECONDS, KEEP
+from kavier_twin.live.freshness import STALE_AFTER_SECONDS
+from kavier_twin.live.live_sources import SECRET_GIVEN, KvEvents, LiveSource, Prometheus, VllmMetrics
 from kavier_twin.simulation.policies import PolicyError, apply_overrides
 from kavier_twin.simulation.settings import StepTime
 from kavier_twin.twin.mirror import MirrorSettings

@@ -20,19 +20,19 @@ from connectors.dead_letters import DeadLetters
 from connectors.follow import FollowFile
 from connectors.source import Source
 from connectors.traces import TraceError
-from kavier_twin.checkpoints import Checkpoints
 from kavier_twin.config import AnySource, Settings, TraceFile
-from kavier_twin.discovered import contradictions, tells, told
 from kavier_twin.errors import UserError
-from kavier_twin.feed import UNNAMED_POOL, Feed
-from kavier_twin.freshness import STALE_AFTER_SECONDS, Freshness
 from kavier_twin.http_settings import HttpConfig
-from kavier_twin.kept_policies import KeptPolicies
-from kavier_twin.kernels_ready import compiled, make_ready
-from kavier_twin.live_sources import LiveSource, MetricsSource
-from kavier_twin.pool import PoolTwin
-from kavier_twin.pool_control import PoolControl
-from kavier_twin.score_store import FILE_NAME, ScoreStore
+from kavier_twin.live.checkpoints import Checkpoints
+from kavier_twin.live.discovered import contradictions, tells, told
+from kavier_twin.live.feed import UNNAMED_POOL, Feed
+from kavier_twin.live.freshness import STALE_AFTER_SECONDS, Freshness
+from kavier_twin.live.kept_policies import KeptPolicies
+from kavier_twin.live.kernels_ready import compiled, make_ready
+from kavier_twin.live.live_sources import LiveSource, MetricsSource
+from kavier_twin.live.pool import PoolTwin
+from kavier_twin.live.pool_control import PoolControl
+from kavier_twin.live.score_store import FILE_NAME, ScoreStore
 from kavier_twin.serve.app import Twin
 from kavier_twin.serve.http import AddressError, HttpServer
 from kavier_twin.serve.view import SourceState, TwinView

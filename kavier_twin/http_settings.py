@@ -9,7 +9,7 @@ from typing import Annotated, Final, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from connectors.secret import Secret
-from kavier_twin.live_sources import SecretPlace
+from kavier_twin.live.live_sources import SecretPlace
 from kavier_twin.serve.access import Access
 from kavier_twin.serve.envelope import Limits
 

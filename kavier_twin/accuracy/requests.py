@@ -25,7 +25,7 @@ from kavier_twin.accuracy.result import HIT_RATIO, Latencies, Pair, SetResult, T
 from kavier_twin.catalog.deployment import Deployment
 from kavier_twin.catalog.errors import CatalogError
 from kavier_twin.errors import UserError
-from kavier_twin.scenario import observed_of
+from kavier_twin.offline.scenario import observed_of
 from kavier_twin.simulation.fleet import simulate
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings
 from kavier_twin.simulation.state import FINISHED, Records

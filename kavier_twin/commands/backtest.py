@@ -15,12 +15,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 from connectors.traces import FORMATS
-from kavier_twin.backtest import Backtest, backtest
 from kavier_twin.commands.backtest_plots import write_plots
 from kavier_twin.commands.score_tables import print_scores, wide_console
 from kavier_twin.errors import UserError
 from kavier_twin.forecast.forecaster import ForecastSettings
-from kavier_twin.scenario import load_scenario
+from kavier_twin.offline.backtest import Backtest, backtest
+from kavier_twin.offline.scenario import load_scenario
 from kavier_twin.simulation.plain import plain
 from kavier_twin.slo_file import read_slos
 

@@ -14,7 +14,7 @@ from connectors.series import HIGHEST_WATTS, WATTS_COLUMN, SeriesError, read_ser
 from connectors.traces import FORMATS
 from kavier_twin.commands.simulate import simulate_scenario
 from kavier_twin.errors import UserError
-from kavier_twin.scenario import load_scenario, read_footprint
+from kavier_twin.offline.scenario import load_scenario, read_footprint
 from kavier_twin.twin.calibration import CalibrationError
 from kavier_twin.twin.power_calibration import PowerCalibration, calibrate_power, observe_power
 

@@ -17,9 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from connectors.traces import FORMATS
-from kavier_twin.comparison import Compared, Point, as_document, compare, read_policies
 from kavier_twin.errors import UserError
-from kavier_twin.scenario import Scenario, load_scenario
+from kavier_twin.offline.comparison import Compared, Point, as_document, compare, read_policies
+from kavier_twin.offline.scenario import Scenario, load_scenario
 from kavier_twin.simulation.policies import DEFAULT_POLICIES, POLICY_NAMES
 from kavier_twin.twin.calibration import with_frontend
 

@@ -21,16 +21,16 @@ from rich.text import Text
 from kavier_twin.config import CRUDE_STEP_TIME
 from kavier_twin.daemon import Daemon
 from kavier_twin.errors import UserError
-from kavier_twin.feed import Feed
 from kavier_twin.forecast.forecaster import ForecastSettings
 from kavier_twin.forecast.slo import Slo
 from kavier_twin.http_settings import DEFAULT_HOST, DEFAULT_PORT, HttpConfig
-from kavier_twin.kernels_ready import make_ready
-from kavier_twin.live_sources import SecretPlace
-from kavier_twin.pool import PoolTwin
+from kavier_twin.live.feed import Feed
+from kavier_twin.live.kernels_ready import make_ready
+from kavier_twin.live.live_sources import SecretPlace
+from kavier_twin.live.pool import PoolTwin
+from kavier_twin.live.replay_source import ReplaySource
+from kavier_twin.offline.recording import read_recording, recorded_engine, recorded_server
 from kavier_twin.process import StopSignals, leave, set_up_logging
-from kavier_twin.recording import read_recording, recorded_engine, recorded_server
-from kavier_twin.replay_source import ReplaySource
 from kavier_twin.serve.view import Beside, Horizon, Outlook, PolicyOutlook, TwinView
 from kavier_twin.simulation.settings import FleetSettings
 from kavier_twin.twin.mirror import MirrorSettings

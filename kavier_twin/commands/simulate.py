@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 from connectors.traces import FORMATS
-from kavier_twin.closed_loop_option import FORM, ClosedLoop, parse_closed_loop
 from kavier_twin.errors import UserError
-from kavier_twin.export_opendc import write_opendc
-from kavier_twin.scenario import CalibrateFrom, Scenario, load_scenario, read_footprint, without_trace
+from kavier_twin.offline.closed_loop_option import FORM, ClosedLoop, parse_closed_loop
+from kavier_twin.offline.export_opendc import write_opendc
+from kavier_twin.offline.scenario import CalibrateFrom, Scenario, load_scenario, read_footprint, without_trace
 from kavier_twin.simulation.closed_loop import simulate_closed_loop
 from kavier_twin.simulation.fleet import Fleet, simulate_parts
 from kavier_twin.simulation.impact import Impact, impact_of_run

@@ -20,7 +20,7 @@ from kavier_twin.kavier_experiments.paper import (
     prefill_seconds_of_sums,
     read_table,
 )
-from kavier_twin.scenario import load_scenario
+from kavier_twin.offline.scenario import load_scenario
 from kavier_twin.simulation.fleet import simulate
 from kavier_twin.simulation.kavier import GPUS, PARAMETERS, decode_seconds, kavier_times, recompute_seconds
 from kavier_twin.simulation.kpis import Counters, Kpis, kpis

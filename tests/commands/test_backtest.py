@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kavier_twin.backtest import backtest, reshaped
 from kavier_twin.cli import main
 from kavier_twin.forecast.forecaster import ForecastSettings
 from kavier_twin.forecast.slo import METRICS, Slo
-from kavier_twin.scenario import load_scenario
+from kavier_twin.offline.backtest import backtest, reshaped
+from kavier_twin.offline.scenario import load_scenario
 from kavier_twin.telemetry import RequestRecord
 from kavier_twin.twin.mirror import Mirror
 

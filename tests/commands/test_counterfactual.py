@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kavier_twin.cli import main
-from kavier_twin.counterfactual import step_ratio
+from kavier_twin.offline.counterfactual import step_ratio
 
 RECORDINGS = Path(__file__).parents[1] / "data" / "recordings"
 

@@ -15,7 +15,7 @@ from connectors.traces.telemetry import parse_record
 from kafka_broker import Broker
 from kavier_twin.cli import main
 from kavier_twin.commands.replay import EnginePage, RecordedFleet
-from kavier_twin.recording import read_recording, recorded_engine
+from kavier_twin.offline.recording import read_recording, recorded_engine
 from kavier_twin.telemetry import EngineSample, RequestFinished, RequestSeen, TelemetryRecord
 
 

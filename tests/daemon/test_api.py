@@ -14,7 +14,7 @@ from connectors.memory import MemorySource
 from daemon.test_daemon import events, recorded, running, until
 from kavier_twin.daemon import Daemon
 from kavier_twin.http_settings import HttpConfig
-from kavier_twin.live_sources import SecretPlace
+from kavier_twin.live.live_sources import SecretPlace
 
 
 @pytest.fixture

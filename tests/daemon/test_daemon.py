@@ -24,11 +24,11 @@ from connectors.traces import read_trace
 from kavier_twin.config import CRUDE_STEP_TIME
 from kavier_twin.daemon import Daemon
 from kavier_twin.errors import UserError
-from kavier_twin.feed import Feed
 from kavier_twin.forecast.forecaster import ForecastSettings
 from kavier_twin.http_settings import HttpConfig
-from kavier_twin.pool import PoolTwin
-from kavier_twin.replay_source import ReplaySource
+from kavier_twin.live.feed import Feed
+from kavier_twin.live.pool import PoolTwin
+from kavier_twin.live.replay_source import ReplaySource
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings
 from kavier_twin.telemetry import EngineSample, RequestFinished, RequestRecord, RequestSeen, TelemetryRecord
 from kavier_twin.twin.mirror import MirrorSettings

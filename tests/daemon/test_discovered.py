@@ -10,10 +10,10 @@ import pytest
 import yaml
 
 from daemon.test_daemon import FLEET, until
-from kavier_twin.checkpoints import Checkpoints
 from kavier_twin.config import Settings, read_settings
 from kavier_twin.daemon import Daemon
-from kavier_twin.pool import PoolTwin
+from kavier_twin.live.checkpoints import Checkpoints
+from kavier_twin.live.pool import PoolTwin
 from kavier_twin.telemetry import RequestFinished, RequestSeen
 from prometheus_server import Pages
 

@@ -13,7 +13,7 @@ import yaml
 
 from kavier_twin.config import read_settings
 from kavier_twin.daemon import Daemon
-from kavier_twin.kept_policies import FILE_NAME
+from kavier_twin.live.kept_policies import FILE_NAME
 
 TODAY: dict[str, Any] = {"name": "as_it_is"}
 SET: dict[str, Any] = {"policies": [TODAY, {"name": "tiny", "overrides": {"num_gpu_blocks": "0.5x"}}]}

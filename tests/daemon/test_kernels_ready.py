@@ -8,7 +8,7 @@ from threading import Event
 
 from connectors.memory import MemorySource
 from daemon.test_daemon import events, get, recorded, running, until
-from kavier_twin.kernels_ready import compiled, remove_old_caches
+from kavier_twin.live.kernels_ready import compiled, remove_old_caches
 
 DAY_SECONDS = 86_400.0
 

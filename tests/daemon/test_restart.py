@@ -17,11 +17,11 @@ import pytest
 from connectors.follow import FollowFile
 from connectors.source import Source
 from connectors.traces import read_trace
-from kavier_twin.checkpoints import Checkpoints
 from kavier_twin.daemon import Daemon
-from kavier_twin.feed import Feed
 from kavier_twin.forecast.forecaster import ForecastSettings
-from kavier_twin.pool import PoolTwin
+from kavier_twin.live.checkpoints import Checkpoints
+from kavier_twin.live.feed import Feed
+from kavier_twin.live.pool import PoolTwin
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
 from kavier_twin.telemetry import RequestRecord
 from kavier_twin.twin import checkpoint

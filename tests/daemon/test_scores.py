@@ -18,8 +18,8 @@ from kavier_twin.forecast.forecaster import ForecastSettings
 from kavier_twin.forecast.result import Forecast, Quantiles
 from kavier_twin.forecast.scores import Settled
 from kavier_twin.forecast.slo import Slo
-from kavier_twin.score_keeper import ScoreKeeper
-from kavier_twin.score_store import KEEP_SECONDS, ScoreStore, read_judged
+from kavier_twin.live.score_keeper import ScoreKeeper
+from kavier_twin.live.score_store import KEEP_SECONDS, ScoreStore, read_judged
 from kavier_twin.serve.exporter import registry_of
 from kavier_twin.serve.view import TwinView
 from kavier_twin.simulation.footprint import Footprint, PowerModel

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from connectors.memory import MemorySource
-from kavier_twin.checkpoints import Checkpoints
 from kavier_twin.daemon import Daemon
-from kavier_twin.feed import Feed
 from kavier_twin.forecast.forecaster import ForecastSettings
-from kavier_twin.pool import PoolTwin
+from kavier_twin.live.checkpoints import Checkpoints
+from kavier_twin.live.feed import Feed
+from kavier_twin.live.pool import PoolTwin
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
 from kavier_twin.telemetry import RequestFinished, RequestSeen
 from kavier_twin.twin.mirror import MirrorSettings

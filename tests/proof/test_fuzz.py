@@ -13,7 +13,7 @@ import pytest
 from connectors.kafka import source
 from connectors.kafka.messages import parse_value
 from connectors.traces.base import Malformed
-from kavier_twin.pool import PoolTwin
+from kavier_twin.live.pool import PoolTwin
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
 from kavier_twin.telemetry import EngineSample, RequestFinished, RequestRecord, RequestSeen
 from kavier_twin.twin.mirror import MirrorSettings

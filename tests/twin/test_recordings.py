@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kavier_twin.scenario import Scenario, load_scenario
+from kavier_twin.offline.scenario import Scenario, load_scenario
 from kavier_twin.simulation.fleet import simulate
 from kavier_twin.twin.calibration import with_frontend
 from kavier_twin.twin.pinned import replay_pinned

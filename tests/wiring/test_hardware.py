@@ -10,7 +10,7 @@ import pytest
 from kavier_twin.config import read_settings
 from kavier_twin.errors import UserError
 from kavier_twin.hardware import FleetFile, Hardware
-from kavier_twin.scenario import read_fleet
+from kavier_twin.offline.scenario import read_fleet
 from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.impact import impact_of_run
 from kavier_twin.simulation.workload import make_workload

@@ -12,10 +12,10 @@ from connectors.kv_events.source import KvEventsSource
 from connectors.traces import read_trace
 from connectors.traces.recording import read_kv_events
 from kavier_twin.daemon import Daemon
-from kavier_twin.feed import Feed
 from kavier_twin.forecast.forecaster import ForecastSettings
-from kavier_twin.pool import PoolTwin
-from kavier_twin.scenario import load_scenario
+from kavier_twin.live.feed import Feed
+from kavier_twin.live.pool import PoolTwin
+from kavier_twin.offline.scenario import load_scenario
 from kavier_twin.telemetry import TelemetryRecord
 from kv_publisher import Publisher
 from prometheus_server import wait_until

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from connectors.source import LogSource
-from kavier_twin.feed import Feed
+from kavier_twin.live.feed import Feed
 from kavier_twin.serve.view import SourceState
 
 log = logging.getLogger(__name__)

@@ -23,9 +23,9 @@ from connectors.traces import TraceError, read_trace
 from connectors.traces.recording import read_steps
 from kavier_twin.accuracy.drift import MachineClock, machine_clock
 from kavier_twin.accuracy.prior import engine_settings
-from kavier_twin.engine_logs import logged_steps
 from kavier_twin.errors import UserError
-from kavier_twin.scenario import observed_of
+from kavier_twin.offline.engine_logs import logged_steps
+from kavier_twin.offline.scenario import observed_of
 from kavier_twin.simulation.closed_loop import simulate_sessions
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
 from kavier_twin.simulation.state import MAX_KNOTS, Records

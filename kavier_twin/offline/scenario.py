@@ -15,10 +15,10 @@ from pydantic import BaseModel, ValidationError
 
 from connectors.traces import Trace, TraceError, read_trace
 from connectors.traces.table import RequestTable
-from kavier_twin.engine_logs import counted, logged_steps
 from kavier_twin.errors import UserError
 from kavier_twin.footprint_file import fleet_with_carbon_read, with_carbon_read
 from kavier_twin.hardware import FleetFile, Hardware
+from kavier_twin.offline.engine_logs import counted, logged_steps
 from kavier_twin.simulation.footprint import Footprint
 from kavier_twin.simulation.roofline import step_time
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime

@@ -21,8 +21,8 @@ from numba.core.dispatcher import Dispatcher
 from kavier_twin.config import CRUDE_STEP_TIME
 from kavier_twin.forecast.forecaster import Forecaster, ForecastSettings
 from kavier_twin.forecast.load_methods import prepare
-from kavier_twin.recording import read_recording, recorded_engine
-from kavier_twin.replay_source import ReplaySource
+from kavier_twin.live.replay_source import ReplaySource
+from kavier_twin.offline.recording import read_recording, recorded_engine
 from kavier_twin.serve.view import Compiling
 from kavier_twin.simulation.settings import FleetSettings
 from kavier_twin.twin.mirror import Mirror, MirrorSettings

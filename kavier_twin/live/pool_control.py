@@ -6,8 +6,8 @@ from threading import Lock
 
 from kavier_twin.forecast.policy_set import Policies, PolicySet, check_cost, in_force
 from kavier_twin.forecast.whatif import Answer, Question
-from kavier_twin.kept_policies import KeptPolicies
-from kavier_twin.pool import PoolTwin
+from kavier_twin.live.kept_policies import KeptPolicies
+from kavier_twin.live.pool import PoolTwin
 from kavier_twin.serve.app import RefusedError
 from kavier_twin.simulation.policies import PolicyError
 from kavier_twin.twin.replicas import ReplicaDetail, replica_detail

@@ -15,8 +15,8 @@ from kavier_twin.forecast.forecaster import Forecaster, ForecastSettings
 from kavier_twin.forecast.policy_set import in_force
 from kavier_twin.forecast.result import Forecast
 from kavier_twin.forecast.whatif import WhatIf
-from kavier_twin.score_keeper import ScoreKeeper
-from kavier_twin.score_store import ScoreStore
+from kavier_twin.live.score_keeper import ScoreKeeper
+from kavier_twin.live.score_store import ScoreStore
 from kavier_twin.serve import assemble
 from kavier_twin.serve.view import Outlook, SourceState, SweepCounts, TwinView
 from kavier_twin.simulation.fleet import Fleet

@@ -23,11 +23,11 @@ from kavier_twin.forecast.forecaster import Forecaster, ForecastSettings
 from kavier_twin.forecast.readings import Reading
 from kavier_twin.forecast.scores import Moment, ScoredBreach, ScoredKpi, Scorer, Scores
 from kavier_twin.forecast.slo import Slo
-from kavier_twin.recording import recorded_samples
-from kavier_twin.replay_source import ReplaySource
-from kavier_twin.scenario import Scenario
-from kavier_twin.score_keeper import tell, tell_size
-from kavier_twin.simulated_reality import simulated_reality
+from kavier_twin.live.replay_source import ReplaySource
+from kavier_twin.live.score_keeper import tell, tell_size
+from kavier_twin.offline.recording import recorded_samples
+from kavier_twin.offline.scenario import Scenario
+from kavier_twin.offline.simulated_reality import simulated_reality
 from kavier_twin.simulation.policies import Policy
 from kavier_twin.telemetry import EngineSample, RequestRecord
 from kavier_twin.twin.mirror import Mirror, MirrorSettings

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from connectors.source import Seekable, Source
-from kavier_twin.pool import PoolTwin
+from kavier_twin.live.pool import PoolTwin
 from kavier_twin.simulation.state import copy_state
 from kavier_twin.twin import checkpoint, mirror_state
 from kavier_twin.twin.cache_watch import CacheWatch

@@ -11,7 +11,7 @@ from kavier_twin.forecast.readings import EngineReading, GpuReading, Reading, Si
 from kavier_twin.forecast.reality import Ended, Reality
 from kavier_twin.forecast.result import Forecast
 from kavier_twin.forecast.scores import Scorer, Scores
-from kavier_twin.score_store import ScoreStore
+from kavier_twin.live.score_store import ScoreStore
 from kavier_twin.simulation.footprint import Footprint
 from kavier_twin.telemetry import EngineSample, GpuSample, RequestFinished, RequestRecord, RequestSeen, TelemetryRecord
 from kavier_twin.twin.mirror import Mirror

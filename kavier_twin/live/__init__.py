@@ -1,0 +1,1 @@
+"""What the daemon is made of: sources and feeds, the twin of each pool, its scores and checkpoints."""

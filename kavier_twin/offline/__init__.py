@@ -1,0 +1,1 @@
+"""Work on traces and recordings, without a daemon: simulate, compare, backtest, counterfactual."""
