@@ -50,7 +50,7 @@ MIRROR: Final = MirrorSettings(
 FORECAST: Final = ForecastSettings(
     every_seconds=3.0,
     horizons_seconds=(30.0, 60.0, 120.0),
-    futures=3,
+    futures=10,
     workers=2,
     slos=(
         Slo(name="ttft_p99_1s", metric="ttft_p99_seconds", threshold=1.0),

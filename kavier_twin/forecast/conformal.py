@@ -1,9 +1,10 @@
 """Intervals that cover as often as they say, by what was observed of those before.
 
 Conformalized quantile regression (Romano, Patterson, Candès, NeurIPS 2019), each side for itself: where an observation
-lay, seen from the median, in units of the interval's own half on that side (locally weighted, Lei et al., JASA 2018),
-is its score; a new interval reaches from the 5 % to the 95 % quantile of recent scores, further out than the simulated
-one or less far. Load drifts, so that the past is no fair sample of what comes: newer scores weigh more (Barber et al.,
+lay, seen from the median, in units of the interval's half on that side (locally weighted, Lei et al., JASA 2018), is
+its score; a new interval reaches from the 5 % to the 95 % quantile of recent scores, further out than the simulated one
+or less far. The unit is the geometric mean of the interval's own half and the usual one: what many narrow halves missed
+by is not missed by as many wide ones. Load drifts, so that the past is no fair sample of what comes: newer scores weigh more (Barber et al.,
 "Conformal prediction beyond exchangeability", 2023), and the level follows what was missed lately (adaptive conformal
 inference, Gibbs and Candès, NeurIPS 2021).
 
@@ -34,6 +35,7 @@ _PRIOR_SCORES: Final = 8  # it counts like so many
 _PRIOR_SPREAD: Final = 2.0
 _LENT: Final = 0.3  # weight of another horizon's score beside an own one
 _SMALLEST_SHARE: Final = 0.05  # a half counts as no narrower than this share of the median and of what was seen
+_USUAL: Final = 50  # latest halves whose geometric mean is the usual one
 _NORMAL: Final = float(special.ndtri(0.5 + 0.5 * COVERAGE))
 _PRIOR: Final[Floats] = _PRIOR_SPREAD / _NORMAL * special.ndtri((np.arange(_PRIOR_SCORES) + 0.5) / _PRIOR_SCORES)
 
@@ -44,6 +46,7 @@ class Widening:
     def __init__(self, lenders: Sequence[Widening] = ()) -> None:
         self._scores: deque[float] = deque(maxlen=SCORES)
         self._sizes: deque[float] = deque(maxlen=SCORES)  # of observations
+        self._usual: deque[Floats] = deque(maxlen=_USUAL)  # logarithms of both halves
         self._lenders = tuple(lenders)
         self._miss = 1.0 - COVERAGE
 
@@ -58,8 +61,8 @@ class Widening:
         tail = 0.5 * max(self._miss, 0.0)
         down, up = np.interp((tail, 1.0 - tail), place / weights.sum(), scores[order])
         more = 1.0 + max(-self._miss, 0.0) * 10.0  # all that was seen did not suffice
-        below, above = self._halves(low, median, high)
-        return max(0.0, median + min(more * down, 0.0) * below), median + max(more * up, 0.0) * above
+        below, above = self._units(low, median, high)
+        return float(max(0.0, median + min(more * down, 0.0) * below)), float(median + max(more * up, 0.0) * above)
 
     def observe(
         self, low: float, median: float, high: float, wide_low: float, wide_high: float, observed: float
@@ -70,9 +73,10 @@ class Widening:
         missed = not wide_low <= observed <= wide_high
         # Not so far that it would take long to come back.
         self._miss = min(0.5, max(-0.1, self._miss + ADAPTATION * (1.0 - COVERAGE - missed)))
-        below, above = self._halves(low, median, high)
+        below, above = self._units(low, median, high)
         self._scores.append((observed - median) / (below if observed < median else above))
         self._sizes.append(abs(observed))
+        self._usual.append(np.log(self._halves(low, median, high)))
 
     def _pooled(self) -> tuple[Floats, Floats]:
         """All scores and what each weighs."""
@@ -83,6 +87,12 @@ class Widening:
             scores.append(own)
             weights.append(np.asarray(weight * _FORGET ** np.arange(own.size)[::-1], np.float64))
         return np.concatenate(scores), np.concatenate(weights)
+
+    def _units(self, low: float, median: float, high: float) -> Floats:
+        """What a score of one reaches below and above the median."""
+        own = np.log(self._halves(low, median, high))
+        usual = np.mean(self._usual, axis=0) if self._usual else own
+        return np.asarray(np.exp(0.5 * (own + usual)), np.float64)
 
     def _halves(self, low: float, median: float, high: float) -> tuple[float, float]:
         usual = float(np.mean(self._sizes)) if self._sizes else 0.0

@@ -187,6 +187,16 @@ def test_intervals_that_cover_too_much_become_narrower() -> None:
     assert 2.5 < high - low < 6.0  # 3.3 would do
 
 
+def test_what_narrow_intervals_missed_does_not_blow_up_a_wide_one() -> None:
+    """Twenty times a half of 0.1 was 2: that is not twenty halves of 10."""
+    widening = Widening()
+    for number in range(60):
+        low, high = widening.widen(0.9, 1.0, 1.1)
+        widening.observe(0.9, 1.0, 1.1, low, high, 3.0 if number % 10 == 0 else 1.1)
+    assert widening.widen(0.9, 1.0, 1.1)[1] > 2.0
+    assert 110.0 < widening.widen(90.0, 100.0, 110.0)[1] < 150.0
+
+
 def test_a_longer_horizon_learns_from_shorter_ones_until_its_time_comes() -> None:
     """A side that always misses is widened, the other is not."""
     short = Widening()
