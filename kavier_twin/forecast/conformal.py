@@ -4,9 +4,9 @@ Conformalized quantile regression (Romano, Patterson, Candès, NeurIPS 2019), ea
 lay, seen from the median, in units of the interval's half on that side (locally weighted, Lei et al., JASA 2018), is
 its score; a new interval reaches from the 5 % to the 95 % quantile of recent scores, further out than the simulated one
 or less far. The unit is the geometric mean of the interval's own half and the usual one: what many narrow halves missed
-by is not missed by as many wide ones. Load drifts, so that the past is no fair sample of what comes: newer scores weigh more (Barber et al.,
-"Conformal prediction beyond exchangeability", 2023), and the level follows what was missed lately (adaptive conformal
-inference, Gibbs and Candès, NeurIPS 2021).
+by is not missed by as many wide ones. Load drifts, so that the past is no fair sample of what comes: newer scores weigh
+more (Barber et al., "Conformal prediction beyond exchangeability", 2023), and the level follows what was missed lately
+(adaptive conformal inference, Gibbs and Candès, NeurIPS 2021).
 
 It begins at once: a prior counts like a few scores, those of an interval that is half as wide as it should be; and what
 shorter horizons of the same KPI scored counts until there are own scores, which come a horizon late.
