@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kavier_twin.forecast.load_methods import (
+    DISPERSION_LIMITS,
     METHODS,
     STEP_SECONDS,
     History,
@@ -41,7 +42,6 @@ _FEWEST_TRIED_STEPS = 12  # less of a future is mostly chance
 _SHORTEST_WINDOW_SECONDS = 1.0  # two requests in a millisecond are no rate of thousands a second
 _IMPOSSIBLE_REQUESTS = 14.0  # none where so many were due has odds of one in a million: exp(-14)
 _NEIGHBOURS = 6  # buckets on each side of a gap that tell how many were due
-_DISPERSION_LIMITS = 0.2, 20.0
 _DISPERSION_REQUESTS = 50  # fewer tell nothing of how bursty they are
 _DISPERSION_BUCKETS = 360  # an hour
 _POISSON_BUCKETS = 20  # beside them, so that a few buckets do not tell much
@@ -365,7 +365,7 @@ def dispersion_ratio(counts: Floats) -> float:
     recent = counts[-_DISPERSION_BUCKETS:]
     if recent.sum() < _DISPERSION_REQUESTS or recent.size < 3:
         return 1.0
-    lowest, highest = _DISPERSION_LIMITS
+    lowest, highest = DISPERSION_LIMITS
     seen = (np.diff(recent) ** 2).mean() / 2.0 / recent.mean()
     likely = (recent.size * seen + _POISSON_BUCKETS) / (recent.size + _POISSON_BUCKETS)
     return float(np.clip(likely, lowest, highest))

@@ -30,6 +30,11 @@ _MOST_STEPS = 720  # what smoothing looks at: two hours
 _FEWEST_STEPS = 12  # that automatic exponential smoothing is tried on
 _PERSISTENCE_STEPS = (12, 60)  # two minutes; longer, up to ten, where fewer than this many requests came
 _PERSISTENCE_REQUESTS = 100
+_SHIFT_STEPS = 3  # shorter than these two, nothing is told of a shift of the rate
+_SHIFT_REQUESTS = 30
+_SHIFT_DEVIATIONS = 3.0
+_SHIFT_HISTORY_STEPS = 360  # that tell how much counts vary: an hour
+DISPERSION_LIMITS = 0.2, 20.0  # that counts so bursty, or so regular, are taken for at most
 _LEVEL = 80  # per cent; statsforecast tells intervals, of normal errors
 _LEVEL_Z = 1.2816  # standard deviations from the middle of such an interval to its end (10 % lie above)
 
@@ -62,14 +67,44 @@ class Method(Protocol):
 
 
 def persistence_steps(steps: Floats) -> int:
-    """How many of the last steps tell today's rate: few, but enough requests."""
+    """How many of the last steps tell today's rate: few, but enough requests, and none from before it last shifted."""
     shortest, longest = _PERSISTENCE_STEPS
     enough = int(np.searchsorted(np.cumsum(steps[::-1]), _PERSISTENCE_REQUESTS)) + 1
-    return min(max(enough, shortest), longest, max(steps.size, 1))
+    window = min(max(enough, shortest), longest, max(steps.size, 1))
+    dispersion = _dispersion(steps[-_SHIFT_HISTORY_STEPS:])
+    while (since := _shifted(steps[-window:], dispersion)) is not None:
+        window = since
+    return window
+
+
+def _dispersion(steps: Floats) -> float:
+    """Variance of counts over their mean, from differences of neighbours, which a trend hardly moves; 1 for few."""
+    if steps.size < 2 * _FEWEST_STEPS or not steps.any():
+        return 1.0
+    differences = np.diff(steps)
+    return float(np.clip((differences @ differences) / (2.0 * differences.size * steps.mean()), *DISPERSION_LIMITS))
+
+
+def _shifted(steps: Floats, dispersion: float) -> int | None:
+    """How many of these steps came since the rate most clearly shifted; None where it did not.
+
+    The split in two whose means differ by the most standard deviations (binary segmentation, Scott and Knott 1974).
+    """
+    newest = np.cumsum(steps[::-1])  # requests in the last 1, 2, ... steps
+    least = max(_SHIFT_STEPS, int(np.searchsorted(newest, _SHIFT_REQUESTS)) + 1)
+    since = np.arange(least, steps.size - _SHIFT_STEPS + 1)
+    if not since.size:
+        return None
+    before = steps.size - since
+    difference = newest[since - 1] / since - (newest[-1] - newest[since - 1]) / before
+    variance = dispersion * newest[-1] / steps.size * (1.0 / since + 1.0 / before)
+    deviations = np.abs(difference) / np.sqrt(np.maximum(variance, 1e-12))
+    most = int(np.argmax(deviations))
+    return int(since[most]) if deviations[most] >= _SHIFT_DEVIATIONS else None
 
 
 class Persistence:
-    """The rate of the last minutes goes on: the baseline."""
+    """The rate of the last minutes, or since it shifted, goes on: the baseline."""
 
     def fit(self, history: History) -> None:
         pass

@@ -16,7 +16,7 @@ from kavier_twin.forecast.load import (
     dispersion_ratio,
     fill_gaps,
 )
-from kavier_twin.forecast.load_methods import STEP_SECONDS
+from kavier_twin.forecast.load_methods import STEP_SECONDS, persistence_steps
 from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.workload import make_workload
 from kavier_twin.twin.rate_history import RateHistory
@@ -50,6 +50,25 @@ def arrivals_at(rate: Callable[[Floats], Floats], seconds: float, seed: int = 1,
 
 def constant(rate: float) -> Callable[[Floats], Floats]:
     return lambda times: np.full(times.size, rate)
+
+
+# --- the baseline ---------------------------------------------------------------------------------------------------
+
+
+def test_persistence_looks_back_no_further_than_to_the_last_shift() -> None:
+    rng = np.random.default_rng(7)
+    steady = rng.poisson(20.0, (200, 60)).astype(float)
+    assert np.mean([persistence_steps(steps) == 12 for steps in steady]) > 0.9
+    shifted = steady.copy()
+    shifted[:, -4:] += rng.poisson(40.0, (200, 4))
+    assert np.mean([persistence_steps(steps) == 4 for steps in shifted]) > 0.9
+    fallen = np.concatenate([steady, rng.poisson(4.0, (200, 9))], axis=1)
+    assert np.mean([persistence_steps(steps) in (8, 9) for steps in fallen]) > 0.9
+
+
+def test_persistence_of_next_to_nothing() -> None:
+    for steps in (np.zeros(0), np.zeros(5), np.zeros(100), np.array([3.0])):
+        assert 1 <= persistence_steps(steps) <= max(steps.size, 1)
 
 
 # --- the recent rate ----------------------------------------------------------------------------------------------
