@@ -63,7 +63,7 @@ def test_persistence_looks_back_no_further_than_to_the_last_shift() -> None:
     shifted[:, -4:] += rng.poisson(40.0, (200, 4))
     assert np.mean([persistence_steps(steps) == 4 for steps in shifted]) > 0.9
     fallen = np.concatenate([steady, rng.poisson(4.0, (200, 9))], axis=1)
-    assert np.mean([persistence_steps(steps) in (8, 9) for steps in fallen]) > 0.9
+    assert np.mean([persistence_steps(steps) in (9, 10) for steps in fallen]) > 0.9
 
 
 def test_persistence_of_next_to_nothing() -> None:
