@@ -125,6 +125,7 @@ def main() -> None:
         of_part = [(case, one) for case, one in found if case.part == part]
         if of_part:
             report(f"(k) KPIs foreseen: {part}", _kpis([one for _, one in of_part]), "ratio: error to persistence's")
+            report(f"(k) odds of a breach: {part}", _odds([one for _, one in of_part]), "Brier scores, 0 is perfect")
             report(f"(k) alerts: {part}", _alerts(of_part), "lead: median, seconds, over all breaches foreseen")
 
 
@@ -187,6 +188,20 @@ def _kpis(runs: list[Backtest]) -> list[dict[str, Any]]:
                 "covered served": served_coverage,
             }
         )
+    return table
+
+
+def _odds(runs: list[Backtest]) -> list[dict[str, Any]]:
+    """By horizon, over all objectives."""
+    table = []
+    for horizon in HORIZONS_SECONDS:
+        scores = [one for run in runs for one in run.scores.breaches if one.horizon_seconds == horizon]
+        forecasts = sum(one.forecasts for one in scores)
+        row: dict[str, Any] = {"horizon s": horizon, "forecasts": forecasts}
+        for name, field in (("served", "brier"), ("simulated", "simulated_brier"), ("as now", "persistence_brier")):
+            told = [one for one in scores if math.isfinite(getattr(one, field))]
+            row[name] = sum(one.forecasts * getattr(one, field) for one in told) / sum(one.forecasts for one in told)
+        table.append(row)
     return table
 
 
