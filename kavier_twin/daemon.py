@@ -88,6 +88,7 @@ class Daemon:
         self._resumed = checkpoints is not None and checkpoints.restore(self.pools, self._sources)
         if self._resumed:
             self._warming_up = False
+            self._publish()  # what it goes on from
 
     @classmethod
     def of(cls, settings: Settings, warm_up_seconds: float = 0.0) -> Daemon:
