@@ -168,11 +168,15 @@ def settle_lengths(fleet: Fleet, recent: Workload, rng: np.random.Generator) -> 
     """Give every live request an output length and let it end by itself, in place.
 
     The length is drawn from those of recent finished requests that are longer than what this one generated so far; if
-    none is, it is what `assumed_output` says.
+    none is, it is what `assumed_output` says. One that the model cannot make longer ends now.
     """
     finished = np.sort(recent.output[recent.output > 0])
     for live in fleet.live():
-        generated = _generated(fleet.state.requests[live.replica, live.slot])
+        request = fleet.state.requests[live.replica, live.slot]
+        if request["tokens"] >= fleet.settings.engine.max_model_len:
+            fleet.finish(live, int(request["tokens"] - request["prompt"]), None, 0)
+            continue
+        generated = _generated(request)
         shorter = int(np.searchsorted(finished, generated, side="right"))
         pick = shorter + int(rng.random() * (finished.size - shorter))
         fleet.set_output(live, int(finished[pick]) if shorter < finished.size else assumed_output(generated))

@@ -16,8 +16,9 @@ from forecast.streams import (
 from kavier_twin.forecast.futures import assumed_output, draw_future, draw_futures, settle_lengths
 from kavier_twin.forecast.load import arrival_rate
 from kavier_twin.forecast.stream import read_stream
+from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.state import FREE
-from kavier_twin.simulation.workload import Workload, take_rows
+from kavier_twin.simulation.workload import Workload, make_workload, take_rows
 from kavier_twin.twin.snapshot import Snapshot
 
 
@@ -268,3 +269,15 @@ def test_a_request_that_waits_for_its_end_goes_on() -> None:
     settle_lengths(fleet, snapshot.recent, np.random.default_rng(0))
     fleet.run()
     assert fleet.idle
+
+
+def test_a_request_as_long_as_the_model_allows_ends() -> None:
+    """Its finish record is late; no step could end it."""
+    fleet = Fleet(fleet_settings(max_model_len=200), start_seconds=0.0)
+    fleet.feed(make_workload([0.0, 0.0], 50, 1_000, held=1))
+    fleet.run(30.0)
+    assert (fleet.state.requests["tokens"][0, [live.slot for live in fleet.live()]] == 200).all()
+    settle_lengths(fleet, make_workload([], 50, 10), np.random.default_rng(0))
+    fleet.run(60.0)
+    assert fleet.idle
+    assert [int(row["output"]) for row in fleet.collect()] == [150, 150]
