@@ -55,6 +55,16 @@ class Broker:
         self.described = Broker.last_described = described
         self.client_options: dict[str, Any] = {}
 
+    def new_topic(self, partitions: int = 3) -> str:
+        """The name of a new topic. Needs the extra kafka."""
+        from kafka.admin import KafkaAdminClient
+
+        topic = f"requests-{uuid.uuid4().hex[:12]}"
+        client = KafkaAdminClient(bootstrap_servers=self.address)
+        client.create_topics({topic: {"num_partitions": partitions, "replication_factor": 1}})
+        client.close()
+        return topic
+
     def suspend(self) -> None:
         """Let it answer nothing, while connections to it stay: what a partitioned network looks like."""
         assert self._process is not None

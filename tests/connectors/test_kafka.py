@@ -6,7 +6,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,19 +28,10 @@ from connectors.kafka.source import KafkaSource
 from connectors.source import Source
 from kafka_broker import PLAIN_PASSWORD, SCRAM_PASSWORD, USER, Broker, OurBroker
 from kavier_twin.telemetry import RequestFinished, RequestRecord, RequestSeen, TelemetryRecord
+from waiting import until
 
-PATIENCE_SECONDS = 60.0
 NOW = float(int(time.time()) - 10_000)
 NOW_MS = int(NOW) * 1000
-
-
-def until(condition: Callable[[], Any], what: str) -> Any:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        time.sleep(0.02)
-    pytest.fail(f"waited in vain: {what}")
 
 
 def seen(number: int) -> RequestSeen:

@@ -12,12 +12,14 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import kavier_twin
+import waiting
 from connectors.memory import MemorySource
 from connectors.source import Source
 from connectors.traces import read_trace
@@ -43,15 +45,7 @@ MIRROR = MirrorSettings(pool="chat", lateness_seconds=0.5, calibrate_after_reque
 FORECAST = ForecastSettings(every_seconds=0.2, budget_seconds=30.0, horizons_seconds=(5.0, 10.0), futures=2, workers=2)
 
 
-def until(condition: Callable[[], Any], what: str) -> Any:
-    """Wait for the condition and return what it found."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while time.monotonic() < deadline:
-        found = condition()
-        if found:
-            return found
-        time.sleep(0.02)
-    pytest.fail(f"waited in vain: {what}")
+until = partial(waiting.until, patience_seconds=PATIENCE_SECONDS)
 
 
 def recorded(count: int) -> list[RequestRecord]:

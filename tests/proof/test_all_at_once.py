@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +24,6 @@ from kv_publisher import Publisher
 from prometheus_server import RealPrometheus, openmetrics, wait_until
 
 kafka = pytest.importorskip("kafka", reason="needs the extra kafka")
-admin = pytest.importorskip("kafka.admin")
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 RECORDING = Path(__file__).parents[1] / "data" / "recordings" / "chat-400"
@@ -64,10 +62,7 @@ def records() -> list[RequestSeen | RequestFinished]:
 def test_the_mirror_keeps_up_with_all_of_them(
     real_kafka: OurBroker, prometheus: RealPrometheus, publisher: Publisher, tmp_path: Path
 ) -> None:
-    topic = f"requests-{uuid.uuid4().hex[:12]}"
-    client = admin.KafkaAdminClient(bootstrap_servers=real_kafka.address)
-    client.create_topics({topic: {"num_partitions": 3, "replication_factor": 1}})
-    client.close()
+    topic = real_kafka.new_topic()
     settings = tmp_path / "twin.yaml"
     engine = {name: value for name, value in META["engine"].items() if name not in ("engine", "model")}
     settings.write_text(f"""

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,6 @@ from kavier_twin.daemon import Daemon
 from kavier_twin.telemetry import RequestFinished, RequestSeen
 
 kafka = pytest.importorskip("kafka", reason="needs the extra kafka")
-admin = pytest.importorskip("kafka.admin")
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 PROGRAM = """
@@ -56,12 +54,9 @@ def test_killed_at_any_moment(real_kafka: OurBroker, tmp_path: Path) -> None:
         [*(record.seen() for record in records), *ends], key=lambda event: event.time_seconds
     )
     stream.append(stream[0].model_copy(update={"id": "beat", "time_seconds": stream[-1].time_seconds + 60.0}))
-    plain, killed, topic = tmp_path / "plain", tmp_path / "killed", f"requests-{uuid.uuid4().hex[:12]}"
+    plain, killed, topic = tmp_path / "plain", tmp_path / "killed", real_kafka.new_topic()
     for directory in (plain, killed):
         (directory / "state").mkdir(parents=True)
-    client = admin.KafkaAdminClient(bootstrap_servers=real_kafka.address)
-    client.create_topics({topic: {"num_partitions": 3, "replication_factor": 1}})
-    client.close()
     producer = kafka.KafkaProducer(bootstrap_servers=real_kafka.address)
     began_ms = int(time.time() * 1000)
 

@@ -7,26 +7,12 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import pytest
-
-PATIENCE_SECONDS = 60.0
-
-
-def until(condition: Callable[[], Any], what: str) -> Any:
-    """What `condition` gives once it gives something."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        time.sleep(0.02)
-    pytest.fail(f"waited in vain: {what}")
+from waiting import until
 
 
 class TapProcess:

@@ -12,7 +12,8 @@ import httpx
 
 from real_parts import nginx
 from tap.openai_server import OpenAIServer, free_port, serving
-from tap.tap_process import tap_process, until
+from tap.tap_process import tap_process
+from waiting import until
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "tap.md"
 AROUND = """

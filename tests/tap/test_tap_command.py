@@ -13,7 +13,8 @@ import pytest
 from kavier_twin.cli import main
 from real_parts import openssl
 from tap.openai_server import OpenAIServer, serving
-from tap.tap_process import tap_process, until
+from tap.tap_process import tap_process
+from waiting import until
 
 
 def test_all_that_is_wrong_is_told_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,6 @@ import os
 import signal
 import threading
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,10 @@ from kavier_twin.config import read_settings
 from kavier_twin.daemon import Daemon
 from kavier_twin.tap.hashing import BlockHasher
 from tap.openai_server import OpenAIServer, Running, serving, token_ids
-from tap.tap_process import tap_process, until
+from tap.tap_process import tap_process
+from waiting import until
 
 kafka = pytest.importorskip("kafka", reason="needs the extra kafka")
-admin = pytest.importorskip("kafka.admin")
 
 CANARY = "xyzzy-plugh-9f3a"
 KEY = "sk-canary-key-77"
@@ -42,11 +41,7 @@ def upstream(engine: OpenAIServer) -> Iterator[Running]:
 
 @pytest.fixture
 def topic(real_kafka: OurBroker) -> str:
-    name = f"tap-{uuid.uuid4().hex[:12]}"
-    client = admin.KafkaAdminClient(bootstrap_servers=real_kafka.address)
-    client.create_topics({name: {"num_partitions": 3, "replication_factor": 1}})
-    client.close()
-    return name
+    return real_kafka.new_topic()
 
 
 def values(broker: OurBroker, topic: str, count: int) -> list[bytes]:

@@ -4,43 +4,27 @@ from __future__ import annotations
 
 import time
 import urllib.request
-import uuid
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+import waiting
 from kafka_broker import OurBroker
 from kavier_twin.config import read_settings
 from kavier_twin.daemon import Daemon
 from kavier_twin.telemetry import RequestFinished, RequestSeen
 
 kafka = pytest.importorskip("kafka", reason="needs the extra kafka")
-admin = pytest.importorskip("kafka.admin")
 
 PATIENCE_SECONDS = 300.0  # a kernel may have to be compiled first
 
 
-def until(condition: Callable[[], Any], what: str) -> Any:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        time.sleep(0.05)
-    pytest.fail(f"waited in vain: {what}")
-
-
-def new_topic(broker: OurBroker) -> str:
-    topic = f"requests-{uuid.uuid4().hex[:12]}"
-    client = admin.KafkaAdminClient(bootstrap_servers=broker.address)
-    client.create_topics({topic: {"num_partitions": 3, "replication_factor": 1}})
-    client.close()
-    return topic
+until = partial(waiting.until, patience_seconds=PATIENCE_SECONDS)
 
 
 def test_requests_through_kafka_are_mirrored_and_the_source_told_of(real_kafka: OurBroker, tmp_path: Path) -> None:
-    topic = new_topic(real_kafka)
+    topic = real_kafka.new_topic()
     producer = kafka.KafkaProducer(bootstrap_servers=real_kafka.address)
     began = time.time() - 60.0
     for number in range(50):
@@ -88,7 +72,7 @@ dead_letters: dead.jsonl
 
 def test_a_first_start_mirrors_the_topic_s_last_minutes(real_kafka: OurBroker, tmp_path: Path) -> None:
     """Though the settings begin with what is newest; pods that the records name are mirrored, each as it served."""
-    topic = new_topic(real_kafka)
+    topic = real_kafka.new_topic()
     producer = kafka.KafkaProducer(bootstrap_servers=real_kafka.address)
     now = time.time()
     # Two hours old, then the last ten minutes.

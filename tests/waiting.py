@@ -1,0 +1,19 @@
+"""Waiting for what another thread or process does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+
+def until(condition: Callable[[], Any], what: str, *, patience_seconds: float = 60.0) -> Any:
+    """What `condition` gives once it gives something."""
+    deadline = time.monotonic() + patience_seconds
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        time.sleep(0.02)
+    pytest.fail(f"waited in vain: {what}")
