@@ -1,4 +1,4 @@
-"""(h) What the tap adds to the time to first byte of a streamed answer, and what it costs.
+"""(l) What the tap adds to the time to first byte of a streamed answer, and what it costs.
 
 A small streaming server, and three ways to it that a client takes in turn, so that all meet the same moments of the
 machine: direct, through `kavier-twin tap`, and through a process that only copies bytes, which is what any proxy costs
@@ -72,7 +72,7 @@ def main() -> None:
         "direct one; clients take the ways in turn; copied: by a process that only copies bytes; CPU: of the tap's "
         "two processes"
     )
-    report("(k) the tap", rows, notes)
+    report("(l) the tap", rows, notes)
 
 
 def _measure(port: int, copying_port: int, records: Path) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from kavier_twin.commands.client import TOKEN_VARIABLE
 from kavier_twin.config import CRUDE_STEP_TIME
 from kavier_twin.daemon import Daemon
 from kavier_twin.errors import UserError
@@ -57,7 +58,6 @@ FORECAST: Final = ForecastSettings(
         Slo(name="e2e_p95_3s", metric="e2e_p95_seconds", threshold=3.0),
     ),
 )
-_TOKEN: Final = "KAVIER_TWIN_TOKEN"
 _SLOW_SECONDS: Final = 4.0  # kernels that come from the cache are ready before
 _NAMES: Final = {
     "ttft_seconds": "time to first token",
@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
             notes=("A recording of a real vLLM server, replayed as if live.",),
         )
         token = _token()
-        http = HttpConfig(host=args.host, port=args.port, token=SecretPlace(env=_TOKEN))
+        http = HttpConfig(host=args.host, port=args.port, token=SecretPlace(env=TOKEN_VARIABLE))
         seconds = source.end_seconds - source.start_seconds
 
         def prepare() -> None:
@@ -157,7 +157,7 @@ def _width() -> int | None:
 
 def _token() -> str:
     """The token of this run's what-ifs, put where the server looks for it."""
-    return os.environ.setdefault(_TOKEN, secrets.token_urlsafe(9))
+    return os.environ.setdefault(TOKEN_VARIABLE, secrets.token_urlsafe(9))
 
 
 def _wait_for_kernels(console: Console, daemon: Daemon, signals: StopSignals) -> None:

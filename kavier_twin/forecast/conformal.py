@@ -36,8 +36,8 @@ _PRIOR_SPREAD: Final = 2.0
 _LENT: Final = 0.3  # weight of another horizon's score beside an own one
 _SMALLEST_SHARE: Final = 0.05  # a half counts as no narrower than this share of the median and of what was seen
 _USUAL: Final = 50  # latest halves whose geometric mean is the usual one
-_NORMAL: Final = float(special.ndtri(0.5 + 0.5 * COVERAGE))
-_PRIOR: Final[Floats] = _PRIOR_SPREAD / _NORMAL * special.ndtri((np.arange(_PRIOR_SCORES) + 0.5) / _PRIOR_SCORES)
+INTERVAL_END: Final = float(special.ndtri(0.5 + 0.5 * COVERAGE))  # of a normal distribution: deviations from its middle
+_PRIOR: Final[Floats] = _PRIOR_SPREAD / INTERVAL_END * special.ndtri((np.arange(_PRIOR_SCORES) + 0.5) / _PRIOR_SCORES)
 
 
 class Widening:

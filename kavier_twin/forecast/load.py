@@ -27,6 +27,7 @@ from kavier_twin.forecast.load_methods import (
     Method,
     fit_all,
     persistence_steps,
+    relative_variance,
 )
 from kavier_twin.twin.snapshot import COARSE_COUNT_SECONDS, COUNT_SECONDS, Snapshot
 
@@ -366,8 +367,7 @@ def dispersion_ratio(counts: Floats) -> float:
     if recent.sum() < _DISPERSION_REQUESTS or recent.size < 3:
         return 1.0
     lowest, highest = DISPERSION_LIMITS
-    seen = (np.diff(recent) ** 2).mean() / 2.0 / recent.mean()
-    likely = (recent.size * seen + _POISSON_BUCKETS) / (recent.size + _POISSON_BUCKETS)
+    likely = (recent.size * relative_variance(recent) + _POISSON_BUCKETS) / (recent.size + _POISSON_BUCKETS)
     return float(np.clip(likely, lowest, highest))
 
 

@@ -77,12 +77,16 @@ def persistence_steps(steps: Floats) -> int:
     return window
 
 
+def relative_variance(counts: Floats) -> float:
+    """Variance of counts over their mean, from differences of neighbours, which a trend hardly moves."""
+    return float((np.diff(counts) ** 2).mean() / 2.0 / counts.mean())
+
+
 def _dispersion(steps: Floats) -> float:
-    """Variance of counts over their mean, from differences of neighbours, which a trend hardly moves; 1 for few."""
+    """That of few counts is 1."""
     if steps.size < 2 * _FEWEST_STEPS or not steps.any():
         return 1.0
-    differences = np.diff(steps)
-    return float(np.clip((differences @ differences) / (2.0 * differences.size * steps.mean()), *DISPERSION_LIMITS))
+    return float(np.clip(relative_variance(steps), *DISPERSION_LIMITS))
 
 
 def _shifted(steps: Floats, dispersion: float) -> int | None:

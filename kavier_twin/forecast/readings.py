@@ -169,12 +169,12 @@ class _Stretch:
     def __init__(self, series: Iterable[_Series], start: float, stop: float) -> None:
         self.seconds = max(stop - start, 1e-12)
         self._start, self._stop = start, stop
-        self._series = [one for one in series if _overlap(one.rows.values[:, 0], start, stop) > 0.0]
-        spans = [_overlap(one.rows.values[:, 0], start, stop) for one in self._series]
+        spans = {one: span for one in series if (span := _overlap(one.rows.values[:, 0], start, stop)) > 0.0}
+        self._series = list(spans)
         known = [self._integral(one, lambda rows: np.ones(len(rows))) for one in self._series]
         self.known_seconds = sum(known)
         # Engines come and go; but one that is silent between two readings was there, and what it did is missing.
-        silent = any(seconds < LEAST_KNOWN * span for seconds, span in zip(known, spans, strict=True))
+        silent = any(seconds < LEAST_KNOWN * span for seconds, span in zip(known, spans.values(), strict=True))
         self.known = max(known, default=0.0) >= LEAST_KNOWN * self.seconds and not silent
 
     def gauge(self, column: int) -> float:

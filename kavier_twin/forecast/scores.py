@@ -20,7 +20,7 @@ from kavier_twin.forecast.correction import Correction
 from kavier_twin.forecast.readings import Reading
 from kavier_twin.forecast.reality import Ended, Reality
 from kavier_twin.forecast.result import Forecast, Row
-from kavier_twin.forecast.serving import Foretold, breach_probability, interval, served
+from kavier_twin.forecast.serving import Foretold, interval, movement, served
 from kavier_twin.forecast.slo import Metric, Slo
 from kavier_twin.simulation.footprint import Footprint
 
@@ -230,26 +230,23 @@ class Scorer:
         told: dict[tuple[float, Metric], Foretold] = {}
         for row in rows:
             told |= self._foretell(forecast.time_seconds, row)
+        shown = served(forecast, told, list(self._slos.values()))
         if not rows or forecast.time_seconds <= self._newest:
-            return served(forecast, told, list(self._slos.values()))
+            return shown
         self._newest = forecast.time_seconds
         odds: dict[str, float] = defaultdict(float)
-        for row in rows:
+        for row, served_row in zip(rows, (row for row in shown.rows if row.policy == policy), strict=True):
             horizon = row.horizon_seconds
             breach = {}
-            for name, share in row.breach_probability.items():
-                one = told.get((horizon, self._slos[name].metric)) if name in self._slos else None
-                said = share
-                if one is not None:
-                    said = breach_probability(self._slos[name], one.wide_low, one.served, one.wide_high)
-                breach[name] = (said, share)
+            for name, said in served_row.breach_probability.items():
+                breach[name] = (said, row.breach_probability[name])
                 odds[name] = max(odds[name], said)
             kpis = {metric: one for (at, metric), one in told.items() if at == horizon}
             self._keep(Foreseen(forecast.time_seconds, horizon, kpis, breach))
         self._intervals = tuple(Interval(metric, horizon, *one[:6]) for (horizon, metric), one in told.items())
         shortest = min(row.horizon_seconds for row in rows)
         self._moments.append((forecast.time_seconds, shortest, {slo: odds[slo] for slo in self._slos}))
-        return served(forecast, told, list(self._slos.values()))
+        return shown
 
     def _foretell(self, time_seconds: float, row: Row) -> dict[tuple[float, Metric], Foretold]:
         """The row's KPIs, corrected and widened."""
@@ -384,9 +381,8 @@ class Scorer:
 
 def _moved(low: float, median: float, high: float, corrected: float) -> tuple[float, float]:
     """The ends of an interval whose median becomes another."""
-    if median > 0.0:
-        return low * corrected / median, high * corrected / median
-    return low + corrected - median, high + corrected - median
+    factor, shift = movement(median, corrected)
+    return factor * low + shift, factor * high + shift
 
 
 def kpi_score(rows: Iterable[ScoredKpi]) -> KpiScore:

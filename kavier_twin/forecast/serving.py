@@ -11,16 +11,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from scipy import special
 
-from kavier_twin.forecast.conformal import COVERAGE
+from kavier_twin.forecast.conformal import COVERAGE, INTERVAL_END
 from kavier_twin.forecast.result import Forecast, Quantiles, Row
 from kavier_twin.forecast.slo import Metric, Slo
 from kavier_twin.forecast.statistics import share_interval
-
-_END: Final = float(special.ndtri(0.5 + 0.5 * COVERAGE))  # standard deviations from a median to its interval's end
 
 
 class Foretold(NamedTuple):
@@ -53,7 +51,7 @@ def breach_probability(slo: Slo, low: float, median: float, high: float) -> floa
     half = high - median if slo.threshold >= median else median - low
     if half <= 0.0:
         return float(slo.breached(median))
-    above = float(special.ndtr((median - slo.threshold) / half * _END))
+    above = float(special.ndtr((median - slo.threshold) / half * INTERVAL_END))
     return 1.0 - above if slo.higher_is_better else above
 
 
@@ -65,7 +63,7 @@ def _row(row: Row, told: Mapping[tuple[float, Metric], Foretold], slos: Sequence
             continue
         moved = _Moved(one, values.p50)
         kpis[metric] = Quantiles(
-            {at: moved.value(value, special.ndtri(at) / _END) for at, value in values.values.items()}
+            {at: moved.value(value, special.ndtri(at) / INTERVAL_END) for at, value in values.values.items()}
         )
         low, median, high = interval(values)
         ends = moved.value(low, -1.0), moved.value(median, 0.0), moved.value(high, 1.0)
@@ -76,12 +74,16 @@ def _row(row: Row, told: Mapping[tuple[float, Metric], Foretold], slos: Sequence
     return dataclasses.replace(row, kpis=kpis, breach_probability=odds, breach_interval=credible)
 
 
+def movement(simulated: float, served: float) -> tuple[float, float]:
+    """Factor and shift that make the served median of the simulated one: in proportion, where it is not 0."""
+    return (served / simulated, 0.0) if simulated > 0.0 else (1.0, served - simulated)
+
+
 class _Moved:
     """What one KPI of a row becomes whose simulated median is `median`."""
 
     def __init__(self, one: Foretold, median: float) -> None:
-        self._factor = one.served / one.median if one.median > 0.0 else 1.0
-        self._shift = one.served - self._factor * one.median
+        self._factor, self._shift = movement(one.median, one.served)
         size = median / one.median if one.median > 0.0 else 1.0
         self._below = size * ((one.served - one.wide_low) - self._factor * (one.median - one.low))
         self._above = size * ((one.wide_high - one.served) - self._factor * (one.high - one.median))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from pathlib import Path
 from threading import Lock
 from typing import Any, Final
@@ -16,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from kavier_twin.forecast.policy_set import PolicySet
 from kavier_twin.simulation.policies import Policy
+from kavier_twin.twin.checkpoint import replacing
 
 log = logging.getLogger(__name__)
 
@@ -57,20 +57,13 @@ class KeptPolicies:
         with self._lock:
             by_pool = {**self._by_pool, pool: entry}
             try:
-                self._write(by_pool)
+                with replacing(self._path) as file:
+                    file.write(json.dumps(by_pool).encode())
             except OSError as error:
                 log.error("policies of pool %s cannot be kept: %s; they last until the twin ends", pool, error)
                 return False
             self._by_pool = by_pool
         return True
-
-    def _write(self, by_pool: dict[str, Any]) -> None:
-        temporary = self._path.with_suffix(".part")
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(by_pool, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self._path)
 
     def _read(self) -> dict[str, Any]:
         try:

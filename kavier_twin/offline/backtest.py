@@ -87,7 +87,6 @@ def backtest(
     samples: list[EngineSample] = []
     measured = not shape and all(record.e2e_seconds is not None for record in records) and bool(records)
     fleet = scenario.fleet
-    settings = MirrorSettings(lateness_seconds=0.0)
     if measured:
         samples = recorded_samples(scenario.trace)
         fleet = fleet.model_copy(update={"step_time": CRUDE_STEP_TIME})

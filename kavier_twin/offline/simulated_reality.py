@@ -32,7 +32,7 @@ def simulated_reality(
     if not records:
         return [], []
     workload = with_frontend(workload_of(records), frontend_seconds)
-    fleet = Fleet(settings, start_seconds=min(0.0, float(workload.arrival[0])))
+    fleet = Fleet(settings, start_seconds=float(workload.arrival[0]))
     fleet.feed(workload)
     readings: list[tuple[str, Reading]] = []
     joules, before = 0.0, Work.of(fleet.state, fleet.now_seconds)

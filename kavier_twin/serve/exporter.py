@@ -359,7 +359,8 @@ def _predictions(pool: str, source: str, outlook: Outlook) -> Iterator[Metric]:
         yield family
     breach = gauge(
         "slo_breach_probability_ratio",
-        "Share of simulated futures, 0 to 1, in which the SLO is breached within the horizon (seconds).",
+        "Probability, 0 to 1, that the SLO is breached within the horizon (seconds): by the simulated futures, "
+        "corrected by what earlier forecasts missed.",
         labels=["pool", "policy", "in_force", "horizon", "slo", "trusted", "source"],
     )
     best = gauge(

@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, BinaryIO, Final, NamedTuple
 
 import numpy as np
 
@@ -55,20 +56,11 @@ def write(directory: Path, sequence: int, saved: Saved, keep: int) -> Path:
     for array in arrays.values():
         digest.update(array.view(np.uint8).data if array.size else b"")
     path = directory / f"{sequence:012d}{SUFFIX}"
-    temporary = path.with_suffix(".part")
-    try:
-        with temporary.open("wb") as file:
-            file.write(_MAGIC + digest.digest() + len(text).to_bytes(8, "little") + text)
-            for array in arrays.values():
-                if array.size:
-                    file.write(array.view(np.uint8).data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync(directory)
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(_MAGIC + digest.digest() + len(text).to_bytes(8, "little") + text)
+        for array in arrays.values():
+            if array.size:
+                file.write(array.view(np.uint8).data)
     for old in _files(directory)[keep:]:
         old.unlink(missing_ok=True)
     return path
@@ -112,6 +104,22 @@ def _files(directory: Path) -> list[Path]:
     """Newest first."""
     found = [path for path in directory.glob(f"*{SUFFIX}") if path.name.removesuffix(SUFFIX).isdigit()]
     return sorted(found, key=lambda path: int(path.name.removesuffix(SUFFIX)), reverse=True)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path`, whole and on the disk, when the block ends well. Raises OSError."""
+    temporary = path.with_suffix(".part")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync(path.parent)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _sync(directory: Path) -> None:
