@@ -25,6 +25,8 @@ from kavier_twin.simulation.turns import Turns
 from kavier_twin.simulation.workload import Workload
 from kavier_twin.twin.snapshot import Snapshot
 
+_LATELY = 1_000  # finished requests that tell how long those in flight will be: lengths drift
+
 
 def draw_future(snapshot: Snapshot, horizon_seconds: float, seed: int | Sequence[int]) -> Workload:
     """Requests that arrive in the `horizon_seconds` behind the snapshot, sorted by arrival.
@@ -167,10 +169,10 @@ def _first_free_index(snapshot: Snapshot) -> int:
 def settle_lengths(fleet: Fleet, recent: Workload, rng: np.random.Generator) -> None:
     """Give every live request an output length and let it end by itself, in place.
 
-    The length is drawn from those of recent finished requests that are longer than what this one generated so far; if
+    The length is drawn from those of the last finished requests that are longer than what this one generated so far; if
     none is, it is what `assumed_output` says. One that the model cannot make longer ends now.
     """
-    finished = np.sort(recent.output[recent.output > 0])
+    finished = np.sort(recent.output[recent.output > 0][-_LATELY:])
     for live in fleet.live():
         request = fleet.state.requests[live.replica, live.slot]
         if request["tokens"] >= fleet.settings.engine.max_model_len:

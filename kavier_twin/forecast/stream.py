@@ -36,9 +36,9 @@ Flags = npt.NDArray[np.bool_]
 
 _STEADY_USERS = 3  # first turns that must have used a prefix, over half of the window at least, to call it steady
 _LONGEST_WEIGHT = 5.0  # one return stands for so many at most
-# A first turn this much older counts 1 / e, as what people ask for drifts; in a long window one with this share of it.
-# Returns are too few for that, and their times decide about a cache.
-_MEMORY_SECONDS, _MEMORY_SHARE = 200.0, 1 / 3
+# A first turn this much older counts 1 / e, as what people ask for drifts. Returns are too few for that, and their
+# times decide about a cache.
+_MEMORY_SECONDS = 200.0
 _UNSEEN_RATIO = 0.02  # returns per request that first turns may be mistaken for
 
 
@@ -151,8 +151,7 @@ def _weights(arrival: Floats, finished: Flags, returns: Flags, parent: Integers)
     sure = np.zeros(n)
     sure[first[(unseen[first] <= _UNSEEN_RATIO) | (np.arange(first.size) >= first.size // 2)]] = 1.0
     result = np.zeros(n)
-    memory = max(_MEMORY_SECONDS, _MEMORY_SHARE * float(seen_since[-1]))
-    newer = np.exp((arrival - arrival[-1]) / memory)
+    newer = np.exp((arrival - arrival[-1]) / _MEMORY_SECONDS)
     for group, share, value in ((returns, returning, weight), (~returns, 1.0 - returning, sure * newer)):
         examples = group & finished
         total = float(value[examples].sum())

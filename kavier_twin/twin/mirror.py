@@ -59,7 +59,7 @@ class MirrorSettings:
 
     pool: str = "default"
     lateness_seconds: float = 2.0
-    recent_seconds: float = 600.0
+    recent_seconds: float = 1_800.0
     recent_requests: int = 5_000
     calibrate_after_requests: int = 100
     recalibrate_every_requests: int = 50
