@@ -23,6 +23,7 @@ from kavier_twin.forecast.load_methods import (
     DISPERSION_LIMITS,
     METHODS,
     STEP_SECONDS,
+    USUAL_METHOD,
     History,
     Method,
     fit_all,
@@ -46,7 +47,7 @@ _NEIGHBOURS = 6  # buckets on each side of a gap that tell how many were due
 _DISPERSION_REQUESTS = 50  # fewer tell nothing of how bursty they are
 _DISPERSION_BUCKETS = 360  # an hour
 _POISSON_BUCKETS = 20  # beside them, so that a few buckets do not tell much
-_BETTER_RATIO = 0.95  # of persistence's error: what is hardly better over a few moments may well be worse
+_BETTER_RATIO = 0.95  # of the usual method's error: what is hardly better over a few moments may well be worse
 _SURPRISE = 4.0  # standard deviations from what was foreseen at the last fit that call for another
 _MOST_RELATIVE_DEVIATION = 1.0
 # Before anything was tried: a rate that doubles or halves within a quarter of an hour is two deviations off. (On the
@@ -173,7 +174,7 @@ class LoadForecaster:
         self._errors: dict[str, float] = {}
         self._trials: _Trials | None = None
         self._expected = np.zeros(0)  # requests in each step since the last fit, as the method in use foresaw then
-        self._method = "persistence"
+        self._method = USUAL_METHOD
         self._refitted_seconds = -math.inf
         self._history_steps = 0
 
@@ -228,9 +229,9 @@ class LoadForecaster:
         errors = {name: (trials.error(name) if trials else math.nan) for name in self._fitted}
         self._errors = errors
         tried = {name: error for name, error in errors.items() if not math.isnan(error)}
-        self._method = min(tried, key=lambda name: tried[name]) if tried else "persistence"
-        if tried and tried[self._method] > _BETTER_RATIO * tried["persistence"]:
-            self._method = "persistence"
+        self._method = min(tried, key=lambda name: tried[name]) if tried else USUAL_METHOD
+        if tried and tried[self._method] > _BETTER_RATIO * tried[USUAL_METHOD]:
+            self._method = USUAL_METHOD
         self._trials = trials
         ahead = max(1, math.ceil(self._refit_seconds / STEP_SECONDS))
         self._expected = self._fitted[self._method].predict(history, ahead)[0]
