@@ -103,7 +103,9 @@ def _breaches(pool: str, scores: Scores) -> Iterator[Metric]:
 
 def _alerts(pool: str, scores: Scores) -> Iterator[Metric]:
     labels = ["pool", "slo"]
-    alerts = gauge("score_alerts", "Alerts judged: runs of forecasts that hold a breach as likely as not.", labels)
+    alerts = gauge(
+        "score_alerts", "Alerts judged: runs of forecasts with odds as KavierTwinSloBreachPredicted asks for.", labels
+    )
     breaches = gauge("score_breaches", "Breaches that the alerts are judged by.", labels)
     precision = gauge("score_alert_precision_ratio", "Share of alerts that a breach followed in time.", labels)
     recall = gauge("score_alert_recall_ratio", "Share of breaches that an alert came before.", labels)

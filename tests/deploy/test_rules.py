@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import yaml
 
 from deploy import runbook_page
 from deploy.helm_chart import RULES
-from deploy.runbook_page import PAGE
+from deploy.runbook_page import PAGE, RUNBOOK
+from kavier_twin.forecast.scores import ALERT_PROBABILITY
 from real_parts import promtool
 
+BREACH = "KavierTwinSloBreachPredicted"
 UNIT_TESTS = RULES.with_name("kavier-twin.test.yaml")
 ALERTS = [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"] if "alert" in rule]
 
@@ -40,6 +43,16 @@ def test_an_alert_has_a_severity_and_leads_to_its_section_of_the_runbook(alert: 
     page, _, section = alert["annotations"]["runbook_url"].partition("#")
     assert page == "http://127.0.0.1:9469/static/runbook.html"
     assert f'<h2 id="{section}">' in PAGE.read_text()
+
+
+def test_alerts_are_raised_by_the_odds_that_they_are_scored_by() -> None:
+    """Rules cannot read the constant; nor can the dashboards' colours and the runbook."""
+    (warning,) = (rule for rule in ALERTS if rule["alert"] == BREACH and rule["labels"]["severity"] == "warning")
+    assert warning["expr"].endswith(f" >= {ALERT_PROBABILITY:g}")
+    assert f"have been {ALERT_PROBABILITY:.0%} or more".replace("%", " %") in RUNBOOK.read_text()
+    board = json.loads((RULES.parents[1] / "grafana" / "forecast.json").read_text())
+    (panel,) = (panel for panel in board["panels"] if panel["title"] == "Odds of a breach under today's policy")
+    assert panel["fieldConfig"]["defaults"]["thresholds"]["steps"][1]["value"] == ALERT_PROBABILITY
 
 
 def test_the_runbook_that_the_twin_serves_is_the_documentation_s() -> None:

@@ -166,7 +166,7 @@ def test_reliability_of_calibrated_odds() -> None:
 def test_widened_intervals_cover(spread: float) -> None:
     """Also where load drifts to ten times as much, and however wrong the interval itself is."""
     rng = np.random.default_rng(2)
-    widening = Widening()
+    widening = Widening(60.0)
     covered = []
     for number in range(1_000):
         level = 10.0 + 90.0 * number / 1_000
@@ -180,7 +180,7 @@ def test_widened_intervals_cover(spread: float) -> None:
 
 def test_intervals_that_cover_too_much_become_narrower() -> None:
     rng = np.random.default_rng(3)
-    widening = Widening()
+    widening = Widening(60.0)
     for _ in range(200):
         widening.observe(0.0, 10.0, 20.0, *widening.widen(0.0, 10.0, 20.0), 10.0 + float(rng.standard_normal()))
     low, high = widening.widen(0.0, 10.0, 20.0)
@@ -189,7 +189,7 @@ def test_intervals_that_cover_too_much_become_narrower() -> None:
 
 def test_what_narrow_intervals_missed_does_not_blow_up_a_wide_one() -> None:
     """Twenty times a half of 0.1 was 2: that is not twenty halves of 10."""
-    widening = Widening()
+    widening = Widening(60.0)
     for number in range(60):
         low, high = widening.widen(0.9, 1.0, 1.1)
         widening.observe(0.9, 1.0, 1.1, low, high, 3.0 if number % 10 == 0 else 1.1)
@@ -199,13 +199,24 @@ def test_what_narrow_intervals_missed_does_not_blow_up_a_wide_one() -> None:
 
 def test_a_longer_horizon_learns_from_shorter_ones_until_its_time_comes() -> None:
     """A side that always misses is widened, the other is not."""
-    short = Widening()
+    short = Widening(60.0)
     for _ in range(20):
         short.observe(9.0, 10.0, 11.0, *short.widen(9.0, 10.0, 11.0), 15.0)
-    low, high = Widening([short]).widen(9.0, 10.0, 11.0)
+    low, high = Widening(60.0, [short]).widen(9.0, 10.0, 11.0)
     assert high > 14.0
     assert low > 8.0
-    assert Widening().widen(9.0, 10.0, 11.0)[1] < 12.0
+    assert Widening(60.0).widen(9.0, 10.0, 11.0)[1] < 12.0
+
+
+def test_the_further_ahead_the_less_is_known_before_anything_was_scored() -> None:
+    """As a random walk's deviation grows, within what was tried."""
+    short = Widening(60.0)
+    for _ in range(20):
+        short.observe(9.0, 10.0, 11.0, *short.widen(9.0, 10.0, 11.0), 12.0)
+    for lenders in ([], [short]):
+        highs = [Widening(seconds, lenders).widen(9.0, 10.0, 11.0)[1] for seconds in (60.0, 240.0, 900.0, 3600.0)]
+        ahead = np.array(highs) - 10.0
+        assert ahead[1:] == pytest.approx(ahead[0] * np.sqrt([4.0, 15.0, 15.0]))
 
 
 @pytest.mark.parametrize(("simulated", "persisted", "least", "most"), [(1.0, 9.0, 0.8, 1.0), (9.0, 1.0, 0.0, 0.2)])
