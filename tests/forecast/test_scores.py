@@ -231,6 +231,15 @@ def test_the_better_expert_is_served(simulated: float, persisted: float, least: 
     assert least <= correction.share <= most
 
 
+def test_before_anything_was_seen_the_simulation_counts_for_less_the_further_ahead() -> None:
+    shares = [Correction(seconds).share for seconds in (60.0, 300.0, 900.0)]
+    assert shares == pytest.approx([5 / 6, 1 / 2, 1 / 4])
+    correction = Correction(300.0)
+    assert 5.0 < correction.serve(100.0, 1.0) < 20.0  # in proportion: the mean would be 50
+    assert correction.serve(7.0, 7.0) == pytest.approx(7.0)
+    assert correction.serve(0.0, 0.0) == 0.0
+
+
 def test_forecasts_that_overlap_count_once() -> None:
     apart, overlapping = Correction(600.0), Correction(600.0)
     for number in range(5):
