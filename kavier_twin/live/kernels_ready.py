@@ -37,7 +37,7 @@ _IN_USE_SECONDS: Final = 86_400.0  # used within this time it stays, however man
 def compiled() -> Compiling:
     """How many of the kernels that this process may need are compiled or loaded."""
     modules = [module for name, module in list(sys.modules.items()) if name.startswith("kavier_twin.")]
-    kernels = {id(found): found for module in modules for found in vars(module).values() if _is_kernel(found)}
+    kernels = {id(found): found for module in modules for found in list(vars(module).values()) if _is_kernel(found)}
     return Compiling(sum(bool(kernel.overloads) for kernel in kernels.values()), len(kernels))
 
 

@@ -2,15 +2,32 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import time
 from pathlib import Path
 from threading import Event
+from types import ModuleType
+
+import pytest
 
 from connectors.memory import MemorySource
 from daemon.test_daemon import events, get, recorded, running, until
+from kavier_twin.live import kernels_ready
 from kavier_twin.live.kernels_ready import compiled, remove_old_caches
 
 DAY_SECONDS = 86_400.0
+
+
+def test_progress_is_told_while_a_module_is_still_being_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    growing = ModuleType("kavier_twin.growing")
+
+    def is_kernel(found: object) -> bool:
+        setattr(growing, f"name_{len(vars(growing))}", found)
+        return False
+
+    monkeypatch.setitem(sys.modules, growing.__name__, growing)
+    monkeypatch.setattr(kernels_ready, "_is_kernel", is_kernel)
+    assert compiled().kernels == 0
 
 
 def test_all_is_served_while_kernels_are_made_ready_and_nothing_is_lost() -> None:
