@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Callable, Iterable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,6 +15,7 @@ import urllib3
 import yaml
 
 from real_parts import alertmanager, prometheus, promtool
+from waiting import wait_until
 
 
 class RealPrometheus:
@@ -168,14 +168,6 @@ def openmetrics(scrapes: Iterable[tuple[float, str]], labels: Mapping[str, str])
         labelled = f"{name[:-1]},{attached}}}" if name.endswith("}") else f"{name}{{{attached}}}"
         lines += [f"{labelled} {sample}" for sample in samples]
     return "\n".join([*lines, "# EOF", ""])
-
-
-def wait_until(condition: Callable[[], Any], seconds: float = 10.0) -> None:
-    """Come back as soon as the condition holds; fail if it does not for so long."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.02)
 
 
 def _listens(host: str, port: int) -> bool:

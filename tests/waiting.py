@@ -17,3 +17,8 @@ def until(condition: Callable[[], Any], what: str, *, patience_seconds: float = 
             return found
         time.sleep(0.02)
     pytest.fail(f"waited in vain: {what}")
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 10.0) -> None:
+    """`until`, where the condition tells what is waited for."""
+    until(condition, "it did not come to pass", patience_seconds=seconds)

@@ -21,6 +21,7 @@ from connectors.traces.recording import read_kv_events
 from kavier_twin.telemetry import KvBlocksRemoved, KvBlocksStored, KvCacheCleared, KvEventBatch
 from kavier_twin.twin.kv_cache_view import KvCacheView
 from kv_publisher import Publisher
+from waiting import wait_until
 
 RECORDING = Path(__file__).parents[1] / "data" / "recordings" / "chat-400"
 
@@ -387,13 +388,6 @@ def test_a_recording_published_again(publish: Any, subscribe: Any, as_sent: Call
     assert (view.exact, view.blocks(), view.copies()) == (True, set(copies), len(copies))
     assert view.copies() < 400  # the engine's blocks, of which one is vLLM's null block
     assert source.rejected() == {}
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.01)
 
 
 def test_going_on_after_a_restart(publish: Any, subscribe: Any) -> None:

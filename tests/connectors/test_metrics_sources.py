@@ -17,7 +17,8 @@ from connectors.prometheus.scrape import EngineTarget, VllmMetricsSource
 from connectors.prometheus.source import PrometheusSource
 from connectors.secret import Secret
 from kavier_twin.telemetry import EngineSample
-from prometheus_server import Pages, wait_until
+from prometheus_server import Pages
+from waiting import wait_until
 
 Page = tuple[int, str, bytes]
 METRICS = b"""vllm:num_requests_running{engine="0",model_name="m"} 3

@@ -13,7 +13,8 @@ from connectors.prometheus.source import PrometheusSource
 from kavier_twin.config import Settings, read_settings
 from kavier_twin.daemon import Daemon
 from kavier_twin.errors import UserError
-from prometheus_server import Pages, wait_until
+from prometheus_server import Pages
+from waiting import wait_until
 
 PROMETHEUS = {"type": "prometheus", "url": "http://prometheus:9090"}
 

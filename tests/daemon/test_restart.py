@@ -26,6 +26,7 @@ from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepT
 from kavier_twin.telemetry import RequestRecord
 from kavier_twin.twin import checkpoint
 from kavier_twin.twin.mirror import MirrorSettings
+from waiting import wait_until
 
 RECORDING = Path(__file__).parents[1] / "data" / "recordings" / "chat-400"
 KILLS = 25
@@ -123,14 +124,14 @@ def test_a_stopped_daemon_goes_on(tmp_path: Path) -> None:
     (tmp_path / "requests.jsonl").write_bytes(b"".join(stream[:70]))
     first = make_daemon(tmp_path)
     first.start()
-    wait_for(lambda: first.view.records.get("accepted", 0) == 70)
+    wait_until(lambda: first.view.records.get("accepted", 0) == 70, 60.0)
     assert first.stop()
     with (tmp_path / "requests.jsonl").open("ab") as file:
         file.write(b"".join(stream[70:]))
     second = make_daemon(tmp_path)
     assert second.view.records["accepted"] == 70  # before anything was read
     second.start()
-    wait_for(lambda: second.view.finished_requests == len(records))
+    wait_until(lambda: second.view.finished_requests == len(records), 60.0)
     assert second.stop()
     assert second.view.records["accepted"] == len(stream)
     assert second.view.records["duplicate"] == 0
@@ -144,23 +145,16 @@ def test_a_replaced_file_is_read_anew_and_counted_once(tmp_path: Path) -> None:
     path.write_bytes(b"".join(stream[:50]))
     first = make_daemon(tmp_path)
     first.start()
-    wait_for(lambda: first.view.records.get("accepted", 0) == 50)
+    wait_until(lambda: first.view.records.get("accepted", 0) == 50, 60.0)
     assert first.stop()
     path.rename(tmp_path / "older.jsonl")
     path.write_bytes(b"".join(stream))
     second = make_daemon(tmp_path)
     second.start()
-    wait_for(lambda: second.view.finished_requests == len(records))
+    wait_until(lambda: second.view.finished_requests == len(records), 60.0)
     assert second.stop()
     assert second.view.records["accepted"] == len(stream)
     assert second.view.records["duplicate"] + second.view.records["late"] == 50
-
-
-def wait_for(reached, seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not reached():
-        assert time.monotonic() < end, "not reached in time"
-        time.sleep(0.02)
 
 
 def test_positions_are_plain_json(tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from kavier_twin.config import read_settings
 from kavier_twin.daemon import Daemon
 from kavier_twin.telemetry import RequestFinished, RequestSeen
 from kv_publisher import Publisher
-from prometheus_server import RealPrometheus, openmetrics, wait_until
+from prometheus_server import RealPrometheus, openmetrics
+from waiting import wait_until
 
 kafka = pytest.importorskip("kafka", reason="needs the extra kafka")
 pytestmark = [pytest.mark.real, pytest.mark.slow]

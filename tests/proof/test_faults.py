@@ -19,7 +19,7 @@ from kavier_twin.live.pool import PoolTwin
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
 from kavier_twin.telemetry import RequestFinished, RequestSeen
 from kavier_twin.twin.mirror import MirrorSettings
-from prometheus_server import wait_until
+from waiting import wait_until
 
 FLEET = FleetSettings(
     engine=EngineSettings(num_gpu_blocks=2_000, max_num_seqs=32),

@@ -18,7 +18,7 @@ from kavier_twin.live.pool import PoolTwin
 from kavier_twin.offline.scenario import load_scenario
 from kavier_twin.telemetry import TelemetryRecord
 from kv_publisher import Publisher
-from prometheus_server import wait_until
+from waiting import wait_until
 
 RECORDING = Path(__file__).parents[1] / "data" / "recordings" / "chat-400"
 
