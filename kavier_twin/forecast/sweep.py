@@ -23,9 +23,10 @@ from kavier_twin.forecast.settings import ForecastSettings, RollingRestart
 from kavier_twin.forecast.slo import METRICS, Slo
 from kavier_twin.forecast.statistics import quantiles, share_interval
 from kavier_twin.forecast.verdict import Ranking, Table, verdict
-from kavier_twin.simulation.fleet import Fleet
+from kavier_twin.simulation.fleet import Fleet, Peaks
 from kavier_twin.simulation.kpis import Counters
 from kavier_twin.simulation.policies import Override, Policy, PolicyError, apply_overrides
+from kavier_twin.simulation.settings import FleetSettings
 from kavier_twin.simulation.state import Records
 from kavier_twin.simulation.turns import Turns
 from kavier_twin.simulation.workload import Workload
@@ -58,6 +59,7 @@ class Task(NamedTuple):
     frontend_seconds: float
     deadline_unix_seconds: float = math.inf
     restart: RollingRestart | None = None
+    known: Seen | None = None  # what it will see, where that is certain
 
 
 class Seen(NamedTuple):
@@ -65,6 +67,7 @@ class Seen(NamedTuple):
 
     kpis: Floats  # [horizons, METRICS]
     first_breach_seconds: Floats  # [slos] from now; infinite: none
+    peaks: Peaks
 
 
 def sweep(
@@ -117,6 +120,8 @@ def draw(
 
 def simulate(task: Task, cancelled: Cancelled = never) -> Seen | None:
     """KPIs at every horizon from one run, which goes on in slices; None if cancelled or past the deadline."""
+    if task.known is not None:
+        return task.known
     fleet = task.future.present.fork()
     start = fleet.now_seconds
     before = at_window = Counters.of(fleet.state, start)
@@ -125,6 +130,7 @@ def simulate(task: Task, cancelled: Cancelled = never) -> Seen | None:
     else:
         begin_restart(fleet, task.overrides, task.restart)
     fleet.feed_sessions(task.future.workload, task.future.turns)
+    fleet.forget_peaks()
     watched = {slo.metric for slo in task.slos}
     outcomes: list[Records] = []
     kpis = np.empty((len(task.horizons_seconds), len(METRICS)))
@@ -144,7 +150,7 @@ def simulate(task: Task, cancelled: Cancelled = never) -> Seen | None:
             outcomes = [np.concatenate(outcomes)]
             found = measure(fleet, before, outcomes[0], task.frontend_seconds, METRICS)
             kpis[task.horizons_seconds.index(end)] = [found[name] for name in METRICS]
-    return Seen(kpis, first_breach)
+    return Seen(kpis, first_breach, fleet.peaks)
 
 
 def row_of(policy: str, horizon: float, kpis: Floats, slos: Sequence[Slo], at: Sequence[float]) -> Row:
@@ -220,7 +226,8 @@ class _Sweep:
                 for policy in list(self._active):
                     handed.append((number, policy))
                     first = number == 0 and policy is self._today
-                    yield self._task(future, policy, math.inf if first else self._deadline)
+                    task = self._task(future, policy, math.inf if first else self._deadline)
+                    yield task._replace(known=self._known(policy, number))
 
         with closing(self._executor.run(simulate, tasks(), self._cancelled)) as results:
             for seen in results:
@@ -238,6 +245,12 @@ class _Sweep:
                     if reason is not None:
                         return reason
         return "all_futures"
+
+    def _known(self, policy: Policy, number: int) -> Seen | None:
+        """What a policy does in a future that today's has been seen in, if it changes only limits out of reach."""
+        today = self._seen[self._today.name][number : number + 1]
+        settings = self._snapshot.fleet.settings
+        return today[0] if today and out_of_reach(settings, policy.overrides, today[0].peaks) else None
 
     def _enough(self, complete: int, task_seconds: float) -> StopReason | None:
         """Whether to stop after so many futures, one policy in one of which took `task_seconds`; sheds policies."""
@@ -303,6 +316,19 @@ class _Sweep:
         both = {self._today.name: table[self._today.name], **_table({best.name: switching})}
         gain = self._ranking(both).gain(best.name)
         return replace(found, switch=Switch(self._rows({best.name: both[best.name]}), gain))
+
+
+def out_of_reach(settings: FleetSettings, overrides: Mapping[str, Override], peaks: Peaks) -> bool:
+    """Whether a policy does what today's does: it changes nothing but limits which engines stay below, old and new."""
+    engine = settings.engine
+    if not overrides or not overrides.keys() <= {"max_num_seqs", "max_num_batched_tokens"}:
+        return False
+    if engine.eviction == "cost_aware" or not engine.enable_chunked_prefill:  # costs, and admission, depend on them
+        return False
+    changed = apply_overrides(settings, overrides).engine
+    return peaks.running < min(engine.max_num_seqs, changed.max_num_seqs) and peaks.batch_tokens < min(
+        engine.max_num_batched_tokens, changed.max_num_batched_tokens
+    )
 
 
 def _applicable(snapshot: Snapshot, policies: Sequence[Policy]) -> tuple[list[Policy], tuple[FailedPolicy, ...]]:

@@ -35,6 +35,9 @@ EVICTIONS = {
 }
 
 
+_OF_THE_FLEET = ("fleet", "future", "pending", "homes", "outcomes")  # arrays without an axis of replicas
+
+
 def new_state(settings: FleetSettings, *, stepping: bool = False) -> FleetState:
     """An idle fleet at time 0 with cold caches. `stepping` selects the reference that never jumps."""
     replicas, engine = settings.replicas, settings.engine
@@ -60,6 +63,9 @@ def new_state(settings: FleetSettings, *, stepping: bool = False) -> FleetState:
         itl_counts=np.zeros((replicas, layout.ITL_BINS), np.int64),
         nodes=_empty_nodes(replicas, engine),
         future=np.zeros(1, layout.FUTURE),
+        pending=np.zeros(layout.PENDING, np.uint16),
+        loads=np.zeros(replicas, np.int32),
+        homes=np.zeros(layout.HOMES, np.int32),
         outcomes=np.zeros(outcomes, layout.OUTCOME),
     )
     state.fleet["router"] = ROUTERS[settings.router]
@@ -163,8 +169,8 @@ def with_tiers(state: FleetState, old: EngineSettings, new: EngineSettings) -> F
 
 
 def _bucket_count(blocks: int) -> int:
-    """Hash buckets for so many blocks: the power of two at or above, for at most one block a bucket on average."""
-    return 1 << max(4, math.ceil(math.log2(blocks)))
+    """Hash buckets for so many blocks: the power of two at or above, times four, so that few hold more than one."""
+    return 1 << max(5, 2 + math.ceil(math.log2(blocks)))
 
 
 def link_free_list(blocks: Records, count: int) -> None:
@@ -278,13 +284,13 @@ def _empty_phases(replicas: int, block_size: int) -> Records:
     return phases
 
 
-def with_replica(state: FleetState, fresh: FleetState) -> FleetState:
-    """The fleet with one more replica, that of `fresh` (same settings, nothing in it yet)."""
+def with_replicas(state: FleetState, fresh: FleetState) -> FleetState:
+    """The fleet and the replicas of `fresh` (same settings, nothing in them yet)."""
     fresh = _as_wide_as(state, fresh)
     columns = {}
     for name, array in state._asdict().items():
         added = getattr(fresh, name)
-        if name in ("fleet", "future", "outcomes"):
+        if name in _OF_THE_FLEET:
             columns[name] = array
         else:
             columns[name] = np.concatenate([array, added])
@@ -298,7 +304,7 @@ def begin_anew(state: FleetState, number: int, fresh: FleetState) -> None:
     counters = list(names[names.index("steps") : names.index("eviction")])
     counted = {name: state.replicas[name][number].copy() for name in counters}
     for name, array in state._asdict().items():
-        if name not in ("fleet", "future", "outcomes"):
+        if name not in _OF_THE_FLEET:
             array[number] = getattr(fresh, name)[0]
     for name, value in counted.items():
         state.replicas[name][number] = value

@@ -25,6 +25,7 @@ from kavier_twin.simulation.kernels import replica as replica_kernels
 from kavier_twin.simulation.kernels import requests as request_kernels
 from kavier_twin.simulation.kernels import reshape
 from kavier_twin.simulation.kernels.eviction import switch
+from kavier_twin.simulation.kernels.pending import count_all_pending
 from kavier_twin.simulation.policies import Override, apply_overrides
 from kavier_twin.simulation.power import Reading
 from kavier_twin.simulation.settings import FleetSettings
@@ -71,6 +72,13 @@ class Live(NamedTuple):
     index: int  # type: ignore[assignment]  # hides tuple.index
     replica: int
     slot: int
+
+
+class Peaks(NamedTuple):
+    """The most that any replica had at a time."""
+
+    running: int  # requests
+    batch_tokens: int  # in one batch; a batch of decodes has one token a request
 
 
 class Fleet:
@@ -396,6 +404,17 @@ class Fleet:
         self.samples.kv_usage_ratio.append(used / usable if usable else 0.0)
         self.samples.readings.append(Reading.of(self.state, self.now_seconds))
 
+    def forget_peaks(self) -> None:
+        """Begin `peaks` anew."""
+        self.state.replicas["most_running"] = self.state.replicas["running"]
+        self.state.replicas["most_batch_tokens"] = 0
+
+    @property
+    def peaks(self) -> Peaks:
+        """How near its replicas came to the limits of their engines."""
+        running = int(self.state.replicas["most_running"].max(initial=0))
+        return Peaks(running, max(running, int(self.state.replicas["most_batch_tokens"].max(initial=0))))
+
     # --- forks ----------------------------------------------------------------------------------------------------
 
     def fork(self) -> Fleet:
@@ -450,15 +469,16 @@ class Fleet:
         empty = (replicas["running"] == 0) & (waiting == 0) & (replicas["in_flight"] == 0)
         replicas["alive"][(replicas["leaving"] == 1) & empty] = 0
 
-    def _fresh(self) -> FleetState:
-        """A replica that begins now."""
-        fresh = build.new_state(self.settings.model_copy(update={"replicas": 1}), stepping=self._stepping)
+    def _fresh(self, count: int = 1) -> FleetState:
+        """Replicas that begin now."""
+        fresh = build.new_state(self.settings.model_copy(update={"replicas": count}), stepping=self._stepping)
         for name in ("now", "accounted", "last_completion", "joined"):
             fresh.replicas[name] = self.now_seconds
         return fresh
 
-    def _join(self) -> None:
-        self.state = build.with_replica(self.state, self._fresh())
+    def _join(self, count: int = 1) -> None:
+        self.state = build.with_replicas(self.state, self._fresh(count))
+        count_all_pending(self.state)
 
     def _fail(self, number: int) -> None:
         again = self._abandon(number)
@@ -551,12 +571,13 @@ class Fleet:
             self.state = build.with_eviction(self.state, new.engine, self.now_seconds)
         self.state.fleet["router"] = build.ROUTERS[new.router]
         self.state.fleet["max_imbalance"] = new.router_max_imbalance
+        count_all_pending(self.state)
         self.settings = new
         if reorder:
             self.foresee(self._pending())
         alive = [number for number in replicas if self.state.replicas["accepting"][number]]
-        for _ in range(new.replicas - len(alive) if "replicas" in overrides else 0):
-            self._join()
+        if "replicas" in overrides and new.replicas > len(alive):
+            self._join(new.replicas - len(alive))
         for number in alive[new.replicas :] if "replicas" in overrides else []:
             self.state.replicas["accepting"][number] = 0
             self._let_go(number)

@@ -68,6 +68,8 @@ ITL_BINS: Final = 1024
 ITL_SMALLEST_SECONDS: Final = 1e-5
 ITL_BIN_RATIO: Final = 1.02  # bins 2 % wide: from 10 us to 6,000 s
 ARENA_CLASSES: Final = 32
+PENDING: Final = 1 << 16
+HOMES: Final = 1 << 13
 
 
 # What engine steps did, in the order of StepTime's coefficients: steps, prefill tokens, decoding sequences, context
@@ -218,6 +220,8 @@ REPLICA = _record(
     ("holding", np.int32),  # held requests that generated all they will and wait for their end from outside
     ("flowing", np.int32),  # running requests that decode with the flow
     ("explicit", np.int32),  # the other running requests
+    ("most_running", np.int32),  # at a time, since `Fleet.forget_peaks`
+    ("most_batch_tokens", np.int32),  # scheduled in one batch since then, batches of decodes alone left out
     ("scheduled_batches", np.int64),
     ("completed_batches", np.int64),
     ("flow_context", np.int64),  # tokens of context that the flow reads in its next batch
@@ -419,6 +423,9 @@ class FleetState(NamedTuple):
     tier_slots: (
         Ints  # [R, 2, S] slots in state LOADING, as they are served; of those ended that the tiers do not know of
     )
+    pending: npt.NDArray[np.uint16]  # [PENDING] live requests by hashes of their blocks' keys (kernels/pending.py)
+    loads: Ints  # [R] working space of prefix-aware routing: live requests of each replica
+    homes: Ints  # [HOMES] where prefix-aware routing last sent a session, by a hash of it: where it looks first
     outcomes: Records  # [O] requests that ended and were not collected yet
 
 

@@ -8,6 +8,7 @@ the head, no de-duplication, the first registered copy answers a lookup.
 import numpy as np
 
 from kavier_twin.simulation.kernels.compile import kernel, small_kernel
+from kavier_twin.simulation.kernels.prefetch import prefetch
 from kavier_twin.simulation.state import PRIVATE, UNHASHED
 
 _UNHASHED = np.uint64(UNHASHED)
@@ -19,6 +20,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 _S30, _S27, _S31 = np.uint64(30), np.uint64(27), np.uint64(31)
+_AHEAD = 16  # blocks whose memory is asked for at a time
 
 
 @small_kernel
@@ -53,16 +55,44 @@ def private_key(uid, block):
 
 
 @small_kernel
-def _bucket(buckets, key):
-    # Blocks under one coarse hash lie in neighbouring buckets: a prefix walk stays in a few cache lines.
-    return np.int64((mix(key >> _SUB_BITS) + (key & _SUB_MASK)) & np.uint64(buckets.size - 1))
+def bucket_of(buckets, key):
+    """The hash bucket of a key. Keys are well mixed already.
+
+    Blocks under one coarse hash lie in neighbouring buckets: a prefix walk stays in a few cache lines.
+    """
+    return np.int64(((key >> _SUB_BITS) + (key & _SUB_MASK)) & np.uint64(buckets.size - 1))
+
+
+@small_kernel
+def ask_for_bucket(buckets, key):
+    """`find`, `insert` or `remove` of this key will come: ask for the memory of its bucket."""
+    prefetch(buckets, bucket_of(buckets, key))
+
+
+@small_kernel
+def ask_for_block(blocks, buckets, key):
+    """`find` or `remove` of this key will come and its bucket is there: ask for the memory of its first block."""
+    prefetch(blocks, np.int64(buckets[bucket_of(buckets, key)]))
+
+
+@small_kernel
+def ask_ahead(blocks, buckets, keys, start, at, count):
+    """For a loop that will `find` `keys[start : start + count]` in turn and is at `at`: ask for what it needs soon."""
+    if at % _AHEAD > 0:
+        return
+    first = 0 if at == 0 else at + 2 * _AHEAD
+    for ahead in range(start + first, start + min(at + 3 * _AHEAD, count)):
+        ask_for_bucket(buckets, keys[ahead])
+    first = 0 if at == 0 else at + _AHEAD
+    for ahead in range(start + first, start + min(at + 2 * _AHEAD, count)):
+        ask_for_block(blocks, buckets, keys[ahead])
 
 
 @small_kernel
 def find(blocks, buckets, key):
     """The first registered block with this key, 0 if there is none."""
     found = 0
-    block = buckets[_bucket(buckets, key)]
+    block = buckets[bucket_of(buckets, key)]
     while block != 0:
         if blocks[block].key == key:
             found = block
@@ -73,7 +103,7 @@ def find(blocks, buckets, key):
 @small_kernel
 def insert(blocks, buckets, block, key):
     """Make `block` findable under `key`."""
-    bucket = _bucket(buckets, key)
+    bucket = bucket_of(buckets, key)
     blocks[block].key = key
     blocks[block].chain = buckets[bucket]
     buckets[bucket] = block
@@ -82,7 +112,7 @@ def insert(blocks, buckets, block, key):
 @small_kernel
 def remove(blocks, buckets, block):
     """Take a findable block out of the hash table. Its key stays."""
-    bucket = _bucket(buckets, blocks[block].key)
+    bucket = bucket_of(buckets, blocks[block].key)
     at = buckets[bucket]
     if at == block:
         buckets[bucket] = blocks[block].chain
@@ -109,12 +139,18 @@ def allocate(replica, blocks, buckets, table, start, count):
 
     What they cached is evicted now.
     """
-    block = blocks[0].next
+    block = np.int64(blocks[0].next)
     for at in range(start, start + count):
-        forget(replica, blocks, buckets, block)
-        blocks[block].refs = 1
+        ask_for_bucket(buckets, blocks[block].key)
         table[at] = np.uint64(block)
-        block = blocks[block].next
+        block = np.int64(blocks[block].next)
+    for at in range(start, start + count - 1):
+        ask_for_block(blocks, buckets, blocks[np.int64(table[at])].key)
+    for at in range(start, start + count):
+        taken = np.int64(table[at])
+        forget(replica, blocks, buckets, taken)
+        blocks[taken].refs = 1
+    ask_for_bucket(buckets, blocks[block].key)  # of the one that goes next
     blocks[0].next = block
     blocks[block].prev = 0
     replica.free_blocks -= count
@@ -151,6 +187,8 @@ def release(replica, blocks, block):
 @small_kernel
 def release_table(replica, blocks, table, start, count):
     """`release` of the blocks `table[start : start + count]`, the last one first."""
+    for at in range(start, start + count):
+        prefetch(blocks, np.int64(table[at]))
     last = blocks[0].prev  # what goes to the tail is linked as it comes, the list's end only once
     for at in range(start + count - 1, start - 1, -1):
         block = np.int64(table[at])

@@ -12,6 +12,7 @@ from kavier_twin.simulation.kernels.eviction.stranded import stranded_blocks
 from kavier_twin.simulation.kernels.flow import dissolve_flow, leave, list_explicit, refresh
 from kavier_twin.simulation.kernels.jump import jump
 from kavier_twin.simulation.kernels.loads import break_off, observe
+from kavier_twin.simulation.kernels.pending import count_pending
 from kavier_twin.simulation.kernels.reference import by_reference
 from kavier_twin.simulation.kernels.requests import (
     GROW_ARENA,
@@ -168,12 +169,14 @@ def learn_chain(state, number, slot, chain, covered):
     status = _refit(state, number, slot, chain.size, request.output)
     if status != OK:
         return status
+    count_pending(state, number, slot, -1)
     for link in range(chain.size):
         arena[request.cells + link] = chain[link]
     recall_load(state, number, slot)
     first = request.known
     request.covered = covered
     request.known = covered // engine.block_size
+    count_pending(state, number, slot, 1)
     table = request.cells + request.chain_length
     for at in range(first, min(request.registered, request.known)):
         block = np.int64(arena[table + at])

@@ -9,6 +9,8 @@ import numpy as np
 from kavier_twin.simulation.kernels import queue
 from kavier_twin.simulation.kernels.blocks import (
     allocate,
+    ask_ahead,
+    ask_for_bucket,
     find,
     insert,
     private_key,
@@ -19,6 +21,7 @@ from kavier_twin.simulation.kernels.compile import inlined_kernel, kernel, small
 from kavier_twin.simulation.kernels.eviction import dispatch
 from kavier_twin.simulation.kernels.eviction.order import order_of
 from kavier_twin.simulation.kernels.flow import leave
+from kavier_twin.simulation.kernels.pending import count_pending
 from kavier_twin.simulation.kernels.reference import by_reference
 from kavier_twin.simulation.state import (
     FINISHED,
@@ -127,6 +130,9 @@ def _register(request, blocks, buckets, arena, block_size, full):
         hash_tokens = request.hash_tokens
         single = hash_tokens == block_size
         cell, within = keys_from(request, first, block_size)
+        if single:
+            for ahead in range(1, min(request.known - first, known - first + 1)):
+                ask_for_bucket(buckets, arena[cell + ahead])  # of the next block to come, too
         for number in range(first, known):
             sub = 0 if single else within // block_size
             insert(blocks, buckets, np.int64(arena[table + number]), arena[cell] + np.uint64(sub))
@@ -190,6 +196,8 @@ def lookup(request, blocks, buckets, arena, block_size):
     evictable = 0
     cell, within = keys_from(request, 0, block_size)
     for number in range(known):
+        if single:
+            ask_ahead(blocks, buckets, arena, request.cells, number, known)
         key = arena[cell] + np.uint64(0 if single else within // block_size)
         block = find(blocks, buckets, key)
         if block == 0:
@@ -344,6 +352,7 @@ def release_request(state, number, slot):
 def give_back(state, number, slot):
     """Return the cells and the slot of a request that is live no more."""
     replica, request = state.replicas[number], state.requests[number][slot]
+    count_pending(state, number, slot, -1)
     give_cells(state.arena[number], state.arena_free[number], request.cells, request.cell_class)
     state.slots[number][replica.free_slots] = slot
     replica.free_slots += 1
@@ -440,6 +449,7 @@ def push(state, number, workload, row):
         request.work_first_token[part] = np.nan
     for link in range(chain_length):
         arena[cells + link] = workload.chain[chain_start + link]
+    count_pending(state, number, slot, 1)
     if state.tiers[number].chunks > 0:
         clear_marks(state, number, slot)
     replica.next_sequence += 1

@@ -2,11 +2,16 @@
 
 import numpy as np
 
-from kavier_twin.simulation.kernels.blocks import find, mix
-from kavier_twin.simulation.kernels.compile import inlined_kernel, kernel
+from kavier_twin.simulation.kernels.blocks import ask_ahead, bucket_of, find, mix
+from kavier_twin.simulation.kernels.compile import inlined_kernel, kernel, small_kernel
 from kavier_twin.simulation.kernels.flow import next_end
+from kavier_twin.simulation.kernels.pending import may_come, sampled
+from kavier_twin.simulation.kernels.prefetch import prefetch
 from kavier_twin.simulation.kernels.replica import advance
 from kavier_twin.simulation.state import LEAST_LOADED, PREFIX_AWARE, SESSION_AFFINITY
+
+_ROUNDING = 1.0 - 1e-9  # many steps at once are summed in another order than one by one
+_TOO_BUSY = 1 << 30  # requests of a replica that is to get no more
 
 
 @inlined_kernel
@@ -20,7 +25,7 @@ def _quiet_until(state, number):
     end = state.batches[number, replica.oldest].end
     if replica.running > replica.flowing or replica.waiting + replica.loading > 0:
         return end
-    shortest = engine.fixed + engine.per_decode_sequence + engine.per_context_token
+    shortest = (engine.fixed + engine.per_decode_sequence + engine.per_context_token) * _ROUNDING
     return end + (next_end(state, number) - replica.completed_batches - 1) * shortest
 
 
@@ -68,41 +73,108 @@ def _by_session(state, session):
     return best
 
 
+@small_kernel
+def _key(workload, row, size, block):
+    """Key of a block of a request's prompt."""
+    last, hash_tokens = (block + 1) * size - 1, workload.hash_tokens[row]
+    return workload.chain[workload.chain_starts[row] + last // hash_tokens] + np.uint64((last % hash_tokens) // size)
+
+
 @kernel
-def _cached_blocks(state, number, workload, row):
-    """Leading blocks of the prompt that a replica has in its cache."""
-    engine = state.engines[number]
-    if not engine.prefix_caching:
-        return 0
-    blocks, buckets = state.blocks[number], state.buckets[number]
-    start, size, hash_tokens = workload.chain_starts[row], engine.block_size, workload.hash_tokens[row]
-    most = min(workload.covered[row], workload.prompt[row]) // size
-    for block in range(most):
-        last = (block + 1) * size - 1
-        key = workload.chain[start + last // hash_tokens] + np.uint64((last % hash_tokens) // size)
-        if find(blocks, buckets, key) == 0:
-            return block
+def _cached_blocks(state, number, workload, row, most):
+    """Leading blocks of the prompt, `most` at most, that a replica has in its cache."""
+    size, blocks, buckets = state.engines[number].block_size, state.blocks[number], state.buckets[number]
+    start = workload.chain_starts[row]
+    if workload.hash_tokens[row] == size:
+        if most == 0 or find(blocks, buckets, workload.chain[start]) == 0:
+            return 0
+        for block in range(most):
+            ask_ahead(blocks, buckets, workload.chain, start, block, most)
+            if find(blocks, buckets, workload.chain[start + block]) == 0:
+                return block
+    else:
+        for block in range(most):
+            if find(blocks, buckets, _key(workload, row, size, block)) == 0:
+                return block
     return most
 
 
-@inlined_kernel
+@small_kernel
+def _needed(requests, number, longest, lightest, best):
+    """Leading blocks that a replica must have to be better than the best so far."""
+    lighter = requests < lightest or (requests == lightest and number < best)
+    return longest if lighter else longest + 1
+
+
+@kernel
+def _ask_caches(state, workload, row, first, most, longest, lightest, best):
+    """Ask for the memory that tells which replicas from `first` on have the last block they need to be the best."""
+    if longest < 0 or longest >= most:
+        return
+    size, loads = state.engines[0].block_size, state.loads
+    wins = bucket_of(state.buckets[0], _key(workload, row, size, longest))
+    draws = bucket_of(state.buckets[0], _key(workload, row, size, max(longest - 1, 0)))
+    for number in range(first, loads.size):
+        bucket = wins if _needed(loads[number], number, longest, lightest, best) > longest else draws
+        prefetch(state.buckets[number], bucket)
+    for number in range(first, loads.size):
+        bucket = wins if _needed(loads[number], number, longest, lightest, best) > longest else draws
+        prefetch(state.blocks[number], np.int64(state.buckets[number, bucket]))
+
+
+@kernel
+def _may_change(state, workload, row, block, most):
+    """Whether a replica that is not up to date may by now have a block of the prompt that it lacked."""
+    if block < 0 or block >= most:
+        return False
+    return may_come(state.pending, _key(workload, row, state.engines[0].block_size, sampled(block)))
+
+
+@kernel
 def _by_prefix(state, workload, row, time):
-    """The longest cached prefix among replicas not much busier than the least loaded; ties to the least loaded."""
-    least = 1 << 30
-    for number in range(state.replicas.size):
-        if state.replicas[number].accepting:
-            advance(state, number, time)
-            replica = state.replicas[number]
-            least = min(least, replica.running + replica.waiting + replica.loading)
-    best, longest, lightest = -1, -1, 1 << 30
-    for number in range(state.replicas.size):
-        replica = state.replicas[number]
-        requests = replica.running + replica.waiting + replica.loading
-        if not replica.accepting or requests > least + state.fleet[0].max_imbalance:
+    """The longest cached prefix among replicas not much busier than the least loaded; ties to the least loaded.
+
+    Replicas are brought up to date only where that can matter.
+    """
+    engine, home = state.engines[0], mix(np.uint64(workload.session[row])) & np.uint64(state.homes.size - 1)
+    most = min(workload.covered[row], workload.prompt[row]) // engine.block_size if engine.prefix_caching else 0
+    loads, least = state.loads, np.int64(_TOO_BUSY)
+    for number in range(loads.size):
+        loads[number] = load(state, number, time) if state.replicas[number].accepting else _TOO_BUSY
+        least = min(least, np.int64(loads[number]))
+    limit = min(least + state.fleet[0].max_imbalance, _TOO_BUSY - 1)
+    best, longest, lightest = np.int64(-1), np.int64(-1), np.int64(_TOO_BUSY)
+    last = np.int64(state.homes[home])
+    if last < loads.size and loads[last] <= limit:
+        advance(state, last, time)
+        best, longest, lightest = last, _cached_blocks(state, last, workload, row, most), np.int64(loads[last])
+    _ask_caches(state, workload, row, 0, most, longest, lightest, best)
+    wins_change = _may_change(state, workload, row, longest, most)
+    draws_change = _may_change(state, workload, row, longest - 1, most)
+    for number in range(loads.size):
+        requests = np.int64(loads[number])
+        if requests > limit or number == best:
             continue
-        match = _cached_blocks(state, number, workload, row)
-        if match > longest or (match == longest and requests < lightest):
-            best, longest, lightest = number, match, requests
+        needed = _needed(requests, number, longest, lightest, best)
+        if needed > most:
+            continue
+        if needed > 0:
+            if requests > 0 and (wins_change if needed > longest else draws_change):
+                advance(state, number, time)
+            key = _key(workload, row, engine.block_size, needed - 1)
+            if find(state.blocks[number], state.buckets[number], key) == 0:
+                continue
+        advance(state, number, time)
+        match = _cached_blocks(state, number, workload, row, most)
+        if match < needed:
+            continue
+        if match > longest:
+            wins_change = _may_change(state, workload, row, match, most)
+            draws_change = _may_change(state, workload, row, match - 1, most)
+            _ask_caches(state, workload, row, number + 1, most, match, requests, np.int64(number))
+        best, longest, lightest = np.int64(number), match, requests
+    if best >= 0:
+        state.homes[home] = best
     return best
 
 

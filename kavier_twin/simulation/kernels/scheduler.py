@@ -582,6 +582,8 @@ def schedule(state, number):
             start = free_from
             batch.polled = free_from
     replica.scheduled_batches += 1
+    replica.most_running = max(replica.most_running, replica.running)
+    replica.most_batch_tokens = max(replica.most_batch_tokens, prefill_tokens + decodes)
     replica.flow_context += flowing
     finishing = _retire_finishing(state, number, entries, count)
     batch.count = count + finishing
