@@ -1,6 +1,6 @@
-"""(k) How good forecasts are: eighteen backtests on shaped production traces, their scores in one table.
+"""(k) How good forecasts are: 23 backtests on shaped production traces, their scores in one table.
 
-`python -m benchmarks.forecast_scores MOONCAKE.jsonl AZURE.csv [--only design|judge] [--json FILE]`: the first half of
+`python -m benchmarks.forecast_scores MOONCAKE.jsonl AZURE.csv [--only design|climbs|judge] [--json FILE]`: the first half of
 each trace is what the design was chosen on, the second half, other shapes and other fleets judge it.
 
 Ratios to persistence are geometric means over the backtests in which persistence erred at all, coverage is of all
@@ -32,6 +32,7 @@ from kavier_twin.telemetry import RequestRecord
 HORIZONS_SECONDS: Final = (60.0, 300.0, 900.0)
 EVERY_SECONDS: Final = 60.0
 FUTURES: Final = 6
+PARTS: Final = ("design", "climbs", "judge")
 SMALLEST_RATIO: Final = 0.01  # so that no ratio of nearly nothing decides a mean
 
 # (seconds, factor) as for `kavier-twin backtest --shape`. Load of 1 is what a replica serves with room to spare.
@@ -93,18 +94,40 @@ SHAPES: Final[dict[str, tuple[tuple[float, float], ...]]] = {
         (3600, 1),
         (4200, 1),
     ),
+    "ramps x3 in 12 min": (
+        (0, 1),
+        (900, 1),
+        (1620, 3),
+        (1980, 3),
+        (2100, 1),
+        (2700, 1),
+        (3420, 3),
+        (3900, 3),
+        (4000, 1),
+        (4200, 1),
+    ),
+    "ramp x3.5 in 25 min": ((0, 1), (1000, 1), (2500, 3.5), (3000, 3.5), (3100, 1), (4200, 1)),
+    "waves x3 in 24 min": ((0, 1), (700, 1), (1420, 3), (2140, 1), (2860, 3), (3580, 1), (4200, 1)),
     "waves x3 in 20 min": ((0, 1), (600, 1), (1200, 3), (1800, 1), (2400, 3), (3000, 1), (3600, 3), (4200, 1)),
 }
 
 
-CLIMB_SLOWLY: Final = ("ramps x3 in 15 min", "ramp x4 in 30 min", "ramps x2.5 in 10 min", "waves x3 in 20 min")
+CLIMB_SLOWLY: Final = (
+    "ramps x3 in 15 min",
+    "ramp x4 in 30 min",
+    "ramps x2.5 in 10 min",
+    "waves x3 in 20 min",
+    "ramps x3 in 12 min",
+    "ramp x3.5 in 25 min",
+    "waves x3 in 24 min",
+)
 """Ten minutes or more from the lowest load to the highest."""
 
 
 class Case(NamedTuple):
     """One backtest."""
 
-    part: str  # design or judge
+    part: str  # design, climbs (more of design, for alerts) or judge
     traces: str  # m: Mooncake, a: Azure, ma: both at once
     shape: str
     replicas: int
@@ -121,6 +144,11 @@ CASES: Final = (
     Case("design", "a", "bursts x2.5 of 10 min", 1, 2.5, 16),
     Case("design", "a", "waves x2.5 in 15 min", 1, 2.5, 16),
     Case("design", "ma", "waves x2.5 in 15 min", 3, 2.5),
+    Case("climbs", "m", "ramps x3 in 12 min", 2, 1.1),
+    Case("climbs", "a", "waves x3 in 24 min", 1, 2.5, 16),
+    Case("climbs", "m", "waves x3 in 24 min", 2, 1.1),
+    Case("climbs", "ma", "ramp x3.5 in 25 min", 3, 2.2),
+    Case("climbs", "a", "ramp x3.5 in 25 min", 1, 2.2, 16),
     Case("judge", "m", "steady", 2, 1.6),
     Case("judge", "m", "ramps x2.5 in 10 min", 2, 1.2),
     Case("judge", "m", "ramp x4 in 30 min", 3, 1.2),
@@ -144,7 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("mooncake", type=Path)
     parser.add_argument("azure", type=Path)
-    parser.add_argument("--only", choices=("design", "judge"))
+    parser.add_argument("--only", choices=PARTS)
     parser.add_argument("--json", type=Path, help="write every score of every backtest there")
     args = parser.parse_args()
     cases = [case for case in CASES if args.only in (None, case.part)]
@@ -155,7 +183,7 @@ def main() -> None:
         args.json.write_text(
             json.dumps([[case._asdict(), [row._asdict() for row in one.kpis]] for case, one in found]), encoding="utf-8"
         )
-    for part in ("design", "judge"):
+    for part in PARTS:
         of_part = [(case, one) for case, one in found if case.part == part]
         if of_part:
             report(f"(k) KPIs foreseen: {part}", _kpis([one for _, one in of_part]), "ratio: error to persistence's")
@@ -176,7 +204,7 @@ def _scenario(case: Case, traces: dict[str, Path]) -> Scenario:
     merged: list[RequestRecord] = []
     for name, scenario in zip(case.traces, read, strict=True):
         records = list(scenario.trace.records)
-        half = records[: len(records) // 2] if case.part == "design" else records[len(records) // 2 :]
+        half = records[len(records) // 2 :] if case.part == "judge" else records[: len(records) // 2]
         begin, span = half[0].time_seconds, half[-1].time_seconds - half[0].time_seconds
         pace = case.requests_per_second / len(case.traces) / (len(half) / span)
         merged += [

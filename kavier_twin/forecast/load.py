@@ -3,7 +3,8 @@
 Several methods forecast the arrival rate; the one in use is whichever has been better over the recent past, which is
 tried out: from moments of the last hour or so, each forecasts what is known by now. What the chosen one got wrong there
 tells how uncertain the rate is. A future draws a path of the rate from that distribution, then arrivals at that rate,
-as bursty as those that came lately.
+as bursty as those that came lately. Where the rate is climbing or falling nobody knows how far: in some futures it goes
+on.
 
 Methods are fitted, tried and chosen on schedule (event time), and fed with the newest counts at each forecast.
 """
@@ -18,6 +19,7 @@ from threading import Lock
 
 import numpy as np
 import numpy.typing as npt
+from scipy import special
 
 from kavier_twin.forecast.load_methods import (
     DISPERSION_LIMITS,
@@ -26,6 +28,7 @@ from kavier_twin.forecast.load_methods import (
     USUAL_METHOD,
     History,
     Method,
+    Trend,
     fit_all,
     persistence_steps,
     relative_variance,
@@ -56,7 +59,11 @@ _MOST_RELATIVE_DEVIATION = 1.0
 _PRIOR_RELATIVE_VARIANCE = 0.35**2 / 900.0  # per second ahead
 _PRIOR_TRIALS = 2
 _QUANTILE_Z = 1.2816  # of the 10 % and 90 % quantiles of a normal distribution
+_QUANTILE_POINTS = 501
 _CHUNK = 1024
+# Of the futures, in which the rate goes on as it lately rose or fell: enough for an alert, few enough for the median to
+# stay what the method in use says. Tried on the backtests that `benchmarks.forecast_scores` calls design, beside 0.4.
+TREND_SHARE = 1.0 / 3.0
 _PAUSES = 1_000  # between recent arrivals that futures are made of; with fewer than a tenth, gamma-distributed ones
 _PAUSES_TOGETHER = 25  # drawn in a row: what comes bunched stays bunched
 _PAUSES_AROUND = 50  # on each side that tell the rate a pause belongs to
@@ -88,7 +95,8 @@ class LoadOutlook:
 class LoadForecast:
     """The arrival rate to come, requests per second, in steps of `STEP_SECONDS` from `time_seconds` on.
 
-    Its logarithm is a random walk: `deviation` is the standard deviation of the rate, `mean` its mean, in each step.
+    Its logarithm is a random walk: `deviation` is the standard deviation of the rate, `mean` its mean, in each step. In a
+    share of the futures (`TREND_SHARE`) its mean is `trend`, and the deviation is as large in proportion.
     """
 
     time_seconds: float
@@ -100,16 +108,24 @@ class LoadForecast:
     errors: Mapping[str, float]  # mean absolute scaled error by method over the recent past; NaN: not tried yet
     others: Mapping[str, Floats]  # [steps] mean by method
     pauses: Floats = field(default_factory=lambda: np.zeros(0))  # between recent arrivals, in units of their mean
+    trend: Floats = field(default_factory=lambda: np.zeros(0))  # [steps] mean in `TREND_SHARE` of the futures, if any
 
     def rate(self, horizon_seconds: float, method: str | None = None) -> float:
-        """The mean over the next `horizon_seconds`, as forecast by the method in use or another."""
-        path = self.mean if method is None else self.others[method]
-        return float(path[: _steps(horizon_seconds)].mean()) if path.size else 0.0
+        """The mean over the next `horizon_seconds` and all futures, or as another method forecasts it."""
+        if method is None:
+            return sum(share * _mean(path, horizon_seconds) for share, path in self._paths())
+        return _mean(self.others[method], horizon_seconds)
 
     def scaled(self, factor: float) -> LoadForecast:
         """The same with `factor` times as many requests."""
         others = {name: factor * path for name, path in self.others.items()}
-        return dataclasses.replace(self, mean=factor * self.mean, deviation=factor * self.deviation, others=others)
+        return dataclasses.replace(
+            self,
+            mean=factor * self.mean,
+            deviation=factor * self.deviation,
+            others=others,
+            trend=factor * self.trend,
+        )
 
     def interval(self, horizon_seconds: float) -> tuple[float, float]:
         """The 10 % and 90 % quantiles of the rate at the end of `horizon_seconds`."""
@@ -117,8 +133,19 @@ class LoadForecast:
         if step < 0 or self.mean[step] <= 0.0:
             return 0.0, 0.0
         spread = float(_log_deviation(self.mean, self.deviation)[step])
-        middle = math.log(float(self.mean[step])) - spread**2 / 2.0
-        return math.exp(middle - _QUANTILE_Z * spread), math.exp(middle + _QUANTILE_Z * spread)
+        told = [
+            (share, math.log(float(path[step])) - spread**2 / 2.0) for share, path in self._paths() if path[step] > 0.0
+        ]
+        ends = [middle + sign * _QUANTILE_Z * spread for _, middle in told for sign in (-1.0, 1.0)]
+        # Those of the mixture lie between those of its parts.
+        logs = np.linspace(min(ends), max(ends), _QUANTILE_POINTS)
+        below = sum(share * special.ndtr((logs - middle) / max(spread, 1e-9)) for share, middle in told)
+        low, high = np.exp(np.interp((0.1, 0.9), below / sum(share for share, _ in told), logs))
+        return float(low), float(high)
+
+    def _paths(self) -> list[tuple[float, Floats]]:
+        """Means of the rate, each with the share of the futures that have it."""
+        return [(1.0 - TREND_SHARE, self.mean), (TREND_SHARE, self.trend)] if self.trend.size else [(1.0, self.mean)]
 
     def outlook(self, horizons_seconds: Sequence[float]) -> LoadOutlook:
         """What is shown of it, over these horizons."""
@@ -158,7 +185,9 @@ class LoadForecast:
         spread = _log_deviation(self.mean, self.deviation)
         grown = np.diff(spread**2, prepend=0.0)
         walk = np.cumsum(np.sqrt(np.maximum(grown, 0.0)) * rng.standard_normal(spread.size))
-        return np.asarray(self.mean * np.exp(walk - spread**2 / 2.0), np.float64)
+        goes_on = self.trend.size > 0 and rng.random() < TREND_SHARE
+        mean = self.trend if goes_on else self.mean
+        return np.asarray(mean * np.exp(walk - spread**2 / 2.0), np.float64)
 
 
 class LoadForecaster:
@@ -197,8 +226,9 @@ class LoadForecaster:
             self._refit(snapshot, fine, history, steps, dispersion)
         told = {name: method.predict(history, steps) for name, method in self._fitted.items()}
         mean, own = told[self._method]
+        trend = Trend().predict(history, steps)[0]
         if history.steps.size < _FEWEST_STEPS:
-            mean = np.full(steps, arrival_rate(snapshot) * STEP_SECONDS)
+            mean = trend = np.full(steps, arrival_rate(snapshot) * STEP_SECONDS)
         return LoadForecast(
             time_seconds=snapshot.time_seconds,
             mean=mean / STEP_SECONDS,
@@ -209,6 +239,7 @@ class LoadForecaster:
             errors=dict(self._errors),
             others={name: path / STEP_SECONDS for name, (path, _) in told.items()},
             pauses=_pauses(snapshot.recent.arrival),
+            trend=trend / STEP_SECONDS,
         )
 
     def _surprised(self, snapshot: Snapshot, history: History, dispersion: float) -> bool:
@@ -396,6 +427,10 @@ def _history(snapshot: Snapshot, fine: Floats, steps_ago: int) -> History:
         coarse=coarse[: max(0, coarse.size - missing)],
         lag_seconds=now % COARSE_COUNT_SECONDS,
     )
+
+
+def _mean(path: Floats, horizon_seconds: float) -> float:
+    return float(path[: _steps(horizon_seconds)].mean()) if path.size else 0.0
 
 
 def _steps(horizon_seconds: float) -> int:

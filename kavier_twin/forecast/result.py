@@ -41,13 +41,15 @@ class Row:
 class FirstBreach:
     """When an SLO is first broken, seconds from now: in the median future, and in the worst tenth of them.
 
-    Found in windows as long as the shortest horizon. Infinite: not within the longest horizon.
+    Found in windows as long as the shortest horizon. Infinite: not within the longest horizon. `probability`: the share
+    of the futures in which it is within that.
     """
 
     policy: str
     slo: str
     expected_seconds: float
     early_seconds: float
+    probability: float
 
 
 @dataclass(frozen=True)

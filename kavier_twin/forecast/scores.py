@@ -24,8 +24,9 @@ from kavier_twin.forecast.serving import Foretold, interval, movement, served
 from kavier_twin.forecast.slo import Metric, Slo
 from kavier_twin.simulation.footprint import Footprint
 
-# From here on a forecast is an alert, as by deploy/prometheus/kavier-twin.rules.yaml. Chosen for nine of ten breaches
-# to be foreseen and four of five alerts to be right, in the backtests that `benchmarks.forecast_scores` calls design.
+# Of a first breach within the longest horizon: from here on a forecast is an alert, as by
+# deploy/prometheus/kavier-twin.rules.yaml. Chosen for nine of ten breaches to be foreseen and four of five alerts to be
+# right, in the backtests that `benchmarks.forecast_scores` calls design.
 ALERT_PROBABILITY: Final = 0.3
 SETTLE_SECONDS: Final = 120.0  # for which requests that arrived in time are waited for until they end
 JUDGED: Final = 2_000  # newest forecasts that a score is of
@@ -63,8 +64,8 @@ class ScoredBreach(NamedTuple):
 
 
 class Moment(NamedTuple):
-    """One objective when a forecast was made: how likely a breach was at any horizon, and whether it was broken then
-    (over as long as the shortest horizon)."""
+    """One objective when a forecast was made: how likely it was to be broken over any time as long as the shortest
+    horizon before the longest one ends, and whether it was so just then."""
 
     time_seconds: float
     slo: str
@@ -236,18 +237,17 @@ class Scorer:
         if not rows or forecast.time_seconds <= self._newest:
             return shown
         self._newest = forecast.time_seconds
-        odds: dict[str, float] = defaultdict(float)
         for row, served_row in zip(rows, (row for row in shown.rows if row.policy == policy), strict=True):
             horizon = row.horizon_seconds
             breach = {}
             for name, said in served_row.breach_probability.items():
                 breach[name] = (said, row.breach_probability[name])
-                odds[name] = max(odds[name], said)
             kpis = {metric: one for (at, metric), one in told.items() if at == horizon}
             self._keep(Foreseen(forecast.time_seconds, horizon, kpis, breach))
         self._intervals = tuple(Interval(metric, horizon, *one[:6]) for (horizon, metric), one in told.items())
         shortest = min(row.horizon_seconds for row in rows)
-        self._moments.append((forecast.time_seconds, shortest, {slo: odds[slo] for slo in self._slos}))
+        odds = {one.slo: one.probability for one in forecast.first_breaches if one.policy == policy}
+        self._moments.append((forecast.time_seconds, shortest, {slo: odds.get(slo, 0.0) for slo in self._slos}))
         return shown
 
     def _foretell(self, time_seconds: float, row: Row) -> dict[tuple[float, Metric], Foretold]:

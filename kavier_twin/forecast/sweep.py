@@ -297,7 +297,8 @@ class _Sweep:
             for number, slo in enumerate(self._settings.slos):
                 # Between a finite time and none lies none.
                 early, expected = np.quantile(times[:, number], (0.1, 0.5), method="inverted_cdf")
-                yield FirstBreach(policy, slo.name, float(expected), float(early))
+                probability = float(np.isfinite(times[:, number]).mean())
+                yield FirstBreach(policy, slo.name, float(expected), float(early), probability)
 
     def _verdict(self, table: Table, rows: Sequence[Row], complete: int) -> Verdict:
         settings = self._snapshot.fleet.settings

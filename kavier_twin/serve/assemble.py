@@ -134,15 +134,21 @@ def outlook(forecast: Forecast, made_unix_seconds: float, policies: Mapping[str,
     shown = []
     for name in dict.fromkeys(row.policy for row in forecast.rows):
         horizons = tuple(_horizon(row) for row in forecast.rows if row.policy == name)
-        first = {
-            breach.slo: {0.1: breach.early_seconds, 0.5: breach.expected_seconds}
-            for breach in forecast.first_breaches
-            if breach.policy == name
-        }
+        breaches = [breach for breach in forecast.first_breaches if breach.policy == name]
         policy = policies[name]
         in_force = not policy.overrides
         shown.append(
-            PolicyOutlook(name, policy.flags, policy.deployable, horizons, first_breach=first, in_force=in_force)
+            PolicyOutlook(
+                name,
+                policy.flags,
+                policy.deployable,
+                horizons,
+                first_breach={
+                    breach.slo: {0.1: breach.early_seconds, 0.5: breach.expected_seconds} for breach in breaches
+                },
+                first_breach_probability={breach.slo: breach.probability for breach in breaches},
+                in_force=in_force,
+            )
         )
     shown += [PolicyOutlook(failed.policy, (), False, (), problem=failed.error) for failed in forecast.failed]
     return Outlook(

@@ -232,6 +232,10 @@ class PolicyOutlook(_Answer):
         "null: none within the longest horizon.",
         examples=[{"ttft_p99": {"0.1": 300.0, "0.5": 840.0}}],
     )
+    first_breach_probability: dict[str, float] = Field(
+        description="By SLO: the share of futures in which it comes within the longest horizon. Alerts follow it.",
+        examples=[{"ttft_p99": 0.55}],
+    )
 
 
 class Gain(_Answer):

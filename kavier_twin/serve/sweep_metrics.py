@@ -58,6 +58,12 @@ def _breaches(pool: str, source: str, outlook: Outlook) -> Iterator[Metric]:
         "horizon.",
         ["pool", "policy", "in_force", "slo", "trusted", "source", "futures"],
     )
+    odds = gauge(
+        "slo_first_breach_probability_ratio",
+        "Probability, 0 to 1, that the SLO is broken over any window as long as the shortest horizon before the "
+        "longest one ends: the share of futures. Alerts follow it.",
+        ["pool", "policy", "in_force", "slo", "trusted", "source"],
+    )
     for policy in outlook.policies:
         for horizon in policy.horizons:
             for slo, ends in sorted(horizon.breach_interval.items()):
@@ -68,7 +74,8 @@ def _breaches(pool: str, source: str, outlook: Outlook) -> Iterator[Metric]:
             about = [*policy_labels(pool, policy), slo, breach_flag(policy.horizons[-1], slo), source]
             for quantile, seconds in sorted(times.items()):
                 add(first, [*about, "median" if quantile == 0.5 else "worst"], seconds)
-    yield from (bounds, first)
+            odds.add_metric(about, policy.first_breach_probability[slo])
+    yield from (bounds, first, odds)
 
 
 def _gains(pool: str, best: Best) -> Iterator[Metric]:

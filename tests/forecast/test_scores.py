@@ -117,6 +117,20 @@ def test_one_forecast_a_moment() -> None:
     assert scorer.scores().pending == 1
 
 
+def test_alerts_are_judged_by_the_odds_of_a_first_breach() -> None:
+    """A breach at the end of a horizon may leave the KPI over all of it within its bound."""
+    scorer = Scorer([SLOW])
+    scorer.reality = reality({float(t): 1.0 if t < 600 else 3.0 for t in range(0, 700)})
+    for minute in range(5, 11):
+        early = minute >= 7
+        held = row("today", 60.0, {0.05: 0.5, 0.5: 1.0, 0.95: 1.5}, 0.0)
+        scorer.foresee(forecast_of(60.0 * minute, held, first_breach=0.4 if early else 0.2), "today")
+    scorer.foresee(forecast_of(660.0, held, first_breach=1.0), "today")
+    scorer.settle(700.0 + SETTLE_SECONDS)
+    (alerts,) = scorer.scores().alerts
+    assert (alerts.breaches, alerts.recall, alerts.lead_seconds) == (1, 1.0, (240.0,))
+
+
 def moments(breached: str, alert: str) -> list[Moment]:
     """One a minute: x marks a broken objective, and an alert."""
     return [

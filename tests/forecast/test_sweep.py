@@ -248,6 +248,7 @@ def test_the_first_breach_is_found_inside_a_run(snapshot: Snapshot) -> None:
     assert (today.policy, today.early_seconds) == ("today", math.inf)
     assert 10.0 < broken.early_seconds <= broken.expected_seconds < 120.0
     assert broken.expected_seconds % 10.0 == 0.0
+    assert (today.probability, broken.probability) == (0.0, 1.0)
     assert forecast.to_dict()["first_breaches"][0]["expected_seconds"] is None
     assert row(forecast, "slow", 10.0).breach_probability["queue"] == 0.0
     assert row(forecast, "slow", 120.0).breach_interval["queue"][0] > 0.0

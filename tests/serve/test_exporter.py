@@ -193,6 +193,7 @@ def test_sweeps_and_what_their_verdict_is_worth() -> None:
     first = {**now, "slo": "fast"}
     assert value(view, "kavier_twin_time_to_breach_seconds", **first, futures="worst") == 120.0
     assert value(view, "kavier_twin_time_to_breach_seconds", **first, futures="median") is None
+    assert value(view, "kavier_twin_slo_first_breach_probability_ratio", **first) == 0.35
     best = {"policy": "half"}
     assert value(view, "kavier_twin_best_policy_gain_probability_ratio", **best, switch="no") == 0.97
     assert value(view, "kavier_twin_best_policy_gain_probability_ratio", **best, switch="yes") == 0.2

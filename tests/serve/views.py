@@ -49,7 +49,13 @@ def full_view(pool: str = "chat") -> TwinView:
         calibrated=True,
         policies=(
             PolicyOutlook(
-                "today", (), True, horizons, first_breach={"fast": {0.1: 120.0, 0.5: math.inf}}, in_force=True
+                "today",
+                (),
+                True,
+                horizons,
+                first_breach={"fast": {0.1: 120.0, 0.5: math.inf}},
+                first_breach_probability={"fast": 0.35},
+                in_force=True,
             ),
             PolicyOutlook("half", ("--max-num-seqs 3", "--no-async-scheduling"), True, horizons),
             PolicyOutlook("odd", (), False, (), problem='cannot be "applied"'),
