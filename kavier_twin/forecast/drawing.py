@@ -8,13 +8,13 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kavier_twin.simulation.kernels.blocks import mix
 from kavier_twin.simulation.kernels.compile import kernel
+from kavier_twin.simulation.kernels.keys import mix
 
 _CANDIDATES = 8  # open nodes looked at on each side of the wanted age
 _SHORTEST_GAP_SECONDS = 1e-3
 _NOT_ENDED = 1e6  # distance of a node whose answer would not be there yet: taken where there is no other
-_TOP_BIT = np.uint64(1 << 63)  # a chained key has it set and the low bits clear (kernels.blocks.chain_key)
+_TOP_BIT = np.uint64(1 << 63)  # a chained key has it set and the low bits clear (kernels.keys.chain_key)
 _HIGH_BITS = ~np.uint64(1023)
 
 

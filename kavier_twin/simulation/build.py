@@ -10,6 +10,7 @@ from kavier_twin.simulation import state as layout
 from kavier_twin.simulation.kernels import reshape
 from kavier_twin.simulation.kernels.chunks import clear as clear_table
 from kavier_twin.simulation.kernels.eviction import switch
+from kavier_twin.simulation.kernels.holders import count_all
 from kavier_twin.simulation.settings import COEFFICIENTS, EngineSettings, FleetSettings, StepTime
 from kavier_twin.simulation.state import FleetState, Records
 from kavier_twin.simulation.workload import Workload
@@ -35,7 +36,7 @@ EVICTIONS = {
 }
 
 
-_OF_THE_FLEET = ("fleet", "future", "pending", "homes", "outcomes")  # arrays without an axis of replicas
+_OF_THE_FLEET = ("fleet", "future", "holders", "pending", "homes", "outcomes")  # arrays without an axis of replicas
 
 
 def new_state(settings: FleetSettings, *, stepping: bool = False) -> FleetState:
@@ -63,8 +64,10 @@ def new_state(settings: FleetSettings, *, stepping: bool = False) -> FleetState:
         itl_counts=np.zeros((replicas, layout.ITL_BINS), np.int64),
         nodes=_empty_nodes(replicas, engine),
         future=np.zeros(1, layout.FUTURE),
-        pending=np.zeros(layout.PENDING, np.uint16),
+        quiet_until=np.full(replicas, -np.inf),
         loads=np.zeros(replicas, np.int32),
+        holders=np.zeros(1, np.uint8),
+        pending=np.zeros(layout.PENDING, np.uint16),
         homes=np.zeros(layout.HOMES, np.int32),
         outcomes=np.zeros(outcomes, layout.OUTCOME),
     )
@@ -72,7 +75,6 @@ def new_state(settings: FleetSettings, *, stepping: bool = False) -> FleetState:
     state.fleet["max_imbalance"] = settings.router_max_imbalance
     state.replicas["free_slots"] = slots
     state.replicas["free_blocks"] = engine.num_gpu_blocks - 1
-    state.replicas["quiet_until"] = -np.inf
     state.replicas["hold_until"] = -np.inf
     state.replicas["eviction"]["spare_ghost"] = 1
     state.replicas["left"] = np.inf
@@ -82,6 +84,17 @@ def new_state(settings: FleetSettings, *, stepping: bool = False) -> FleetState:
         write_engine(state.engines[number : number + 1], engine, settings.step_time, stepping=stepping)
         link_free_list(state.blocks[number], engine.num_gpu_blocks)
         _write_tier(state, number, engine)
+    return with_holders(state)
+
+
+def with_holders(state: FleetState) -> FleetState:
+    """The fleet with its copies of blocks and its live requests counted anew, as far as its router needs them."""
+    size = 1
+    if state.replicas.size > 1 and state.fleet["router"][0] == layout.PREFIX_AWARE:
+        size = 1 << max(10, math.ceil(math.log2(state.blocks.size / 4)))  # four places for each that is counted
+    if size != state.holders.size:
+        state = state._replace(holders=np.zeros(size, np.uint8))
+    count_all(state)
     return state
 
 

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from kavier_twin.simulation import state as layout
 from kavier_twin.simulation.kernels.blocks import insert
+from kavier_twin.simulation.kernels.holders import count_copy
 from kavier_twin.simulation.state import FleetState
 
 FILLED: Final = "lru"  # the only eviction policy whose cache can be filled: a real vLLM's
@@ -59,6 +60,7 @@ def fill_cache(state: FleetState, number: int, keys: Sequence[int]) -> int:
     filled = empty[len(empty) - len(kept) :]
     for block, key in zip(filled, kept, strict=True):
         insert(blocks, buckets, block, np.uint64(key))
+        count_copy(state.holders, np.uint64(key))
     order = np.array([0, *empty[: len(empty) - len(kept)], *filled, *(b for b in free if cached[b])])
     blocks["next"][order] = np.roll(order, -1)
     blocks["prev"][order] = np.roll(order, 1)

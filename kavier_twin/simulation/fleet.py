@@ -25,7 +25,6 @@ from kavier_twin.simulation.kernels import replica as replica_kernels
 from kavier_twin.simulation.kernels import requests as request_kernels
 from kavier_twin.simulation.kernels import reshape
 from kavier_twin.simulation.kernels.eviction import switch
-from kavier_twin.simulation.kernels.pending import count_all_pending
 from kavier_twin.simulation.policies import Override, apply_overrides
 from kavier_twin.simulation.power import Reading
 from kavier_twin.simulation.settings import FleetSettings
@@ -328,6 +327,7 @@ class Fleet:
         gone = np.flatnonzero(self.state.replicas["alive"] == 0)
         if gone.size:
             build.begin_anew(self.state, int(gone[0]), self._fresh())
+            self.state = build.with_holders(self.state)
         else:
             self._join()
         self._count_replicas()
@@ -335,14 +335,15 @@ class Fleet:
 
     def dismiss(self, number: int) -> None:
         """The replica gets no new requests and is gone once it has ended those it has."""
-        self.state.replicas["accepting"][number] = 0
+        self._accept(number, False)
         self._let_go(number)
         self._retire()
         self._count_replicas()
 
     def recall(self, number: int) -> None:
         """One that was dismissed, and is not gone, stays."""
-        self.state.replicas["accepting"][number], self.state.replicas["leaving"][number] = 1, 0
+        self._accept(number, True)
+        self.state.replicas["leaving"][number] = 0
         self.state.replicas["left"][number] = np.inf
         self._count_replicas()
 
@@ -356,6 +357,7 @@ class Fleet:
             if live.replica == number:
                 replica_kernels.abandon(self.state, number, live.slot, self.now_seconds)
         build.begin_anew(self.state, number, self._fresh())
+        self.state = build.with_holders(self.state)
         rows = take_rows(rows, np.flatnonzero(np.isin(rows.index, list(again))))
         rows = rows._replace(replica=np.full(rows.index.size, number, np.int64))
         places = self.deliver(rows, 0, rows.index.size)
@@ -450,12 +452,17 @@ class Fleet:
         elif action.kind == "restart":
             self._restart(action.replica)
         elif action.kind == "accept":
-            replicas["accepting"][action.replica] = 1
+            self._accept(action.replica, True)
         else:
-            replicas["accepting"][action.replica] = 0
+            self._accept(action.replica, False)
             if action.kind == "leave":
                 self._let_go(action.replica)
         self._retire()
+
+    def _accept(self, number: int, accepting: bool) -> None:
+        """Whether routers send the replica requests."""
+        self.state.replicas["accepting"][number] = accepting
+        self.state.quiet_until[number] = -np.inf
 
     def _let_go(self, number: int) -> None:
         """The replica is gone once empty."""
@@ -477,8 +484,7 @@ class Fleet:
         return fresh
 
     def _join(self, count: int = 1) -> None:
-        self.state = build.with_replicas(self.state, self._fresh(count))
-        count_all_pending(self.state)
+        self.state = build.with_holders(build.with_replicas(self.state, self._fresh(count)))
 
     def _fail(self, number: int) -> None:
         again = self._abandon(number)
@@ -492,12 +498,13 @@ class Fleet:
         again = self._abandon(number)
         reshape.clear_cache(self.state, number)
         build.clear_tiers(self.state, number, self.settings.engine)
+        self.state = build.with_holders(self.state)
         self.deliver(again, 0, again.index.size)
 
     def _abandon(self, number: int) -> Workload:
         """Take the replica's requests away, to start again elsewhere."""
         again = build.rows_of_live(self.state, number, self.now_seconds)
-        self.state.replicas["accepting"][number] = 0
+        self._accept(number, False)
         for live in self.live():
             if live.replica == number:
                 replica_kernels.abandon(self.state, number, live.slot, self.now_seconds)
@@ -556,7 +563,7 @@ class Fleet:
                 self.state.engines[number : number + 1], new.engine, new.step_time, stepping=self._stepping
             )
             self.state.replicas["parked"][number] = 0
-            self.state.replicas["quiet_until"][number] = -np.inf
+            self.state.quiet_until[number] = -np.inf
             reshape.reorder_queue(self.state, number)
         if new.engine.block_size != old.engine.block_size:
             self.state = build.with_block_size(self.state, new.engine.block_size)
@@ -571,7 +578,7 @@ class Fleet:
             self.state = build.with_eviction(self.state, new.engine, self.now_seconds)
         self.state.fleet["router"] = build.ROUTERS[new.router]
         self.state.fleet["max_imbalance"] = new.router_max_imbalance
-        count_all_pending(self.state)
+        self.state = build.with_holders(self.state)
         self.settings = new
         if reorder:
             self.foresee(self._pending())
@@ -579,7 +586,7 @@ class Fleet:
         if "replicas" in overrides and new.replicas > len(alive):
             self._join(new.replicas - len(alive))
         for number in alive[new.replicas :] if "replicas" in overrides else []:
-            self.state.replicas["accepting"][number] = 0
+            self._accept(number, False)
             self._let_go(number)
         self._retire()
 

@@ -68,7 +68,7 @@ ITL_BINS: Final = 1024
 ITL_SMALLEST_SECONDS: Final = 1e-5
 ITL_BIN_RATIO: Final = 1.02  # bins 2 % wide: from 10 us to 6,000 s
 ARENA_CLASSES: Final = 32
-PENDING: Final = 1 << 16
+PENDING: Final = 1 << 14
 HOMES: Final = 1 << 13
 
 
@@ -203,7 +203,6 @@ REPLICA = _record(
     ("accounted", np.float64),  # time up to which the integrals below run
     ("last_completion", np.float64),
     ("hold_until", np.float64),  # reality is behind: nothing is scheduled before
-    ("quiet_until", np.float64),  # its number of live requests cannot change by itself before
     ("joined", np.float64),  # when it joined
     ("left", np.float64),  # when it failed or was asked to leave; infinite while it is to stay
     ("running", np.int32),
@@ -423,8 +422,10 @@ class FleetState(NamedTuple):
     tier_slots: (
         Ints  # [R, 2, S] slots in state LOADING, as they are served; of those ended that the tiers do not know of
     )
-    pending: npt.NDArray[np.uint16]  # [PENDING] live requests by hashes of their blocks' keys (kernels/pending.py)
-    loads: Ints  # [R] working space of prefix-aware routing: live requests of each replica
+    quiet_until: npt.NDArray[np.float64]  # [R] `loads` cannot change by itself before
+    loads: Ints  # [R] live requests of each replica, as routers see them (`router.TOO_BUSY` if it takes none)
+    holders: npt.NDArray[np.uint8]  # [2^n] copies of blocks in all caches by a hash of their key (kernels/holders.py)
+    pending: npt.NDArray[np.uint16]  # [PENDING] live requests by a hash of their blocks' keys
     homes: Ints  # [HOMES] where prefix-aware routing last sent a session, by a hash of it: where it looks first
     outcomes: Records  # [O] requests that ended and were not collected yet
 

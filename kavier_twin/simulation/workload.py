@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from kavier_twin.simulation.kernels.blocks import chain_keys
+from kavier_twin.simulation.kernels.keys import chain_keys
 
 
 class RequestLike(Protocol):

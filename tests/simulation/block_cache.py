@@ -32,7 +32,7 @@ def _run(state, keys, table, hits):
                 dispatch.hit(order, block, 0, float(at), at)
         else:
             if lru:
-                allocate_lru(order.replica, order.blocks, order.buckets, table, 0, 1)
+                allocate_lru(order.replica, order.blocks, order.buckets, state.holders, table, 0, 1)
             else:
                 dispatch.recall(order, keys[at])  # as in the papers: the content is known before room is made
                 dispatch.allocate(order, table, 0, 1)

@@ -16,8 +16,9 @@ import numpy as np
 from kavier_twin.simulation import state as layout
 from kavier_twin.simulation.build import chunk_tables
 from kavier_twin.simulation.fleet import Fleet
-from kavier_twin.simulation.kernels.blocks import find, private_key
-from kavier_twin.simulation.kernels.pending import count_all_pending
+from kavier_twin.simulation.kernels.blocks import find
+from kavier_twin.simulation.kernels.holders import count_all
+from kavier_twin.simulation.kernels.keys import private_key
 from kavier_twin.simulation.state import FleetState, Records
 
 GROWING = (  # fields of a replica that never become less, whatever happens to it
@@ -72,9 +73,10 @@ def check_state(state: FleetState) -> None:
         check_tiers(state, number)
     live = int((state.requests["state"] != layout.FREE).sum())
     assert int(state.fleet["live"][0]) == live, f"fleet counts {state.fleet['live'][0]} live requests of {live}"
-    counted = state._replace(pending=state.pending.copy())
-    count_all_pending(counted)
+    counted = state._replace(pending=state.pending.copy(), holders=state.holders.copy())
+    count_all(counted)
     assert (state.pending >= counted.pending).all(), "a live request is not counted among those that bring blocks"
+    assert (state.holders >= counted.holders).all(), "a copy of a block is not counted"
 
 
 def live_rows(state: FleetState, number: int) -> list[tuple[int, Any]]:

@@ -91,6 +91,6 @@ def test_it_decides_as_if_it_looked_at_all(played: tuple[FleetSettings, Workload
     fleet = Fleet(settings)
     for row in range(workload.index.size):
         if leaves and row == workload.index.size // 2:
-            fleet.state.replicas["accepting"][0] = 0
+            fleet.dismiss(0)
         wanted = expected(fleet, workload, row)
         assert fleet.deliver(workload, row, row + 1)[0, 0] == wanted, row

@@ -7,60 +7,24 @@ the head, no de-duplication, the first registered copy answers a lookup.
 
 import numpy as np
 
-from kavier_twin.simulation.kernels.compile import kernel, small_kernel
+from kavier_twin.simulation.kernels.compile import small_kernel
+from kavier_twin.simulation.kernels.holders import ask_for_copies, discount_copy
+from kavier_twin.simulation.kernels.keys import spread
 from kavier_twin.simulation.kernels.prefetch import prefetch
 from kavier_twin.simulation.state import PRIVATE, UNHASHED
 
 _UNHASHED = np.uint64(UNHASHED)
 _PRIVATE = np.uint64(PRIVATE)
-_SUB_BITS = np.uint64(10)  # low bits of a key: which block under one hash of the trace
-_SUB_MASK = np.uint64(1023)
-_TOP_BIT = np.uint64(1 << 63)  # keeps keys apart from UNHASHED and PRIVATE
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MIX_2 = np.uint64(0x94D049BB133111EB)
-_S30, _S27, _S31 = np.uint64(30), np.uint64(27), np.uint64(31)
-_AHEAD = 16  # blocks whose memory is asked for at a time
-
-
-@small_kernel
-def mix(value):
-    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014): 64 bits in, 64 well-mixed bits out."""
-    value = value + _GOLDEN
-    value = (value ^ (value >> _S30)) * _MIX_1
-    value = (value ^ (value >> _S27)) * _MIX_2
-    return value ^ (value >> _S31)
-
-
-@small_kernel
-def chain_key(parent, content):
-    """Key of a hash block with this content behind that parent (0 for the first): vLLM chains hashes the same way."""
-    return (mix(parent ^ mix(content)) & ~_SUB_MASK) | _TOP_BIT
-
-
-@kernel
-def chain_keys(hashes, starts):
-    """Turn the content hashes of many requests, `hashes[starts[i]:starts[i + 1]]`, into chained keys in place."""
-    for request in range(starts.size - 1):
-        parent = np.uint64(0)
-        for link in range(starts[request], starts[request + 1]):
-            parent = chain_key(parent, hashes[link])
-            hashes[link] = parent
-
-
-@small_kernel
-def private_key(uid, block):
-    """Key of block number `block` of request `uid` where no hash of the trace identifies its content."""
-    return mix(mix(np.uint64(uid)) + np.uint64(block)) | _TOP_BIT
+_AHEAD = 64  # blocks whose memory is asked for at a time
 
 
 @small_kernel
 def bucket_of(buckets, key):
-    """The hash bucket of a key. Keys are well mixed already.
+    """The hash bucket of a key.
 
     Blocks under one coarse hash lie in neighbouring buckets: a prefix walk stays in a few cache lines.
     """
-    return np.int64(((key >> _SUB_BITS) + (key & _SUB_MASK)) & np.uint64(buckets.size - 1))
+    return np.int64(spread(key) & np.uint64(buckets.size - 1))
 
 
 @small_kernel
@@ -134,7 +98,7 @@ def forget(replica, blocks, buckets, block):
 
 
 @small_kernel
-def allocate(replica, blocks, buckets, table, start, count):
+def allocate(replica, blocks, buckets, holders, table, start, count):
     """Take `count` blocks from the head of the free list into `table[start:]`. The caller checked there are as many.
 
     What they cached is evicted now.
@@ -142,15 +106,20 @@ def allocate(replica, blocks, buckets, table, start, count):
     block = np.int64(blocks[0].next)
     for at in range(start, start + count):
         ask_for_bucket(buckets, blocks[block].key)
+        ask_for_copies(holders, blocks[block].key)
         table[at] = np.uint64(block)
         block = np.int64(blocks[block].next)
     for at in range(start, start + count - 1):
         ask_for_block(blocks, buckets, blocks[np.int64(table[at])].key)
     for at in range(start, start + count):
         taken = np.int64(table[at])
+        if blocks[taken].key != _UNHASHED:
+            discount_copy(holders, blocks[taken].key)
         forget(replica, blocks, buckets, taken)
         blocks[taken].refs = 1
     ask_for_bucket(buckets, blocks[block].key)  # of the one that goes next
+    ask_for_copies(holders, blocks[block].key)
+    prefetch(blocks, np.int64(blocks[block].next))
     blocks[0].next = block
     blocks[block].prev = 0
     replica.free_blocks -= count

@@ -8,8 +8,8 @@ instead, which gives the same order).
 
 import numpy as np
 
-from kavier_twin.simulation.kernels.blocks import mix
 from kavier_twin.simulation.kernels.compile import inlined_kernel, kernel
+from kavier_twin.simulation.kernels.keys import mix
 from kavier_twin.simulation.state import FREQUENT, RINGS, VACANT
 
 _HALF = np.uint64(32)

@@ -3,16 +3,17 @@
 import numpy as np
 
 from kavier_twin.simulation.kernels import queue
-from kavier_twin.simulation.kernels.blocks import insert, private_key, remove
+from kavier_twin.simulation.kernels.blocks import insert, remove
 from kavier_twin.simulation.kernels.chunks import disk_of, host_of, rename
 from kavier_twin.simulation.kernels.compile import inlined_kernel, kernel
 from kavier_twin.simulation.kernels.eviction import ttl
 from kavier_twin.simulation.kernels.eviction.order import order_of
 from kavier_twin.simulation.kernels.eviction.stranded import stranded_blocks
 from kavier_twin.simulation.kernels.flow import dissolve_flow, leave, list_explicit, refresh
+from kavier_twin.simulation.kernels.holders import count_copy, count_pending, discount_copy
 from kavier_twin.simulation.kernels.jump import jump
+from kavier_twin.simulation.kernels.keys import private_key
 from kavier_twin.simulation.kernels.loads import break_off, observe
-from kavier_twin.simulation.kernels.pending import count_pending
 from kavier_twin.simulation.kernels.reference import by_reference
 from kavier_twin.simulation.kernels.requests import (
     GROW_ARENA,
@@ -149,7 +150,7 @@ def set_output(state, number, slot, output, final):
         if request.state == RUNNING:
             list_explicit(state, number)
         replica.parked = 0
-        replica.quiet_until = -np.inf
+        state.quiet_until[number] = -np.inf
     return status
 
 
@@ -181,8 +182,11 @@ def learn_chain(state, number, slot, chain, covered):
     for at in range(first, min(request.registered, request.known)):
         block = np.int64(arena[table + at])
         if blocks[block].key != _PRIVATE:
+            discount_copy(state.holders, blocks[block].key)
             remove(blocks, buckets, block)
-        insert(blocks, buckets, block, block_key(request, arena, at, engine.block_size))
+        key = block_key(request, arena, at, engine.block_size)
+        insert(blocks, buckets, block, key)
+        count_copy(state.holders, key)
     tier = state.tiers[number]
     if tier.chunks > 0:
         for chunk in range(first // tier.blocks_per_chunk, request.known // tier.blocks_per_chunk):
@@ -287,7 +291,7 @@ def recall_load(state, number, slot):
         by_priority = state.engines[number].priority_policy
         queue.enqueue(replica, requests, state.waiting[number], by_priority, slot)
         replica.parked = 0
-        replica.quiet_until = -np.inf
+        state.quiet_until[number] = -np.inf
 
 
 @kernel

@@ -13,7 +13,6 @@ from kavier_twin.simulation.kernels.blocks import (
     ask_for_bucket,
     find,
     insert,
-    private_key,
     release_table,
     touch,
 )
@@ -21,7 +20,8 @@ from kavier_twin.simulation.kernels.compile import inlined_kernel, kernel, small
 from kavier_twin.simulation.kernels.eviction import dispatch
 from kavier_twin.simulation.kernels.eviction.order import order_of
 from kavier_twin.simulation.kernels.flow import leave
-from kavier_twin.simulation.kernels.pending import count_pending
+from kavier_twin.simulation.kernels.holders import count_copy, count_pending
+from kavier_twin.simulation.kernels.keys import private_key
 from kavier_twin.simulation.kernels.reference import by_reference
 from kavier_twin.simulation.state import (
     FINISHED,
@@ -122,7 +122,7 @@ def next_key(cell, within, hash_tokens, block_size):
 
 
 @small_kernel
-def _register(request, blocks, buckets, arena, block_size, full):
+def _register(request, blocks, buckets, holders, arena, block_size, full):
     first = request.registered
     table = request.cells + request.chain_length
     known = min(full, request.known)
@@ -135,13 +135,17 @@ def _register(request, blocks, buckets, arena, block_size, full):
                 ask_for_bucket(buckets, arena[cell + ahead])  # of the next block to come, too
         for number in range(first, known):
             sub = 0 if single else within // block_size
-            insert(blocks, buckets, np.int64(arena[table + number]), arena[cell] + np.uint64(sub))
+            key = arena[cell] + np.uint64(sub)
+            insert(blocks, buckets, np.int64(arena[table + number]), key)
+            count_copy(holders, key)
             cell, within = next_key(cell, within, hash_tokens, block_size)
         first = known
     for number in range(first, full):
         block = np.int64(arena[table + number])
         if request.published:
-            insert(blocks, buckets, block, private_key(request.uid, number))
+            key = private_key(request.uid, number)
+            insert(blocks, buckets, block, key)
+            count_copy(holders, key)
         else:
             blocks[block].key = _PRIVATE
     request.registered = full
@@ -162,6 +166,7 @@ def register(state, number, request, full):
             request,
             state.blocks[number],
             state.buckets[number],
+            state.holders,
             state.arena[number],
             state.engines[number].block_size,
             new,
@@ -171,14 +176,16 @@ def register(state, number, request, full):
 
 
 @kernel
-def publish(request, blocks, buckets, arena, block_size):
+def publish(request, blocks, buckets, holders, arena):
     """Make the private blocks findable: the request lost its blocks and will look for them again."""
     table = request.cells + request.chain_length
     request.published = 1
     for number in range(request.registered):
         block = np.int64(arena[table + number])
         if blocks[block].key == _PRIVATE:
-            insert(blocks, buckets, block, private_key(request.uid, number))
+            key = private_key(request.uid, number)
+            insert(blocks, buckets, block, key)
+            count_copy(holders, key)
 
 
 @kernel
@@ -244,8 +251,8 @@ def take_hits(state, number, request, hits):
 
 
 @small_kernel
-def _add_blocks(replica, request, blocks, buckets, arena, count):
-    allocate(replica, blocks, buckets, arena, request.cells + request.chain_length + request.blocks, count)
+def _add_blocks(replica, request, blocks, buckets, holders, arena, count):
+    allocate(replica, blocks, buckets, holders, arena, request.cells + request.chain_length + request.blocks, count)
     request.blocks += count
 
 
@@ -261,7 +268,13 @@ def add_blocks(state, number, request, count):
     """Allocate `count` blocks to the end of the block table."""
     if state.engines[number].eviction == LRU:
         _add_blocks(
-            state.replicas[number], request, state.blocks[number], state.buckets[number], state.arena[number], count
+            state.replicas[number],
+            request,
+            state.blocks[number],
+            state.buckets[number],
+            state.holders,
+            state.arena[number],
+            count,
         )
     else:
         _add_blocks_by_policy(state, number, request, count)
@@ -455,7 +468,7 @@ def push(state, number, workload, row):
     replica.next_sequence += 1
     replica.next_uid += 1
     replica.received += 1
-    replica.quiet_until = -np.inf
+    state.quiet_until[number] = -np.inf
     fleet.live += 1
     if replica.parked or (replica.in_flight == 0 and replica.running + replica.waiting + replica.loading == 0):
         replica.now = max(replica.now, time)
@@ -518,4 +531,4 @@ def withdraw(state, number, slot):
         if replica.holding == 0:
             replica.hold_until = -np.inf
     replica.parked = 0
-    replica.quiet_until = -np.inf
+    state.quiet_until[number] = -np.inf

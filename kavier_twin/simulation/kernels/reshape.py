@@ -20,7 +20,7 @@ def preempt_last(state, number):
     replica.running -= 1
     preempt(state, number, state.running[number][replica.running])
     list_explicit(state, number)
-    replica.quiet_until = -np.inf
+    state.quiet_until[number] = -np.inf
     replica.parked = 0
 
 
@@ -51,7 +51,7 @@ def resize_pool(state, number, blocks, buckets, new_count, names, working):
     # names[b] is the new number of old block b, -1 = dropped
     drop = max(0, old_count - new_count)
     drop = min(drop, replica.free_blocks)
-    allocate(replica, old_blocks, old_buckets, working, 0, drop)
+    allocate(replica, old_blocks, old_buckets, state.holders, working, 0, drop)
     for at in range(drop):
         names[working[at]] = -1
     named = 0

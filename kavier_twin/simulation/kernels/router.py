@@ -2,13 +2,14 @@
 
 import numpy as np
 
-from kavier_twin.simulation.kernels.blocks import ask_ahead, bucket_of, find, mix
+from kavier_twin.simulation.kernels.blocks import ask_ahead, bucket_of, find
 from kavier_twin.simulation.kernels.compile import inlined_kernel, kernel, small_kernel
 from kavier_twin.simulation.kernels.flow import next_end
-from kavier_twin.simulation.kernels.pending import may_come, sampled
+from kavier_twin.simulation.kernels.holders import copies, counts_for, is_counted, may_come
+from kavier_twin.simulation.kernels.keys import mix
 from kavier_twin.simulation.kernels.prefetch import prefetch
 from kavier_twin.simulation.kernels.replica import advance
-from kavier_twin.simulation.state import LEAST_LOADED, PREFIX_AWARE, SESSION_AFFINITY
+from kavier_twin.simulation.state import LEAST_LOADED, LRU, PREFIX_AWARE, SESSION_AFFINITY
 
 _ROUNDING = 1.0 - 1e-9  # many steps at once are summed in another order than one by one
 _TOO_BUSY = 1 << 30  # requests of a replica that is to get no more
@@ -29,24 +30,33 @@ def _quiet_until(state, number):
     return end + (next_end(state, number) - replica.completed_batches - 1) * shortest
 
 
+@kernel
+def _recount(state, number, time):
+    replica = state.replicas[number]
+    if replica.accepting:
+        advance(state, number, time)
+        state.quiet_until[number] = _quiet_until(state, number)
+        state.loads[number] = replica.running + replica.waiting + replica.loading
+    else:
+        state.quiet_until[number] = np.inf
+        state.loads[number] = _TOO_BUSY
+
+
 @inlined_kernel
 def load(state, number, time):
-    """Live requests of a replica at `time`."""
-    replica = state.replicas[number]
-    if replica.quiet_until <= time:
-        advance(state, number, time)
-        replica.quiet_until = _quiet_until(state, number)
-    return replica.running + replica.waiting + replica.loading
+    """Live requests of a replica at `time`, `_TOO_BUSY` if it takes none."""
+    if state.quiet_until[number] <= time:
+        _recount(state, number, time)
+    return np.int64(state.loads[number])
 
 
 @inlined_kernel
 def _least_loaded(state, time):
-    best, least = -1, 1 << 30
+    best, least = -1, np.int64(_TOO_BUSY)
     for number in range(state.replicas.size):
-        if state.replicas[number].accepting:
-            requests = load(state, number, time)
-            if requests < least:
-                best, least = number, requests
+        requests = load(state, number, time)
+        if requests < least:
+            best, least = number, requests
     return best
 
 
@@ -123,11 +133,42 @@ def _ask_caches(state, workload, row, first, most, longest, lightest, best):
 
 
 @kernel
+def _counted(workload, row, size, block):
+    """The last block up to this one whose copies are counted, -1 if there is none."""
+    while block >= 0 and not is_counted(_key(workload, row, size, block)):
+        block -= 1
+    return block
+
+
+@kernel
 def _may_change(state, workload, row, block, most):
     """Whether a replica that is not up to date may by now have a block of the prompt that it lacked."""
     if block < 0 or block >= most:
         return False
-    return may_come(state.pending, _key(workload, row, state.engines[0].block_size, sampled(block)))
+    return may_come(state.pending, _key(workload, row, state.engines[0].block_size, counts_for(block)))
+
+
+@kernel
+def _is_alone(state, number, workload, row, most):
+    """Whether a replica that is up to date has more of the prompt than any other can have.
+
+    It has, if it holds the only copy of a block: others have less than that, and it has all before it, as caches that
+    drop the least recently used block first have. Looked for where a next turn's prompt has become its session's own.
+    """
+    size = state.engines[0].block_size
+    if state.engines[0].eviction != LRU:
+        return False
+    for eighths in (7, 6, 4, 2):
+        block = _counted(workload, row, size, most * eighths // 8)
+        if block < 0:
+            return False
+        key = _key(workload, row, size, block)
+        held = copies(state.holders, key)
+        if held > 0:
+            if held > 1 or _may_change(state, workload, row, block, block + 1):
+                return False
+            return find(state.blocks[number], state.buckets[number], key) > 0
+    return False
 
 
 @kernel
@@ -140,13 +181,14 @@ def _by_prefix(state, workload, row, time):
     most = min(workload.covered[row], workload.prompt[row]) // engine.block_size if engine.prefix_caching else 0
     loads, least = state.loads, np.int64(_TOO_BUSY)
     for number in range(loads.size):
-        loads[number] = load(state, number, time) if state.replicas[number].accepting else _TOO_BUSY
-        least = min(least, np.int64(loads[number]))
+        least = min(least, load(state, number, time))
     limit = min(least + state.fleet[0].max_imbalance, _TOO_BUSY - 1)
     best, longest, lightest = np.int64(-1), np.int64(-1), np.int64(_TOO_BUSY)
     last = np.int64(state.homes[home])
     if last < loads.size and loads[last] <= limit:
         advance(state, last, time)
+        if most > 0 and _is_alone(state, last, workload, row, most - 1):
+            return last
         best, longest, lightest = last, _cached_blocks(state, last, workload, row, most), np.int64(loads[last])
     _ask_caches(state, workload, row, 0, most, longest, lightest, best)
     wins_change = _may_change(state, workload, row, longest, most)

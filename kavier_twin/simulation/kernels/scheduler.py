@@ -156,7 +156,7 @@ def preempt(state, number, slot):
     requests, blocks = state.requests[number], state.blocks[number]
     request = requests[slot]
     if engine.prefix_caching:
-        publish(request, blocks, state.buckets[number], state.arena[number], engine.block_size)
+        publish(request, blocks, state.buckets[number], state.holders, state.arena[number])
     free_blocks(state, number, request)
     tier = state.tiers[number]
     if tier.chunks > 0 and request.stores > 0:

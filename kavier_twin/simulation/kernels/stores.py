@@ -9,9 +9,9 @@ What a request did with each chunk is noted (`state.SEEN` ...) in cells at the e
 
 import numpy as np
 
-from kavier_twin.simulation.kernels.blocks import private_key
 from kavier_twin.simulation.kernels.chunks import count_offer, find, find_resident, host_of, move, offers_of
 from kavier_twin.simulation.kernels.compile import kernel
+from kavier_twin.simulation.kernels.keys import private_key
 from kavier_twin.simulation.kernels.requests import give_back
 from kavier_twin.simulation.kernels.tier_eviction import enter, learn_miss, make_room, renew
 from kavier_twin.simulation.kernels.transfers import (

@@ -8,17 +8,18 @@ without its ancestors.
 
 import numpy as np
 
-from kavier_twin.simulation.kernels.blocks import find, mix
+from kavier_twin.simulation.kernels.blocks import find
 from kavier_twin.simulation.kernels.compile import kernel
 from kavier_twin.simulation.kernels.eviction import heap
 from kavier_twin.simulation.kernels.eviction.order import order_of
+from kavier_twin.simulation.kernels.keys import mix
 from kavier_twin.simulation.kernels.reference import by_reference
 from kavier_twin.simulation.state import BELADY, PRIVATE, UNHASHED
 
 _PRIVATE = np.uint64(PRIVATE)
 _UNHASHED = np.uint64(UNHASHED)
 _EMPTY = np.uint64(0)
-_HASH_BITS = ~np.uint64(1023)  # of a block's key: which hash of the trace it belongs to (blocks.chain_key)
+_HASH_BITS = ~np.uint64(1023)  # of a block's key: which hash of the trace it belongs to (keys.chain_key)
 LAST = 1 << 62  # greater than any request's index
 
 
