@@ -1,7 +1,7 @@
 """(k) How good forecasts are: 23 backtests on shaped production traces, their scores in one table.
 
-`python -m benchmarks.forecast_scores MOONCAKE.jsonl AZURE.csv [--only design|climbs|judge] [--json FILE]`: the first half of
-each trace is what the design was chosen on, the second half, other shapes and other fleets judge it.
+`python -m benchmarks.forecast_scores MOONCAKE.jsonl AZURE.csv [--only PART] [--json FILE]`: the first half of each
+trace is what the design was chosen on, the second half, other shapes and other fleets judge it.
 
 Ratios to persistence are geometric means over the backtests in which persistence erred at all, coverage is of all
 forecasts together, alerts are counted over all backtests.
@@ -31,8 +31,13 @@ from kavier_twin.telemetry import RequestRecord
 
 HORIZONS_SECONDS: Final = (60.0, 300.0, 900.0)
 EVERY_SECONDS: Final = 60.0
-FUTURES: Final = 6
+FUTURES: Final = 9
+LEADS: Final = (
+    "lead: median, seconds, over all breaches foreseen; most: that of an alert which always stood; after a climb: foreseen "
+    "breaches with ten minutes of forecasts and without a breach before them"
+)
 PARTS: Final = ("design", "climbs", "judge")
+CLIMB_SECONDS: Final = 600.0  # without a breach: what load that climbs into one for ten minutes needs at least
 SMALLEST_RATIO: Final = 0.01  # so that no ratio of nearly nothing decides a mean
 
 # (seconds, factor) as for `kavier-twin backtest --shape`. Load of 1 is what a replica serves with room to spare.
@@ -188,7 +193,7 @@ def main() -> None:
         if of_part:
             report(f"(k) KPIs foreseen: {part}", _kpis([one for _, one in of_part]), "ratio: error to persistence's")
             report(f"(k) odds of a breach: {part}", _odds([one for _, one in of_part]), "Brier scores, 0 is perfect")
-            report(f"(k) alerts: {part}", _alerts(of_part), "lead: median, seconds, over all breaches foreseen")
+            report(f"(k) alerts: {part}", _alerts(of_part), LEADS)
 
 
 def _run(case: Case, traces: dict[str, Path]) -> Backtest:
@@ -285,6 +290,8 @@ def _alert_row(name: str, scores: list[AlertScore]) -> dict[str, Any]:
     alerts, breaches = sum(one.alerts for one in scores), sum(one.breaches for one in scores)
     right = sum(one.alerts * one.precision for one in scores if one.alerts)
     leads = [lead for one in scores for lead in one.lead_seconds]
+    most = [lead for one in scores for lead in one.most_lead_seconds]
+    climbed = [lead for lead, upper in zip(leads, most, strict=True) if upper >= CLIMB_SECONDS]
     return {
         "backtest": name,
         "alerts": alerts,
@@ -292,6 +299,9 @@ def _alert_row(name: str, scores: list[AlertScore]) -> dict[str, Any]:
         "precision": right / alerts if alerts else math.nan,
         "recall": len(leads) / breaches if breaches else math.nan,
         "lead": float(np.median(leads)) if leads else math.nan,
+        "most": float(np.median(most)) if most else math.nan,
+        "after a climb": len(climbed),
+        "their lead": float(np.median(climbed)) if climbed else math.nan,
     }
 
 

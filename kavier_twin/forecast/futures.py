@@ -68,11 +68,14 @@ class Futures:
         live = [request.index for request in snapshot.fleet.live()]
         self._live = (snapshot.recent.output == 0) & np.isin(recent.index, live)
 
-    def draw(self, seed: int | Sequence[int]) -> tuple[Workload, Turns]:
-        """The future of this seed: its requests as they arrive if the engine is as fast as lately, and who waits."""
+    def draw(self, seed: int | Sequence[int], trending: bool = False) -> tuple[Workload, Turns]:
+        """The future of this seed: its requests as they arrive if the engine is as fast as lately, and who waits.
+
+        `trending`: their rate goes on as it lately rose or fell.
+        """
         snapshot, stream = self._snapshot, self._stream
         arrivals_rng, rng, ends_rng = np.random.default_rng(seed).spawn(3)
-        arrivals = self._arrivals.draw_arrivals(self._horizon_seconds, arrivals_rng)
+        arrivals = self._arrivals.draw_arrivals(self._horizon_seconds, arrivals_rng, trending)
         n = stream.recent.index.size
         if not n:
             arrivals = arrivals[:0]

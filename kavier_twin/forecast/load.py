@@ -19,7 +19,6 @@ from threading import Lock
 
 import numpy as np
 import numpy.typing as npt
-from scipy import special
 
 from kavier_twin.forecast.load_methods import (
     DISPERSION_LIMITS,
@@ -59,11 +58,7 @@ _MOST_RELATIVE_DEVIATION = 1.0
 _PRIOR_RELATIVE_VARIANCE = 0.35**2 / 900.0  # per second ahead
 _PRIOR_TRIALS = 2
 _QUANTILE_Z = 1.2816  # of the 10 % and 90 % quantiles of a normal distribution
-_QUANTILE_POINTS = 501
 _CHUNK = 1024
-# Of the futures, in which the rate goes on as it lately rose or fell: enough for an alert, few enough for the median to
-# stay what the method in use says. Tried on the backtests that `benchmarks.forecast_scores` calls design, beside 0.4.
-TREND_SHARE = 1.0 / 3.0
 _PAUSES = 1_000  # between recent arrivals that futures are made of; with fewer than a tenth, gamma-distributed ones
 _PAUSES_TOGETHER = 25  # drawn in a row: what comes bunched stays bunched
 _PAUSES_AROUND = 50  # on each side that tell the rate a pause belongs to
@@ -95,8 +90,8 @@ class LoadOutlook:
 class LoadForecast:
     """The arrival rate to come, requests per second, in steps of `STEP_SECONDS` from `time_seconds` on.
 
-    Its logarithm is a random walk: `deviation` is the standard deviation of the rate, `mean` its mean, in each step. In a
-    share of the futures (`TREND_SHARE`) its mean is `trend`, and the deviation is as large in proportion.
+    Its logarithm is a random walk: `deviation` is the standard deviation of the rate, `mean` its mean, in each step.
+    In futures that are told to be trending its mean is `trend`, and the deviation is as large in proportion.
     """
 
     time_seconds: float
@@ -108,13 +103,12 @@ class LoadForecast:
     errors: Mapping[str, float]  # mean absolute scaled error by method over the recent past; NaN: not tried yet
     others: Mapping[str, Floats]  # [steps] mean by method
     pauses: Floats = field(default_factory=lambda: np.zeros(0))  # between recent arrivals, in units of their mean
-    trend: Floats = field(default_factory=lambda: np.zeros(0))  # [steps] mean in `TREND_SHARE` of the futures, if any
+    trend: Floats = field(default_factory=lambda: np.zeros(0))  # [steps] mean in futures that are trending
 
     def rate(self, horizon_seconds: float, method: str | None = None) -> float:
-        """The mean over the next `horizon_seconds` and all futures, or as another method forecasts it."""
-        if method is None:
-            return sum(share * _mean(path, horizon_seconds) for share, path in self._paths())
-        return _mean(self.others[method], horizon_seconds)
+        """The mean over the next `horizon_seconds`, as forecast by the method in use or another."""
+        path = self.mean if method is None else self.others[method]
+        return float(path[: _steps(horizon_seconds)].mean()) if path.size else 0.0
 
     def scaled(self, factor: float) -> LoadForecast:
         """The same with `factor` times as many requests."""
@@ -133,19 +127,8 @@ class LoadForecast:
         if step < 0 or self.mean[step] <= 0.0:
             return 0.0, 0.0
         spread = float(_log_deviation(self.mean, self.deviation)[step])
-        told = [
-            (share, math.log(float(path[step])) - spread**2 / 2.0) for share, path in self._paths() if path[step] > 0.0
-        ]
-        ends = [middle + sign * _QUANTILE_Z * spread for _, middle in told for sign in (-1.0, 1.0)]
-        # Those of the mixture lie between those of its parts.
-        logs = np.linspace(min(ends), max(ends), _QUANTILE_POINTS)
-        below = sum(share * special.ndtr((logs - middle) / max(spread, 1e-9)) for share, middle in told)
-        low, high = np.exp(np.interp((0.1, 0.9), below / sum(share for share, _ in told), logs))
-        return float(low), float(high)
-
-    def _paths(self) -> list[tuple[float, Floats]]:
-        """Means of the rate, each with the share of the futures that have it."""
-        return [(1.0 - TREND_SHARE, self.mean), (TREND_SHARE, self.trend)] if self.trend.size else [(1.0, self.mean)]
+        middle = math.log(float(self.mean[step])) - spread**2 / 2.0
+        return math.exp(middle - _QUANTILE_Z * spread), math.exp(middle + _QUANTILE_Z * spread)
 
     def outlook(self, horizons_seconds: Sequence[float]) -> LoadOutlook:
         """What is shown of it, over these horizons."""
@@ -155,7 +138,7 @@ class LoadForecast:
             ahead.append(LoadAhead(horizon, self.rate(horizon), *self.interval(horizon), by_method))
         return LoadOutlook(self.method, dict(self.errors), self.dispersion_ratio, self.refitted_seconds, tuple(ahead))
 
-    def draw_arrivals(self, horizon_seconds: float, rng: np.random.Generator) -> Floats:
+    def draw_arrivals(self, horizon_seconds: float, rng: np.random.Generator, trending: bool = False) -> Floats:
         """Sorted arrival times in (time, time + horizon), seconds, at a rate path of the forecast's distribution.
 
         Pauses are recent ones, some in a row at a time (a moving block bootstrap, Künsch 1989), so that requests come
@@ -163,7 +146,7 @@ class LoadForecast:
         the drawn rate. With the same generator state a shorter horizon gives the beginning of a longer one.
         """
         path_rng, arrivals_rng = rng.spawn(2)
-        rate = self.draw_rate(path_rng)[: _steps(horizon_seconds)]
+        rate = self.draw_rate(path_rng, trending)[: _steps(horizon_seconds)]
         expected = np.concatenate([np.zeros(1), np.cumsum(rate * STEP_SECONDS)])
         if expected[-1] <= 0.0:
             return np.zeros(0)
@@ -180,13 +163,12 @@ class LoadForecast:
         begins = rng.integers(0, self.pauses.size - _PAUSES_TOGETHER + 1, _CHUNK // _PAUSES_TOGETHER)
         return np.asarray(self.pauses[begins[:, None] + np.arange(_PAUSES_TOGETHER)].ravel(), np.float64)
 
-    def draw_rate(self, rng: np.random.Generator) -> Floats:
-        """One path of the rate, requests per second: [steps]."""
+    def draw_rate(self, rng: np.random.Generator, trending: bool = False) -> Floats:
+        """One path of the rate, requests per second: [steps]. `trending`: it goes on as it lately rose or fell."""
         spread = _log_deviation(self.mean, self.deviation)
         grown = np.diff(spread**2, prepend=0.0)
         walk = np.cumsum(np.sqrt(np.maximum(grown, 0.0)) * rng.standard_normal(spread.size))
-        goes_on = self.trend.size > 0 and rng.random() < TREND_SHARE
-        mean = self.trend if goes_on else self.mean
+        mean = self.trend if trending and self.trend.size else self.mean
         return np.asarray(mean * np.exp(walk - spread**2 / 2.0), np.float64)
 
 
@@ -427,10 +409,6 @@ def _history(snapshot: Snapshot, fine: Floats, steps_ago: int) -> History:
         coarse=coarse[: max(0, coarse.size - missing)],
         lag_seconds=now % COARSE_COUNT_SECONDS,
     )
-
-
-def _mean(path: Floats, horizon_seconds: float) -> float:
-    return float(path[: _steps(horizon_seconds)].mean()) if path.size else 0.0
 
 
 def _steps(horizon_seconds: float) -> int:

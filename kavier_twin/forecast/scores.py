@@ -137,6 +137,7 @@ class AlertScore:
     recall: float
     lead_seconds: tuple[float, ...]  # of each breach foreseen, from the alert's begin to the breach's
     median_lead_seconds: float
+    most_lead_seconds: tuple[float, ...] = ()  # of the same: an alert's since the last breach, or the first forecast
 
 
 class Interval(NamedTuple):
@@ -466,7 +467,7 @@ def alert_score(moments: Iterable[Moment], horizon_seconds: float) -> AlertScore
         came = any(times[first] < onset <= times[last] + horizon_seconds for onset in onsets)
         if came or times[-1] >= times[last] + horizon_seconds:
             judged, right = judged + 1, right + came
-    leads = []
+    leads, most = [], []
     for first, last in breaches:
         # The alert that stood last, or ended so shortly before that it meant this breach.
         begins = [
@@ -476,6 +477,7 @@ def alert_score(moments: Iterable[Moment], horizon_seconds: float) -> AlertScore
         ]
         if begins:
             leads.append(times[first] - max(begins))
+            most.append(times[first] - times[ended + 1])
         ended = last
     return AlertScore(
         slo=moments[0].slo,
@@ -485,6 +487,7 @@ def alert_score(moments: Iterable[Moment], horizon_seconds: float) -> AlertScore
         recall=len(leads) / len(breaches) if breaches else math.nan,
         lead_seconds=tuple(leads),
         median_lead_seconds=float(np.median(leads)) if leads else math.nan,
+        most_lead_seconds=tuple(most),
     )
 
 

@@ -35,6 +35,7 @@ from kavier_twin.twin.snapshot import Snapshot
 Floats = npt.NDArray[np.float64]
 
 _MOST_WINDOWS = 60  # in which a first breach is looked for
+_TREND_EVERY = 3  # of so many futures in a row the load of one goes on as it lately rose or fell
 
 
 class OutOfTime(Exception):
@@ -108,14 +109,24 @@ def draw(
     seed: int,
     load: float = 1.0,
     arrivals: LoadForecast | None = None,
+    trends: bool = False,
 ) -> Iterator[Future]:
-    """The futures of these numbers; a future has the same present under every load."""
+    """The futures of these numbers; a future has the same present under every load. `trends`: some are trending."""
     futures = Futures(snapshot, horizon_seconds, load, arrivals)
     for number in numbers:
         present = snapshot.fleet.fork()
         settle_lengths(present, snapshot.recent, np.random.default_rng((seed, number, 1)))
         present.collect()  # what ended before is not of the future
-        yield Future(present, *futures.draw((seed, number, 0)))
+        yield Future(present, *futures.draw((seed, number, 0), trends and trending(number)))
+
+
+def trending(number: int) -> bool:
+    """Whether the load goes on as it lately rose or fell in the future of this number.
+
+    How far a climb goes is not known, and a median that follows each is wrong at its end: KPIs are told of the other
+    futures, first breaches of all.
+    """
+    return number % _TREND_EVERY == 1
 
 
 def simulate(task: Task, cancelled: Cancelled = never) -> Seen | None:
@@ -198,7 +209,7 @@ class _Sweep:
         kept = [policy for policy in self._policies if len(self._seen[policy.name]) >= complete]
         seen = {policy.name: self._seen[policy.name][:complete] for policy in kept}
         table = _table(seen)
-        rows = self._rows(table)
+        rows = self._rows({policy: kpis[_usual(complete)] for policy, kpis in table.items()})
         return Forecast(
             pool=self._snapshot.pool,
             time_seconds=self._snapshot.time_seconds,
@@ -211,7 +222,7 @@ class _Sweep:
             first_breaches=tuple(self._first_breaches(seen)),
             failed=self._failed,
             verdict=self._verdict(table, rows, complete),
-            notes=tuple(_notes(complete, self._settings.quantiles)),
+            notes=tuple(_notes(len(_usual(complete)), self._settings.quantiles)),
             load=self._arrivals.outlook(self._settings.horizons_seconds),
         )
 
@@ -267,7 +278,7 @@ class _Sweep:
 
     def _draw(self, numbers: Sequence[int]) -> Iterator[Future]:
         horizon, seed = self._settings.horizons_seconds[-1], self._settings.seed
-        return draw(self._snapshot, horizon, numbers, seed, arrivals=self._arrivals)
+        return draw(self._snapshot, horizon, numbers, seed, arrivals=self._arrivals, trends=True)
 
     def _task(self, future: Future, policy: Policy, deadline: float, restart: RollingRestart | None = None) -> Task:
         return Task(
@@ -316,7 +327,7 @@ class _Sweep:
             return found
         both = {self._today.name: table[self._today.name], **_table({best.name: switching})}
         gain = self._ranking(both).gain(best.name)
-        return replace(found, switch=Switch(self._rows({best.name: both[best.name]}), gain))
+        return replace(found, switch=Switch(self._rows({best.name: both[best.name][_usual(complete)]}), gain))
 
 
 def out_of_reach(settings: FleetSettings, overrides: Mapping[str, Override], peaks: Peaks) -> bool:
@@ -345,6 +356,11 @@ def _applicable(snapshot: Snapshot, policies: Sequence[Policy]) -> tuple[list[Po
 
 def _table(seen: Mapping[str, Sequence[Seen]]) -> Table:
     return {policy: np.array([one.kpis for one in of_policy]) for policy, of_policy in seen.items()}
+
+
+def _usual(futures: int) -> list[int]:
+    """Those of so many whose load is not trending."""
+    return [number for number in range(futures) if not trending(number)]
 
 
 def _slices(horizons: Sequence[float]) -> list[float]:

@@ -9,7 +9,6 @@ import pytest
 
 from forecast.streams import empty_snapshot, fleet_settings
 from kavier_twin.forecast.load import (
-    TREND_SHARE,
     LoadForecast,
     LoadForecaster,
     _pauses,
@@ -167,17 +166,16 @@ def test_short_history_is_what_the_recent_requests_say() -> None:
     assert told.rate(900.0) == pytest.approx(arrival_rate(at(arrivals, 25.0)))
 
 
-def test_a_climb_goes_on_in_some_futures_and_comes_back_in_others() -> None:
+def test_a_climb_goes_on_in_futures_that_are_trending_and_comes_back_in_others() -> None:
     """From 3 to 9 requests a second in 15 minutes, half of it over."""
     arrivals = arrivals_at(lambda times: 3.0 + np.clip((times - 6_750.0) / 150.0, 0.0, 6.0), 7_200.0)
     told = LoadForecaster().forecast(at(arrivals, 7_200.0), 900.0)
-    ends = np.array([told.draw_rate(np.random.default_rng(number))[-1] for number in range(300)])
-    assert 0.7 * TREND_SHARE < float((ends > 8.0).mean()) < TREND_SHARE + 0.15
-    assert float((ends < 6.0).mean()) > 1.0 / 3.0  # what it is now
-    assert told.interval(900.0)[1] == pytest.approx(float(np.quantile(ends, 0.9)), rel=0.15)
-    assert told.rate(900.0) == pytest.approx(
-        float(np.mean([told.draw_rate(np.random.default_rng(n)).mean() for n in range(300)])), rel=0.1
-    )
+    ends = [
+        np.median([told.draw_rate(np.random.default_rng(number), trending)[-1] for number in range(300)])
+        for trending in (False, True)
+    ]
+    assert ends[0] < 6.0  # what it is now
+    assert ends[1] > 8.0
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,8 @@ def test_alerts(breached: str, alert: str, precision: float, recall: float, lead
     score = alert_score(moments(breached, alert), horizon_seconds=300.0)
     assert score.precision == pytest.approx(precision, nan_ok=True)
     assert score.recall == pytest.approx(recall, nan_ok=True)
+    assert len(score.most_lead_seconds) == len(leads)
+    assert all(most >= lead for most, lead in zip(score.most_lead_seconds, leads, strict=True))
     assert score.lead_seconds == leads
 
 
