@@ -33,8 +33,8 @@ HORIZONS_SECONDS: Final = (60.0, 300.0, 900.0)
 EVERY_SECONDS: Final = 60.0
 FUTURES: Final = 9
 LEADS: Final = (
-    "lead: median, seconds, over all breaches foreseen; most: that of an alert which always stood; after a climb: foreseen "
-    "breaches with ten minutes of forecasts and without a breach before them"
+    "lead: median, seconds, over all breaches foreseen; most: that of an alert which always stood; after a climb: "
+    "foreseen breaches with ten minutes of forecasts and without a breach before them"
 )
 PARTS: Final = ("design", "climbs", "judge")
 CLIMB_SECONDS: Final = 600.0  # without a breach: what load that climbs into one for ten minutes needs at least

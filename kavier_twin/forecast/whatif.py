@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from itertools import count, islice
 from threading import Lock
 from typing import Annotated, Final, Literal
 
@@ -16,7 +17,7 @@ from kavier_twin.forecast.executors import Executor, ThreadExecutor
 from kavier_twin.forecast.load import LoadForecast, LoadForecaster
 from kavier_twin.forecast.result import Row
 from kavier_twin.forecast.slo import Metric, Slo
-from kavier_twin.forecast.sweep import Task, draw, row_of, simulate
+from kavier_twin.forecast.sweep import Task, draw, row_of, simulate, trending
 from kavier_twin.simulation.policies import Override, apply_overrides, hypothetical_reasons, vllm_flags
 from kavier_twin.twin.snapshot import Snapshot
 
@@ -127,7 +128,8 @@ def answer(
 
     loads = list(dict.fromkeys(load for _, _, load in cases))
     horizon, seed = question.horizon_seconds, question.seed
-    drawn = {load: draw(snapshot, horizon, range(question.futures), seed, load, arrivals) for load in loads}
+    numbers = list(islice((number for number in count() if not trending(number)), question.futures))
+    drawn = {load: draw(snapshot, horizon, numbers, seed, load, arrivals) for load in loads}
     kpis: list[Floats] = []  # by future: [cases, METRICS]
     while len(kpis) < question.futures and (
         not kpis or _time_for_more(len(kpis), time.perf_counter() - began, question)

@@ -28,11 +28,12 @@ def ask(snapshot: Snapshot, **question: object) -> Answer:
 
 
 def test_the_same_figures_as_a_forecast(snapshot: Snapshot) -> None:
-    """Today's policy and the one asked about, on the futures that a cycle with the same seed draws."""
+    """Today's policy and the one asked about, on the futures that a cycle with the same seed draws: those whose load
+    is not trending."""
     before = state_bytes(snapshot.fleet)
     found = ask(snapshot, overrides={"num_gpu_blocks": "0.5x"}, futures=3, seed=4)
     policies = (Policy(name="today"), Policy(name="half", overrides={"num_gpu_blocks": "0.5x"}))
-    settings = ForecastSettings(policies=policies, horizons_seconds=(60.0,), futures=3, seed=4, slos=SLOS)
+    settings = ForecastSettings(policies=policies, horizons_seconds=(60.0,), futures=4, seed=4, slos=SLOS)
     forecast = sweep(snapshot, settings, ThreadExecutor(1))
     assert [case.name for case in found.cases] == ["today", "asked"]
     for case, row in zip(found.cases, forecast.rows, strict=True):
