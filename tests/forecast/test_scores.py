@@ -124,7 +124,7 @@ def test_alerts_are_judged_by_the_odds_of_a_first_breach() -> None:
     for minute in range(5, 11):
         early = minute >= 7
         held = row("today", 60.0, {0.05: 0.5, 0.5: 1.0, 0.95: 1.5}, 0.0)
-        scorer.foresee(forecast_of(60.0 * minute, held, first_breach=0.4 if early else 0.2), "today")
+        scorer.foresee(forecast_of(60.0 * minute, held, first_breach=0.4 if early else 0.1), "today")
     scorer.foresee(forecast_of(660.0, held, first_breach=1.0), "today")
     scorer.settle(700.0 + SETTLE_SECONDS)
     (alerts,) = scorer.scores().alerts
