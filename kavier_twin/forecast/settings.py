@@ -56,8 +56,8 @@ class ForecastSettings(_Settings):
     horizons_seconds: Annotated[tuple[Seconds, ...], Field(min_length=1)] = (60.0, 300.0, 900.0)
     """How far ahead, each."""
 
-    futures: Count = 8
-    """Futures simulated for each policy, at most."""
+    futures: Count = 9
+    """Futures simulated for each policy, at most. Every third follows the trend of the load, for alerts."""
 
     least_futures: Count = 4
     """Futures simulated before the ranking may end a forecast."""
