@@ -35,6 +35,7 @@ class Row:
     kpis: dict[Metric, Quantiles]
     breach_probability: dict[str, float]  # by SLO: the share of futures that break it
     breach_interval: dict[str, tuple[float, float]]  # by SLO: 90 % credible interval of that probability
+    futures: int  # of which all this is told
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def interval(values: Quantiles) -> tuple[float, float, float]:
 
 def served(forecast: Forecast, told: Mapping[tuple[float, Metric], Foretold], slos: Sequence[Slo]) -> Forecast:
     """The forecast with all rows as they are served; KPIs of which nothing is told stay as simulated."""
-    rows = tuple(_row(row, told, slos, forecast.futures) for row in forecast.rows)
+    rows = tuple(_row(row, told, slos) for row in forecast.rows)
     return dataclasses.replace(forecast, rows=rows)
 
 
@@ -55,7 +55,7 @@ def breach_probability(slo: Slo, low: float, median: float, high: float) -> floa
     return 1.0 - above if slo.higher_is_better else above
 
 
-def _row(row: Row, told: Mapping[tuple[float, Metric], Foretold], slos: Sequence[Slo], futures: int) -> Row:
+def _row(row: Row, told: Mapping[tuple[float, Metric], Foretold], slos: Sequence[Slo]) -> Row:
     kpis, odds, credible = dict(row.kpis), dict(row.breach_probability), dict(row.breach_interval)
     for metric, values in row.kpis.items():
         one = told.get((row.horizon_seconds, metric))
@@ -70,7 +70,7 @@ def _row(row: Row, told: Mapping[tuple[float, Metric], Foretold], slos: Sequence
         for slo in slos:
             if slo.metric == metric and slo.name in odds:
                 odds[slo.name] = breach_probability(slo, *ends)
-                credible[slo.name] = share_interval(odds[slo.name] * futures, futures)
+                credible[slo.name] = share_interval(odds[slo.name] * row.futures, row.futures)
     return dataclasses.replace(row, kpis=kpis, breach_probability=odds, breach_interval=credible)
 
 

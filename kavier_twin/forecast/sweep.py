@@ -173,6 +173,7 @@ def row_of(policy: str, horizon: float, kpis: Floats, slos: Sequence[Slo], at: S
         kpis={name: Quantiles(quantiles(kpis[:, number], at)) for number, name in enumerate(METRICS)},
         breach_probability={name: count / len(kpis) for name, count in breaches.items()},
         breach_interval={name: share_interval(count, len(kpis)) for name, count in breaches.items()},
+        futures=len(kpis),
     )
 
 

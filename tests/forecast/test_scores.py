@@ -14,6 +14,7 @@ from kavier_twin.forecast.reality import Ended, Reality
 from kavier_twin.forecast.result import Forecast
 from kavier_twin.forecast.scores import SETTLE_SECONDS, Moment, ScoredBreach, Scorer, alert_score, breach_score
 from kavier_twin.forecast.slo import Slo
+from kavier_twin.forecast.statistics import share_interval
 
 SLOW = Slo(name="slow", metric="e2e_p95_seconds", threshold=2.0)
 
@@ -276,7 +277,9 @@ def test_what_is_served() -> None:
     assert other.kpis["e2e_p95_seconds"].p50 == pytest.approx(9.0 * today.kpis["e2e_p95_seconds"].p50)
     values = list(today.kpis["e2e_p95_seconds"].values.values())
     assert values == sorted(values)
-    assert 0.0 < today.breach_probability["slow"] < 0.5 < other.breach_probability["slow"]
+    odds = today.breach_probability["slow"]
+    assert 0.0 < odds < 0.5 < other.breach_probability["slow"]
+    assert today.breach_interval["slow"] == share_interval(odds * today.futures, today.futures)
     (last,) = scorer.scores().intervals
     assert (last.low, last.median, last.high) == (0.5, 1.0, 1.5)
     assert last.served == today.kpis["e2e_p95_seconds"].p50

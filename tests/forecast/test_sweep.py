@@ -15,7 +15,7 @@ from kavier_twin.forecast.executors import Cancelled, ThreadExecutor, never
 from kavier_twin.forecast.result import Forecast, Row
 from kavier_twin.forecast.settings import ForecastSettings
 from kavier_twin.forecast.slo import METRICS, Slo
-from kavier_twin.forecast.sweep import OutOfTime, sweep, sweep_within
+from kavier_twin.forecast.sweep import OutOfTime, sweep, sweep_within, trending
 from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.policies import DEFAULT_POLICIES, Policy
 from kavier_twin.simulation.workload import Workload
@@ -250,6 +250,7 @@ def test_the_first_breach_is_found_inside_a_run(snapshot: Snapshot) -> None:
     assert 10.0 < broken.early_seconds <= broken.expected_seconds < 120.0
     assert broken.expected_seconds % 10.0 == 0.0
     assert (today.probability, broken.probability) == (0.0, 1.0)
+    assert row(forecast, "today", 120.0).futures == sum(not trending(number) for number in range(forecast.futures))
     assert forecast.to_dict()["first_breaches"][0]["expected_seconds"] is None
     assert row(forecast, "slow", 10.0).breach_probability["queue"] == 0.0
     assert row(forecast, "slow", 120.0).breach_interval["queue"][0] > 0.0
