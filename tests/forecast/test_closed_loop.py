@@ -224,7 +224,7 @@ class _Came(LoadForecast):
     def scaled(self, factor: float) -> LoadForecast:
         return self
 
-    def draw_arrivals(self, horizon_seconds: float, rng: np.random.Generator) -> np.ndarray:
+    def draw_arrivals(self, horizon_seconds: float, rng: np.random.Generator, trending: bool = False) -> np.ndarray:
         return np.array(self.times)  # type: ignore[attr-defined]
 
 
