@@ -27,10 +27,10 @@ from kavier_twin.forecast.load_methods import (
     USUAL_METHOD,
     History,
     Method,
-    Trend,
     fit_all,
     persistence_steps,
     relative_variance,
+    trend,
 )
 from kavier_twin.twin.snapshot import COARSE_COUNT_SECONDS, COUNT_SECONDS, Snapshot
 
@@ -208,9 +208,9 @@ class LoadForecaster:
             self._refit(snapshot, fine, history, steps, dispersion)
         told = {name: method.predict(history, steps) for name, method in self._fitted.items()}
         mean, own = told[self._method]
-        trend = Trend().predict(history, steps)[0]
+        trending = trend(history, steps)
         if history.steps.size < _FEWEST_STEPS:
-            mean = trend = np.full(steps, arrival_rate(snapshot) * STEP_SECONDS)
+            mean = trending = np.full(steps, arrival_rate(snapshot) * STEP_SECONDS)
         return LoadForecast(
             time_seconds=snapshot.time_seconds,
             mean=mean / STEP_SECONDS,
@@ -221,7 +221,7 @@ class LoadForecaster:
             errors=dict(self._errors),
             others={name: path / STEP_SECONDS for name, (path, _) in told.items()},
             pauses=_pauses(snapshot.recent.arrival),
-            trend=trend / STEP_SECONDS,
+            trend=trending / STEP_SECONDS,
         )
 
     def _surprised(self, snapshot: Snapshot, history: History, dispersion: float) -> bool:

@@ -164,35 +164,27 @@ class MeanReverting:
         return True
 
 
-class Trend:
-    """The rate goes on rising or falling as in the last ten minutes, ever less (a damped trend, Gardner and McKenzie
-    1985), and by no more than chance leaves of that (the slope is shrunk as by positive-part James-Stein).
+def trend(history: History, steps: int) -> Floats:
+    """Requests in each of the next steps if their rate goes on rising or falling as in the last ten minutes.
 
-    Not one of `METHODS`: where a climb ends is not known, so that some futures follow it and others do not.
+    It does so ever less (a damped trend, Gardner and McKenzie 1985), and by no more than chance leaves of that (the
+    slope is shrunk as by positive-part James-Stein). Not one of `METHODS`: where a climb ends is not known, so some
+    futures follow it and others do not.
     """
-
-    def fit(self, history: History) -> None:
-        pass
-
-    def predict(self, history: History, steps: int) -> tuple[Floats, Floats]:
-        lately, deviation = Persistence().predict(history, steps)
-        recent = history.steps[-_TREND_STEPS:]
-        if recent.size < _FEWEST_TREND_STEPS or not lately.any():
-            return lately, deviation
-        places = np.arange(recent.size) - 0.5 * (recent.size - 1)
-        slope = float(places @ recent / (places @ places))
-        chance = _dispersion(history.steps[-_SHIFT_HISTORY_STEPS:]) * float(recent.mean() / (places @ places))
-        sure = max(0.0, 1.0 - _TREND_DEVIATIONS**2 * chance / slope**2) if slope else 0.0
-        if slope * float(places @ recent) < _JUMP_RATIO * _explained_by_a_jump(recent):
-            return lately, deviation
-        now = sure * (recent.mean() + 0.5 * recent.size * slope) + (1.0 - sure) * lately
-        ahead_seconds = STEP_SECONDS * (np.arange(steps) + 0.5)
-        grown_steps = _TREND_SECONDS * (1.0 - np.exp(-ahead_seconds / _TREND_SECONDS)) / STEP_SECONDS
-        return np.maximum(now + sure * slope * grown_steps, _LEAST_LEFT * lately), deviation
-
-    @staticmethod
-    def applies(history: History) -> bool:
-        return True
+    lately, _ = Persistence().predict(history, steps)
+    recent = history.steps[-_TREND_STEPS:]
+    if recent.size < _FEWEST_TREND_STEPS or not lately.any():
+        return lately
+    places = np.arange(recent.size) - 0.5 * (recent.size - 1)
+    slope = float(places @ recent / (places @ places))
+    chance = _dispersion(history.steps[-_SHIFT_HISTORY_STEPS:]) * float(recent.mean() / (places @ places))
+    sure = max(0.0, 1.0 - _TREND_DEVIATIONS**2 * chance / slope**2) if slope else 0.0
+    if slope * float(places @ recent) < _JUMP_RATIO * _explained_by_a_jump(recent):
+        return lately
+    now = sure * (recent.mean() + 0.5 * recent.size * slope) + (1.0 - sure) * lately
+    ahead_seconds = STEP_SECONDS * (np.arange(steps) + 0.5)
+    grown_steps = _TREND_SECONDS * (1.0 - np.exp(-ahead_seconds / _TREND_SECONDS)) / STEP_SECONDS
+    return np.asarray(np.maximum(now + sure * slope * grown_steps, _LEAST_LEFT * lately), np.float64)
 
 
 class SameTimeYesterday:

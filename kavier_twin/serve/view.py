@@ -114,9 +114,7 @@ class PolicyOutlook:
     horizons: tuple[Horizon, ...]
     problem: str = ""  # why it could not be simulated
     first_breach: Mapping[str, Quantiles] = field(default_factory=dict)  # SLO -> seconds from now; infinite: none
-    first_breach_probability: Mapping[str, float] = field(
-        default_factory=dict
-    )  # SLO -> of one within the longest horizon
+    first_breach_probability: Mapping[str, float] = field(default_factory=dict)  # SLO -> within the longest horizon
     in_force: bool = False  # today's: it overrides nothing
 
     def at(self, horizon_seconds: float) -> Horizon | None:

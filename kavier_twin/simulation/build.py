@@ -307,7 +307,7 @@ def with_replicas(state: FleetState, fresh: FleetState) -> FleetState:
             columns[name] = array
         else:
             columns[name] = np.concatenate([array, added])
-    return FleetState(**columns)
+    return with_holders(FleetState(**columns))
 
 
 def begin_anew(state: FleetState, number: int, fresh: FleetState) -> None:
@@ -321,6 +321,7 @@ def begin_anew(state: FleetState, number: int, fresh: FleetState) -> None:
             array[number] = getattr(fresh, name)[0]
     for name, value in counted.items():
         state.replicas[name][number] = value
+    count_all(state)
 
 
 def _as_wide_as(state: FleetState, fresh: FleetState) -> FleetState:

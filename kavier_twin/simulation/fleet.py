@@ -327,7 +327,6 @@ class Fleet:
         gone = np.flatnonzero(self.state.replicas["alive"] == 0)
         if gone.size:
             build.begin_anew(self.state, int(gone[0]), self._fresh())
-            self.state = build.with_holders(self.state)
         else:
             self._join()
         self._count_replicas()
@@ -357,7 +356,6 @@ class Fleet:
             if live.replica == number:
                 replica_kernels.abandon(self.state, number, live.slot, self.now_seconds)
         build.begin_anew(self.state, number, self._fresh())
-        self.state = build.with_holders(self.state)
         rows = take_rows(rows, np.flatnonzero(np.isin(rows.index, list(again))))
         rows = rows._replace(replica=np.full(rows.index.size, number, np.int64))
         places = self.deliver(rows, 0, rows.index.size)
@@ -484,7 +482,7 @@ class Fleet:
         return fresh
 
     def _join(self, count: int = 1) -> None:
-        self.state = build.with_holders(build.with_replicas(self.state, self._fresh(count)))
+        self.state = build.with_replicas(self.state, self._fresh(count))
 
     def _fail(self, number: int) -> None:
         again = self._abandon(number)
