@@ -21,17 +21,17 @@ from benchmarks.common import BLOCK_TOKENS, compile_kernels, report
 from kavier_twin.forecast import sweep as sweep_module
 from kavier_twin.forecast.executors import ThreadExecutor
 from kavier_twin.forecast.futures import Futures
-from kavier_twin.forecast.measure import measure
+from kavier_twin.forecast.kpis import measure
 from kavier_twin.forecast.settings import ForecastSettings
 from kavier_twin.forecast.slo import DEFAULT_SLOS
 from kavier_twin.forecast.sweep import draw, sweep
 from kavier_twin.forecast.whatif import Question, answer
-from kavier_twin.offline.scenario import DEFAULT_FLEET
+from kavier_twin.mirror.snapshot import Snapshot
+from kavier_twin.recordings.scenario import DEFAULT_FLEET
 from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.kpis import Counters
 from kavier_twin.simulation.policies import DEFAULT_POLICIES, Policy
 from kavier_twin.simulation.workload import Workload, make_workload, take_rows
-from kavier_twin.twin.snapshot import Snapshot
 
 REPLICAS, RATE_PER_SECOND, FUTURES = 100, 50.0, 8
 SYSTEMS, SYSTEM_TOKENS = 50, 256

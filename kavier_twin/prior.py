@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from kavier_twin.catalog.deployment import Deployment
 from kavier_twin.catalog.gpu import Gpu
 from kavier_twin.catalog.model import ModelShape
-from kavier_twin.silicon import SiliconUnavailable, silicon_step_time
-from kavier_twin.simulation.roofline import Roofline, step_time
+from kavier_twin.hardware.operators import SiliconUnavailable, silicon_step_time
+from kavier_twin.hardware.roofline import Roofline, step_time
 from kavier_twin.simulation.settings import StepTime
 
 

@@ -17,12 +17,12 @@ from rich.progress import Progress
 from connectors.traces import FORMATS
 from kavier_twin.commands.backtest_plots import write_plots
 from kavier_twin.commands.score_tables import print_scores, wide_console
+from kavier_twin.commands.slo_file import read_slos
 from kavier_twin.errors import UserError
 from kavier_twin.forecast.forecaster import ForecastSettings
-from kavier_twin.offline.backtest import Backtest, backtest
-from kavier_twin.offline.scenario import load_scenario
+from kavier_twin.recordings.scenario import load_scenario
 from kavier_twin.simulation.plain import plain
-from kavier_twin.slo_file import read_slos
+from kavier_twin.studies.backtest import Backtest, backtest
 
 _DESCRIPTION = """Run the whole twin over a trace in fast time: at every step it knows what was known then, forecasts,
 and is judged by what came. A recording tells how long its requests took; of any other trace reality is the simulation

@@ -12,9 +12,9 @@ import numpy as np
 
 from kavier_twin.commands.figures import NAMES, figure, unit
 from kavier_twin.errors import UserError
-from kavier_twin.forecast.scores import ALERT_PROBABILITY, Moment, ScoredKpi
 from kavier_twin.forecast.slo import Metric, Slo
-from kavier_twin.offline.backtest import Backtest
+from kavier_twin.scores.scorer import ALERT_PROBABILITY, Moment, ScoredKpi
+from kavier_twin.studies.backtest import Backtest
 
 # Of Okabe and Ito's palette, told apart by colour-blind readers.
 _FORESEEN: Final = "#0072B2"

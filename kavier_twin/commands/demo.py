@@ -18,23 +18,22 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from connectors.secret import SecretPlace
 from kavier_twin.commands.client import TOKEN_VARIABLE
-from kavier_twin.config import CRUDE_STEP_TIME
-from kavier_twin.daemon import Daemon
-from kavier_twin.errors import UserError
+from kavier_twin.commands.process import StopSignals, leave
+from kavier_twin.daemon.daemon import Daemon
+from kavier_twin.daemon.feed import Feed
+from kavier_twin.daemon.http_settings import DEFAULT_HOST, DEFAULT_PORT, HttpConfig
+from kavier_twin.daemon.pool import PoolTwin
+from kavier_twin.daemon.warm_up import make_ready
+from kavier_twin.errors import UserError, set_up_logging
 from kavier_twin.forecast.forecaster import ForecastSettings
 from kavier_twin.forecast.slo import Slo
-from kavier_twin.http_settings import DEFAULT_HOST, DEFAULT_PORT, HttpConfig
-from kavier_twin.live.feed import Feed
-from kavier_twin.live.kernels_ready import make_ready
-from kavier_twin.live.live_sources import SecretPlace
-from kavier_twin.live.pool import PoolTwin
-from kavier_twin.live.replay_source import ReplaySource
-from kavier_twin.offline.recording import read_recording, recorded_engine, recorded_server
-from kavier_twin.process import StopSignals, leave, set_up_logging
+from kavier_twin.mirror.mirror import MirrorSettings
+from kavier_twin.recordings.recording import read_recording, recorded_engine, recorded_server
+from kavier_twin.recordings.replay_source import ReplaySource
 from kavier_twin.serve.view import Beside, Horizon, Outlook, PolicyOutlook, TwinView
-from kavier_twin.simulation.settings import FleetSettings
-from kavier_twin.twin.mirror import MirrorSettings
+from kavier_twin.simulation.settings import CRUDE_STEP_TIME, FleetSettings
 
 TOTAL_SECONDS: Final = 70.0  # that the demo is to take unless a speed is given, compilation included
 SHORTEST_REPLAY_SECONDS: Final = 25.0

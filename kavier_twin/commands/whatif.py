@@ -10,9 +10,9 @@ from rich import box
 from rich.table import Table
 
 from kavier_twin.commands.client import add_token, add_url, ask
+from kavier_twin.commands.duration import seconds_of
 from kavier_twin.commands.figures import NAMES, spread
 from kavier_twin.commands.score_tables import wide_console
-from kavier_twin.duration import seconds_of
 from kavier_twin.errors import UserError
 from kavier_twin.forecast.slo import METRICS
 from kavier_twin.forecast.whatif import Answer, Case, Question

@@ -19,7 +19,7 @@ from kavier_twin.forecast.load import LoadForecaster
 from kavier_twin.forecast.result import Forecast
 from kavier_twin.forecast.settings import ForecastSettings as ForecastSettings
 from kavier_twin.forecast.sweep import OutOfTime, sweep, sweep_within
-from kavier_twin.twin.snapshot import Snapshot
+from kavier_twin.mirror.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
 

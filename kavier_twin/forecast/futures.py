@@ -18,12 +18,12 @@ import numpy.typing as npt
 
 from kavier_twin.forecast.drawing import Examples, Nodes, draw_requests, fill_keys
 from kavier_twin.forecast.load import LoadForecast, LoadForecaster
-from kavier_twin.forecast.stream import read_stream
+from kavier_twin.forecast.recent import read_stream
+from kavier_twin.mirror.snapshot import Snapshot
 from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.state import FREE
 from kavier_twin.simulation.turns import Turns
 from kavier_twin.simulation.workload import Workload
-from kavier_twin.twin.snapshot import Snapshot
 
 _LATELY = 1_000  # finished requests that tell how long those in flight will be: lengths drift
 

@@ -32,7 +32,7 @@ from kavier_twin.forecast.load_methods import (
     relative_variance,
     trend,
 )
-from kavier_twin.twin.snapshot import COARSE_COUNT_SECONDS, COUNT_SECONDS, Snapshot
+from kavier_twin.mirror.snapshot import COARSE_COUNT_SECONDS, COUNT_SECONDS, Snapshot
 
 Floats = npt.NDArray[np.float64]
 

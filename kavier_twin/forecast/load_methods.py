@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from kavier_twin.twin.snapshot import COARSE_COUNT_SECONDS
+from kavier_twin.mirror.snapshot import COARSE_COUNT_SECONDS
 
 log = logging.getLogger(__name__)
 

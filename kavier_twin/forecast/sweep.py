@@ -15,14 +15,15 @@ import numpy.typing as npt
 
 from kavier_twin.forecast.executors import Cancelled, Executor, never
 from kavier_twin.forecast.futures import Futures, settle_lengths
+from kavier_twin.forecast.kpis import measure, trimmed
 from kavier_twin.forecast.load import LoadForecast, LoadForecaster
-from kavier_twin.forecast.measure import measure, trimmed
 from kavier_twin.forecast.restart import begin_restart, needs_restart
 from kavier_twin.forecast.result import FailedPolicy, FirstBreach, Forecast, Quantiles, Row, StopReason, Switch, Verdict
 from kavier_twin.forecast.settings import ForecastSettings, RollingRestart
 from kavier_twin.forecast.slo import METRICS, Slo
 from kavier_twin.forecast.statistics import quantiles, share_interval
 from kavier_twin.forecast.verdict import Ranking, Table, verdict
+from kavier_twin.mirror.snapshot import Snapshot
 from kavier_twin.simulation.fleet import Fleet, Peaks
 from kavier_twin.simulation.kpis import Counters
 from kavier_twin.simulation.policies import Override, Policy, PolicyError, apply_overrides
@@ -30,7 +31,6 @@ from kavier_twin.simulation.settings import FleetSettings
 from kavier_twin.simulation.state import Records
 from kavier_twin.simulation.turns import Turns
 from kavier_twin.simulation.workload import Workload
-from kavier_twin.twin.snapshot import Snapshot
 
 Floats = npt.NDArray[np.float64]
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 from kavier_twin.forecast.load import LoadOutlook
 from kavier_twin.forecast.result import Gain
-from kavier_twin.forecast.scores import Scores
-from kavier_twin.twin.replicas import Replica
+from kavier_twin.mirror.replicas import Replica
+from kavier_twin.scores.scorer import Scores
 
 Quantiles = Mapping[float, float]
 """Quantile (0..1) over the simulated futures -> value."""

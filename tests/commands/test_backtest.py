@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kavier_twin.cli import main
+from kavier_twin.commands.main import main
 from kavier_twin.forecast.forecaster import ForecastSettings
 from kavier_twin.forecast.slo import METRICS, Slo
-from kavier_twin.offline.backtest import backtest, reshaped
-from kavier_twin.offline.scenario import load_scenario
+from kavier_twin.mirror.mirror import Mirror
+from kavier_twin.recordings.scenario import load_scenario
+from kavier_twin.studies.backtest import backtest, reshaped
 from kavier_twin.telemetry import RequestRecord
-from kavier_twin.twin.mirror import Mirror
 
 RECORDINGS = Path(__file__).parents[1] / "data" / "recordings"
 SETTINGS = ForecastSettings(every_seconds=10.0, horizons_seconds=(10.0, 30.0), futures=2, workers=2)

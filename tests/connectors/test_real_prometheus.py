@@ -17,8 +17,8 @@ from connectors.prometheus.source import PrometheusSource, Selection
 from connectors.secret import Secret
 from connectors.traces import read_trace
 from connectors.traces.recording import read_metrics
+from kavier_twin.mirror.reconstruct import WorkloadWindow, reconstruct
 from kavier_twin.telemetry import EngineSample, GpuSample, RequestRecord, TelemetryRecord
-from kavier_twin.twin.reconstruct import WorkloadWindow, reconstruct
 from prometheus_server import Pages, RealPrometheus, openmetrics
 from real_parts import openssl
 from waiting import wait_until

@@ -7,11 +7,12 @@ import pytest
 import yaml
 
 from connectors.kafka.settings import KafkaSettings
-from kavier_twin.config import CRUDE_STEP_TIME, Settings, read_settings
+from kavier_twin.daemon.config import Settings, read_settings
+from kavier_twin.daemon.http_settings import DEFAULT_PORT
 from kavier_twin.errors import UserError
 from kavier_twin.forecast.forecaster import ForecastSettings
-from kavier_twin.http_settings import DEFAULT_PORT
-from kavier_twin.twin.mirror import MirrorSettings
+from kavier_twin.mirror.mirror import MirrorSettings
+from kavier_twin.simulation.settings import CRUDE_STEP_TIME
 
 
 def write(tmp_path: Path, content: Any) -> Path:

@@ -12,15 +12,15 @@ import pytest
 from prometheus_client import generate_latest
 
 from forecast.forecasts import forecast_of, row
-from kavier_twin.cli import main
+from kavier_twin.commands.main import main
 from kavier_twin.errors import UserError
 from kavier_twin.forecast.forecaster import ForecastSettings
 from kavier_twin.forecast.result import Forecast, Quantiles
-from kavier_twin.forecast.scores import Settled
 from kavier_twin.forecast.slo import Slo
-from kavier_twin.live.score_keeper import ScoreKeeper
-from kavier_twin.live.score_store import KEEP_SECONDS, ScoreStore, read_judged
-from kavier_twin.serve.exporter import registry_of
+from kavier_twin.scores.keeper import ScoreKeeper
+from kavier_twin.scores.scorer import Settled
+from kavier_twin.scores.store import KEEP_SECONDS, ScoreStore, read_judged
+from kavier_twin.serve.metrics.exporter import registry_of
 from kavier_twin.serve.view import TwinView
 from kavier_twin.simulation.footprint import Footprint, PowerModel
 from kavier_twin.telemetry import EngineSample, GpuSample, RequestRecord, RequestSeen

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from prometheus_client.metrics_core import Metric
 
-from kavier_twin.serve.exporter import _build, _metrics
+from kavier_twin.serve.metrics.exporter import _build, _metrics
 from serve.views import full_view
 
 _HEAD = """# Metrics

@@ -15,7 +15,7 @@ from pydantic import BaseModel, TypeAdapter
 from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
-from kavier_twin.config import SOURCE_TYPES, Settings
+from kavier_twin.daemon.config import SOURCE_TYPES, Settings
 
 _HEAD = """# Configuration
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from kavier_twin.mirror.snapshot import Snapshot
 from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.footprint import Footprint, PowerModel
 from kavier_twin.simulation.kpis import Counters
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
 from kavier_twin.simulation.turns import Turns
 from kavier_twin.simulation.workload import Workload, make_workload, take_rows
-from kavier_twin.twin.snapshot import Snapshot
 
 HASH_TOKENS = 16
 STEP_TIME = StepTime(fixed=0.01, per_prefill_token=2e-5, per_decode_sequence=1e-4, per_context_token=1e-8)

@@ -13,6 +13,7 @@ from forecast.streams import between, chat_stream, fleet_settings, snapshot_at
 from kavier_twin.forecast.futures import Futures
 from kavier_twin.forecast.load import LoadForecast
 from kavier_twin.forecast.sweep import Future, draw
+from kavier_twin.mirror.snapshot import Snapshot
 from kavier_twin.simulation.closed_loop import simulate_sessions
 from kavier_twin.simulation.fleet import Fleet, simulate
 from kavier_twin.simulation.policies import Override
@@ -20,7 +21,6 @@ from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepT
 from kavier_twin.simulation.state import FREE, Records
 from kavier_twin.simulation.turns import Turns
 from kavier_twin.simulation.workload import Workload, take_rows, workload_of
-from kavier_twin.twin.snapshot import Snapshot
 from real_parts import require
 
 HORIZON_SECONDS = 120.0

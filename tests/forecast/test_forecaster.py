@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from forecast.streams import chat_stream, fleet_settings, snapshot_at
 from kavier_twin.forecast.forecaster import Forecaster, ForecastSettings
 from kavier_twin.forecast.result import Forecast
+from kavier_twin.mirror.snapshot import Snapshot
 from kavier_twin.simulation.policies import DEFAULT_POLICIES
-from kavier_twin.twin.snapshot import Snapshot
 
 PATIENCE_SECONDS = 60.0
 

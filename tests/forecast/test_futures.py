@@ -15,11 +15,11 @@ from forecast.streams import (
 )
 from kavier_twin.forecast.futures import assumed_output, draw_future, draw_futures, settle_lengths
 from kavier_twin.forecast.load import arrival_rate
-from kavier_twin.forecast.stream import read_stream
+from kavier_twin.forecast.recent import read_stream
+from kavier_twin.mirror.snapshot import Snapshot
 from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.state import FREE
 from kavier_twin.simulation.workload import Workload, make_workload, take_rows
-from kavier_twin.twin.snapshot import Snapshot
 
 
 def same(a: Workload, b: Workload) -> bool:

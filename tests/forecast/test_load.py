@@ -17,10 +17,10 @@ from kavier_twin.forecast.load import (
     fill_gaps,
 )
 from kavier_twin.forecast.load_methods import STEP_SECONDS, persistence_steps
+from kavier_twin.mirror.arrival_counts import RateHistory
+from kavier_twin.mirror.snapshot import ArrivalCounts, Snapshot
 from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.workload import make_workload
-from kavier_twin.twin.rate_history import RateHistory
-from kavier_twin.twin.snapshot import ArrivalCounts, Snapshot
 
 Floats = npt.NDArray[np.float64]
 

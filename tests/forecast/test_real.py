@@ -10,9 +10,9 @@ import pytest
 from connectors.traces import read_trace
 from forecast.streams import between, fleet_settings, hit_ratio, snapshot_at
 from kavier_twin.forecast.futures import Futures, draw_futures
+from kavier_twin.mirror.snapshot import Snapshot
 from kavier_twin.simulation.settings import EngineSettings, StepTime
 from kavier_twin.simulation.workload import Workload, take_rows, workload_of
-from kavier_twin.twin.snapshot import Snapshot
 from real_parts import require
 
 pytestmark = pytest.mark.real

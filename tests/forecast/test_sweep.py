@@ -16,10 +16,10 @@ from kavier_twin.forecast.result import Forecast, Row
 from kavier_twin.forecast.settings import ForecastSettings
 from kavier_twin.forecast.slo import METRICS, Slo
 from kavier_twin.forecast.sweep import OutOfTime, sweep, sweep_within, trending
+from kavier_twin.mirror.snapshot import Snapshot
 from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.policies import DEFAULT_POLICIES, Policy
 from kavier_twin.simulation.workload import Workload
-from kavier_twin.twin.snapshot import Snapshot
 
 TODAY = Policy(name="today")
 HALF = Policy(name="half", overrides={"num_gpu_blocks": "0.5x"})

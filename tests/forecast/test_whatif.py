@@ -10,8 +10,8 @@ from kavier_twin.forecast.settings import ForecastSettings
 from kavier_twin.forecast.slo import Slo
 from kavier_twin.forecast.sweep import sweep
 from kavier_twin.forecast.whatif import Answer, Busy, NothingYet, Question, WhatIf, answer
+from kavier_twin.mirror.snapshot import Snapshot
 from kavier_twin.simulation.policies import Policy, PolicyError
-from kavier_twin.twin.snapshot import Snapshot
 
 PATIENCE_SECONDS = 60.0
 SLOS = (Slo(name="hits", metric="prefix_cache_hit_ratio", threshold=1.0),)

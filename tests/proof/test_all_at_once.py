@@ -17,8 +17,8 @@ import pytest
 from connectors.traces import read_trace
 from connectors.traces.recording import read_kv_events, read_metrics
 from kafka_broker import OurBroker
-from kavier_twin.config import read_settings
-from kavier_twin.daemon import Daemon
+from kavier_twin.daemon.config import read_settings
+from kavier_twin.daemon.daemon import Daemon
 from kavier_twin.telemetry import RequestFinished, RequestSeen
 from kv_publisher import Publisher
 from prometheus_server import RealPrometheus, openmetrics

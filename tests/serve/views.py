@@ -6,6 +6,7 @@ import math
 
 from kavier_twin.forecast.load import LoadAhead, LoadOutlook
 from kavier_twin.forecast.result import Gain
+from kavier_twin.mirror.replicas import Replica
 from kavier_twin.serve.assemble import _METRICS
 from kavier_twin.serve.view import (
     Beside,
@@ -24,7 +25,6 @@ from kavier_twin.serve.view import (
     TwinView,
     WindowError,
 )
-from kavier_twin.twin.replicas import Replica
 
 QUANTILES = {0.1: 0.5, 0.5: 0.75, 0.9: 1.0}
 

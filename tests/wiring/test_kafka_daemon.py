@@ -11,8 +11,8 @@ import pytest
 
 import waiting
 from kafka_broker import OurBroker
-from kavier_twin.config import read_settings
-from kavier_twin.daemon import Daemon
+from kavier_twin.daemon.config import read_settings
+from kavier_twin.daemon.daemon import Daemon
 from kavier_twin.telemetry import RequestFinished, RequestSeen
 
 kafka = pytest.importorskip("kafka", reason="needs the extra kafka")

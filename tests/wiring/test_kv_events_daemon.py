@@ -11,11 +11,11 @@ import pytest
 from connectors.kv_events.source import KvEventsSource
 from connectors.traces import read_trace
 from connectors.traces.recording import read_kv_events
-from kavier_twin.daemon import Daemon
+from kavier_twin.daemon.daemon import Daemon
+from kavier_twin.daemon.feed import Feed
+from kavier_twin.daemon.pool import PoolTwin
 from kavier_twin.forecast.forecaster import ForecastSettings
-from kavier_twin.live.feed import Feed
-from kavier_twin.live.pool import PoolTwin
-from kavier_twin.offline.scenario import load_scenario
+from kavier_twin.recordings.scenario import load_scenario
 from kavier_twin.telemetry import TelemetryRecord
 from kv_publisher import Publisher
 from waiting import wait_until

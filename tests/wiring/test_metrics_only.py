@@ -11,8 +11,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from connectors.traces.recording import read_metrics
-from kavier_twin.config import read_settings
-from kavier_twin.daemon import Daemon
+from kavier_twin.daemon.config import read_settings
+from kavier_twin.daemon.daemon import Daemon
 from prometheus_server import RealPrometheus, openmetrics
 from waiting import wait_until
 
