@@ -16,9 +16,8 @@ from kavier_twin.daemon.checkpoints import EVERY_SECONDS, KEEP
 from kavier_twin.daemon.freshness import STALE_AFTER_SECONDS
 from kavier_twin.daemon.http_settings import HttpConfig
 from kavier_twin.errors import UserError, nearest
-from kavier_twin.footprint_file import fleet_with_carbon_read
 from kavier_twin.forecast.forecaster import ForecastSettings
-from kavier_twin.hardware.fleet_file import FleetFile
+from kavier_twin.hardware.fleet_file import FleetFile, fleet_with_carbon_read
 from kavier_twin.mirror.fidelity.trust import TrustSettings
 from kavier_twin.mirror.mirror import MirrorSettings
 from kavier_twin.simulation.policies import PolicyError, apply_overrides

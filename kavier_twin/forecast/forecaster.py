@@ -8,13 +8,11 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
-from importlib import import_module
 from threading import Event
-from typing import Any
 
 from apscheduler.schedulers.background import BackgroundScheduler
 
-from kavier_twin.forecast.executors import Executor, ThreadExecutor
+from kavier_twin.forecast.executors import Executor, RayExecutor, ThreadExecutor
 from kavier_twin.forecast.load import LoadForecaster
 from kavier_twin.forecast.result import Forecast
 from kavier_twin.forecast.settings import ForecastSettings as ForecastSettings
@@ -113,7 +111,5 @@ class Forecaster:
 
 def _executor(settings: ForecastSettings) -> Executor:
     if settings.executor == "ray":
-        ray: Any = import_module("kavier_twin.forecast.ray_executor")  # needs the extra `ray`
-        executor: Executor = ray.RayExecutor(settings.workers)
-        return executor
+        return RayExecutor(settings.workers)
     return ThreadExecutor(settings.workers)

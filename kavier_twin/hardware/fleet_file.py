@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from connectors.series import CARBON_COLUMN, HIGHEST_CARBON, SeriesError, read_series
 from kavier_twin.catalog.deployment import Deployment, check, largest_batch
 from kavier_twin.catalog.errors import CatalogError
 from kavier_twin.catalog.gpu import Gpu, find_gpu
 from kavier_twin.catalog.memory import num_gpu_blocks
 from kavier_twin.catalog.model import ModelShape, QuantizationName
 from kavier_twin.catalog.models import find_model
+from kavier_twin.errors import UserError
+from kavier_twin.hardware.operators import Prior, prior
 from kavier_twin.hardware.roofline import Roofline, step_time
-from kavier_twin.prior import Prior, prior
+from kavier_twin.simulation.footprint import Footprint
 from kavier_twin.simulation.settings import FleetSettings, StepTime
+
+Fleet = TypeVar("Fleet", bound=FleetSettings)
 
 
 class Hardware(BaseModel):
@@ -203,3 +209,23 @@ def _or_value_error(look: Any, *what: Any) -> None:
         look(*what)
     except CatalogError as error:
         raise ValueError(str(error)) from None
+
+
+def with_carbon_read(footprint: Footprint, directory: Path) -> Footprint:
+    """The footprint with its carbon file, if any, read; a relative path counts from `directory`. Raises UserError."""
+    if footprint.carbon.file is None:
+        return footprint
+    path = directory / footprint.carbon.file
+    try:
+        points = read_series(path, CARBON_COLUMN, HIGHEST_CARBON)
+    except SeriesError as error:
+        raise UserError(str(error)) from None
+    carbon = footprint.carbon.model_copy(update={"file": path, "points": points})
+    return footprint.model_copy(update={"carbon": carbon})
+
+
+def fleet_with_carbon_read(fleet: Fleet, directory: Path) -> Fleet:
+    """The same for the footprint of a fleet, if it has one. Raises UserError."""
+    if fleet.footprint is None:
+        return fleet
+    return fleet.model_copy(update={"footprint": with_carbon_read(fleet.footprint, directory)})

@@ -16,8 +16,7 @@ from pydantic import BaseModel, ValidationError
 from connectors.traces import Trace, TraceError, read_trace
 from connectors.traces.table import RequestTable
 from kavier_twin.errors import UserError
-from kavier_twin.footprint_file import fleet_with_carbon_read, with_carbon_read
-from kavier_twin.hardware.fleet_file import FleetFile, Hardware
+from kavier_twin.hardware.fleet_file import FleetFile, Hardware, fleet_with_carbon_read, with_carbon_read
 from kavier_twin.hardware.roofline import step_time
 from kavier_twin.mirror.calibration.requests import (
     Calibration,

@@ -40,7 +40,7 @@ def executor() -> Iterator[Any]:
         log_to_driver=False,
         runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2])])}},
     )
-    from kavier_twin.forecast.ray_executor import RayExecutor
+    from kavier_twin.forecast.executors import RayExecutor
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not have this module
     yield RayExecutor()

@@ -13,9 +13,8 @@ from kavier_twin.catalog.deployment import Deployment
 from kavier_twin.catalog.gpu import find_gpu, gpus
 from kavier_twin.catalog.models import find_model
 from kavier_twin.hardware import operators
-from kavier_twin.hardware.operators import SYSTEMS, SiliconUnavailable, silicon_step_time
+from kavier_twin.hardware.operators import SYSTEMS, SiliconUnavailable, prior, silicon_step_time
 from kavier_twin.hardware.roofline import step_time
-from kavier_twin.prior import prior
 
 installed = pytest.mark.skipif(
     find_spec(operators.PACKAGE) is None, reason=f"{operators.DISTRIBUTION} is missing: install the extra `silicon`"

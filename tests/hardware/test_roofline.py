@@ -17,8 +17,8 @@ from kavier_twin.catalog.errors import CatalogError
 from kavier_twin.catalog.gpu import Gpu, find_gpu, gpus
 from kavier_twin.catalog.model import ModelShape
 from kavier_twin.catalog.models import find_model, models
+from kavier_twin.hardware.operators import prior
 from kavier_twin.hardware.roofline import Roofline, step_time, touched_experts
-from kavier_twin.prior import prior
 from kavier_twin.simulation.settings import StepTime
 
 
