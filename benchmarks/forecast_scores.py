@@ -198,7 +198,7 @@ def main() -> None:
 
 def _run(case: Case, traces: dict[str, Path]) -> Backtest:
     settings = ForecastSettings(
-        every_seconds=EVERY_SECONDS, horizons_seconds=HORIZONS_SECONDS, futures=FUTURES, workers=1
+        every_seconds=EVERY_SECONDS, horizons_seconds=HORIZONS_SECONDS, scenarios=FUTURES, workers=1
     )
     return backtest(_scenario(case, traces), settings, SLOS, shape=SHAPES[case.shape], warm_up_seconds=300.0)
 

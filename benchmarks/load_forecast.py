@@ -2,7 +2,7 @@
 
 `python -m benchmarks.load_forecast TRACE ...`: from a minute of each trace after the other, the mean rate over the next
 horizon as forecast, and as it came. Coverage: how often the number of requests that came lies in the middle 90 % of
-those of 100 futures.
+those of 100 scenarios.
 """
 
 from __future__ import annotations

@@ -55,8 +55,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--horizons", default="60,300,900", metavar="SECONDS,...", help="how far ahead (default 60,300,900)"
     )
-    parser.add_argument("--futures", type=int, default=8, metavar="N", help="simulated for each forecast (default 8)")
-    parser.add_argument("--seed", type=int, default=0, help="of the futures (default 0)")
+    parser.add_argument("--scenarios", type=int, default=8, metavar="N", help="simulated for each forecast (default 8)")
+    parser.add_argument("--seed", type=int, default=0, help="of the scenarios (default 0)")
     parser.add_argument(
         "--warm-up", type=float, default=300.0, metavar="SECONDS", help="before the first forecast (default 300)"
     )
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         settings = ForecastSettings(
             every_seconds=args.every,
             horizons_seconds=tuple(_numbers(args.horizons, "--horizons")),
-            futures=args.futures,
+            scenarios=args.scenarios,
             seed=args.seed,
         )
     except ValidationError as error:

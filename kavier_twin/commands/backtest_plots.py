@@ -59,7 +59,7 @@ def _fan(new: Callable[..., Any], kpi: Metric, rows: Sequence[ScoredKpi], slos: 
         low, median, high, wide_low, wide_high, persisted, observed = factor * table[:, 1:].T
         end = clock.of(table[:, 0] + horizon)
         axes.fill_between(end, wide_low, wide_high, color=_FORESEEN, alpha=0.15, lw=0, label="90 % interval, widened")
-        axes.fill_between(end, low, high, color=_FORESEEN, alpha=0.4, lw=0, label="90 % interval of the futures")
+        axes.fill_between(end, low, high, color=_FORESEEN, alpha=0.4, lw=0, label="90 % interval of the scenarios")
         axes.plot(end, median, color=_FORESEEN, lw=1.2, label="median foreseen")
         axes.plot(end, persisted, color="grey", lw=1.0, ls=":", label="persistence")
         axes.plot(end, observed, color=_CAME, lw=1.2, marker=".", ms=4, label="what came")

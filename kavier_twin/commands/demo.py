@@ -50,7 +50,7 @@ MIRROR: Final = MirrorSettings(
 FORECAST: Final = ForecastSettings(
     every_seconds=3.0,
     horizons_seconds=(30.0, 60.0, 120.0),
-    futures=10,
+    scenarios=10,
     workers=2,
     slos=(
         Slo(name="ttft_p99_1s", metric="ttft_p99_seconds", threshold=1.0),
@@ -302,7 +302,7 @@ def policies(outlook: Outlook, when: str = "What is ahead", *, brief: bool = Fal
     seconds = [f"{horizon.seconds:g}" for horizon in horizons]
     table = Table(
         title=f"{when} ({outlook.event_seconds:.0f} s): the next {seconds[-1]} s by policy, best first",
-        caption=f"Median (10 – 90 %) of {outlook.futures} futures at {outlook.rate_per_second:.1f} requests/s, the "
+        caption=f"Median (10 – 90 %) of {outlook.scenarios} scenarios at {outlook.rate_per_second:.1f} requests/s, the "
         f"same for all policies. Breach odds in % within {' / '.join(seconds)} s.",
         title_justify="left",
         caption_justify="left",
@@ -353,7 +353,7 @@ def _trust(view: TwinView) -> Text:
         return Text("Not calibrated yet: step times are a crude prior, figures are not to be trusted.", style="yellow")
     text = Text(
         f"Calibrated on {view.calibrated_on_requests} requests of this stream; {view.finished_requests} followed to "
-        f"their end; real steps last {view.pace_ratio:.2f} times what the coefficients say now.",
+        f"their end; real steps last {view.step_time_scale_ratio:.2f} times what the coefficients say now.",
         style="green",
     )
     if math.isfinite(view.exact_cache_ratio):

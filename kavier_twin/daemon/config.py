@@ -56,7 +56,7 @@ class PoolFleet(FleetFile):
         if self.engine.eviction == "belady":
             raise ValueError(
                 "engine.eviction=belady needs to know the future, which a live pool does not; use it in "
-                "forecast.policies, whose futures are known"
+                "forecast.policies, whose scenarios are known"
             )
         return self
 
@@ -73,7 +73,7 @@ class MirrorConfig(_Settings):
     """How long an event waits for others that are earlier. Set it above the delay with which records come."""
 
     recent_seconds: PositiveSeconds = _MIRROR.recent_seconds
-    """The past that futures are drawn from."""
+    """The past that scenarios are drawn from."""
 
     recent_requests: Annotated[int, Field(ge=1)] = _MIRROR.recent_requests
     """At most so many requests of that past."""

@@ -188,7 +188,7 @@ class PoolTwin:
             finished_requests=mirror.finished,
             calibrated=mirror.calibrated,
             calibrated_on_requests=mirror.calibration.requests if mirror.calibration else 0,
-            pace_ratio=mirror.pace,
+            step_time_scale_ratio=mirror.pace,
             frontend_seconds=mirror.frontend_seconds if mirror.calibration else math.nan,
             step_time={name: getattr(settings.step_time, name) for name in COEFFICIENTS},
             exact_cache_ratio=mirror.fidelity.exact_cache_ratio(),
@@ -201,7 +201,7 @@ class PoolTwin:
             forecasts={"succeeded": self.forecaster.cycles, "failed": self.forecaster.failures},
             sweeps=SweepCounts(
                 self.forecaster.late,
-                self.forecaster.futures,
+                self.forecaster.scenarios,
                 dict(self.forecaster.shed),
                 dict(self.forecaster.stopped),
             ),

@@ -26,7 +26,7 @@ from kavier_twin.recordings.replay_source import ReplaySource
 from kavier_twin.serve.view import Compiling
 from kavier_twin.simulation.settings import CRUDE_STEP_TIME, FleetSettings
 
-_REQUESTS: Final = 60  # of the shipped recording: enough to calibrate on and to draw futures from
+_REQUESTS: Final = 60  # of the shipped recording: enough to calibrate on and to draw scenarios from
 _CACHES: Final = re.compile("kernels-[0-9a-f]{16}")
 _CACHES_KEPT: Final = 3  # of those used last, ours among them
 _OLD_SECONDS: Final = 30 * 86_400.0  # not used for so long, a cache is removed
@@ -57,7 +57,7 @@ def make_ready() -> None:
     snapshot = mirror.snapshot()
     prepare()
     assert snapshot is not None
-    Forecaster(ForecastSettings(horizons_seconds=(5.0,), futures=1, workers=1)).run(snapshot)
+    Forecaster(ForecastSettings(horizons_seconds=(5.0,), scenarios=1, workers=1)).run(snapshot)
     remove_old_caches(Path(numba.config.CACHE_DIR))  # type: ignore[attr-defined]
 
 

@@ -1,4 +1,4 @@
-"""KPIs of a simulated future from its beginning to a horizon, requests still under way included.
+"""KPIs of a simulated scenario from its beginning to a horizon, requests still under way included.
 
 At a horizon some requests have no first token or no end yet, and just under overload these are the ones that wait
 longest. They count with their age, a lower bound of what they will show. That may only raise a quantile: where load is
@@ -29,7 +29,7 @@ _TRIMMED: Final = np.dtype([("status", np.int64), ("output", np.int64), *((name,
 def measure(
     fleet: Fleet, before: Counters, outcomes: Records, frontend_seconds: float, metrics: Collection[Metric] = METRICS
 ) -> dict[Metric, float]:
-    """KPIs from `before`, read when the future began, to the fleet's present.
+    """KPIs from `before`, read when the scenario began, to the fleet's present.
 
     `outcomes` are the requests that ended in between. Latencies in seconds, counted where their interval ended in
     between; queue time begins when the frontend is done, as vLLM's does. NaN where nothing was observed. Those of

@@ -5,10 +5,10 @@ shares with any before it ends at one key, its deepest known one. The request th
 There are two ways to share:
 
 - *Steady* prefixes (system prompts): several first turns used them, over most of the window. Who uses one next does not
-  depend on who did last, so futures draw them by their popularity.
+  depend on who did last, so scenarios draw them by their popularity.
 - Everything else is a *return*: to a session (the parent is wholly contained, prompt to the last full key: a next
   turn, or the same prompt again) or to a part of it (a branch: an edited message, a document asked about twice). How
-  long after the parent it came is what decides about a cache, so futures keep that time.
+  long after the parent it came is what decides about a cache, so scenarios keep that time.
 
 Session labels, where given, decide whether a request that contains another is its next turn; without labels the earlier
 one must have had content of its own to be known by.

@@ -10,7 +10,7 @@ more (Barber et al., "Conformal prediction beyond exchangeability", 2023), and t
 
 It begins at once: a prior counts like a few scores, those of an interval that is half as wide as it should be over a
 minute; and what shorter horizons of the same KPI scored counts until there are own scores, which come a horizon late.
-Further ahead both count for more, as a random walk's deviation grows: that the futures drift apart is in their width,
+Further ahead both count for more, as a random walk's deviation grows: that the scenarios drift apart is in their width,
 that load turns in a way they do not know of is not.
 """
 
@@ -32,8 +32,8 @@ SCORES: Final = 200  # remembered
 ADAPTATION: Final = 0.02  # how far one miss moves the level: that of Gibbs and Candès is 0.005 for thousands of steps
 _FORGET: Final = 0.98  # a score weighs so much less than the next
 _PRIOR_SCORES: Final = 8  # it counts like so many
-# Between the extremes of eight futures lie 78 %: 90 % of normal values are 1.35 times as wide, and futures know only
-# what was seen before.
+# Between the extremes of eight scenarios lie 78 %: 90 % of normal values are 1.35 times as wide, and scenarios know
+# only what was seen before.
 _PRIOR_SPREAD: Final = 2.0
 _LENT: Final = 0.3  # weight of another horizon's score beside an own one
 # Horizons whose prior was tried: with it 90, 89 and 88 % of the intervals over 60, 300 and 900 s covered in the

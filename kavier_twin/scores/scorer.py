@@ -26,7 +26,7 @@ from kavier_twin.simulation.footprint import Footprint
 
 # Of a first breach within the longest horizon: from here on a forecast is an alert, as by
 # deploy/prometheus/kavier-twin.rules.yaml. Chosen for nine of ten breaches to be foreseen and four of five alerts to be
-# right, in the backtests that `benchmarks.forecast_scores` calls design and climbs: two of three trending futures.
+# right, in the backtests that `benchmarks.forecast_scores` calls design and climbs: two of three trending scenarios.
 ALERT_PROBABILITY: Final = 0.2
 SETTLE_SECONDS: Final = 120.0  # for which requests that arrived in time are waited for until they end
 JUDGED: Final = 2_000  # newest forecasts that a score is of
@@ -60,7 +60,7 @@ class ScoredBreach(NamedTuple):
     slo: str
     probability: float
     breached: bool
-    simulated: float = math.nan  # the share of futures; NaN: by a version that served just that
+    simulated: float = math.nan  # the share of scenarios; NaN: by a version that served just that
 
 
 class Moment(NamedTuple):
@@ -117,7 +117,7 @@ class BreachScore:
     forecasts: int
     breached: int
     brier: float
-    simulated_brier: float  # of the share of futures
+    simulated_brier: float  # of the share of scenarios
     persistence_brier: float  # of saying: as it is now
     reliability: tuple[Bin, ...]  # ascending, without empty ones
 
@@ -176,7 +176,7 @@ class Foreseen(NamedTuple):
     time_seconds: float
     horizon_seconds: float
     kpis: dict[Metric, Foretold]
-    breach: dict[str, tuple[float, float]]  # by objective: odds as served, and the share of futures
+    breach: dict[str, tuple[float, float]]  # by objective: odds as served, and the share of scenarios
 
 
 class Scorer:

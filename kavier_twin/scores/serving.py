@@ -1,7 +1,7 @@
 """The forecast that is served: what was simulated, moved and widened by what earlier forecasts missed.
 
 Only the policy in force can be compared with what came. What was learnt of it is applied to all alike, so that the
-difference between two policies stays what their simulations in the same futures say: medians are multiplied by the
+difference between two policies stays what their simulations in the same scenarios say: medians are multiplied by the
 same factor, and intervals become wider by as much, in proportion to the medians. Odds of a breach follow from the
 served median and interval.
 """
@@ -34,7 +34,7 @@ class Foretold(NamedTuple):
 
 
 def interval(values: Quantiles) -> tuple[float, float, float]:
-    """Low end, median and high end: the quantiles nearest to those between which COVERAGE of all futures lie."""
+    """Low end, median and high end: the quantiles nearest to those between which COVERAGE of all scenarios lie."""
     tail = 0.5 * (1.0 - COVERAGE)
     low, high = (min(values.values, key=lambda quantile: abs(quantile - end)) for end in (tail, 1.0 - tail))
     return values.values[low], values.p50, values.values[high]
@@ -70,7 +70,7 @@ def _row(row: Row, told: Mapping[tuple[float, Metric], Foretold], slos: Sequence
         for slo in slos:
             if slo.metric == metric and slo.name in odds:
                 odds[slo.name] = breach_probability(slo, *ends)
-                credible[slo.name] = share_interval(odds[slo.name] * row.futures, row.futures)
+                credible[slo.name] = share_interval(odds[slo.name] * row.scenarios, row.scenarios)
     return dataclasses.replace(row, kpis=kpis, breach_probability=odds, breach_interval=credible)
 
 

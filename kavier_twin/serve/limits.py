@@ -32,7 +32,7 @@ class Limits:
     body_bytes: int = 65_536
     at_once: int = 32  # requests, other than probes and scrapes
     horizon_seconds: float = 3_600.0  # that a what-if may look ahead
-    requests: int = 1_000_000  # that one future of a what-if may have
+    requests: int = 1_000_000  # that one scenario of a what-if may have
 
 
 class Envelope:

@@ -204,7 +204,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_a_live_pool_does_not_know_the_future(tmp_path: Path) -> None:
-    """Belady's policy is for futures: refused for the pool, let through as a policy of the forecast."""
+    """Belady's policy is for scenarios: refused for the pool, let through as a policy of the forecast."""
     refused = minimal()
     refused["fleet"]["engine"]["eviction"] = "belady"
     (problem,) = problems(tmp_path, refused)

@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 SPEED = 8.0  # times faster than it happened
 PATIENCE_SECONDS = 120.0
-# Reached for certain where the recorded load rises; with the demo's, at a second, a run may see it in too few futures.
+# Reached for certain where the recorded load rises; with the demo's, at a second, too few scenarios may see it.
 SLO = Slo(name="ttft_p99_250ms", metric="ttft_p99_seconds", threshold=0.25)
 
 

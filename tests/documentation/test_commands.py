@@ -107,7 +107,7 @@ class World:
                     "fleet": {"engine": engine, "replicas": 2},
                     "mirror": {"calibrate_after_requests": 30},
                     "sources": [{"type": "trace_file", "path": "trace.jsonl"}],
-                    "forecast": {"every_seconds": 10, "horizons_seconds": [10], "futures": 2, "workers": 1},
+                    "forecast": {"every_seconds": 10, "horizons_seconds": [10], "scenarios": 2, "workers": 1},
                     "http": {"port": 0, "token": {"file": "token"}},
                     "checkpoints": {"directory": "state", "every_seconds": 5},
                 }

@@ -118,14 +118,14 @@ def empty_snapshot(settings: FleetSettings | None = None, time: float = 100.0) -
     return Snapshot("default", time, fleet, make_workload([], [], []), 60.0, 0.0, calibrated=False)
 
 
-def hit_ratio(fleet: Fleet, future: Workload, turns: Turns | None = None) -> float:
+def hit_ratio(fleet: Fleet, scenario: Workload, turns: Turns | None = None) -> float:
     """Prefix-cache hit ratio of these requests on a copy of the fleet as it is now."""
     fork = fleet.fork()
     before = Counters.of(fork.state, fork.now_seconds)
     if turns is None:
-        fork.feed(future)
+        fork.feed(scenario)
     else:
-        fork.feed_sessions(future, turns)
+        fork.feed_sessions(scenario, turns)
     fork.run()
     after = Counters.of(fork.state, fork.now_seconds)
     return (after.hit_tokens - before.hit_tokens) / (after.query_tokens - before.query_tokens)

@@ -36,7 +36,7 @@ def test_a_request_on_its_own() -> None:
 
 
 def test_energy_from_now_to_the_horizon() -> None:
-    """What was before the future began does not count; without a footprint nothing is known."""
+    """What was before the scenario began does not count; without a footprint nothing is known."""
     settings = fleet_settings(async_scheduling=False)
     power = PowerModel(idle_watts=100.0, max_watts=700.0)
     footprint = Footprint(power=power, pue=1.0, carbon=CarbonIntensity(gco2_per_kwh=360.0), price_per_gpu_hour=3.6)
@@ -82,7 +82,7 @@ def test_the_young_do_not_make_latency_look_better() -> None:
     assert measure(steady, before, outcomes, 0.0)["e2e_p95_seconds"] == pytest.approx(latency)
 
 
-def test_what_happened_before_the_future_began_does_not_count() -> None:
+def test_what_happened_before_the_scenario_began_does_not_count() -> None:
     later = fleet([0.0, 20.0], 100, 500)
     later.run(1.0)
     before = Counters.of(later.state, 1.0)

@@ -88,7 +88,7 @@ def test_a_forecast_is_judged_when_its_time_has_come() -> None:
     assert score.error_to_persistence_ratio == pytest.approx(0.1)
     assert score.coverage_ratio == 1.0
     (breach,) = scores.breaches
-    assert breach.simulated_brier == pytest.approx(0.04)  # of the share of futures
+    assert breach.simulated_brier == pytest.approx(0.04)  # of the share of scenarios
     assert breach.brier < 0.04  # the interval says more: 2.7 to 3.7, where 2 is the threshold
     assert breach.persistence_brier == 1.0  # it was not broken then
     assert scores.pending == 0
@@ -279,7 +279,7 @@ def test_what_is_served() -> None:
     assert values == sorted(values)
     odds = today.breach_probability["slow"]
     assert 0.0 < odds < 0.5 < other.breach_probability["slow"]
-    assert today.breach_interval["slow"] == share_interval(odds * today.futures, today.futures)
+    assert today.breach_interval["slow"] == share_interval(odds * today.scenarios, today.scenarios)
     (last,) = scorer.scores().intervals
     assert (last.low, last.median, last.high) == (0.5, 1.0, 1.5)
     assert last.served == today.kpis["e2e_p95_seconds"].p50

@@ -54,7 +54,7 @@ class FakePool:
             event_seconds=101.5,
             calibrated=True,
             horizon_seconds=question.horizon_seconds,
-            futures=question.futures,
+            scenarios=question.scenarios,
             rate_requests_per_second=2.5,
             deployable=True,
             vllm_flags=("--kv-cache-dtype fp8",),

@@ -56,7 +56,7 @@ def test_caches_agree_from_the_start_and_after_a_late_one(start: float) -> None:
     publisher = Publisher(topic=b"kv@vllm-0@tiny")
     publisher.send(*map(msgpack.packb, batches))
     events = KvEventsSource(publisher.endpoint, replay_endpoint=publisher.replay)
-    pool = PoolTwin(load_scenario(RECORDING).fleet, forecast=ForecastSettings(futures=1, horizons_seconds=(5.0,)))
+    pool = PoolTwin(load_scenario(RECORDING).fleet, forecast=ForecastSettings(scenarios=1, horizons_seconds=(5.0,)))
     requests = AfterEvents(start, events, batches[-1][0])
     daemon = Daemon([pool], [Feed(events), Feed(requests)])
     daemon.start()

@@ -43,7 +43,7 @@ fleet:
 sources:
   - {{type: prometheus, url: "{server.url}", engines: {{namespace: chat}}, warm_up_seconds: {reach},
      max_backfill_seconds: 1000000000}}
-forecast: {{futures: 3, horizons_seconds: [60], policies: [{{name: today}}], every_seconds: 1}}
+forecast: {{scenarios: 3, horizons_seconds: [60], policies: [{{name: today}}], every_seconds: 1}}
 http: {{port: 0}}
 """)
     daemon = Daemon.of(read_settings(settings))

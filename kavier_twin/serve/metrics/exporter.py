@@ -2,7 +2,7 @@
 
 A collector renders the views that are current when Prometheus asks. What is not known has no sample. Latencies carry
 their `statistic` (mean, p50, p90, p95, p99) over requests; predictions also a `quantile`: of the distribution over the
-simulated futures, so the 0.1 and 0.9 of a p99 are the ends of its interval. They are summaries without count and sum.
+simulated scenarios, so the 0.1 and 0.9 of a p99 are the ends of its interval. They are summaries without count and sum.
 `trusted` is "1" where the mirror has been right on that KPI lately (fidelity_metrics.py), `source` what it follows.
 """
 
@@ -282,10 +282,10 @@ def _fidelity(view: TwinView) -> Iterator[Metric]:
         view.frontend_seconds,
     )
     yield pool_gauge(
-        "pace_ratio",
+        "step_time_scale_ratio",
         "Real duration of an engine step over what the coefficients say, over the last seconds of event time.",
         view.pool,
-        view.pace_ratio,
+        view.step_time_scale_ratio,
     )
     yield pool_gauge(
         "fidelity_exact_cache_ratio",
@@ -325,7 +325,10 @@ def _forecasts(view: TwinView) -> Iterator[Metric]:
         outlook.event_seconds,
     )
     yield pool_gauge(
-        "forecast_futures", "Futures that the last forecast simulated for each policy.", view.pool, outlook.futures
+        "forecast_scenarios",
+        "Scenarios that the last forecast simulated for each policy.",
+        view.pool,
+        outlook.scenarios,
     )
     yield pool_gauge(
         "forecast_arrivals_per_second",
@@ -342,7 +345,7 @@ def _predictions(pool: str, source: str, outlook: Outlook) -> Iterator[Metric]:
         family = SummaryMetricFamily(
             f"{PREFIX}_predicted_{kpi.metric}",
             f"{_sentence(kpi.says)}, as foreseen over the horizon (seconds from the forecast's start); the quantile is "
-            "over the simulated futures.",
+            "over the simulated scenarios.",
             labels=labels,
         )
         for policy in outlook.policies:
@@ -359,7 +362,7 @@ def _predictions(pool: str, source: str, outlook: Outlook) -> Iterator[Metric]:
         yield family
     breach = gauge(
         "slo_breach_probability_ratio",
-        "Probability, 0 to 1, that the SLO is breached within the horizon (seconds): by the simulated futures, "
+        "Probability, 0 to 1, that the SLO is breached within the horizon (seconds): by the simulated scenarios, "
         "corrected by what earlier forecasts missed.",
         labels=["pool", "policy", "in_force", "horizon", "slo", "trusted", "source"],
     )

@@ -57,7 +57,7 @@ def load_metrics(pool: str, load: LoadOutlook) -> Iterator[Metric]:
     )
     yield pool_gauge(
         "load_forecast_dispersion_ratio",
-        "Variance of the number of arrivals over its mean, as futures are drawn: 1 is Poisson, more is bursty.",
+        "Variance of the number of arrivals over its mean, as scenarios are drawn: 1 is Poisson, more is bursty.",
         pool,
         load.dispersion_ratio,
     )

@@ -78,16 +78,18 @@ def _breaches(pool: str, scores: Scores) -> Iterator[Metric]:
     slo = ["pool", "slo", "horizon"]
     brier = gauge(
         "score_brier",
-        "Mean squared error of breach probabilities (method=forecast), of the share of futures that break the "
+        "Mean squared error of breach probabilities (method=forecast), of the share of scenarios that break the "
         "objective (method=simulated), and of saying that it stays as it is (method=persistence); 0 is perfect.",
         [*slo, "method"],
     )
     said = gauge(
-        "score_reliability_said_ratio",
+        "score_reliability_predicted_ratio",
         "Mean breach probability of the forecasts in a bin of probabilities (its lower end).",
         [*slo, "bin"],
     )
-    came = gauge("score_reliability_came_ratio", "Share of the forecasts in the bin whose breach came.", [*slo, "bin"])
+    came = gauge(
+        "score_reliability_observed_ratio", "Share of the forecasts in the bin whose breach came.", [*slo, "bin"]
+    )
     count = gauge("score_reliability_forecasts", "Forecasts in the bin.", [*slo, "bin"])
     for one in scores.breaches:
         labels = [pool, one.slo, f"{one.horizon_seconds:g}"]

@@ -20,10 +20,10 @@ def sweep_metrics(view: TwinView) -> Iterator[Metric]:
         [([pool], counts.late)],
     )
     yield counter(
-        "forecast_simulated_futures",
-        "Futures that all forecast cycles simulated, since the start.",
+        "forecast_simulated_scenarios",
+        "Scenarios that all forecast cycles simulated, since the start.",
         ["pool"],
-        [([pool], counts.futures)],
+        [([pool], counts.scenarios)],
     )
     yield counter(
         "forecast_shed",
@@ -33,8 +33,8 @@ def sweep_metrics(view: TwinView) -> Iterator[Metric]:
     )
     yield counter(
         "forecast_stops",
-        "Forecast cycles by why they simulated no more futures: certain (which policy is best), time (the cycle's "
-        "budget ended), all_futures (as many as are set), since the start.",
+        "Forecast cycles by why they simulated no more scenarios: certain (which policy is best), time (the cycle's "
+        "budget ended), all_scenarios (as many as are set), since the start.",
         ["pool", "reason"],
         [([pool, reason], count) for reason, count in sorted(counts.stopped.items())],
     )
@@ -47,21 +47,21 @@ def sweep_metrics(view: TwinView) -> Iterator[Metric]:
 def _breaches(pool: str, source: str, outlook: Outlook) -> Iterator[Metric]:
     bounds = gauge(
         "slo_breach_probability_bound_ratio",
-        "Ends (low, high) of the 90 % credible interval of the SLO's breach probability, 0 to 1: few futures, wide "
+        "Ends (low, high) of the 90 % credible interval of the SLO's breach probability, 0 to 1: few scenarios, wide "
         "interval.",
         ["pool", "policy", "in_force", "horizon", "slo", "trusted", "source", "bound"],
     )
     first = gauge(
         "time_to_breach_seconds",
         "Seconds from the forecast's start to the SLO's first breach over a window of the shortest horizon: in the "
-        'median future (futures="median") and in the worst tenth of them ("worst"). No sample: none within the longest '
-        "horizon.",
-        ["pool", "policy", "in_force", "slo", "trusted", "source", "futures"],
+        'median scenario (scenarios="median") and in the worst tenth of them ("worst"). No sample: none within the '
+        "longest horizon.",
+        ["pool", "policy", "in_force", "slo", "trusted", "source", "scenarios"],
     )
     odds = gauge(
         "slo_first_breach_probability_ratio",
         "Probability, 0 to 1, that the SLO is broken over any window as long as the shortest horizon before the "
-        "longest one ends: the share of futures. Alerts follow it.",
+        "longest one ends: the share of scenarios. Alerts follow it.",
         ["pool", "policy", "in_force", "slo", "trusted", "source"],
     )
     for policy in outlook.policies:

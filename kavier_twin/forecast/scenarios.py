@@ -28,28 +28,28 @@ from kavier_twin.simulation.workload import Workload
 _LATELY = 1_000  # finished requests that tell how long those in flight will be: lengths drift
 
 
-def draw_future(snapshot: Snapshot, horizon_seconds: float, seed: int | Sequence[int]) -> Workload:
+def draw_scenario(snapshot: Snapshot, horizon_seconds: float, seed: int | Sequence[int]) -> Workload:
     """Requests that arrive in the `horizon_seconds` behind the snapshot, sorted by arrival.
 
     Deterministic in its arguments; a shorter horizon gives the beginning of a longer one. Empty if nothing arrived
     lately. Requests of an unknown length (none has finished yet) get one as `assumed_output` says.
     """
-    return Futures(snapshot, horizon_seconds).draw(seed)[0]
+    return Scenarios(snapshot, horizon_seconds).draw(seed)[0]
 
 
-def draw_futures(
+def draw_scenarios(
     snapshot: Snapshot,
     horizon_seconds: float,
     seeds: Sequence[int | Sequence[int]],
     arrivals: LoadForecast | None = None,
 ) -> list[Workload]:
-    """One `draw_future` per seed; `arrivals` are forecast from the snapshot if they are not given."""
-    futures = Futures(snapshot, horizon_seconds, arrivals=arrivals)
-    return [futures.draw(seed)[0] for seed in seeds]
+    """One `draw_scenario` per seed; `arrivals` are forecast from the snapshot if they are not given."""
+    scenarios = Scenarios(snapshot, horizon_seconds, arrivals=arrivals)
+    return [scenarios.draw(seed)[0] for seed in seeds]
 
 
-class Futures:
-    """The futures of one snapshot: the recent stream is read once, each future drawn when it is asked for.
+class Scenarios:
+    """The scenarios of one snapshot: the recent stream is read once, each scenario drawn when it is asked for.
 
     `load` times as many requests arrive as `arrivals` says, which is forecast from the snapshot if not given.
     """
@@ -69,7 +69,7 @@ class Futures:
         self._live = (snapshot.recent.output == 0) & np.isin(recent.index, live)
 
     def draw(self, seed: int | Sequence[int], trending: bool = False) -> tuple[Workload, Turns]:
-        """The future of this seed: its requests as they arrive if the engine is as fast as lately, and who waits.
+        """The scenario of this seed: its requests as they arrive if the engine is as fast as lately, and who waits.
 
         `trending`: their rate goes on as it lately rose or fell.
         """

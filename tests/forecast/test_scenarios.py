@@ -13,9 +13,9 @@ from forecast.streams import (
     snapshot_at,
     state_bytes,
 )
-from kavier_twin.forecast.futures import assumed_output, draw_future, draw_futures, settle_lengths
 from kavier_twin.forecast.load import arrival_rate
 from kavier_twin.forecast.recent import read_stream
+from kavier_twin.forecast.scenarios import assumed_output, draw_scenario, draw_scenarios, settle_lengths
 from kavier_twin.mirror.snapshot import Snapshot
 from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.state import FREE
@@ -49,24 +49,24 @@ def snapshot(stream: Workload) -> Snapshot:
 
 
 @pytest.mark.parametrize("num_gpu_blocks", [600, 900, 20_000])
-def test_futures_hit_the_cache_as_the_stream_goes_on_to_do(stream: Workload, num_gpu_blocks: int) -> None:
+def test_scenarios_hit_the_cache_as_the_stream_goes_on_to_do(stream: Workload, num_gpu_blocks: int) -> None:
     """From a cache of which a part is evicted before it is used again, to one that holds everything."""
     snapshot = snapshot_at(stream, fleet_settings(num_gpu_blocks=num_gpu_blocks), 200.0, 100.0)
     real = hit_ratio(snapshot.fleet, between(stream, 200.0, 350.0))
-    futures = draw_futures(snapshot, 150.0, range(12))
-    assert np.mean([hit_ratio(snapshot.fleet, future) for future in futures]) == pytest.approx(real, abs=0.04)
+    scenarios = draw_scenarios(snapshot, 150.0, range(12))
+    assert np.mean([hit_ratio(snapshot.fleet, scenario) for scenario in scenarios]) == pytest.approx(real, abs=0.04)
 
 
 def test_naive_draws_do_not(stream: Workload) -> None:
     snapshot = snapshot_at(stream, fleet_settings(num_gpu_blocks=20_000), 200.0, 100.0)
     real = hit_ratio(snapshot.fleet, between(stream, 200.0, 350.0))
-    future = draw_future(snapshot, 150.0, 0)
+    scenario = draw_scenario(snapshot, 150.0, 0)
     rng = np.random.default_rng(0)
-    fresh = future._replace(chain=rng.integers(1 << 63, 1 << 64, future.chain.size, dtype=np.uint64))
+    fresh = scenario._replace(chain=rng.integers(1 << 63, 1 << 64, scenario.chain.size, dtype=np.uint64))
     assert hit_ratio(snapshot.fleet, fresh) < real - 0.5
     finished = np.flatnonzero(snapshot.recent.output > 0)
-    again = take_rows(snapshot.recent, rng.choice(finished, future.index.size))
-    again = again._replace(arrival=future.arrival, delivered=future.delivered)
+    again = take_rows(snapshot.recent, rng.choice(finished, scenario.index.size))
+    again = again._replace(arrival=scenario.arrival, delivered=scenario.delivered)
     assert hit_ratio(snapshot.fleet, again) > real + 0.1
 
 
@@ -74,22 +74,24 @@ def test_sessions_without_labels_recur_as_well(stream: Workload) -> None:
     anonymous = stream._replace(session=-1 - np.arange(stream.index.size))
     snapshot = snapshot_at(anonymous, fleet_settings(num_gpu_blocks=900), 200.0, 100.0)
     real = hit_ratio(snapshot.fleet, between(anonymous, 200.0, 350.0))
-    futures = draw_futures(snapshot, 150.0, range(4))
-    assert np.mean([hit_ratio(snapshot.fleet, future) for future in futures]) == pytest.approx(real, abs=0.04)
+    scenarios = draw_scenarios(snapshot, 150.0, range(4))
+    assert np.mean([hit_ratio(snapshot.fleet, scenario) for scenario in scenarios]) == pytest.approx(real, abs=0.04)
 
 
 def test_lengths_and_rate_stay(stream: Workload, snapshot: Snapshot) -> None:
-    futures = draw_futures(snapshot, 600.0, range(4))
+    scenarios = draw_scenarios(snapshot, 600.0, range(4))
     recent = snapshot.recent
-    assert np.mean([future.prompt.mean() for future in futures]) == pytest.approx(recent.prompt.mean(), rel=0.1)
+    assert np.mean([scenario.prompt.mean() for scenario in scenarios]) == pytest.approx(recent.prompt.mean(), rel=0.1)
     finished = recent.output[recent.output > 0]
-    assert np.mean([future.output.mean() for future in futures]) == pytest.approx(finished.mean(), rel=0.1)
-    assert np.mean([future.index.size for future in futures]) == pytest.approx(600.0 * arrival_rate(snapshot), rel=0.1)
-    assert np.isin(futures[0].output, finished).all()
+    assert np.mean([scenario.output.mean() for scenario in scenarios]) == pytest.approx(finished.mean(), rel=0.1)
+    assert np.mean([scenario.index.size for scenario in scenarios]) == pytest.approx(
+        600.0 * arrival_rate(snapshot), rel=0.1
+    )
+    assert np.isin(scenarios[0].output, finished).all()
 
 
 def test_turns_stay_turns(snapshot: Snapshot) -> None:
-    seen, drawn = read_stream(snapshot.recent), read_stream(draw_future(snapshot, 600.0, 1))
+    seen, drawn = read_stream(snapshot.recent), read_stream(draw_scenario(snapshot, 600.0, 1))
     assert drawn.return_ratio == pytest.approx(seen.return_ratio, abs=0.06)
 
 
@@ -102,53 +104,53 @@ def test_sessions_pause_as_long_as_they_did() -> None:
         turns = np.flatnonzero(read_stream(workload).previous >= 0)
         return (workload.arrival[turns] - workload.arrival[read_stream(workload).previous[turns]]).tolist()
 
-    drawn = [pause for future in draw_futures(snapshot, 1_000.0, range(4)) for pause in pauses(future)]
+    drawn = [pause for scenario in draw_scenarios(snapshot, 1_000.0, range(4)) for pause in pauses(scenario)]
     assert np.median(drawn) == pytest.approx(np.median(pauses(snapshot.recent)), rel=0.35)
 
 
 def test_deterministic(snapshot: Snapshot) -> None:
-    assert same(draw_future(snapshot, 100.0, 7), draw_future(snapshot, 100.0, 7))
-    assert not same(draw_future(snapshot, 100.0, 7), draw_future(snapshot, 100.0, 8))
+    assert same(draw_scenario(snapshot, 100.0, 7), draw_scenario(snapshot, 100.0, 7))
+    assert not same(draw_scenario(snapshot, 100.0, 7), draw_scenario(snapshot, 100.0, 8))
 
 
 def test_a_shorter_horizon_is_the_beginning_of_a_longer_one(snapshot: Snapshot) -> None:
-    shorter, longer = draw_future(snapshot, 50.0, 7), draw_future(snapshot, 100.0, 7)
+    shorter, longer = draw_scenario(snapshot, 50.0, 7), draw_scenario(snapshot, 100.0, 7)
     assert 0 < shorter.index.size < longer.index.size
     assert same(shorter, take_rows(longer, np.arange(shorter.index.size)))
 
 
-def test_a_future_can_be_fed(snapshot: Snapshot) -> None:
-    future = draw_future(snapshot, 100.0, 7)
-    assert (np.diff(future.delivered) >= 0).all()
-    assert future.arrival[0] > snapshot.time_seconds
-    assert future.arrival[-1] < snapshot.time_seconds + 100.0
-    assert np.allclose(future.delivered, future.arrival + 0.05)
-    assert (future.replica == -1).all()
-    assert not future.held.any()
-    assert (future.output > 0).all()
-    assert future.index.min() > max(snapshot.recent.index.max(), *(live.index for live in snapshot.fleet.live()))
-    assert np.unique(future.index).size == future.index.size
-    assert (np.diff(future.chain_starts) == (future.prompt + future.output) // HASH_TOKENS).all()
-    assert (future.chain >> np.uint64(63) == 1).all()
-    assert not (future.chain & np.uint64(1023)).any()
+def test_a_scenario_can_be_fed(snapshot: Snapshot) -> None:
+    scenario = draw_scenario(snapshot, 100.0, 7)
+    assert (np.diff(scenario.delivered) >= 0).all()
+    assert scenario.arrival[0] > snapshot.time_seconds
+    assert scenario.arrival[-1] < snapshot.time_seconds + 100.0
+    assert np.allclose(scenario.delivered, scenario.arrival + 0.05)
+    assert (scenario.replica == -1).all()
+    assert not scenario.held.any()
+    assert (scenario.output > 0).all()
+    assert scenario.index.min() > max(snapshot.recent.index.max(), *(live.index for live in snapshot.fleet.live()))
+    assert np.unique(scenario.index).size == scenario.index.size
+    assert (np.diff(scenario.chain_starts) == (scenario.prompt + scenario.output) // HASH_TOKENS).all()
+    assert (scenario.chain >> np.uint64(63) == 1).all()
+    assert not (scenario.chain & np.uint64(1023)).any()
     fleet = snapshot.fleet.fork()
     settle_lengths(fleet, snapshot.recent, np.random.default_rng(0))
-    fleet.feed(future)
+    fleet.feed(scenario)
     fleet.run()
     ended = fleet.collect()
-    assert set(ended["index"].tolist()) >= set(future.index.tolist())
+    assert set(ended["index"].tolist()) >= set(scenario.index.tolist())
     assert not ended["status"].any()
 
 
 def test_no_prompt_outgrows_the_model(stream: Workload) -> None:
     snapshot = snapshot_at(stream, fleet_settings(max_model_len=1_100), 200.0, 120.0)
-    future = draw_future(snapshot, 600.0, 0)
+    scenario = draw_scenario(snapshot, 600.0, 0)
     longest_seen = (snapshot.recent.prompt + snapshot.recent.output).max()
-    assert (future.prompt + future.output).max() <= max(1_100, longest_seen)
+    assert (scenario.prompt + scenario.output).max() <= max(1_100, longest_seen)
 
 
 def test_nothing_seen_nothing_foreseen() -> None:
-    assert draw_future(empty_snapshot(), 900.0, 0).index.size == 0
+    assert draw_scenario(empty_snapshot(), 900.0, 0).index.size == 0
 
 
 def test_a_stream_without_hashes(snapshot: Snapshot) -> None:
@@ -159,12 +161,12 @@ def test_a_stream_without_hashes(snapshot: Snapshot) -> None:
         hash_tokens=np.zeros(n, np.int64),
         covered=np.zeros(n, np.int64),
     )
-    future = draw_future(with_recent(snapshot, bare), 100.0, 0)
-    assert future.index.size > 0
-    assert future.chain.size == 0
-    assert not future.covered.any()
-    assert np.isin(future.prompt, bare.prompt).all()
-    assert np.isin(future.session, bare.session).all()
+    scenario = draw_scenario(with_recent(snapshot, bare), 100.0, 0)
+    assert scenario.index.size > 0
+    assert scenario.chain.size == 0
+    assert not scenario.covered.any()
+    assert np.isin(scenario.prompt, bare.prompt).all()
+    assert np.isin(scenario.session, bare.session).all()
 
 
 def test_hashes_that_end_with_the_prompt(snapshot: Snapshot) -> None:
@@ -175,19 +177,19 @@ def test_hashes_that_end_with_the_prompt(snapshot: Snapshot) -> None:
         [recent.chain[at : at + count] for at, count in zip(recent.chain_starts, keys, strict=False)]
     )
     prompts = recent._replace(chain=chain, chain_starts=starts, covered=keys * HASH_TOKENS)
-    future = draw_future(with_recent(snapshot, prompts), 300.0, 0)
-    assert (np.diff(future.chain_starts) == future.prompt // HASH_TOKENS).all()
-    assert np.isin(future.chain, prompts.chain).mean() > 0.2
+    scenario = draw_scenario(with_recent(snapshot, prompts), 300.0, 0)
+    assert (np.diff(scenario.chain_starts) == scenario.prompt // HASH_TOKENS).all()
+    assert np.isin(scenario.chain, prompts.chain).mean() > 0.2
 
 
 def test_a_single_session_goes_on(snapshot: Snapshot) -> None:
     session = np.bincount(snapshot.recent.session).argmax()
     one = take_rows(snapshot.recent, np.flatnonzero(snapshot.recent.session == session))
     assert one.index.size > 3
-    future = draw_future(with_recent(snapshot, one), 300.0, 0)
-    assert (future.session == session).all()
-    assert (np.diff(future.prompt) > 0).all()
-    assert future.chain[0] == one.chain[0]
+    scenario = draw_scenario(with_recent(snapshot, one), 300.0, 0)
+    assert (scenario.session == session).all()
+    assert (np.diff(scenario.prompt) > 0).all()
+    assert scenario.chain[0] == one.chain[0]
 
 
 def test_only_requests_in_flight() -> None:
@@ -195,10 +197,10 @@ def test_only_requests_in_flight() -> None:
     snapshot = snapshot_at(stream, fleet_settings(), 3.0, 3.0, held=True)
     assert snapshot.recent.index.size > 3
     assert not snapshot.recent.output.any()
-    future = draw_future(snapshot, 60.0, 0)
-    assert future.index.size > 0
-    assert (future.output >= 1).all()
-    assert np.unique(future.output).size == 1
+    scenario = draw_scenario(snapshot, 60.0, 0)
+    assert scenario.index.size > 0
+    assert (scenario.output >= 1).all()
+    assert np.unique(scenario.output).size == 1
 
 
 # --- requests in flight -------------------------------------------------------------------------------------------
