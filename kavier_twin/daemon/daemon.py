@@ -54,6 +54,7 @@ class Daemon:
 
     With `http` None nothing is served. With `warm_up`, and no checkpoint to go on from, nothing is ready before the
     logs have been read up to the present. `prepare` makes the kernels ready, while all else waits but the HTTP server.
+    `clock` gives unix seconds. Without `start`, whoever calls `ingest` and `publish` in turn moves the daemon on.
     Raises UserError for an address that cannot be listened on.
     """
 
@@ -67,10 +68,12 @@ class Daemon:
         stale_after_seconds: float = STALE_AFTER_SECONDS,
         warm_up: bool = False,
         prepare: Callable[[], None] | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self.failed = False
+        self._clock = clock
         self._prepare = prepare
-        self._freshness = Freshness(stale_after_seconds)
+        self._freshness = Freshness(stale_after_seconds, clock)
         self._warming_up = warm_up
         self.pools = {pool.name: pool for pool in pools}
         self._feeds = tuple(feeds)
@@ -82,13 +85,13 @@ class Daemon:
         self._ended: set[str] = set()
         self._stopping = Event()
         self._views: Mapping[str, TwinView] = {}
-        self._publish()
+        self.publish()
         self.http = self._listen(http) if http else None
         self._thread = Thread(target=self._keep_ingesting, name="ingest", daemon=True)
         self._resumed = checkpoints is not None and checkpoints.restore(self.pools, self._sources)
         if self._resumed:
             self._warming_up = False
-            self._publish()  # what it goes on from
+            self.publish()  # what it goes on from
 
     @classmethod
     def of(cls, settings: Settings, warm_up_seconds: float = 0.0) -> Daemon:
@@ -148,7 +151,7 @@ class Daemon:
         """The figures published last, by pool."""
         if not self.preparing:
             return self._views
-        now, far = time.time(), compiled()
+        now, far = self._clock(), compiled()
         return {name: replace(view, unix_seconds=now, compiling=far) for name, view in self._views.items()}
 
     @property
@@ -203,10 +206,10 @@ class Daemon:
             if not self._resumed:
                 self._wait_for_settings()
             while not self._stopping.is_set():
-                if not self._ingest():
+                if not self.ingest():
                     self._stopping.wait(POLL_SECONDS)
                 if time.monotonic() - self._published >= PUBLISH_SECONDS:
-                    self._publish()
+                    self.publish()
                 if self._checkpoints and self._checkpoints.due:
                     self._checkpoint(self._checkpoints)
             if self._checkpoints:
@@ -223,7 +226,7 @@ class Daemon:
             log.info("kernels ready after %.1f s", time.monotonic() - began)
         if self._stopping.is_set():
             return
-        self._publish()
+        self.publish()
         for pool in self.pools.values():
             pool.start()
         for source in self._sources:
@@ -252,7 +255,7 @@ class Daemon:
         for name, pool in self.pools.items():
             pool.adopt(told(feed.source for feed in self._feeds if feed.feeds(name)))
 
-    def _ingest(self) -> bool:
+    def ingest(self) -> bool:
         """Take in what the sources have now. Returns whether there may be more at once."""
         records: dict[str, list[TelemetryRecord]] = {name: [] for name in self.pools}
         more = False
@@ -274,7 +277,8 @@ class Daemon:
 
     # --- publishing -----------------------------------------------------------------------------------------------
 
-    def _publish(self) -> None:
+    def publish(self) -> None:
+        """Take the figures of every pool as of now."""
         states = [feed.state for feed in self._feeds]
         self._rejects.tell(states)
         for state in states:

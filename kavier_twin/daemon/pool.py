@@ -47,7 +47,7 @@ class PoolTwin:
     `event_clock` tells the stream's time now where the source knows it (a replay). Otherwise a stream of unix times
     close to now is live, and time passes without records; any other stream's time follows its records. With
     `from_metrics` the engines' samples are all there is: requests follow their samples. `given` are settings of the
-    engine that hold whatever the engines say.
+    engine that hold whatever the engines say. `clock` gives unix seconds.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class PoolTwin:
         event_clock: Callable[[], float] | None = None,
         notes: Iterable[str] = (),
         score_store: ScoreStore | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         forecast = forecast or ForecastSettings()
         self.fleet = fleet  # as configured
@@ -76,6 +77,7 @@ class PoolTwin:
         self.mirror.beside = self._look_beside
         self._lock = Lock()
         self._event_clock = event_clock
+        self._clock = clock
         self._notes = tuple(notes)
         self._given = frozenset(given)
         self._refused: Mapping[str, Override] = {}
@@ -114,7 +116,7 @@ class PoolTwin:
     def ingest(self, records: Sequence[TelemetryRecord], *, more: bool, ended: bool) -> None:
         """Take records in and let the mirror catch up. `more` of them are there now; `ended`: none will ever come."""
         if records:
-            self._last_record_unix = time.time()
+            self._last_record_unix = self._clock()
         with self._lock:
             for record in records:
                 self._take(record)
@@ -177,7 +179,7 @@ class PoolTwin:
         view = TwinView(
             pool=self.name,
             version=__version__,
-            unix_seconds=time.time(),
+            unix_seconds=self._clock(),
             event_seconds=mirror.time_seconds,
             lag_seconds=lag,
             buffered_records=mirror.buffered,
@@ -252,7 +254,7 @@ class PoolTwin:
             return self._event_clock()
         if self.metrics:  # what happened since the last sample is not known yet
             return None
-        now = time.time()
+        now = self._clock()
         if not self._live and abs(now - self.mirror.newest_seconds) < LIVE_WITHIN_SECONDS:
             self._live = True
             log.info("pool %s: the stream is live: its time is the wall clock's", self.name)
@@ -305,7 +307,7 @@ class PoolTwin:
             log.info("pool %s: first forecast made in %.1f s", self.name, forecast.duration_seconds or 0.0)
         today = next(policy.name for policy in self.forecaster.settings.policies if not policy.overrides)
         forecast = self.scores.judge(forecast, today, self.mirror.fleet.settings.footprint)
-        self._outlook = assemble.outlook(forecast, time.time(), self._policies)
+        self._outlook = assemble.outlook(forecast, self._clock(), self._policies)
 
 
 class _EngineSamples:
