@@ -69,8 +69,8 @@ class PoolFleet(FleetFile):
 class MirrorConfig(_Settings):
     """How the pool is mirrored (`MirrorSettings`), seconds of event time."""
 
-    lateness_seconds: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = _MIRROR.lateness_seconds
-    """How long an event waits for others that are earlier. Set it above the delay with which records come."""
+    late_seconds: PositiveSeconds = _MIRROR.late_seconds
+    """How late a record may come and still count. A longer time needs more memory."""
 
     recent_seconds: PositiveSeconds = _MIRROR.recent_seconds
     """The past that scenarios are drawn from."""
@@ -130,7 +130,7 @@ class PoolSettings(_Settings):
     fleet: PoolFleet = Field(examples=[{"hardware": {"gpu": "L40S", "model": "Qwen/Qwen3-8B"}}])
     """The engines."""
 
-    mirror: MirrorConfig = Field(default=MirrorConfig(), examples=[{"lateness_seconds": 5}])
+    mirror: MirrorConfig = Field(default=MirrorConfig(), examples=[{"ordering_seconds": 5}])
     """How they are mirrored."""
 
     forecast: ForecastSettings = Field(default=ForecastSettings(), examples=[{"every_seconds": 60}])
@@ -149,7 +149,7 @@ class Settings(_Settings):
     fleet: PoolFleet | None = Field(default=None, examples=[{"hardware": {"gpu": "L40S", "model": "Qwen/Qwen3-8B"}}])
     """The engines of the only pool."""
 
-    mirror: MirrorConfig = Field(default=MirrorConfig(), examples=[{"lateness_seconds": 5}])
+    mirror: MirrorConfig = Field(default=MirrorConfig(), examples=[{"ordering_seconds": 5}])
     """How the only pool is mirrored."""
 
     forecast: ForecastSettings = Field(default=ForecastSettings(), examples=[{"every_seconds": 60}])

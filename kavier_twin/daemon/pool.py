@@ -15,6 +15,7 @@ from kavier_twin.forecast.forecaster import Forecaster, ForecastSettings
 from kavier_twin.forecast.policy_set import in_force
 from kavier_twin.forecast.result import Forecast
 from kavier_twin.forecast.whatif import WhatIf
+from kavier_twin.mirror.applied import Applied
 from kavier_twin.mirror.calibration.online import Change
 from kavier_twin.mirror.fidelity.cache import CacheWatch
 from kavier_twin.mirror.fidelity.power import PowerWatch
@@ -38,6 +39,7 @@ Found = TypeVar("Found")
 LIVE_WITHIN_SECONDS: Final = 300.0  # a stream whose newest record is this close to the wall clock is live
 SAMPLES_KEPT: Final = 1_000  # for each pod
 LATE_LOGGED_EVERY_SECONDS: Final = 30.0
+GO_BACK_EVERY_SECONDS: Final = 1.0  # for records that came late
 SAMPLE_SECONDS: Final = 120.0  # for which an engine's last word counts
 
 
@@ -85,6 +87,7 @@ class PoolTwin:
         self._reported = _EngineSamples()
         self._outlook: Outlook | None = None
         self._live = False
+        self._go_back_at = -math.inf
         self._behind = False
         self._last_record_unix = math.nan
         self._told_calibration = False
@@ -123,7 +126,7 @@ class PoolTwin:
                 self.scores.read(record)
             if self.metrics:
                 self.metrics.lead(self.mirror)
-            applied = self.mirror.advance()
+            applied = self._advance(more)
             if ended:
                 applied += self.mirror.end()
             self.scores.follow(applied, self.mirror.time_seconds)
@@ -230,6 +233,17 @@ class PoolTwin:
             self.power.take(record)
         self.mirror.ingest(record)
 
+    def _advance(self, more: bool) -> list[Applied]:
+        """Let the mirror catch up. It folds the past again at most once a second, for a third of the time at most, and
+        not while the past is still being read."""
+        began = time.monotonic()
+        go_back = not more and self._clock() >= self._go_back_at
+        again = self.mirror.folded_again
+        applied = self.mirror.advance(None if more else self._event_now(), go_back=go_back)
+        if self.mirror.folded_again > again:
+            self._go_back_at = self._clock() + max(GO_BACK_EVERY_SECONDS, 3.0 * (time.monotonic() - began))
+        return applied
+
     def _look_beside(self, fleet: Fleet) -> None:
         self.caches.follow(fleet, self._replica_of)
         self.power.follow(fleet)
@@ -245,9 +259,7 @@ class PoolTwin:
         now = None if self._behind else self._event_now()
         if now is None or now <= self.mirror.time_seconds:
             return self.mirror
-        present = self.mirror.fork()
-        present.advance(now)
-        return present
+        return self.mirror.present(now)
 
     def _event_now(self) -> float | None:
         if self._event_clock is not None:
@@ -289,11 +301,11 @@ class PoolTwin:
         if late > self._told_late and time.monotonic() >= self._tell_late_at:
             self._told_late, self._tell_late_at = late, time.monotonic() + LATE_LOGGED_EVERY_SECONDS
             log.warning(
-                "pool %s: %d records so far came after the mirror had passed their time and are left out; set the "
-                "clocks that stamp them alike, or mirror.lateness_seconds above %g",
+                "pool %s: %d records so far came more than %g s late and are left out; set the clocks that stamp them "
+                "alike, or raise mirror.late_seconds",
                 self.name,
                 late,
-                self.mirror.settings.lateness_seconds,
+                self.mirror.settings.late_seconds,
             )
 
     # --- forecasting ----------------------------------------------------------------------------------------------

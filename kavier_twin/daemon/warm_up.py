@@ -48,7 +48,7 @@ def make_ready() -> None:
     """
     trace, _ = read_recording(None)
     fleet = FleetSettings(engine=recorded_engine(trace), step_time=CRUDE_STEP_TIME)
-    mirror = Mirror(MirrorSettings(lateness_seconds=0.0, calibrate_after_requests=30), fleet)
+    mirror = Mirror(MirrorSettings(ordering_seconds=0.0, calibrate_after_requests=30), fleet)
     source = ReplaySource(trace.records[:_REQUESTS], speed=1e12)
     while not source.exhausted:
         for record in source.poll(10_000):

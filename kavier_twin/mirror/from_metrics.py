@@ -113,8 +113,8 @@ class MetricsStream:
             return
         queue = mirror.fidelity.scores().get("queue_seconds")
         waited = queue.predicted_mean - queue.observed_mean if queue is not None else 0.0
-        mirror.calibration = replace(found, frontend_seconds=max(0.0, self._outside_seconds() - max(0.0, waited)))
-        mirror.use(found.step_time, mirror.calibration.frontend_seconds)
+        found = replace(found, frontend_seconds=max(0.0, self._outside_seconds() - max(0.0, waited)))
+        mirror.use(found.step_time, found.frontend_seconds, found)
 
     def _outside_seconds(self) -> float:
         """Mean part of the end-to-end latency that queue, prefill and decode leave, of late; 0 if unknown.

@@ -1,8 +1,7 @@
 """Which replica stands for which pod, as pods come, restart, fall silent and go.
 
 Pods are known from the stream (`RequestSeen.pod`) and from metrics (`EngineSample.pod`); everything happens in event
-time, so the fleet stays a function of the log. Metrics come late: what one says takes effect `METRICS_DELAY_SECONDS`
-after its time, when all that were taken before it have come too.
+time, so the fleet stays a function of the log.
 
 The first pods take the places of the configured replicas; more pods join as new ones. A pod is heard when a request
 reaches or leaves it, and with every sample. One that is silent for `pod_silent_seconds` while the others are heard
@@ -20,13 +19,12 @@ from typing import Any, Final, NamedTuple
 from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.telemetry import EngineSample
 
-METRICS_DELAY_SECONDS: Final = 30.0  # twice a usual scrape interval
 HEARD_AROUND: Final = 20  # requests spread evenly miss a pod for so many rounds once in e^20
 RESTART_SECONDS: Final = 5.0  # by which a process's start must differ: nodes' clocks do too
 
 
 class PodSeen(NamedTuple):
-    """What one engine's metrics say of its pod. `time_seconds` is when it takes effect. Unknown numbers are -inf."""
+    """What one engine's metrics say of its pod. Unknown numbers are -inf."""
 
     time_seconds: float
     pod: str
@@ -39,7 +37,7 @@ class PodSeen(NamedTuple):
         """From a sample that names its pod."""
         counters = [count for count in (sample.prompt_tokens, sample.generation_tokens) if count is not None]
         return PodSeen(
-            sample.time_seconds + METRICS_DELAY_SECONDS,
+            sample.time_seconds,
             sample.pod,
             sample.engine,
             -math.inf if sample.started_seconds is None else sample.started_seconds,
@@ -119,7 +117,7 @@ class Pods:
     def sighted(self, fleet: Fleet, seen: PodSeen) -> Restart | None:
         """Take in what metrics say of a pod. Tells if it restarted."""
         known = self._pods.get(seen.pod)
-        if known and seen.rank in known.engines and known.engines[seen.rank].sampled_seconds >= _taken(seen):
+        if known and seen.rank in known.engines and known.engines[seen.rank].sampled_seconds >= seen.time_seconds:
             return None  # told before
         pod = self._hear(fleet, seen.time_seconds, seen.pod, seen.rank)
         if pod is None:
@@ -137,7 +135,7 @@ class Pods:
         elif math.isfinite(seen.tokens) and seen.tokens < engine.tokens:
             restart = Restart(engine.replica, engine.sampled_seconds)
         engine.started_seconds = max(engine.started_seconds, seen.started_seconds)
-        engine.sampled_seconds = _taken(seen)
+        engine.sampled_seconds = seen.time_seconds
         engine.tokens = seen.tokens
         return restart
 
@@ -226,10 +224,6 @@ class Pods:
         pod.engines[rank] = _Engine(replica)
         self._pod_of[replica] = name
         return True
-
-
-def _taken(seen: PodSeen) -> float:
-    return seen.time_seconds - METRICS_DELAY_SECONDS
 
 
 def _replicas(pod: _Pod) -> list[int]:

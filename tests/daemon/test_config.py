@@ -65,7 +65,7 @@ def test_everything_given(tmp_path: Path) -> None:
                 "engine": {"num_gpu_blocks": 100, "max_num_seqs": 8},
                 "step_time": {"fixed": 0.01},
             },
-            mirror={"lateness_seconds": 5, "calibrate_after_requests": 50},
+            mirror={"late_seconds": 5, "calibrate_after_requests": 50},
             forecast={
                 "every_seconds": 10,
                 "horizons_seconds": [60, 30],
@@ -132,7 +132,7 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
             "sources": [{"type": "trace_file"}, {"type": "kafak", "path": "x"}],
             "http": {"port": 70000},
             "forecsat": {},
-            "mirror": {"lateness_seconds": "soon"},
+            "mirror": {"late_seconds": "soon"},
         },
     )
     text = "\n".join(found)
@@ -145,7 +145,7 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
         "sources.1.type: is 'kafak'; did you mean kafka?",
         "http.port: is 70000",
         "forecsat: unknown setting; did you mean forecast?",
-        "mirror.lateness_seconds: is 'soon'",
+        "mirror.late_seconds: is 'soon'",
     ):
         assert where in text
     assert len(found) == 9, text

@@ -40,7 +40,7 @@ ENGINE = EngineSettings(
     block_size=32, num_gpu_blocks=300, max_num_seqs=6, max_num_batched_tokens=1024, async_scheduling=False
 )
 FLEET = FleetSettings(engine=ENGINE, step_time=CRUDE_STEP_TIME)
-MIRROR = MirrorSettings(pool="chat", lateness_seconds=0.5, calibrate_after_requests=40)
+MIRROR = MirrorSettings(pool="chat", ordering_seconds=0.5, calibrate_after_requests=40)
 FORECAST = ForecastSettings(
     every_seconds=0.2, budget_seconds=30.0, horizons_seconds=(5.0, 10.0), scenarios=2, workers=2
 )
@@ -236,7 +236,7 @@ def config(tmp_path: Path) -> Path:
         """
         pool: chat
         fleet: {engine: {block_size: 32, num_gpu_blocks: 300, max_num_seqs: 6, async_scheduling: false}}
-        mirror: {lateness_seconds: 0.5}
+        mirror: {late_seconds: 60}
         sources: [{type: trace_file, path: requests.jsonl}]
         forecast: {every_seconds: 0.5, budget_seconds: 30, horizons_seconds: [5], scenarios: 1}
         http: {port: 0}

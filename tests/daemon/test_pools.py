@@ -24,7 +24,7 @@ from kavier_twin.telemetry import RequestRecord, RequestSeen, TelemetryRecord
 
 
 def pool(name: str) -> PoolTwin:
-    return PoolTwin(FLEET, MirrorSettings(pool=name, lateness_seconds=0.5), FORECAST)
+    return PoolTwin(FLEET, MirrorSettings(pool=name, ordering_seconds=0.5), FORECAST)
 
 
 def stream(pool_name: str, count: int) -> list[TelemetryRecord]:
@@ -126,14 +126,14 @@ PROMETHEUS = {"type": "prometheus", "url": "http://prometheus:9090"}
 def test_settings_of_several_pools(tmp_path: Path) -> None:
     content = {
         "pools": {
-            "chat": {"fleet": FLEET_SETTINGS, "mirror": {"lateness_seconds": 9}},
+            "chat": {"fleet": FLEET_SETTINGS, "mirror": {"late_seconds": 9}},
             "code": {"fleet": FLEET_SETTINGS | {"replicas": 3}},
         },
         "sources": [PROMETHEUS | {"pool": "code"}, {"type": "trace_file", "path": "x", "pool": "chat"}],
         "http": {"port": 0},
     }
     settings = read_settings(write(tmp_path, content))
-    assert settings.by_pool["chat"].mirror.lateness_seconds == 9.0
+    assert settings.by_pool["chat"].mirror.late_seconds == 9.0
     daemon = Daemon.of(settings)
     try:
         assert daemon.pools["code"].fleet.replicas == 3

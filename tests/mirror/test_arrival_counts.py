@@ -75,7 +75,7 @@ FLEET = FleetSettings(engine=EngineSettings(num_gpu_blocks=1_000), step_time=Ste
 
 
 def mirror_of(events: list[RequestSeen]) -> Mirror:
-    mirror = Mirror(MirrorSettings(lateness_seconds=0.0), FLEET)
+    mirror = Mirror(MirrorSettings(ordering_seconds=0.0), FLEET)
     for event in events:
         mirror.ingest(event)
     mirror.advance(100.0)

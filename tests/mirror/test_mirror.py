@@ -43,8 +43,8 @@ def records() -> list[RequestRecord]:
     return read_trace(RECORDING).records
 
 
-def run(events: list[RequestSeen | RequestFinished], lateness_seconds: float = 2.0) -> Mirror:
-    mirror = Mirror(MirrorSettings(lateness_seconds=lateness_seconds), FLEET)
+def run(events: list[RequestSeen | RequestFinished], ordering_seconds: float = 2.0) -> Mirror:
+    mirror = Mirror(MirrorSettings(ordering_seconds=ordering_seconds), FLEET)
     for event in events:
         mirror.ingest(event)
         mirror.advance()
@@ -130,7 +130,7 @@ def test_requests_whose_end_is_lost_do_not_fill_the_fleet(records: list[RequestR
 
 def test_lengths_are_drawn_where_ends_come_late() -> None:
     """With every end 20 s later than the stream waits for, as many requests run in the mirror as really do."""
-    mirror = Mirror(MirrorSettings(lateness_seconds=1.0), FLEET)
+    mirror = Mirror(MirrorSettings(ordering_seconds=1.0), FLEET)
     rng = random.Random(1)
     told: list[tuple[float, int, RequestSeen | RequestFinished]] = []
     for number in range(300):

@@ -19,7 +19,7 @@ from kavier_twin.telemetry import EngineSample, RequestFinished, RequestSeen, Te
 
 ENGINE = EngineSettings(block_size=16, num_gpu_blocks=3000, max_num_seqs=16, max_num_batched_tokens=1024)
 FLEET = FleetSettings(engine=ENGINE, step_time=StepTime(fixed=0.01), replicas=2)
-SETTINGS = MirrorSettings(lateness_seconds=2.0, pod_silent_seconds=60.0)
+SETTINGS = MirrorSettings(ordering_seconds=2.0, pod_silent_seconds=60.0)
 LONG = 40  # requests that the others must get before a pod counts as silent, for two pods
 
 

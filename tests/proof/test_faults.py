@@ -68,7 +68,7 @@ def test_clocks_thirty_seconds_apart_are_told_of(caplog: pytest.LogCaptureFixtur
     assert ingested["late"] > 190  # but for the first, before anything newer was seen
     assert ingested["accepted"] + ingested["late"] == len(stream)
     assert twin.mirror.finished >= 100
-    assert "set the clocks that stamp them alike, or mirror.lateness_seconds above 2" in caplog.text
+    assert "set the clocks that stamp them alike, or mirror.ordering_seconds above 2" in caplog.text
 
 
 @pytest.fixture
