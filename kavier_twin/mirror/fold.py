@@ -10,11 +10,13 @@ so that folding again from a kept fork gives the same bytes.
 
 from __future__ import annotations
 
+import heapq
 import math
 import zlib
 from collections import OrderedDict
 from copy import copy
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final
 
 import numpy as np
@@ -34,6 +36,21 @@ from kavier_twin.mirror.fidelity.trust import DEFAULT_TRUST, TrustSettings
 from kavier_twin.mirror.fidelity.windows import BUCKET_SECONDS
 from kavier_twin.mirror.lengths import Lengths, Simulated
 from kavier_twin.mirror.pace import Pace
+from kavier_twin.mirror.phantoms import (
+    EXAMPLES,
+    Arrival,
+    End,
+    EngineKey,
+    EngineLoad,
+    Example,
+    Recorded,
+    between,
+    is_phantom,
+    key_of,
+    make_up,
+    phantom,
+    take_over,
+)
 from kavier_twin.mirror.pods import Pods, PodSeen
 from kavier_twin.mirror.snapshot import Snapshot
 from kavier_twin.mirror.timeline import Adopted, Entry
@@ -107,6 +124,8 @@ class Fold:
         self.online = Online()
         self.pace = Pace(fleet.step_time)
         self.arrivals = RateHistory()
+        self.loads: dict[EngineKey, EngineLoad] = {}
+        self.made_up: list[tuple[float, int, EngineKey, Arrival | End]] = []  # heap: what is to come of phantoms
         self._looks_ahead = False
         # First fits are dear, and made again after every event that comes late: those of the same requests are known.
         self._fits: OrderedDict[int, Calibration | None] = OrderedDict()
@@ -128,6 +147,8 @@ class Fold:
         twin.recent, twin.running = self.recent.copy(), self.running.copy()
         twin.pace, twin.lengths, twin.arrivals = self.pace.fork(), self.lengths.fork(), self.arrivals.fork()
         twin.online, twin.pods = self.online.fork(), self.pods.copy()
+        twin.loads = {key: load.fork() for key, load in self.loads.items()}
+        twin.made_up = self.made_up.copy()
         twin._looks_ahead = looks_ahead
         return twin
 
@@ -172,6 +193,83 @@ class Fold:
             self.calibration = event.calibration
             self.use(event.step_time, event.frontend_seconds)
         self.pods.leave_the_silent(self.fleet, self.time_seconds)
+
+    # --- phantoms -------------------------------------------------------------------------------------------------
+
+    def make_up(self, load: EngineLoad, after: EngineSample, recorded: Recorded) -> None:
+        """Make up what no record tells of between an engine's last sample and the next."""
+        interval = between(load, after, recorded, self.phantoms_of(key_of(after)))
+        for event in make_up(self.settings.pool, load.last, after, interval, self._examples()):
+            heapq.heappush(self.made_up, (event.time_seconds, event.number, key_of(after), event))
+        take_over(load, after, interval)
+
+    def apply_made_up(self) -> None:
+        """Apply the next event of a phantom at its time, to which all seconds have passed."""
+        time_seconds, _, _, event = heapq.heappop(self.made_up)
+        self.run_to(time_seconds)
+        if isinstance(event, Arrival):
+            self._arrive(event.seen, None, None)
+        else:
+            self._end_phantom(event.engine)
+
+    def live_of(self, engine: EngineKey) -> int:
+        """Requests of an engine that are under way, phantoms among them."""
+        replica = self._replica_of(engine)
+        return sum(live.replica == replica for live in self.running.values())
+
+    def phantoms_of(self, engine: EngineKey) -> int:
+        """Those of them that are phantoms."""
+        replica = self._replica_of(engine)
+        return sum(live.replica == replica and is_phantom(name) for name, live in self.running.items())
+
+    def expect(self, until_seconds: float) -> None:
+        """Make phantoms up that arrive between the last samples and a time, as many as lately. For a fork."""
+        for engine, load in self.loads.items():
+            start = max(load.last.time_seconds, load.made_up_until)
+            count = int(load.arrivals_per_second * (until_seconds - start))
+            examples = self._examples() if count > 0 else []
+            rng = np.random.default_rng(zlib.crc32(f"{engine}@{start}".encode()))
+            for number in range(count):
+                at = start + (number + 1) / load.arrivals_per_second
+                seen = phantom(self.settings.pool, engine, load.last, at, -1 - number, examples, rng)
+                heapq.heappush(self.made_up, (at, number, engine, Arrival(at, number, seen)))
+
+    def _end_phantom(self, engine: EngineKey) -> None:
+        """The phantom that has generated most ends; of those that wait the oldest."""
+        replica = self._replica_of(engine)
+        found = [(name, live) for name, live in self.running.items() if live.replica == replica and is_phantom(name)]
+        there = [(name, live) for name, live in found if self._is_there(live)]
+        if not there:
+            return
+        requests = self.fleet.state.requests
+
+        def generated(place: int) -> tuple[int, int]:
+            live = there[place][1]
+            request = requests[live.replica, live.slot]
+            return int(request["tokens"] - request["prompt"]), -place
+
+        name, live = there[max(range(len(there)), key=generated)]
+        request = requests[live.replica, live.slot]
+        self.fleet.finish(live, max(1, int(request["tokens"] - request["prompt"])), None, 0)
+        self.fleet.collect()
+        del self.running[name]
+
+    def _examples(self) -> list[Example]:
+        """Lengths and cached prefixes of recent requests."""
+        found = []
+        for entry in islice(reversed(self.recent.values()), EXAMPLES):
+            seen, finished = entry.seen, entry.finished
+            if finished is not None and not is_phantom(seen.id):
+                blocks = (finished.cached_tokens or 0) // seen.block_tokens if seen.block_tokens else 0
+                found.append(Example(seen.prompt_tokens, seen.block_hashes[:blocks], seen.block_tokens or 0))
+        return found
+
+    def _replica_of(self, engine: EngineKey) -> int | None:
+        _, pod, rank = engine
+        found = self.pods.replica_of(pod, rank)
+        if found is None:
+            found = self.pods.replica_of(pod)
+        return 0 if found is None and self.fleet.state.replicas.size == 1 else found
 
     def run_to(self, time_seconds: float) -> None:
         """Let the fleet run up to here."""
@@ -247,7 +345,7 @@ class Fold:
 
     # --- requests -------------------------------------------------------------------------------------------------
 
-    def _arrive(self, seen: RequestSeen, entry: Entry, evidence: Evidence | None) -> None:
+    def _arrive(self, seen: RequestSeen, entry: Entry | None, evidence: Evidence | None) -> None:
         self.recent.pop(seen.id, None)  # an id used again
         self.recent[seen.id] = Seen(seen)
         self.arrivals.add(seen.time_seconds)
@@ -255,7 +353,7 @@ class Fold:
             del self.recent[next(iter(self.recent))]
         self.next_index += 1
         replica = self.pods.serve(self.fleet, self.time_seconds, seen.pod) if seen.pod else -1
-        if replica < 0 and seen.pod and evidence is not None:
+        if replica < 0 and seen.pod and evidence is not None and entry is not None:
             evidence.count(entry, "too_many_pods")
         assumed = self.lengths.assumed_tokens()
         workload = _arrival(seen, assumed, self.next_index, replica)
@@ -264,7 +362,7 @@ class Fold:
         replica, slot = map(int, self.fleet.deliver(delivered, 0, 1)[0])
         if slot >= 0:
             self.running[seen.id] = Live(self.next_index, replica, slot)
-            if evidence is not None:
+            if evidence is not None and entry is not None:
                 evidence.arrived(entry, seen)
 
     def _sight(self, seen: PodSeen, evidence: Evidence | None) -> None:
@@ -382,14 +480,15 @@ class Fold:
     def _drop(self, identity: str, evidence: Evidence | None, reason: str = "") -> None:
         """The request is in the fleet no more, and no record tells how it ended."""
         del self.running[identity]
-        if evidence is not None:
+        if evidence is not None and not is_phantom(identity):
             evidence.dropped(Dropped(identity), reason)
 
     def _let_go(self, identity: str, live: Live, output_tokens: int, evidence: Evidence | None) -> None:
         """The request ends in the mirror, though no record tells so."""
         simulated = self._simulated(live)
-        self.lengths.let_go(identity, simulated)
-        if evidence is not None:
+        if not is_phantom(identity):
+            self.lengths.let_go(identity, simulated)
+        if evidence is not None and not is_phantom(identity):
             times = simulated.arrival, simulated.scheduled, simulated.first_token, self.time_seconds
             evidence.given_up(GivenUp(identity, *times, simulated.prompt_tokens, output_tokens))
         self.fleet.finish(live, output_tokens, None, 0)

@@ -28,6 +28,7 @@ import numpy.typing as npt
 from kavier_twin.mirror.calibration.requests import CalibrationError
 from kavier_twin.mirror.calibration.steps import Counted, calibrate_counters
 from kavier_twin.mirror.mirror import Mirror, MirrorSettings
+from kavier_twin.mirror.phantoms import finished_requests, restarted
 from kavier_twin.simulation.settings import EngineSettings
 from kavier_twin.telemetry import EngineSample, Histogram, RequestFinished, RequestSeen
 
@@ -43,7 +44,6 @@ CALIBRATE_EVERY_SECONDS: Final = 60.0
 _FEW_PROMPTS: Final = 20  # too few to have a mean of their own
 _NEVER: Final = 2**62
 _LONGEST_HOLD_SECONDS: Final = 0.1  # less than beside real ends: these are off by as much as requests lie apart
-_START_TOLERANCE_SECONDS: Final = 1.0  # of two ways to tell when the same process began
 _TAIL_FACTOR: Final = 1.5  # a value above the last limit of a histogram: so many times that limit
 
 
@@ -381,20 +381,3 @@ def _rise(before: float | None, after: float | None) -> float:
 
 def _at(values: Floats | None, place: int) -> float | None:
     return None if values is None else float(values[place])
-
-
-def restarted(before: EngineSample, after: EngineSample) -> bool:
-    """Whether another process counts: it says so, or a counter fell."""
-    if before.started_seconds is not None and after.started_seconds is not None:
-        return abs(after.started_seconds - before.started_seconds) > _START_TOLERANCE_SECONDS
-    counters = ("prompt_tokens", "generation_tokens", "prefix_cache_queries_tokens")
-    pairs = [(getattr(before, name), getattr(after, name)) for name in counters]
-    pairs.append((finished_requests(before), finished_requests(after)))
-    return any(a is not None and b is not None and b < a for a, b in pairs)
-
-
-def finished_requests(sample: EngineSample) -> float | None:
-    """Requests that left, whatever the reason."""
-    if sample.requests_finished_by_reason:
-        return sum(sample.requests_finished_by_reason.values())
-    return sample.e2e_seconds.count if sample.e2e_seconds else None

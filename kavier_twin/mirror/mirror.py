@@ -15,6 +15,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from copy import copy
+from dataclasses import replace
 from typing import Final
 
 from kavier_twin.mirror.applied import Applied
@@ -27,6 +28,7 @@ from kavier_twin.mirror.fidelity.trust import Judge
 from kavier_twin.mirror.fidelity.windows import Windows, WindowScore
 from kavier_twin.mirror.fold import Fold
 from kavier_twin.mirror.fold import MirrorSettings as MirrorSettings
+from kavier_twin.mirror.phantoms import COVERED, EngineLoad, between, key_of, requests_inside, take_over
 from kavier_twin.mirror.pods import Pods
 from kavier_twin.mirror.snapshot import Snapshot
 from kavier_twin.mirror.timeline import Adopted, Fitted, Timeline
@@ -77,6 +79,9 @@ class Mirror:
         counts = self.evidence.counts
         if isinstance(record, EngineSample):
             self.gauges.offer(record)
+            load = self.fold.loads.get(key_of(record))
+            if load is not None and load.coverage < COVERED and load.last.time_seconds < record.time_seconds:
+                self.timeline.fold_again_from(load.last.time_seconds)  # with what the sample tells of the time since
         if isinstance(record, EngineSample | CarbonSample):
             self.timeline.observe(record)
             counts["accepted"] += 1
@@ -144,6 +149,7 @@ class Mirror:
     def present(self, now_seconds: float) -> Mirror:
         """A fork as of now: with the events that are still waited with."""
         twin = self.fork()
+        twin.fold.expect(now_seconds)
         twin._fold_to(now_seconds, whole=True)
         if now_seconds > twin.time_seconds > -math.inf:
             twin.fold.run_to(now_seconds)
@@ -292,10 +298,20 @@ class Mirror:
 
     def _fold_to(self, until_seconds: float, *, whole: bool) -> None:
         """Apply the events up to a time, and with `whole` let the whole seconds up to it pass."""
-        while (entry := self.timeline.due(until_seconds)) is not None:
+        made_up = self.fold.made_up
+        while True:
+            entry = self.timeline.due(until_seconds)
+            if made_up and made_up[0][0] <= min(until_seconds, math.inf if entry is None else entry.time_seconds):
+                self._pass_to(made_up[0][0])
+                self.fold.apply_made_up()
+                continue
+            if entry is None:
+                break
             self._pass_to(entry.time_seconds)
             self.timeline.position += 1
             self.fold.apply(entry, None if self._looks_ahead else self.evidence)
+            if isinstance(entry.event, EngineSample) and requests_inside(entry.event) is not None:
+                self._follow(entry.event)
         if whole and math.isfinite(self.time_seconds):
             self._pass_to(until_seconds)
         self.timeline.applied(self.time_seconds)
@@ -318,6 +334,24 @@ class Mirror:
                 if second % FORK_EVERY_SECONDS == 0:
                     self._keep_fork(second)
             second += 1
+
+    def _follow(self, sample: EngineSample) -> None:
+        """Make up what no record tells of until the engine's next sample, as far as that is there."""
+        fold, engine = self.fold, key_of(sample)
+        before = fold.loads.get(engine)
+        if before is not None and before.made_up_until < sample.time_seconds:
+            recorded = self.timeline.recorded(engine[1], before.last.time_seconds, sample.time_seconds)
+            interval = between(before, sample, recorded, fold.phantoms_of(engine))
+            if not interval.empty:  # the sample was not there yet when the one before it was applied
+                self.timeline.fold_again_from(before.last.time_seconds)
+            take_over(before, sample, interval)
+        load = EngineLoad(sample, fold.live_of(engine)) if before is None else replace(before, last=sample)
+        load.live = fold.live_of(engine)
+        fold.loads[engine] = load
+        following = self.timeline.following(sample)
+        if following is not None:
+            recorded = self.timeline.recorded(engine[1], sample.time_seconds, following.time_seconds)
+            fold.make_up(load, following, recorded)
 
     def _go_back(self) -> None:
         """Fold again from before the earliest event that came late."""

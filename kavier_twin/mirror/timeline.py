@@ -11,13 +11,14 @@ until `CONFIRMED_BY` in a row are. If one with a time like those before comes fi
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right, insort
 from collections import OrderedDict
 from collections.abc import Mapping
 from copy import copy
 from typing import Any, Final, NamedTuple
 
 from kavier_twin.mirror.calibration.requests import Calibration
+from kavier_twin.mirror.phantoms import Recorded
 from kavier_twin.simulation.policies import Override
 from kavier_twin.simulation.settings import StepTime
 from kavier_twin.telemetry import CarbonSample, EngineSample, RequestFinished, RequestSeen
@@ -86,6 +87,8 @@ class Timeline:
         self._known: OrderedDict[tuple[str, str], None] = OrderedDict()
         self._clock_seconds = -math.inf
         self._applied_seconds = -math.inf  # how far the fold has come
+        self._pods: dict[str, str | None] = {}  # of the requests whose arrival is known
+        self._samples: dict[str, list[float]] = {}  # times of each engine's samples, rising
         self._numbered = 0
 
     @property
@@ -158,6 +161,41 @@ class Timeline:
             key = (sample.time_seconds, 3, "")
         if sample.time_seconds >= self.floor_seconds and not self._holds(key):
             self._insert(key, sample)
+            if isinstance(sample, EngineSample):
+                insort(self._samples.setdefault(key[2], []), sample.time_seconds)
+
+    def following(self, sample: EngineSample) -> EngineSample | None:
+        """The next sample of the same engine; None where there is none yet."""
+        name = f"{sample.namespace}/{sample.pod}/{sample.engine}"
+        times = self._samples.get(name, [])
+        place = bisect_right(times, sample.time_seconds)
+        if place >= len(times):
+            return None
+        entry = self.entries[bisect_left(self.entries, (times[place], 2, name), key=_key)]
+        assert isinstance(entry.event, EngineSample)
+        return entry.event
+
+    def recorded(self, pod: str, after_seconds: float, until_seconds: float) -> Recorded:
+        """What records tell of a pod in (after, until]: all of them where they name no pod. Ends count where the
+        arrival is known."""
+        arrivals = ends = 0.0
+        engines = [name.split("/") for name in self._samples]
+        ranks = max(1, sum(name[1] == pod for name in engines))
+        begin = bisect_right(self.entries, (after_seconds, math.inf, ""), key=_key)
+        for place in range(begin, len(self.entries)):
+            entry = self.entries[place]
+            if entry.time_seconds > until_seconds:
+                break
+            event = entry.event
+            if isinstance(event, RequestSeen):
+                arrivals += _share(event.pod, pod, ranks, len(engines))
+            elif isinstance(event, RequestFinished) and event.id in self._pods:
+                ends += _share(self._pods[event.id], pod, ranks, len(engines))
+        return Recorded(arrivals, ends)
+
+    def fold_again_from(self, time_seconds: float) -> None:
+        """What happened since then has to be applied again."""
+        self.dirty_seconds = min(self.dirty_seconds, time_seconds)
 
     def put(self, event: Adopted | Fitted) -> None:
         """Something that takes effect after what was applied so far."""
@@ -190,6 +228,13 @@ class Timeline:
         count = min(self.position, bisect_left(self.entries, (before_seconds, *BEFORE), key=_key))
         dropped, self.entries = self.entries[:count], self.entries[count:]
         self.position -= count
+        for entry in dropped:
+            if isinstance(entry.event, RequestFinished):
+                self._pods.pop(entry.event.id, None)
+        while len(self._pods) > self._remembered_ids:  # of requests whose end never came
+            del self._pods[next(iter(self._pods))]
+        for times in self._samples.values():
+            del times[: bisect_left(times, before_seconds)]
         return dropped
 
     def fork(self) -> Timeline:
@@ -222,6 +267,10 @@ class Timeline:
             entry = Entry((time, rank, name), _restored(kind, content))
             entry.booked, entry.scored, entry.counted = flags
             self.entries.append(entry)
+            if isinstance(entry.event, RequestSeen):
+                self._pods[entry.event.id] = entry.event.pod
+            elif isinstance(entry.event, EngineSample):
+                self._samples.setdefault(name, []).append(time)
         self.position = saved["position"]
         for kind, content, foretold in saved["ahead"]:
             event = _restored(kind, content)
@@ -246,15 +295,31 @@ class Timeline:
     def _insert(self, key: Key, event: Event) -> None:
         place = bisect_left(self.entries, key, key=_key)
         self.entries.insert(place, Entry(key, event))
-        if place < self.position:
-            self.position += 1
-            self.dirty_seconds = min(self.dirty_seconds, key[0])
-        elif key[0] < self._applied_seconds:
-            self.dirty_seconds = min(self.dirty_seconds, key[0])
+        if isinstance(event, RequestSeen):
+            self._pods[event.id] = event.pod
+        if place < self.position or key[0] < self._applied_seconds:
+            self.position += place < self.position
+            self.dirty_seconds = min(self.dirty_seconds, self._made_up_since(key[0]))
+
+    def _made_up_since(self, time_seconds: float) -> float:
+        """The beginning of all intervals between samples that a time lies in: what is made up in them changes."""
+        since = [time_seconds]
+        for times in self._samples.values():
+            place = bisect_left(times, time_seconds)
+            if 0 < place < len(times):
+                since.append(times[place - 1])
+        return min(since)
 
     def _holds(self, key: Key) -> bool:
         place = bisect_left(self.entries, key, key=_key)
         return place < len(self.entries) and self.entries[place].key == key
+
+
+def _share(named: str | None, pod: str, ranks: int, engines: int) -> float:
+    """How much of a request counts for an engine of this pod: records do not tell ranks, and may not tell pods."""
+    if named is None:
+        return 1.0 / max(engines, 1)
+    return 1.0 / ranks if named == pod else 0.0
 
 
 def _key(entry: Entry) -> Key:

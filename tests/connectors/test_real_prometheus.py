@@ -18,7 +18,7 @@ from connectors.prometheus.source import PrometheusSource, Selection
 from connectors.secret import Secret
 from connectors.traces import read_trace
 from connectors.traces.recording import read_metrics
-from kavier_twin.mirror.from_metrics import finished_requests
+from kavier_twin.mirror.phantoms import finished_requests
 from kavier_twin.telemetry import EngineSample, GpuSample, RequestRecord, TelemetryRecord
 from prometheus_server import Pages, RealPrometheus, openmetrics
 from real_parts import openssl
