@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from kavier_twin.commands.score_tables import wide_console
 from kavier_twin.daemon.config import PoolFleet
 from kavier_twin.daemon.played import Minute, Played, play
 from kavier_twin.errors import UserError
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(document(played), allow_nan=False))
     else:
-        _print(Console(), played)
+        _print(wide_console(), played)
     return 0
 
 

@@ -39,6 +39,7 @@ from kavier_twin.mirror.pace import Pace
 from kavier_twin.mirror.phantoms import (
     EXAMPLES,
     Arrival,
+    Delays,
     End,
     EngineKey,
     EngineLoad,
@@ -63,6 +64,7 @@ from kavier_twin.simulation.workload import Workload, covered_tokens, make_workl
 from kavier_twin.telemetry import CarbonSample, EngineSample, RequestFinished, RequestRecord, RequestSeen
 
 _FITS_KEPT: Final = 8
+_EXPECT_EVERY_SECONDS: Final = 0.25
 
 
 @dataclass(frozen=True)
@@ -222,17 +224,28 @@ class Fold:
         replica = self._replica_of(engine)
         return sum(live.replica == replica and is_phantom(name) for name, live in self.running.items())
 
-    def expect(self, until_seconds: float) -> None:
-        """Make phantoms up that arrive between the last samples and a time, as many as lately. For a fork."""
+    def expect(self, until_seconds: float, delays: Delays) -> None:
+        """Make up the arrivals of which no record has come yet. For a fork.
+
+        As many as arrive of late, times the share of records that come later than so long after an arrival. Before the
+        last sample of an engine they are made up already, if there were any.
+        """
         for engine, load in self.loads.items():
-            start = max(load.last.time_seconds, load.made_up_until)
-            count = int(load.arrivals_per_second * (until_seconds - start))
-            examples = self._examples() if count > 0 else []
-            rng = np.random.default_rng(zlib.crc32(f"{engine}@{start}".encode()))
-            for number in range(count):
-                at = start + (number + 1) / load.arrivals_per_second
+            since = until_seconds - delays.longest_seconds
+            if load.phantoms:
+                since = max(since, load.last.time_seconds, load.made_up_until)
+            ages = until_seconds - np.arange(until_seconds, since, -_EXPECT_EVERY_SECONDS) + 0.5 * _EXPECT_EVERY_SECONDS
+            unknown = np.cumsum(load.arrivals_per_second * _EXPECT_EVERY_SECONDS * delays.later_than(ages))
+            count = round(float(unknown[-1])) if unknown.size else 0
+            if count == 0:
+                continue
+            examples = self._examples()
+            rng = np.random.default_rng(zlib.crc32(f"{engine}@{load.last.time_seconds}".encode()))
+            places = np.searchsorted(unknown, np.arange(count) + 0.5)
+            for number, age in enumerate(ages[np.minimum(places, ages.size - 1)].tolist()):
+                at = max(until_seconds - age, self.time_seconds)
                 seen = phantom(self.settings.pool, engine, load.last, at, -1 - number, examples, rng)
-                heapq.heappush(self.made_up, (at, number, engine, Arrival(at, number, seen)))
+                heapq.heappush(self.made_up, (at, -1 - number, engine, Arrival(at, -1 - number, seen)))
 
     def _end_phantom(self, engine: EngineKey) -> None:
         """The phantom that has generated most ends; of those that wait the oldest."""

@@ -28,7 +28,7 @@ from kavier_twin.mirror.fidelity.trust import Judge
 from kavier_twin.mirror.fidelity.windows import Windows, WindowScore
 from kavier_twin.mirror.fold import Fold
 from kavier_twin.mirror.fold import MirrorSettings as MirrorSettings
-from kavier_twin.mirror.phantoms import COVERED, EngineLoad, between, key_of, requests_inside, take_over
+from kavier_twin.mirror.phantoms import Delays, EngineLoad, between, key_of, requests_inside, take_over
 from kavier_twin.mirror.pods import Pods
 from kavier_twin.mirror.snapshot import Snapshot
 from kavier_twin.mirror.timeline import Adopted, Fitted, Timeline
@@ -43,6 +43,7 @@ from kavier_twin.telemetry import (
     GpuSample,
     KvEventBatch,
     RequestRecord,
+    RequestSeen,
     TelemetryRecord,
 )
 
@@ -69,6 +70,7 @@ class Mirror:
         self.timeline = Timeline(settings.ordering_seconds)
         self.evidence = Evidence(settings.bucket_seconds, settings.trust)
         self.folded_again = 0  # times
+        self.delays = Delays()
         self._forks: list[tuple[float, Fold]] = [(-math.inf, self.fold.fork())]  # by time, oldest first
         self._looks_ahead = False
 
@@ -79,9 +81,9 @@ class Mirror:
         counts = self.evidence.counts
         if isinstance(record, EngineSample):
             self.gauges.offer(record)
-            load = self.fold.loads.get(key_of(record))
-            if load is not None and load.coverage < COVERED and load.last.time_seconds < record.time_seconds:
-                self.timeline.fold_again_from(load.last.time_seconds)  # with what the sample tells of the time since
+            self._expect(record)
+        if isinstance(record, RequestSeen):
+            self.delays.add(self.timeline.clock_seconds - record.time_seconds)
         if isinstance(record, EngineSample | CarbonSample):
             self.timeline.observe(record)
             counts["accepted"] += 1
@@ -149,7 +151,7 @@ class Mirror:
     def present(self, now_seconds: float) -> Mirror:
         """A fork as of now: with the events that are still waited with."""
         twin = self.fork()
-        twin.fold.expect(now_seconds)
+        twin.fold.expect(now_seconds, self.delays)
         twin._fold_to(now_seconds, whole=True)
         if now_seconds > twin.time_seconds > -math.inf:
             twin.fold.run_to(now_seconds)
@@ -352,6 +354,16 @@ class Mirror:
         if following is not None:
             recorded = self.timeline.recorded(engine[1], sample.time_seconds, following.time_seconds)
             fold.make_up(load, following, recorded)
+
+    def _expect(self, sample: EngineSample) -> None:
+        """Fold again with what a new sample tells of the time since the last one of its engine, if records do not."""
+        engine = key_of(sample)
+        before = self.fold.loads.get(engine)
+        if before is None or not before.made_up_until < sample.time_seconds > before.last.time_seconds:
+            return
+        recorded = self.timeline.recorded(engine[1], before.last.time_seconds, sample.time_seconds)
+        if not between(before, sample, recorded, self.fold.phantoms_of(engine)).empty:
+            self.timeline.fold_again_from(before.last.time_seconds)
 
     def _go_back(self) -> None:
         """Fold again from before the earliest event that came late."""

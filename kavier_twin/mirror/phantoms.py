@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections import deque
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from kavier_twin.telemetry import EngineSample, RequestSeen
 
@@ -27,6 +29,7 @@ PREFIX: Final = "made-up:"
 TOLERANCE_REQUESTS: Final = 2.0
 _START_TOLERANCE_SECONDS: Final = 1.0  # of two ways to tell when the same process began
 COVERED: Final = 0.9  # share of the arrivals counted that records tell of, above which the tolerance holds
+_DELAYS_KEPT: Final = 200
 _COVERAGE_MEMORY_SECONDS: Final = 60.0
 EXAMPLES: Final = 500  # recent requests whose lengths phantoms have
 
@@ -81,6 +84,30 @@ def requests_inside(sample: EngineSample) -> float | None:
     return None if running is None or waiting is None else running + waiting
 
 
+class Delays:
+    """How late the records of arrivals came lately, by the clock of a live stream."""
+
+    def __init__(self) -> None:
+        self._recent: deque[float] = deque(maxlen=_DELAYS_KEPT)
+
+    def add(self, seconds: float) -> None:
+        """A record came so late; ignored where no clock tells."""
+        if math.isfinite(seconds):
+            self._recent.append(max(0.0, seconds))
+
+    def later_than(self, ages_seconds: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """The share of records that come later than these ages."""
+        known = np.sort(np.array(self._recent))
+        if not known.size:
+            return np.zeros(ages_seconds.size)
+        return 1.0 - np.searchsorted(known, ages_seconds, side="right") / known.size
+
+    @property
+    def longest_seconds(self) -> float:
+        """Of the recent ones."""
+        return max(self._recent, default=0.0)
+
+
 @dataclass
 class EngineLoad:
     """One engine as of its last sample that was applied."""
@@ -88,7 +115,8 @@ class EngineLoad:
     last: EngineSample
     live: int  # requests of it that the mirror held then
     made_up_until: float = -math.inf  # event time
-    arrivals_per_second: float = 0.0  # of phantoms, in the last interval
+    phantoms: int = 0  # that arrived in the last interval
+    arrivals_per_second: float = 0.0  # counted in it
     counted: float = 0.0  # arrivals lately, fading
     recorded: float = 0.0  # those of them that records tell of
     surplus: float = 0.0  # arrivals that gauges read too early told of, which counters have yet to make up for
@@ -99,7 +127,8 @@ class EngineLoad:
 
     def save(self) -> list[Any]:
         """As JSON types."""
-        numbers = [self.live, self.made_up_until, self.arrivals_per_second, self.counted, self.recorded, self.surplus]
+        counts = [self.counted, self.recorded, self.surplus]
+        numbers = [self.live, self.made_up_until, self.phantoms, self.arrivals_per_second, *counts]
         return [self.last.model_dump(mode="json", exclude_defaults=True), numbers]
 
     @classmethod
@@ -165,7 +194,8 @@ def take_over(load: EngineLoad, after: EngineSample, interval: Interval) -> None
     load.counted = keep * load.counted + interval.counted
     load.recorded = keep * load.recorded + min(interval.recorded, interval.counted)
     load.surplus = interval.surplus
-    load.arrivals_per_second = interval.arrivals / seconds
+    load.phantoms = interval.arrivals
+    load.arrivals_per_second = interval.counted / seconds
     load.made_up_until = after.time_seconds
 
 

@@ -97,6 +97,11 @@ class Timeline:
         return max(self.newest_seconds, self._clock_seconds) - self._ordering_seconds
 
     @property
+    def clock_seconds(self) -> float:
+        """Event time that has passed by the clock; -inf where no clock tells."""
+        return self._clock_seconds
+
+    @property
     def last_seconds(self) -> float:
         """Event time of the last event that is known of, an end that was foretold included."""
         known = [self.entries[-1].time_seconds] if self.entries else []
