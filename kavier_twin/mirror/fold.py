@@ -163,6 +163,7 @@ class Fold:
     def tick(self, second: float, evidence: Evidence | None) -> None:
         """A whole second passed: requests that have run for too long are let go, the others get room in time."""
         self.run_to(second)
+        self._drop_the_lost(evidence)
         for identity, live in list(self.running.items()):
             if not self._is_there(live):
                 self._drop(identity, evidence)

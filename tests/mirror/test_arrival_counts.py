@@ -94,7 +94,7 @@ def test_the_mirror_counts_arrivals_in_event_time_and_forks_apart() -> None:
     snapshot = mirror.snapshot()
     assert snapshot is not None
     assert snapshot.arrivals.fine.tolist() == [1, 1, 0, 0, 0, 0, 0, 0, 0]
-    mirror.fork()._arrivals.add(99.0)
+    mirror.fork().fold.arrivals.add(99.0)
     later = mirror.snapshot()
     assert later is not None
     assert later.arrivals.fine.tolist() == snapshot.arrivals.fine.tolist()

@@ -73,8 +73,7 @@ def test_looking_at_the_present_leaves_no_trace(events: list[RequestSeen | Reque
     for at in range(0, len(events), 25):
         follow(plain, events[at : at + 25])
         follow(watched, events[at : at + 25])
-        present = watched.fork()
-        present.advance(watched.newest_seconds + 20.0)
+        present = watched.present(watched.newest_seconds + 20.0)
         assert present.time_seconds > watched.time_seconds
         assert present.snapshot() is not None
     assert digest(plain) == digest(watched)
