@@ -527,8 +527,12 @@ class Mirror:
         self.ingested["never_finished"] += 1
         simulated = self._simulated(live)
         self._lengths.let_go(identity, simulated)
-        times = simulated.arrival, simulated.scheduled, simulated.first_token, self.time_seconds
-        self._book(GivenUp(identity, *times, simulated.prompt_tokens, output_tokens))
+        # Held for as long as it might run, it most likely ended long before.
+        likely = self._lengths.drawn_tokens(identity) or output_tokens
+        finish = _predicted_finish(simulated, likely)
+        times = simulated.arrival, simulated.scheduled, simulated.first_token
+        over = self.time_seconds if math.isnan(finish) else finish
+        self._book(GivenUp(identity, *times, over, simulated.prompt_tokens, likely))
         self.fleet.finish(live, output_tokens, None, 0)
         self.fleet.collect()
         del self._running[identity]
