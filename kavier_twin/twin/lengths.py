@@ -44,6 +44,8 @@ class Simulated(NamedTuple):
     first_token: float
     generated_tokens: int
     cached_tokens: int | None  # None before it was scheduled
+    prefill_work: tuple[float, ...] = ()  # once it is over, as `state.OUTCOME` has both
+    decode_work: tuple[float, ...] = ()
 
 
 class Lengths:
