@@ -23,11 +23,11 @@ from connectors.prometheus.engines import engine_samples
 from connectors.prometheus.readings import parse_exposition
 from connectors.traces import read_trace
 from connectors.traces.recording import read_kv_events, read_metrics
+from kavier_twin.mirror.fidelity.cache import TOLERANCE_SECONDS, CacheWatch
+from kavier_twin.mirror.from_metrics import MetricsStream, mirror_settings
+from kavier_twin.mirror.mirror import Mirror, MirrorSettings
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
 from kavier_twin.telemetry import KvEventBatch, RequestFinished, RequestSeen
-from kavier_twin.twin.cache_watch import TOLERANCE_SECONDS, CacheWatch
-from kavier_twin.twin.metrics_stream import MetricsStream, mirror_settings
-from kavier_twin.twin.mirror import Mirror, MirrorSettings
 
 NAMES = ("chat-400", "shift-300", "ramp-300")
 

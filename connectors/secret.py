@@ -5,6 +5,15 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, Final, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+Name = Annotated[str, Field(min_length=1)]
+
+SECRET_GIVEN: Final = "secret_given"
+"""pydantic's type of an error whose input must not be shown."""
 
 
 class SecretError(Exception):
@@ -34,3 +43,30 @@ class Secret:
         if not value:
             raise SecretError(f"{where} is empty or not set")
         return value
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class SecretPlace(_Settings):
+    """Where a password or token lies; never the secret itself. A relative path counts from the settings file."""
+
+    env: Name | None = Field(default=None, examples=["TWIN_TOKEN"])
+    """The name of an environment variable."""
+
+    file: Path | None = Field(default=None, examples=["/run/secrets/twin/token"])
+    """A file with nothing but the secret."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_secret(cls, given: Any) -> Any:
+        if isinstance(given, str):
+            raise PydanticCustomError(SECRET_GIVEN, "expected {env: NAME} or {file: PATH}, never the secret itself")
+        return given
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if (self.env is None) == (self.file is None):
+            raise ValueError("give either env (the name of an environment variable) or file (a path)")
+        return self

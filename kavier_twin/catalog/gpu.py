@@ -41,7 +41,7 @@ class Gpu(BaseModel):
     `memory_bytes` is what is soldered on, `usable_memory_bytes` what the driver reports as the device's total, of
     which vLLM takes its share. `idle_watts` are those of a card that holds an engine with nothing to do, `max_watts`
     the board's limit. Link speeds are those of one direction. The shares and bends are the roofline's
-    (kavier_twin/simulation/roofline.py) and go before its defaults where somebody measured them on the card. `sources`
+    (kavier_twin/hardware/roofline.py) and go before its defaults where somebody measured them on the card. `sources`
     names each field's source.
     """
 

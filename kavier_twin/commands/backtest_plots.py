@@ -12,9 +12,9 @@ import numpy as np
 
 from kavier_twin.commands.figures import NAMES, figure, unit
 from kavier_twin.errors import UserError
-from kavier_twin.forecast.scores import ALERT_PROBABILITY, Moment, ScoredKpi
 from kavier_twin.forecast.slo import Metric, Slo
-from kavier_twin.offline.backtest import Backtest
+from kavier_twin.scores.scorer import ALERT_PROBABILITY, Moment, ScoredKpi
+from kavier_twin.studies.backtest import Backtest
 
 # Of Okabe and Ito's palette, told apart by colour-blind readers.
 _FORESEEN: Final = "#0072B2"
@@ -59,7 +59,7 @@ def _fan(new: Callable[..., Any], kpi: Metric, rows: Sequence[ScoredKpi], slos: 
         low, median, high, wide_low, wide_high, persisted, observed = factor * table[:, 1:].T
         end = clock.of(table[:, 0] + horizon)
         axes.fill_between(end, wide_low, wide_high, color=_FORESEEN, alpha=0.15, lw=0, label="90 % interval, widened")
-        axes.fill_between(end, low, high, color=_FORESEEN, alpha=0.4, lw=0, label="90 % interval of the futures")
+        axes.fill_between(end, low, high, color=_FORESEEN, alpha=0.4, lw=0, label="90 % interval of the scenarios")
         axes.plot(end, median, color=_FORESEEN, lw=1.2, label="median foreseen")
         axes.plot(end, persisted, color="grey", lw=1.0, ls=":", label="persistence")
         axes.plot(end, observed, color=_CAME, lw=1.2, marker=".", ms=4, label="what came")

@@ -18,10 +18,10 @@ from rich.table import Table
 
 from connectors.traces import FORMATS
 from kavier_twin.errors import UserError
-from kavier_twin.offline.comparison import Compared, Point, as_document, compare, read_policies
-from kavier_twin.offline.scenario import Scenario, load_scenario
+from kavier_twin.mirror.calibration.requests import with_frontend
+from kavier_twin.recordings.scenario import Scenario, load_scenario
 from kavier_twin.simulation.policies import DEFAULT_POLICIES, POLICY_NAMES
-from kavier_twin.twin.calibration import with_frontend
+from kavier_twin.studies.comparison import Compared, Point, as_document, compare, read_policies
 
 DEFAULT_FACTORS: Final = "0.25,0.5,1,2,4"
 

@@ -18,23 +18,22 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from connectors.secret import SecretPlace
 from kavier_twin.commands.client import TOKEN_VARIABLE
-from kavier_twin.config import CRUDE_STEP_TIME
-from kavier_twin.daemon import Daemon
-from kavier_twin.errors import UserError
+from kavier_twin.commands.process import StopSignals, leave
+from kavier_twin.daemon.daemon import Daemon
+from kavier_twin.daemon.feed import Feed
+from kavier_twin.daemon.http_settings import DEFAULT_HOST, DEFAULT_PORT, HttpConfig
+from kavier_twin.daemon.pool import PoolTwin
+from kavier_twin.daemon.warm_up import make_ready
+from kavier_twin.errors import UserError, set_up_logging
 from kavier_twin.forecast.forecaster import ForecastSettings
 from kavier_twin.forecast.slo import Slo
-from kavier_twin.http_settings import DEFAULT_HOST, DEFAULT_PORT, HttpConfig
-from kavier_twin.live.feed import Feed
-from kavier_twin.live.kernels_ready import make_ready
-from kavier_twin.live.live_sources import SecretPlace
-from kavier_twin.live.pool import PoolTwin
-from kavier_twin.live.replay_source import ReplaySource
-from kavier_twin.offline.recording import read_recording, recorded_engine, recorded_server
-from kavier_twin.process import StopSignals, leave, set_up_logging
+from kavier_twin.mirror.mirror import MirrorSettings
+from kavier_twin.recordings.recording import read_recording, recorded_engine, recorded_server
+from kavier_twin.recordings.replay_source import ReplaySource
 from kavier_twin.serve.view import Beside, Horizon, Outlook, PolicyOutlook, TwinView
-from kavier_twin.simulation.settings import FleetSettings
-from kavier_twin.twin.mirror import MirrorSettings
+from kavier_twin.simulation.settings import CRUDE_STEP_TIME, FleetSettings
 
 TOTAL_SECONDS: Final = 70.0  # that the demo is to take unless a speed is given, compilation included
 SHORTEST_REPLAY_SECONDS: Final = 25.0
@@ -51,7 +50,7 @@ MIRROR: Final = MirrorSettings(
 FORECAST: Final = ForecastSettings(
     every_seconds=3.0,
     horizons_seconds=(30.0, 60.0, 120.0),
-    futures=10,
+    scenarios=10,
     workers=2,
     slos=(
         Slo(name="ttft_p99_1s", metric="ttft_p99_seconds", threshold=1.0),
@@ -303,7 +302,7 @@ def policies(outlook: Outlook, when: str = "What is ahead", *, brief: bool = Fal
     seconds = [f"{horizon.seconds:g}" for horizon in horizons]
     table = Table(
         title=f"{when} ({outlook.event_seconds:.0f} s): the next {seconds[-1]} s by policy, best first",
-        caption=f"Median (10 – 90 %) of {outlook.futures} futures at {outlook.rate_per_second:.1f} requests/s, the "
+        caption=f"Median (10 – 90 %) of {outlook.scenarios} scenarios at {outlook.rate_per_second:.1f} requests/s, the "
         f"same for all policies. Breach odds in % within {' / '.join(seconds)} s.",
         title_justify="left",
         caption_justify="left",
@@ -354,7 +353,7 @@ def _trust(view: TwinView) -> Text:
         return Text("Not calibrated yet: step times are a crude prior, figures are not to be trusted.", style="yellow")
     text = Text(
         f"Calibrated on {view.calibrated_on_requests} requests of this stream; {view.finished_requests} followed to "
-        f"their end; real steps last {view.pace_ratio:.2f} times what the coefficients say now.",
+        f"their end; real steps last {view.step_time_scale_ratio:.2f} times what the coefficients say now.",
         style="green",
     )
     if math.isfinite(view.exact_cache_ratio):

@@ -17,10 +17,10 @@ from prometheus_client.registry import Collector
 
 from connectors.prometheus.names import CACHE_CONFIG, COUNTERS, GAUGES
 from connectors.traces import Trace
-from kavier_twin.errors import UserError
-from kavier_twin.live.replay_source import ReplaySource
-from kavier_twin.offline.recording import read_recording, recorded_engine
-from kavier_twin.process import StopSignals, set_up_logging
+from kavier_twin.commands.process import StopSignals
+from kavier_twin.errors import UserError, set_up_logging
+from kavier_twin.recordings.recording import read_recording, recorded_engine
+from kavier_twin.recordings.replay_source import ReplaySource
 from kavier_twin.simulation.settings import EngineSettings
 from kavier_twin.telemetry import EngineSample, TelemetryRecord
 

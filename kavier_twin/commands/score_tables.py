@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kavier_twin.commands.figures import NAMES, figure, place
-from kavier_twin.forecast.scores import ALERT_PROBABILITY, Bin, KpiScore, Scores
+from kavier_twin.scores.scorer import ALERT_PROBABILITY, Bin, KpiScore, Scores
 
 _WIDE: Final = 100  # columns from which all figures have room
 

@@ -13,9 +13,9 @@ import yaml
 from pydantic import ValidationError
 
 from connectors.kafka.settings import KafkaSettings
-from kavier_twin.duration import seconds_of
-from kavier_twin.errors import UserError
-from kavier_twin.process import StopSignals, set_up_logging
+from kavier_twin.commands.duration import seconds_of
+from kavier_twin.commands.process import StopSignals
+from kavier_twin.errors import UserError, set_up_logging
 from kavier_twin.tap.hashing import ALGORITHMS
 
 _EXAMPLE = """examples:

@@ -2,9 +2,9 @@
 
 Several methods forecast the arrival rate; the one in use is whichever has been better over the recent past, which is
 tried out: from moments of the last hour or so, each forecasts what is known by now. What the chosen one got wrong there
-tells how uncertain the rate is. A future draws a path of the rate from that distribution, then arrivals at that rate,
-as bursty as those that came lately. Where the rate is climbing or falling nobody knows how far: in some futures it goes
-on.
+tells how uncertain the rate is. A scenario draws a path of the rate from that distribution, then arrivals at that rate,
+as bursty as those that came lately. Where the rate is climbing or falling nobody knows how far: in some scenarios it
+goes on.
 
 Methods are fitted, tried and chosen on schedule (event time), and fed with the newest counts at each forecast.
 """
@@ -32,7 +32,7 @@ from kavier_twin.forecast.load_methods import (
     relative_variance,
     trend,
 )
-from kavier_twin.twin.snapshot import COARSE_COUNT_SECONDS, COUNT_SECONDS, Snapshot
+from kavier_twin.mirror.snapshot import COARSE_COUNT_SECONDS, COUNT_SECONDS, Snapshot
 
 Floats = npt.NDArray[np.float64]
 
@@ -42,7 +42,7 @@ _ORIGINS_IN_HORIZON = 3  # of them
 _BLOCKS = 4  # parts of the horizon whose errors are told apart
 _FEWEST_STEPS = 4  # fewer say less than the recent requests themselves
 _FEWEST_TRAINING_STEPS = 12
-_FEWEST_TRIED_STEPS = 12  # less of a future is mostly chance
+_FEWEST_TRIED_STEPS = 12  # less of a scenario is mostly chance
 _SHORTEST_WINDOW_SECONDS = 1.0  # two requests in a millisecond are no rate of thousands a second
 _IMPOSSIBLE_REQUESTS = 14.0  # none where so many were due has odds of one in a million: exp(-14)
 _NEIGHBOURS = 6  # buckets on each side of a gap that tell how many were due
@@ -59,7 +59,7 @@ _PRIOR_RELATIVE_VARIANCE = 0.35**2 / 900.0  # per second ahead
 _PRIOR_TRIALS = 2
 _QUANTILE_Z = 1.2816  # of the 10 % and 90 % quantiles of a normal distribution
 _CHUNK = 1024
-_PAUSES = 1_000  # between recent arrivals that futures are made of; with fewer than a tenth, gamma-distributed ones
+_PAUSES = 1_000  # between recent arrivals that scenarios are made of; with fewer than a tenth, gamma-distributed ones
 _PAUSES_TOGETHER = 25  # drawn in a row: what comes bunched stays bunched
 _PAUSES_AROUND = 50  # on each side that tell the rate a pause belongs to
 
@@ -91,7 +91,7 @@ class LoadForecast:
     """The arrival rate to come, requests per second, in steps of `STEP_SECONDS` from `time_seconds` on.
 
     Its logarithm is a random walk: `deviation` is the standard deviation of the rate, `mean` its mean, in each step.
-    In futures that are told to be trending its mean is `trend`, and the deviation is as large in proportion.
+    In scenarios that are told to be trending its mean is `trend`, and the deviation is as large in proportion.
     """
 
     time_seconds: float
@@ -103,7 +103,7 @@ class LoadForecast:
     errors: Mapping[str, float]  # mean absolute scaled error by method over the recent past; NaN: not tried yet
     others: Mapping[str, Floats]  # [steps] mean by method
     pauses: Floats = field(default_factory=lambda: np.zeros(0))  # between recent arrivals, in units of their mean
-    trend: Floats = field(default_factory=lambda: np.zeros(0))  # [steps] mean in futures that are trending
+    trend: Floats = field(default_factory=lambda: np.zeros(0))  # [steps] mean in scenarios that are trending
 
     def rate(self, horizon_seconds: float, method: str | None = None) -> float:
         """The mean over the next `horizon_seconds`, as forecast by the method in use or another."""

@@ -10,13 +10,13 @@ from kavier_twin.forecast.load import LoadOutlook
 from kavier_twin.forecast.slo import Metric
 from kavier_twin.simulation.plain import plain
 
-StopReason = Literal["certain", "time", "all_futures"]
-"""Why no more futures were simulated: the best policy is known well enough, the budget ended, or there were enough."""
+StopReason = Literal["certain", "time", "all_scenarios"]
+"""Why no more scenarios were simulated: the best policy is known, the budget ended, or there were enough."""
 
 
 @dataclass(frozen=True)
 class Quantiles:
-    """A KPI over the futures simulated: quantile (0..1) -> value. NaN: no future had anything to observe."""
+    """A KPI over the scenarios simulated: quantile (0..1) -> value. NaN: no scenario had anything to observe."""
 
     values: Mapping[float, float]
 
@@ -33,17 +33,17 @@ class Row:
     policy: str
     horizon_seconds: float
     kpis: dict[Metric, Quantiles]
-    breach_probability: dict[str, float]  # by SLO: the share of futures that break it
+    breach_probability: dict[str, float]  # by SLO: the share of scenarios that break it
     breach_interval: dict[str, tuple[float, float]]  # by SLO: 90 % credible interval of that probability
-    futures: int  # of which all this is told
+    scenarios: int  # of which all this is told
 
 
 @dataclass(frozen=True)
 class FirstBreach:
-    """When an SLO is first broken, seconds from now: in the median future, and in the worst tenth of them.
+    """When an SLO is first broken, seconds from now: in the median scenario, and in the worst tenth of them.
 
     Found in windows as long as the shortest horizon. Infinite: not within the longest horizon. `probability`: the share
-    of the futures in which it is within that.
+    of the scenarios in which it is within that.
     """
 
     policy: str
@@ -63,7 +63,7 @@ class FailedPolicy:
 
 @dataclass(frozen=True)
 class Gain:
-    """What a policy gains over today's, on the same futures.
+    """What a policy gains over today's, on the same scenarios.
 
     `by_objective`: for "slo" fewer expected breaches, for others the share saved (0.1: a tenth less), at the longest
     horizon. `probability` that it is truly better in the objective that decides; NaN for today's own.
@@ -86,7 +86,7 @@ class Switch:
 class Verdict:
     """The best policy, beside today's. Expected breaches are the breach probabilities summed over SLOs and horizons.
 
-    Latency and throughput are medians over the futures at the longest horizon. `deployable`: `vllm serve` has a flag
+    Latency and throughput are medians over the scenarios at the longest horizon. `deployable`: `vllm serve` has a flag
     for every setting that the policy changes. `switch` is None where today's is best, or no time was left.
     """
 
@@ -108,10 +108,10 @@ class Forecast:
     """The near future of one pool under every policy."""
 
     pool: str
-    time_seconds: float  # event time at which the future begins
+    time_seconds: float  # event time at which the scenario begins
     calibrated: bool
     rate_requests_per_second: float  # of the arrivals assumed, on average up to the longest horizon
-    futures: int
+    scenarios: int
     stopped_because: StopReason
     shed: tuple[str, ...]  # policies left out for want of time
     rows: tuple[Row, ...]  # by policy, then horizon

@@ -17,7 +17,7 @@ from kavier_twin.simulation.settings import FleetSettings
 
 Floats = npt.NDArray[np.float64]
 Table = Mapping[str, Floats]
-"""By policy: [futures, horizons, METRICS]. The same future is the same row under every policy."""
+"""By policy: [scenarios, horizons, METRICS]. The same scenario is the same row under every policy."""
 
 _LOSS: dict[Objective, Metric] = {
     "latency": "e2e_p95_seconds",
@@ -118,7 +118,7 @@ def _least(objective: Objective) -> float:
 
 
 def _losses(values: Floats, objective: Objective, slos: Sequence[Slo]) -> Floats:
-    """By future, less is better: breaches over SLOs and horizons, or the logarithm of a KPI at the longest horizon."""
+    """By scenario, less is better: breaches over SLOs and horizons, or the log of a KPI at the longest horizon."""
     if objective == "slo":
         found = np.zeros(values.shape[0])
         for slo in slos:
@@ -129,7 +129,7 @@ def _losses(values: Floats, objective: Objective, slos: Sequence[Slo]) -> Floats
 
 
 def _metric(values: Floats, metric: Metric) -> Floats:
-    """Of every future, at the longest horizon."""
+    """Of every scenario, at the longest horizon."""
     return values[:, -1, METRICS.index(metric)]
 
 
@@ -138,6 +138,6 @@ def _expected_breaches(rows: Sequence[Row], policy: str) -> float:
 
 
 def _at_longest(rows: Sequence[Row], policy: str, metric: Metric) -> float:
-    """The median over futures at the longest horizon."""
+    """The median over scenarios at the longest horizon."""
     row = max((row for row in rows if row.policy == policy), key=lambda row: row.horizon_seconds)
     return row.kpis[metric].p50

@@ -33,14 +33,14 @@ from starlette.types import ASGIApp
 from kavier_twin import __version__
 from kavier_twin.forecast.policy_set import SETTINGS, Policies, PolicySet
 from kavier_twin.forecast.whatif import Answer, Busy, NothingYet, Question
+from kavier_twin.mirror.replicas import ReplicaDetail
 from kavier_twin.serve import models, problems
 from kavier_twin.serve.access import Access, guarded
-from kavier_twin.serve.envelope import Envelope, Limits
-from kavier_twin.serve.exporter import registry_of
+from kavier_twin.serve.limits import Envelope, Limits
+from kavier_twin.serve.metrics.exporter import registry_of
 from kavier_twin.serve.problems import ProblemError
 from kavier_twin.serve.score_models import AllScores, PoolScores
 from kavier_twin.serve.view import TwinView
-from kavier_twin.twin.replicas import ReplicaDetail
 
 STATIC: Final = files("kavier_twin.serve").joinpath("static")
 

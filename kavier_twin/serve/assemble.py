@@ -12,6 +12,11 @@ import numpy as np
 from kavier_twin.forecast.policy_set import PolicyInForce
 from kavier_twin.forecast.result import Forecast, Row, Verdict
 from kavier_twin.forecast.slo import Slo
+from kavier_twin.mirror.fidelity.cache import CacheWatch
+from kavier_twin.mirror.fidelity.power import PowerWatch
+from kavier_twin.mirror.fidelity.requests import Score
+from kavier_twin.mirror.fidelity.windows import Stretch
+from kavier_twin.mirror.mirror import Mirror
 from kavier_twin.serve.view import (
     Beside,
     Best,
@@ -28,11 +33,6 @@ from kavier_twin.serve.view import (
     TwinView,
     WindowError,
 )
-from kavier_twin.twin.cache_watch import CacheWatch
-from kavier_twin.twin.fidelity import Score
-from kavier_twin.twin.mirror import Mirror
-from kavier_twin.twin.power_watch import PowerWatch
-from kavier_twin.twin.windows import Stretch
 
 _LATENCIES: Final = {"ttft_seconds": (50, 99), "e2e_seconds": (95,), "queue_seconds": (95,)}
 _METRICS: Final = {  # the forecaster's metric -> KPI and statistic shown
@@ -155,7 +155,7 @@ def outlook(forecast: Forecast, made_unix_seconds: float, policies: Mapping[str,
         event_seconds=forecast.time_seconds,
         made_unix_seconds=made_unix_seconds,
         duration_seconds=math.nan if forecast.duration_seconds is None else forecast.duration_seconds,
-        futures=forecast.futures,
+        scenarios=forecast.scenarios,
         rate_per_second=forecast.rate_requests_per_second,
         load=forecast.load,
         calibrated=forecast.calibrated,

@@ -185,7 +185,9 @@ class PoolFidelity(_Answer):
     caches: tuple[CacheBeside, ...] = Field(description="Of engines that tell of their cache.")
     calibrated: bool = Field(description="Whether step times were fitted to the stream or given.", examples=[True])
     calibrated_on_requests: int = Field(examples=[800])
-    pace_ratio: float = Field(description="How much longer real steps last than the coefficients say.", examples=[1.02])
+    step_time_scale_ratio: float = Field(
+        description="How much longer real steps last than the coefficients say.", examples=[1.02]
+    )
     exact_cache_ratio: Figure = Field(description="Requests whose prefix hits were exact.", examples=[0.993])
     step_time: dict[str, Figure] = Field(description="Coefficients.", examples=[{"fixed": 0.008}])
     beside: tuple[Beside, ...]
@@ -202,7 +204,7 @@ class Predicted(_Answer):
 
     kpi: str = Field(examples=["ttft_seconds"])
     statistic: str = Field(examples=["p99"])
-    quantiles: Quantiles = Field(description="Quantile over the futures: value.", examples=[{"0.5": 0.8}])
+    quantiles: Quantiles = Field(description="Quantile over the scenarios: value.", examples=[{"0.5": 0.8}])
     trusted: bool = Field(description="Whether the KPI is to be trusted now.", examples=[True])
 
 
@@ -228,12 +230,12 @@ class PolicyOutlook(_Answer):
     in_force: bool = Field(description="Whether it is today's.", examples=[False])
     horizons: tuple[Horizon, ...]
     first_breach: dict[str, Quantiles] = Field(
-        description="By SLO: seconds to its first breach, in the worst tenth of futures and the median one; "
+        description="By SLO: seconds to its first breach, in the worst tenth of scenarios and the median one; "
         "null: none within the longest horizon.",
         examples=[{"ttft_p99": {"0.1": 300.0, "0.5": 840.0}}],
     )
     first_breach_probability: dict[str, float] = Field(
-        description="By SLO: the share of futures in which it comes within the longest horizon. Alerts follow it.",
+        description="By SLO: the share of scenarios in which it comes within the longest horizon. Alerts follow it.",
         examples=[{"ttft_p99": 0.55}],
     )
 
@@ -286,17 +288,17 @@ class LoadOutlook(_Answer):
 class Outlook(_Answer):
     """One forecast."""
 
-    event_seconds: float = Field(description="Where the future begins.", examples=[1767225600.5])
+    event_seconds: float = Field(description="Where the scenario begins.", examples=[1767225600.5])
     made_unix_seconds: float = Field(examples=[1767225601.0])
     duration_seconds: Figure = Field(description="That it took.", examples=[2.5])
-    futures: int = Field(examples=[8])
+    scenarios: int = Field(examples=[8])
     rate_per_second: Figure = Field(description="Arrivals assumed.", examples=[4.2])
     calibrated: bool = Field(description="False: not to be trusted.", examples=[True])
     policies: tuple[PolicyOutlook, ...] = Field(description="Best first.")
     best: Best | None
     load: LoadOutlook | None
     stopped_because: str = Field(
-        description="Why no more futures were simulated: certain, time, all_futures.", examples=["certain"]
+        description="Why no more scenarios were simulated: certain, time, all_scenarios.", examples=["certain"]
     )
     shed: tuple[str, ...] = Field(description="Policies for which no time was left.", examples=[()])
     notes: tuple[str, ...] = Field(description="What a reader of the figures must know.", examples=[()])

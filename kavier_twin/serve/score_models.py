@@ -47,7 +47,7 @@ class BreachScore(_Answer):
     forecasts: int = Field(examples=[120])
     breached: int = Field(description="Forecasts whose breach came.", examples=[9])
     brier: Figure = Field(description="Mean squared error, 0 is perfect.", examples=[0.04])
-    simulated_brier: Figure = Field(description="Of the share of futures.", examples=[0.05])
+    simulated_brier: Figure = Field(description="Of the share of scenarios.", examples=[0.05])
     persistence_brier: Figure = Field(description="Of saying that it stays as it is.", examples=[0.07])
     reliability: tuple[Bin, ...]
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 
 from kavier_twin.forecast.load import LoadOutlook
 from kavier_twin.forecast.result import Gain
-from kavier_twin.forecast.scores import Scores
-from kavier_twin.twin.replicas import Replica
+from kavier_twin.mirror.replicas import Replica
+from kavier_twin.scores.scorer import Scores
 
 Quantiles = Mapping[float, float]
-"""Quantile (0..1) over the simulated futures -> value."""
+"""Quantile (0..1) over the simulated scenarios -> value."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class KpiTrust:
 
 @dataclass(frozen=True)
 class Predicted:
-    """One KPI of one policy over one horizon, with its spread over the simulated futures."""
+    """One KPI of one policy over one horizon, with its spread over the simulated scenarios."""
 
     kpi: str
     statistic: str
@@ -93,11 +93,11 @@ class Horizon:
     breach_interval: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # SLO -> 90 % interval of it
 
     def median(self, kpi: str, statistic: str = "") -> float:
-        """The median over the futures; NaN where nothing is known."""
+        """The median over the scenarios; NaN where nothing is known."""
         return self.quantile(kpi, statistic, 0.5)
 
     def quantile(self, kpi: str, statistic: str, quantile: float) -> float:
-        """A quantile over the futures; NaN where it is not known."""
+        """A quantile over the scenarios; NaN where it is not known."""
         for entry in self.predicted:
             if (entry.kpi, entry.statistic) == (kpi, statistic):
                 return entry.quantiles.get(quantile, math.nan)
@@ -143,9 +143,9 @@ class SweepCounts:
     """What became of the forecast cycles since the start."""
 
     late: int = 0  # took longer than they come
-    futures: int = 0  # simulated
+    scenarios: int = 0  # simulated
     shed: Mapping[str, int] = field(default_factory=dict)  # policy -> cycles without time for it
-    stopped: Mapping[str, int] = field(default_factory=dict)  # why no more futures were simulated -> cycles
+    stopped: Mapping[str, int] = field(default_factory=dict)  # why no more scenarios were simulated -> cycles
 
 
 @dataclass(frozen=True)
@@ -155,13 +155,13 @@ class Outlook:
     event_seconds: float
     made_unix_seconds: float
     duration_seconds: float
-    futures: int
+    scenarios: int
     rate_per_second: float
     calibrated: bool
     policies: tuple[PolicyOutlook, ...]  # best first
     best: Best | None
     load: LoadOutlook | None = None  # the arrivals assumed
-    stopped_because: str = ""  # no more futures were simulated
+    stopped_because: str = ""  # no more scenarios were simulated
     shed: tuple[str, ...] = ()  # policies without time for them
     notes: tuple[str, ...] = ()  # what a reader of its figures must know
 
@@ -259,7 +259,7 @@ class TwinView:
     finished_requests: int = 0
     calibrated: bool = False
     calibrated_on_requests: int = 0
-    pace_ratio: float = 1.0
+    step_time_scale_ratio: float = 1.0
     frontend_seconds: float = math.nan
     checkpoint_unix_seconds: float | None = None  # of the last one written; NaN before, None where none are kept
     checkpoint_failures: int = 0

@@ -24,8 +24,7 @@ from typing import Any, Final
 import aiohttp
 from prometheus_client import start_http_server
 
-from kavier_twin.errors import UserError
-from kavier_twin.process import set_up_logging
+from kavier_twin.errors import UserError, set_up_logging
 from kavier_twin.tap.bodies import MOST_BYTES_TOGETHER
 from kavier_twin.tap.engine import Engine
 from kavier_twin.tap.exchanges import Passed, Request

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kavier_twin.accuracy.find import find
-from kavier_twin.cli import main
+from kavier_twin.commands.main import main
+from kavier_twin.studies.accuracy.find import find
 
 RECORDINGS = Path(__file__).parents[1] / "data" / "recordings"
 LATENCY = {"mean": 0.05, "p50": 0.05, "p90": 0.06, "p99": 0.07}

@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kavier_twin.cli import main
+from kavier_twin.commands.main import main
 from kavier_twin.forecast.forecaster import ForecastSettings
 from kavier_twin.forecast.slo import METRICS, Slo
-from kavier_twin.offline.backtest import backtest, reshaped
-from kavier_twin.offline.scenario import load_scenario
+from kavier_twin.mirror.mirror import Mirror
+from kavier_twin.recordings.scenario import load_scenario
+from kavier_twin.studies.backtest import backtest, reshaped
 from kavier_twin.telemetry import RequestRecord
-from kavier_twin.twin.mirror import Mirror
 
 RECORDINGS = Path(__file__).parents[1] / "data" / "recordings"
-SETTINGS = ForecastSettings(every_seconds=10.0, horizons_seconds=(10.0, 30.0), futures=2, workers=2)
+SETTINGS = ForecastSettings(every_seconds=10.0, horizons_seconds=(10.0, 30.0), scenarios=2, workers=2)
 
 
 def requests(count: int, every_seconds: float, output_tokens: int = 50) -> list[RequestRecord]:
@@ -36,7 +36,7 @@ def write(path: Path, records: list[RequestRecord]) -> Path:
 def test_a_recording(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     slos = tmp_path / "slo.yaml"
     slos.write_text("slos:\n- {name: patient, metric: e2e_p95_seconds, threshold: 3.0}\n")
-    options = ["--every", "20", "--horizons", "20,40", "--futures", "2", "--plots", str(tmp_path / "plots")]
+    options = ["--every", "20", "--horizons", "20,40", "--scenarios", "2", "--plots", str(tmp_path / "plots")]
     assert main(["backtest", str(RECORDINGS / "shift-300"), "--slo", str(slos), *options, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["measured"] is True

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kavier_twin.cli import main
+from kavier_twin.commands.main import main
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "fuzz-04"
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kavier_twin.cli import main
-from kavier_twin.offline.export_opendc import REPLICA_MHZ
+from kavier_twin.commands.main import main
+from kavier_twin.studies.export_opendc import REPLICA_MHZ
 
 parquet = pytest.importorskip("pyarrow.parquet", reason="the extra opendc is not installed")
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "fuzz-04"

@@ -13,9 +13,9 @@ from prometheus_client import CollectorRegistry
 from connectors.prometheus.names import place_of
 from connectors.traces.telemetry import parse_record
 from kafka_broker import Broker
-from kavier_twin.cli import main
+from kavier_twin.commands.main import main
 from kavier_twin.commands.replay import EnginePage, RecordedFleet
-from kavier_twin.offline.recording import read_recording, recorded_engine
+from kavier_twin.recordings.recording import read_recording, recorded_engine
 from kavier_twin.telemetry import EngineSample, RequestFinished, RequestSeen, TelemetryRecord
 
 

@@ -9,8 +9,8 @@ from rich.console import Console
 
 from kavier_twin.commands.figures import NAMES, figure, spread
 from kavier_twin.commands.score_tables import print_scores
-from kavier_twin.forecast.scores import AlertScore, Bin, BreachScore, KpiScore, Scores
 from kavier_twin.forecast.slo import METRICS
+from kavier_twin.scores.scorer import AlertScore, Bin, BreachScore, KpiScore, Scores
 
 BINS = tuple(Bin(0.1 * place, 10, 0.1 * place, 0.1 * place) for place in range(10))
 SCORES = Scores(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kavier_twin.cli import main
+from kavier_twin.commands.main import main
 
 DATA = Path(__file__).parents[1] / "data"
 GOLDEN = DATA / "golden" / "fuzz-04"
@@ -65,7 +65,7 @@ def test_beladys_policy_knows_the_whole_trace(
     """A trace is simulated in parts, but a bound that knows one part only is none."""
     arguments = (str(RECORDING), "--policy", "eviction=belady", "--policy", "num_gpu_blocks=150")
     expected = as_json(capsys, *arguments)["prefix_cache_hit_tokens"]
-    monkeypatch.setattr("kavier_twin.offline.scenario._PART", 20)
+    monkeypatch.setattr("kavier_twin.recordings.scenario._PART", 20)
     assert as_json(capsys, *arguments)["prefix_cache_hit_tokens"] == expected
 
 

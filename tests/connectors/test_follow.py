@@ -12,12 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from connectors import follow
 from connectors.dead_letters import DeadLetters
-from connectors.follow import FollowFile
 from connectors.memory import MemorySource
 from connectors.source import Source
-from connectors.traces import TraceError, read_trace
+from connectors.traces import TraceError, follow, read_trace
+from connectors.traces.follow import FollowFile
 from kavier_twin.telemetry import EngineSample, RequestRecord, RequestSeen, TelemetryRecord
 
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n"

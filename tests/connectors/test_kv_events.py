@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from connectors.kv_events.source import KvEventsSource
 from connectors.kv_events.wire import REMOVED, STORED, WireError, decode_batch
 from connectors.traces.recording import read_kv_events
+from kavier_twin.mirror.fidelity.kv_cache_view import KvCacheView
 from kavier_twin.telemetry import KvBlocksRemoved, KvBlocksStored, KvCacheCleared, KvEventBatch
-from kavier_twin.twin.kv_cache_view import KvCacheView
 from kv_publisher import Publisher
 from waiting import wait_until
 

@@ -7,11 +7,12 @@ import pytest
 import yaml
 
 from connectors.kafka.settings import KafkaSettings
-from kavier_twin.config import CRUDE_STEP_TIME, Settings, read_settings
+from kavier_twin.daemon.config import Settings, read_settings
+from kavier_twin.daemon.http_settings import DEFAULT_PORT
 from kavier_twin.errors import UserError
 from kavier_twin.forecast.forecaster import ForecastSettings
-from kavier_twin.http_settings import DEFAULT_PORT
-from kavier_twin.twin.mirror import MirrorSettings
+from kavier_twin.mirror.mirror import MirrorSettings
+from kavier_twin.simulation.settings import CRUDE_STEP_TIME
 
 
 def write(tmp_path: Path, content: Any) -> Path:
@@ -203,7 +204,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_a_live_pool_does_not_know_the_future(tmp_path: Path) -> None:
-    """Belady's policy is for futures: refused for the pool, let through as a policy of the forecast."""
+    """Belady's policy is for scenarios: refused for the pool, let through as a policy of the forecast."""
     refused = minimal()
     refused["fleet"]["engine"]["eviction"] = "belady"
     (problem,) = problems(tmp_path, refused)

@@ -23,17 +23,16 @@ import waiting
 from connectors.memory import MemorySource
 from connectors.source import Source
 from connectors.traces import read_trace
-from kavier_twin.config import CRUDE_STEP_TIME
-from kavier_twin.daemon import Daemon
+from kavier_twin.daemon.daemon import Daemon
+from kavier_twin.daemon.feed import Feed
+from kavier_twin.daemon.http_settings import HttpConfig
+from kavier_twin.daemon.pool import PoolTwin
 from kavier_twin.errors import UserError
 from kavier_twin.forecast.forecaster import ForecastSettings
-from kavier_twin.http_settings import HttpConfig
-from kavier_twin.live.feed import Feed
-from kavier_twin.live.pool import PoolTwin
-from kavier_twin.live.replay_source import ReplaySource
-from kavier_twin.simulation.settings import EngineSettings, FleetSettings
+from kavier_twin.mirror.mirror import MirrorSettings
+from kavier_twin.recordings.replay_source import ReplaySource
+from kavier_twin.simulation.settings import CRUDE_STEP_TIME, EngineSettings, FleetSettings
 from kavier_twin.telemetry import EngineSample, RequestFinished, RequestRecord, RequestSeen, TelemetryRecord
-from kavier_twin.twin.mirror import MirrorSettings
 
 RECORDING = Path(kavier_twin.__file__).parent / "demo_data" / "ramp-300"
 PATIENCE_SECONDS = 300.0  # before a test fails: a kernel may have to be compiled first
@@ -42,7 +41,9 @@ ENGINE = EngineSettings(
 )
 FLEET = FleetSettings(engine=ENGINE, step_time=CRUDE_STEP_TIME)
 MIRROR = MirrorSettings(pool="chat", lateness_seconds=0.5, calibrate_after_requests=40)
-FORECAST = ForecastSettings(every_seconds=0.2, budget_seconds=30.0, horizons_seconds=(5.0, 10.0), futures=2, workers=2)
+FORECAST = ForecastSettings(
+    every_seconds=0.2, budget_seconds=30.0, horizons_seconds=(5.0, 10.0), scenarios=2, workers=2
+)
 
 
 until = partial(waiting.until, patience_seconds=PATIENCE_SECONDS)
@@ -197,7 +198,7 @@ class Process:
         environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONUNBUFFERED": "1", "COLUMNS": "150"}
         with self.out.open("wb") as out, self.err.open("wb") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "kavier_twin.cli", *arguments], stdout=out, stderr=err, env=environment
+                [sys.executable, "-m", "kavier_twin.commands.main", *arguments], stdout=out, stderr=err, env=environment
             )
 
     def url(self) -> str:
@@ -237,7 +238,7 @@ def config(tmp_path: Path) -> Path:
         fleet: {engine: {block_size: 32, num_gpu_blocks: 300, max_num_seqs: 6, async_scheduling: false}}
         mirror: {lateness_seconds: 0.5}
         sources: [{type: trace_file, path: requests.jsonl}]
-        forecast: {every_seconds: 0.5, budget_seconds: 30, horizons_seconds: [5], futures: 1}
+        forecast: {every_seconds: 0.5, budget_seconds: 30, horizons_seconds: [5], scenarios: 1}
         http: {port: 0}
         dead_letters: letters.jsonl
         """

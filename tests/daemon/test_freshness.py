@@ -14,15 +14,15 @@ import pytest
 from connectors.memory import MemorySource
 from connectors.source import LogSource
 from daemon.test_daemon import FLEET, FORECAST, get, metric, until
-from kavier_twin.daemon import Daemon
-from kavier_twin.http_settings import HttpConfig
-from kavier_twin.live.checkpoints import Checkpoints
-from kavier_twin.live.feed import Feed
-from kavier_twin.live.freshness import Freshness
-from kavier_twin.live.pool import PoolTwin
+from kavier_twin.daemon.checkpoints import Checkpoints
+from kavier_twin.daemon.daemon import Daemon
+from kavier_twin.daemon.feed import Feed
+from kavier_twin.daemon.freshness import Freshness
+from kavier_twin.daemon.http_settings import HttpConfig
+from kavier_twin.daemon.pool import PoolTwin
+from kavier_twin.mirror.mirror import Mirror, MirrorSettings
 from kavier_twin.serve.view import SourceState
 from kavier_twin.telemetry import EngineSample, RequestFinished, RequestRecord, RequestSeen
-from kavier_twin.twin.mirror import Mirror, MirrorSettings
 
 
 class Log(MemorySource):
@@ -97,7 +97,7 @@ def test_the_daemon_says_stale_once_and_again_when_it_is_over(caplog: pytest.Log
         until(lambda: not daemon.view.stale, "fresh")
     finally:
         assert daemon.stop()
-    messages = [record.message for record in caplog.records if record.name == "kavier_twin.live.freshness"]
+    messages = [record.message for record in caplog.records if record.name == "kavier_twin.daemon.freshness"]
     assert messages == [
         "pool default: its figures are stale: bus: no broker can be reached",
         "pool default: its figures are fresh again",

@@ -10,8 +10,8 @@ import yaml
 
 from connectors.kv_events.source import KvEventsSource
 from connectors.prometheus.source import PrometheusSource
-from kavier_twin.config import Settings, read_settings
-from kavier_twin.daemon import Daemon
+from kavier_twin.daemon.config import Settings, read_settings
+from kavier_twin.daemon.daemon import Daemon
 from kavier_twin.errors import UserError
 from prometheus_server import Pages
 from waiting import wait_until

@@ -12,15 +12,15 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from connectors.memory import MemorySource
 from daemon.test_daemon import FLEET, FORECAST, events, get, metric, recorded, until
-from kavier_twin.config import read_settings
-from kavier_twin.daemon import Daemon
+from kavier_twin.daemon.checkpoints import Checkpoints
+from kavier_twin.daemon.config import read_settings
+from kavier_twin.daemon.daemon import Daemon
+from kavier_twin.daemon.feed import Feed
+from kavier_twin.daemon.http_settings import HttpConfig
+from kavier_twin.daemon.pool import PoolTwin
 from kavier_twin.errors import UserError
-from kavier_twin.http_settings import HttpConfig
-from kavier_twin.live.checkpoints import Checkpoints
-from kavier_twin.live.feed import Feed
-from kavier_twin.live.pool import PoolTwin
+from kavier_twin.mirror.mirror import MirrorSettings
 from kavier_twin.telemetry import RequestRecord, RequestSeen, TelemetryRecord
-from kavier_twin.twin.mirror import MirrorSettings
 
 
 def pool(name: str) -> PoolTwin:

@@ -15,20 +15,20 @@ from hypothesis import strategies as st
 from prometheus_client import generate_latest
 
 from forecast.forecasts import forecast_of, row
-from kavier_twin.cli import main
+from kavier_twin.commands.main import main
 from kavier_twin.errors import UserError
 from kavier_twin.forecast.forecaster import ForecastSettings
 from kavier_twin.forecast.result import Forecast, Quantiles
-from kavier_twin.forecast.scores import Settled
 from kavier_twin.forecast.slo import Slo
-from kavier_twin.live.score_keeper import ScoreKeeper
-from kavier_twin.live.score_store import KEEP_SECONDS, ScoreStore, read_judged
-from kavier_twin.serve.exporter import registry_of
+from kavier_twin.mirror.applied import Applied, Arrived, Ended
+from kavier_twin.mirror.checkpoint_file import Saved
+from kavier_twin.scores.keeper import ScoreKeeper
+from kavier_twin.scores.scorer import Settled
+from kavier_twin.scores.store import KEEP_SECONDS, ScoreStore, read_judged
+from kavier_twin.serve.metrics.exporter import registry_of
 from kavier_twin.serve.view import TwinView
 from kavier_twin.simulation.footprint import Footprint, PowerModel
 from kavier_twin.telemetry import EngineSample, GpuSample, RequestFinished
-from kavier_twin.twin.applied import Applied, Arrived, Ended
-from kavier_twin.twin.checkpoint import Saved
 
 SETTINGS = ForecastSettings(slos=(Slo(name="slow", metric="e2e_p95_seconds", threshold=2.0),))
 FOOTPRINT = Footprint(power=PowerModel(idle_watts=100.0, max_watts=700.0))

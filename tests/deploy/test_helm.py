@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from deploy.helm_chart import CHART, DASHBOARDS, RULES, SAMPLES, Manifest, check, only, refusal, render, render_text
 from kavier_twin import __version__
-from kavier_twin.config import read_settings
+from kavier_twin.daemon.config import read_settings
 from real_parts import helm
 
 pytestmark = pytest.mark.real

@@ -12,7 +12,7 @@ import yaml
 from deploy import runbook_page
 from deploy.helm_chart import RULES
 from deploy.runbook_page import PAGE, RUNBOOK
-from kavier_twin.forecast.scores import ALERT_PROBABILITY
+from kavier_twin.scores.scorer import ALERT_PROBABILITY
 from real_parts import promtool
 
 BREACH = "KavierTwinSloBreachPredicted"

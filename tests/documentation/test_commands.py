@@ -33,7 +33,7 @@ from deploy.helm_chart import CHART, ROOT, only, render
 from documentation.commands import Command, documented, fences, of_the_help
 from kafka_broker import SCRAM_PASSWORD, USER, Broker, OurBroker
 from kavier_twin import __version__
-from kavier_twin.cli import COMMANDS, main
+from kavier_twin.commands.main import COMMANDS, main
 from real_parts import require
 
 pytestmark = pytest.mark.slow
@@ -107,7 +107,7 @@ class World:
                     "fleet": {"engine": engine, "replicas": 2},
                     "mirror": {"calibrate_after_requests": 30},
                     "sources": [{"type": "trace_file", "path": "trace.jsonl"}],
-                    "forecast": {"every_seconds": 10, "horizons_seconds": [10], "futures": 2, "workers": 1},
+                    "forecast": {"every_seconds": 10, "horizons_seconds": [10], "scenarios": 2, "workers": 1},
                     "http": {"port": 0, "token": {"file": "token"}},
                     "checkpoints": {"directory": "state", "every_seconds": 5},
                 }
@@ -231,7 +231,7 @@ class Started:
 def started(world: World, words: list[str]) -> Iterator[Started]:
     path = world.path("log.txt" if words[0] == "run" else f"{words[0]}.txt")
     with path.open("wb") as log:
-        command = [sys.executable, "-m", "kavier_twin.cli", *words]
+        command = [sys.executable, "-m", "kavier_twin.commands.main", *words]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
         process = subprocess.Popen(command, cwd=world.directory, env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:

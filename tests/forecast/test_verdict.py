@@ -19,7 +19,7 @@ SLOS = (Slo(name="e2e", metric="e2e_p95_seconds", threshold=10.0),)
 
 
 def seen(latency: list[float], cost: float = 1.0, rejected: float = 0.0) -> Floats:
-    """One future for each latency; it is the same at both horizons."""
+    """One scenario for each latency; it is the same at both horizons."""
     values = np.ones((len(latency), HORIZONS, len(METRICS)))
     values[..., METRICS.index("e2e_p95_seconds")] = np.array(latency)[:, None]
     values[..., METRICS.index("cost_per_million_tokens")] = cost
@@ -35,7 +35,7 @@ def test_fewest_breaches_over_all_horizons_come_first() -> None:
     found = ranking(today=seen([11.0, 2.0]), safe=seen([9.0, 9.0]), fast=seen([11.0, 1.0]))
     assert found.best == "safe"
     gain = found.gain("safe")
-    assert gain.by_objective["slo"] == 1.0  # in one of two futures, at two horizons
+    assert gain.by_objective["slo"] == 1.0  # in one of two scenarios, at two horizons
     assert gain.decided_by == "slo"
 
 
@@ -60,8 +60,8 @@ def test_nothing_observed_is_no_gain() -> None:
     assert ranking(today=seen([math.nan]), other=seen([math.nan])).best == "today"
 
 
-def test_more_futures_and_clearer_differences_make_it_surer() -> None:
-    """What futures have in common does not blur a paired difference."""
+def test_more_scenarios_and_clearer_differences_make_it_surer() -> None:
+    """What scenarios have in common does not blur a paired difference."""
     load = [1.0, 2.0, 4.0, 8.0]
     clear = ranking(today=seen(load), other=seen([0.9 * time for time in load])).gain("other")
     noisy = ranking(today=seen(load), other=seen([0.5, 2.2, 2.0, 8.8])).gain("other")

@@ -17,8 +17,8 @@ import pytest
 from connectors.traces import read_trace
 from connectors.traces.recording import read_kv_events, read_metrics
 from kafka_broker import OurBroker
-from kavier_twin.config import read_settings
-from kavier_twin.daemon import Daemon
+from kavier_twin.daemon.config import read_settings
+from kavier_twin.daemon.daemon import Daemon
 from kavier_twin.telemetry import RequestFinished, RequestSeen
 from kv_publisher import Publisher
 from prometheus_server import RealPrometheus, openmetrics
@@ -73,7 +73,7 @@ sources:
   - {{type: prometheus, url: "{prometheus.url}", engines: {{namespace: chat}},
      warm_up_seconds: {time.time() - STARTED + 60.0}, max_backfill_seconds: 1000000000}}
   - {{type: kv_events, endpoint: "{publisher.endpoint}", replay_endpoint: "{publisher.replay}"}}
-forecast: {{futures: 2, horizons_seconds: [60], policies: [{{name: today}}], every_seconds: 1}}
+forecast: {{scenarios: 2, horizons_seconds: [60], policies: [{{name: today}}], every_seconds: 1}}
 http: {{port: 0}}
 """)
     stream = records()

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from connectors.memory import MemorySource
-from kavier_twin.daemon import Daemon
+from kavier_twin.daemon.checkpoints import Checkpoints
+from kavier_twin.daemon.daemon import Daemon
+from kavier_twin.daemon.feed import Feed
+from kavier_twin.daemon.pool import PoolTwin
 from kavier_twin.forecast.forecaster import ForecastSettings
-from kavier_twin.live.checkpoints import Checkpoints
-from kavier_twin.live.feed import Feed
-from kavier_twin.live.pool import PoolTwin
+from kavier_twin.mirror.mirror import MirrorSettings
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
 from kavier_twin.telemetry import RequestFinished, RequestSeen
-from kavier_twin.twin.mirror import MirrorSettings
 from waiting import wait_until
 
 FLEET = FleetSettings(

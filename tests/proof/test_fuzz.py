@@ -13,10 +13,10 @@ import pytest
 from connectors.kafka import source
 from connectors.kafka.messages import parse_value
 from connectors.traces.base import Malformed
-from kavier_twin.live.pool import PoolTwin
+from kavier_twin.daemon.pool import PoolTwin
+from kavier_twin.mirror.mirror import MirrorSettings
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
 from kavier_twin.telemetry import EngineSample, RequestFinished, RequestRecord, RequestSeen
-from kavier_twin.twin.mirror import MirrorSettings
 
 RECORDS = 200_000
 BATCH_RECORDS = 500

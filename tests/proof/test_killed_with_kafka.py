@@ -16,7 +16,7 @@ from connectors.kafka.settings import KafkaSettings
 from connectors.traces import read_trace
 from daemon.test_restart import KILLS, RECORDING, last_state, make_daemon
 from kafka_broker import OurBroker
-from kavier_twin.daemon import Daemon
+from kavier_twin.daemon.daemon import Daemon
 from kavier_twin.telemetry import RequestFinished, RequestSeen
 
 kafka = pytest.importorskip("kafka", reason="needs the extra kafka")

@@ -17,7 +17,7 @@ from schemathesis.generation import GenerationMode
 
 from kavier_twin.serve.access import Access
 from kavier_twin.serve.app import Twin, make_app
-from kavier_twin.serve.envelope import Limits
+from kavier_twin.serve.limits import Limits
 from kavier_twin.serve.view import History
 from serve.twins import TOKEN, FakePool, Served
 from serve.views import empty_view, full_view

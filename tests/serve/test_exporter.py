@@ -9,12 +9,12 @@ from prometheus_client.openmetrics.exposition import generate_latest as generate
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
 
-from kavier_twin.serve.exporter import KPIS, registry_of
+from kavier_twin.serve.metrics.exporter import KPIS, registry_of
 from kavier_twin.serve.view import TwinView
 from real_parts import promtool
 from serve.views import empty_view, full_view
 
-UNITS = ("seconds", "ratio", "total", "records", "blocks", "requests", "futures", "per_second", "info", "watts")
+UNITS = ("seconds", "ratio", "total", "records", "blocks", "requests", "scenarios", "per_second", "info", "watts")
 UNITS += ("joules_per_million_tokens", "grams_per_million_tokens", "cost_per_million_tokens")
 # Counts of things in their own unit, and flags.
 WITHOUT_UNIT = ("source_up", "_running", "_waiting", "_preemptions", "_rejected", "_calibrated", "_best_policy")
@@ -150,9 +150,11 @@ def test_what_is_not_known_has_no_sample() -> None:
 
 def test_labels_are_escaped() -> None:
     view = replace(full_view(), pool='a"b\\c\nd')
-    found = registry_of(lambda: {view.pool: view}).get_sample_value("kavier_twin_pace_ratio", {"pool": view.pool})
+    found = registry_of(lambda: {view.pool: view}).get_sample_value(
+        "kavier_twin_step_time_scale_ratio", {"pool": view.pool}
+    )
     assert found == 1.1
-    read = next(family for family in parse(text_of(view)) if family.name == "kavier_twin_pace_ratio")
+    read = next(family for family in parse(text_of(view)) if family.name == "kavier_twin_step_time_scale_ratio")
     assert read.samples[0].labels["pool"] == view.pool
 
 
@@ -184,15 +186,15 @@ def test_watts_are_shown_side_by_side() -> None:
 def test_sweeps_and_what_their_verdict_is_worth() -> None:
     view = full_view()
     assert value(view, "kavier_twin_forecast_late_total") == 2.0
-    assert value(view, "kavier_twin_forecast_simulated_futures_total") == 28.0
+    assert value(view, "kavier_twin_forecast_simulated_scenarios_total") == 28.0
     assert value(view, "kavier_twin_forecast_shed_total", policy="slow") == 3.0
     assert value(view, "kavier_twin_forecast_stops_total", reason="time") == 1.0
     now = {"policy": "today", "in_force": "1", "trusted": "1", "source": "stream"}
     breach = {**now, "horizon": "300", "slo": "fast"}
     assert value(view, "kavier_twin_slo_breach_probability_bound_ratio", **breach, bound="high") == 0.65
     first = {**now, "slo": "fast"}
-    assert value(view, "kavier_twin_time_to_breach_seconds", **first, futures="worst") == 120.0
-    assert value(view, "kavier_twin_time_to_breach_seconds", **first, futures="median") is None
+    assert value(view, "kavier_twin_time_to_breach_seconds", **first, scenarios="worst") == 120.0
+    assert value(view, "kavier_twin_time_to_breach_seconds", **first, scenarios="median") is None
     assert value(view, "kavier_twin_slo_first_breach_probability_ratio", **first) == 0.35
     best = {"policy": "half"}
     assert value(view, "kavier_twin_best_policy_gain_probability_ratio", **best, switch="no") == 0.97

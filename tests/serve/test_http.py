@@ -13,8 +13,8 @@ from kavier_twin.forecast.whatif import Busy, NothingYet
 from kavier_twin.serve import http
 from kavier_twin.serve.access import Access
 from kavier_twin.serve.app import RefusedError, Twin
-from kavier_twin.serve.envelope import Limits
 from kavier_twin.serve.http import AddressError, HttpServer
+from kavier_twin.serve.limits import Limits
 from serve.twins import TOKEN, Served
 from serve.views import empty_view, full_view
 

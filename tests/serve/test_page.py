@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kavier_twin.forecast.scores import AlertScore, BreachScore, KpiScore, Scores
+from kavier_twin.scores.scorer import AlertScore, BreachScore, KpiScore, Scores
 from kavier_twin.serve.access import Access
 from kavier_twin.serve.app import RefusedError
 from kavier_twin.serve.view import Beside, Compiling, History, KpiTrust

@@ -6,6 +6,7 @@ import math
 
 from kavier_twin.forecast.load import LoadAhead, LoadOutlook
 from kavier_twin.forecast.result import Gain
+from kavier_twin.mirror.replicas import Replica
 from kavier_twin.serve.assemble import _METRICS
 from kavier_twin.serve.view import (
     Beside,
@@ -24,7 +25,6 @@ from kavier_twin.serve.view import (
     TwinView,
     WindowError,
 )
-from kavier_twin.twin.replicas import Replica
 
 QUANTILES = {0.1: 0.5, 0.5: 0.75, 0.9: 1.0}
 
@@ -44,7 +44,7 @@ def full_view(pool: str = "chat") -> TwinView:
         event_seconds=100.0,
         made_unix_seconds=1.7e9,
         duration_seconds=0.5,
-        futures=4,
+        scenarios=4,
         rate_per_second=2.5,
         calibrated=True,
         policies=(
@@ -71,7 +71,7 @@ def full_view(pool: str = "chat") -> TwinView:
         ),
         stopped_because="certain",
         shed=("slow",),
-        notes=("4 futures are few",),
+        notes=("4 scenarios are few",),
         load=LoadOutlook(
             "exponential_smoothing",
             {"persistence": 1.2, "exponential_smoothing": 0.9, "sparse": math.nan},
@@ -93,7 +93,7 @@ def full_view(pool: str = "chat") -> TwinView:
         finished_requests=5,
         calibrated=True,
         calibrated_on_requests=60,
-        pace_ratio=1.1,
+        step_time_scale_ratio=1.1,
         frontend_seconds=0.005,
         step_time={"fixed": 0.01, "per_prefill_token": 3e-5},
         step_time_deviation={"fixed": 0.001, "per_prefill_token": math.inf},
@@ -132,7 +132,7 @@ def full_view(pool: str = "chat") -> TwinView:
         power=PowerBeside(412.0, 400.0, 118.0, 450.0, 270.0, calibrations=3),
         sources=(SourceState("file:a", False, {"not-json": 3, "bad-value": 1}), SourceState("file:b", True, {})),
         forecasts={"succeeded": 7, "failed": 1},
-        sweeps=SweepCounts(late=2, futures=28, shed={"slow": 3}, stopped={"certain": 6, "time": 1}),
+        sweeps=SweepCounts(late=2, scenarios=28, shed={"slow": 3}, stopped={"certain": 6, "time": 1}),
         outlook=outlook,
         currency="EUR",
         notes=("a note",),

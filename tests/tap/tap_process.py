@@ -55,7 +55,7 @@ class TapProcess:
 @contextmanager
 def tap_process(log: Path, *options: str | Path, environment: dict[str, str] | None = None) -> Iterator[TapProcess]:
     """Run a tap that writes what it says to `log`."""
-    command = [sys.executable, "-m", "kavier_twin.cli", "tap", "--port", "0", "--metrics-port", "0"]
+    command = [sys.executable, "-m", "kavier_twin.commands.main", "tap", "--port", "0", "--metrics-port", "0"]
     with log.open("wb") as said:
         process = subprocess.Popen(
             [*command, *map(str, options)], stdout=said, stderr=said, env={**os.environ, **(environment or {})}

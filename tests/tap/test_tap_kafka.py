@@ -15,8 +15,8 @@ import httpx
 import pytest
 
 from kafka_broker import SCRAM_PASSWORD, USER, OurBroker
-from kavier_twin.config import read_settings
-from kavier_twin.daemon import Daemon
+from kavier_twin.daemon.config import read_settings
+from kavier_twin.daemon.daemon import Daemon
 from kavier_twin.tap.hashing import BlockHasher
 from tap.openai_server import OpenAIServer, Running, serving, token_ids
 from tap.tap_process import tap_process

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from connectors.kafka.settings import KafkaSettings
+from connectors.settings import KvEvents
 from connectors.traces.telemetry import parse_record
-from kavier_twin.cli import main
-from kavier_twin.live.live_sources import KvEvents
+from kavier_twin.commands.main import main
 from kavier_twin.telemetry import RequestFinished, RequestRecord, RequestSeen
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"

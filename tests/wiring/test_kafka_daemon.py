@@ -11,8 +11,8 @@ import pytest
 
 import waiting
 from kafka_broker import OurBroker
-from kavier_twin.config import read_settings
-from kavier_twin.daemon import Daemon
+from kavier_twin.daemon.config import read_settings
+from kavier_twin.daemon.daemon import Daemon
 from kavier_twin.telemetry import RequestFinished, RequestSeen
 
 kafka = pytest.importorskip("kafka", reason="needs the extra kafka")
@@ -42,7 +42,7 @@ def test_requests_through_kafka_are_mirrored_and_the_source_told_of(real_kafka: 
     settings.write_text(f"""
 fleet: {{engine: {{num_gpu_blocks: 300}}}}
 sources: [{{type: kafka, brokers: ["{real_kafka.address}"], topics: [{topic}], start: earliest, group: null}}]
-forecast: {{futures: 2, horizons_seconds: [5], policies: [{{name: today}}], every_seconds: 1000}}
+forecast: {{scenarios: 2, horizons_seconds: [5], policies: [{{name: today}}], every_seconds: 1000}}
 http: {{port: 0}}
 dead_letters: dead.jsonl
 """)
@@ -91,7 +91,7 @@ def test_a_first_start_mirrors_the_topic_s_last_minutes(real_kafka: OurBroker, t
     settings.write_text(f"""
 fleet: {{engine: {{num_gpu_blocks: 300}}, replicas: 2}}
 sources: [{{type: kafka, brokers: ["{real_kafka.address}"], topics: [{topic}], group: null}}]
-forecast: {{futures: 2, horizons_seconds: [5], policies: [{{name: today}}], every_seconds: 1}}
+forecast: {{scenarios: 2, horizons_seconds: [5], policies: [{{name: today}}], every_seconds: 1}}
 http: {{port: 0}}
 """)
     daemon = Daemon.of(read_settings(settings), warm_up_seconds=1_800.0)

@@ -100,10 +100,10 @@ function draw(state, fidelity, forecast, policies, history, scores) {
   });
   $("charts-none").hidden = history.series.length > 0 || Boolean(forecast.outlook);
   const some = forecast.outlook?.policies.find((one) => one.horizons.length)?.horizons[0].predicted[0];
-  if (some) $("fan-words").textContent = `median and ${rangeWords(some.quantiles)} of the futures, today’s policy`;
+  if (some) $("fan-words").textContent = `median and ${rangeWords(some.quantiles)} of the scenarios, today’s policy`;
   keepFocus(() => {
     drawBeside(pool);
-    drawOdds(forecast, today);
+    drawProbabilities(forecast, today);
     drawForecast(forecast, late, age);
     drawReplicas(pool);
     drawScores(scores);
@@ -131,7 +131,7 @@ function drawTrust(pool, fidelity, forecast, late, age) {
   const [mark, word] = {
     good: ["✓", "Trusted"], warn: ["…", compiling ? "Getting ready" : "Not to be trusted yet"], bad: ["✕", pool.stale.length ? "Stale: not to be trusted" : "Not to be trusted"],
   }[level];
-  const pace = fidelity.pace_ratio, slower = pace >= 1;
+  const pace = fidelity.step_time_scale_ratio, slower = pace >= 1;
   const good = [`Step times are fitted on ${fidelity.calibrated_on_requests} requests` + (Math.abs(pace - 1) < 0.005 ? "." :
     `; right now the engines are ${(slower ? pace : 1 / pace).toFixed(2)} times ${slower ? "slower" : "faster"}, which the mirror follows.`)];
   if (known(fidelity.exact_cache_ratio)) {
@@ -172,7 +172,7 @@ function drawBeside(pool) {
   table($("beside"), ["KPI", "mirror", "reality", "error", "over"], rows, "Mirror beside reality");
 }
 
-function drawOdds(forecast, today) {
+function drawProbabilities(forecast, today) {
   const policies = forecast.outlook?.policies ?? [];
   const now = policies.find((policy) => policy.name === today && policy.horizons.length);
   if (!now) { $("ahead-alert").hidden = true; $("odds").replaceChildren(element("p", "No forecast yet.", "soft")); return; }
@@ -224,7 +224,7 @@ function drawForecast(forecast, late, age) {
   const horizons = [...new Set(outlook.policies.flatMap((policy) => policy.horizons.map((one) => one.seconds)))].sort((a, b) => a - b);
   if (!horizons.includes(page.horizon)) page.horizon = horizons.at(-1);
   $("ahead-words").textContent = `${late ? "LATE: made" : "Made"} ${span(Math.max(0, Math.round(age)))} ago, from the fleet as it ` +
-    `stood at ${clock(outlook.event_seconds)}: ${outlook.futures} futures at ${figure(outlook.rate_per_second, "")} requests/s, the ` +
+    `stood at ${clock(outlook.event_seconds)}: ${outlook.scenarios} scenarios at ${figure(outlook.rate_per_second, "")} requests/s, the ` +
     "same for every policy." + (outlook.calibrated ? "" : " Made before calibration: not to be trusted.");
   $("ahead-words").classList.toggle("bad-text", late);
   drawBest(outlook);

@@ -105,7 +105,7 @@ function showAnswer(told) {
   const place = element("div", "", "scroll");
   table(place, ["case", ...slos.map((slo) => `breach ${slo}`), ...COLUMNS.map(([title]) => title)], rows, "What if");
   const how = told.vllm_flags.length ? `vllm serve … ${told.vllm_flags.join(" ")}` : told.hypothetical_reasons.join("; ");
-  const parts = [element("p", `The next ${span(told.horizon_seconds)}, ${told.futures} futures at ` +
+  const parts = [element("p", `The next ${span(told.horizon_seconds)}, ${told.scenarios} scenarios at ` +
     `${figure(told.rate_requests_per_second, "")} requests/s; simulated in ${told.duration_seconds.toFixed(1)} s.` +
     (told.calibrated ? "" : " Not calibrated yet: not to be trusted."), "soft"), place];
   if (how) parts.push(element("p")) && parts.at(-1).append(element("code", how));

@@ -1,0 +1,322 @@
+"""Settings of the sources that read a live fleet's metrics and cache events, and the sources themselves."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+from urllib3.util import parse_url
+
+from connectors.prometheus.http import Access
+from connectors.prometheus.scrape import EngineTarget, VllmMetricsSource
+from connectors.prometheus.source import PrometheusSource, Selection
+from connectors.secret import SECRET_GIVEN, Name, Secret, SecretPlace, _Settings
+from connectors.source import Source
+from connectors.traces import FORMATS
+from kavier_twin.errors import nearest
+
+Seconds = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+
+
+def _checked_url(url: str) -> str:
+    parts = parse_url(url)
+    if parts.scheme not in ("http", "https") or not parts.host:
+        raise ValueError("expected a URL like http://host:9090")
+    if parts.auth:
+        raise PydanticCustomError(
+            SECRET_GIVEN, "leave user and password out of the URL; give user and password below it"
+        )
+    return url
+
+
+Url = Annotated[str, AfterValidator(_checked_url)]
+
+
+class LiveSource(_Settings):
+    """What all of them have. Relative paths count from the settings file."""
+
+    name: Name | None = Field(default=None, examples=["main"])
+    """What metrics and the log call the source; told by its address unless given."""
+
+    pool: Name | None = Field(default=None, examples=["chat"])
+    """Whose figures these are; needed where there are several pools."""
+
+    def with_paths_from(self, directory: Path) -> Self:
+        """The same with absolute paths."""
+        return self.model_copy(
+            update={name: _absolute(getattr(self, name), directory) for name in type(self).model_fields}
+        )
+
+    def problems(self) -> list[str]:
+        """What is missing on this machine, each as "field: what; what to do"."""
+        found = []
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, SecretPlace) and value.env is not None and not os.environ.get(value.env):
+                found.append(f"{name}.env: the environment variable {value.env} is not set; set it")
+            place = value.file if isinstance(value, SecretPlace) else value
+            if isinstance(place, Path) and not place.is_file():
+                found.append(f"{name}: there is no file {place}; create it or correct the path")
+        return found
+
+    def open(self, pool: str, engine: Mapping[str, object]) -> Source:
+        """The source of a pool's records. `engine` is the twin's idea of an engine's settings."""
+        raise NotImplementedError
+
+
+class TraceFile(_Settings):
+    """A trace file; followed as it grows unless told otherwise. A relative path counts from the settings file."""
+
+    type: Literal["trace_file"]
+    """The kind of source."""
+
+    path: Path = Field(examples=["requests.jsonl"])
+    """The file."""
+
+    format: str | None = Field(default=None, examples=["telemetry"])
+    """Its format; found by content unless given."""
+
+    follow: bool = True
+    """Whether the file is read on as it grows."""
+
+    name: Annotated[str, Field(min_length=1)] | None = Field(default=None, examples=["gateway"])
+    """What metrics and the log call the source; its path unless given."""
+
+    pool: Annotated[str, Field(min_length=1)] | None = Field(default=None, examples=["chat"])
+    """The pool of records that name none."""
+
+    @field_validator("format")
+    @classmethod
+    def _known_format(cls, value: str | None) -> str | None:
+        if value is not None and value not in FORMATS:
+            raise ValueError(f"there is no format {value!r}{nearest(value, FORMATS)}; known: {', '.join(FORMATS)}")
+        return value
+
+    def with_paths_from(self, directory: Path) -> TraceFile:
+        """With relative paths counted from `directory`."""
+        return self.model_copy(update={"path": directory / self.path})
+
+    def problems(self) -> list[str]:
+        """What is missing on this machine, each as `field: what and the way out`."""
+        if not self.follow and not self.path.exists():
+            return [f"path: {self.path} does not exist; correct it, or set follow: true"]
+        if not self.path.parent.is_dir():
+            return [f"path: the directory {self.path.parent} does not exist; create it"]
+        return []
+
+
+class HttpSource(LiveSource):
+    """How to reach and to convince a server. `ca_file` replaces the system's certificate authorities."""
+
+    bearer_token: SecretPlace | None = Field(default=None, examples=[{"file": "/run/secrets/prometheus/token"}])
+    """The token that the server asks for."""
+
+    user: Name | None = Field(default=None, examples=["twin"])
+    """The user of HTTP basic authentication."""
+
+    password: SecretPlace | None = Field(default=None, examples=[{"env": "PROMETHEUS_PASSWORD"}])
+    """That user's password."""
+
+    ca_file: Path | None = Field(default=None, examples=["/etc/ssl/fleet-ca.pem"])
+    """Certificate authorities in place of the system's (PEM)."""
+
+    certificate_file: Path | None = Field(default=None, examples=["/run/secrets/twin/tls.crt"])
+    """The certificate to show the server (PEM)."""
+
+    key_file: Path | None = Field(default=None, examples=["/run/secrets/twin/tls.key"])
+    """That certificate's key (PEM)."""
+
+    verify_tls: bool = True
+    """Whether the server's certificate is checked."""
+
+    timeout_seconds: Seconds = 10.0
+    """How long an answer may take."""
+
+    @model_validator(mode="after")
+    def _one_way_in(self) -> Self:
+        if (self.user is None) != (self.password is None):
+            raise ValueError("user and password belong together; give both or none")
+        if self.user is not None and self.bearer_token is not None:
+            raise ValueError("give either bearer_token or user and password")
+        return self
+
+    def access(self) -> Access:
+        """As the connectors take it."""
+        return Access(
+            bearer_token=_secret(self.bearer_token),
+            user=self.user,
+            password=_secret(self.password),
+            ca_file=self.ca_file,
+            certificate_file=self.certificate_file,
+            key_file=self.key_file,
+            verify_tls=self.verify_tls,
+            timeout_seconds=self.timeout_seconds,
+        )
+
+
+class MetricsSource(HttpSource):
+    """Metrics, which are always there to be read."""
+
+    interval_seconds: Seconds
+    """Time between two readings."""
+
+
+class Prometheus(MetricsSource):
+    """A Prometheus server. `engines` are label values of the pool's vLLM series, `gpus` of the DCGM exporter's.
+
+    `gpus: null` leaves GPUs out. `warm_up_seconds` of the past are read at start.
+    """
+
+    type: Literal["prometheus"]
+    """The kind of source."""
+
+    url: Url = Field(examples=["http://prometheus:9090"])
+    """The Prometheus server."""
+
+    engines: dict[str, str] = Field(default={}, examples=[{"namespace": "chat"}])
+    """Label values that tell the pool's vLLM series from others."""
+
+    gpus: dict[str, str] | None = Field(default={}, examples=[{"namespace": "chat"}])
+    """Label values of the pool's series of the DCGM exporter; null leaves GPUs out."""
+
+    interval_seconds: Seconds = 15.0
+    """Time between two readings."""
+
+    warm_up_seconds: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
+    """How much of the past is read at a first start."""
+
+    max_backfill_seconds: Seconds = 3_600.0
+    """How much of the past is read at most after an interruption."""
+
+    @field_validator("engines", "gpus")
+    @classmethod
+    def _label_names(cls, labels: dict[str, str] | None) -> dict[str, str] | None:
+        for label in labels or ():
+            if not (label.isascii() and label.isidentifier()):
+                raise ValueError(f"{label!r} is no label name; give label: value, as in namespace: chat")
+        return labels
+
+    @model_validator(mode="after")
+    def _reaches_back(self) -> Self:
+        if self.warm_up_seconds > self.max_backfill_seconds:
+            raise ValueError("warm_up_seconds is more than max_backfill_seconds; raise the latter")
+        return self
+
+    def open(self, pool: str, engine: Mapping[str, object]) -> Source:
+        return PrometheusSource(
+            self.url,
+            self.access(),
+            name=self.name or f"prometheus:{parse_url(self.url).netloc}",
+            pool=pool,
+            selection=Selection(self.engines, self.gpus),
+            interval_seconds=self.interval_seconds,
+            warm_up_seconds=self.warm_up_seconds,
+            max_backfill_seconds=self.max_backfill_seconds,
+            configured=engine,
+        )
+
+
+class EngineAddress(_Settings):
+    """A vLLM server's `/metrics`, and the pod it runs in."""
+
+    url: Url = Field(examples=["http://vllm-0:8000/metrics"])
+    """The engine's metrics page."""
+
+    pod: str = Field(default="", examples=["vllm-0"])
+    """The pod it runs in, as request records name it."""
+
+
+class VllmMetrics(MetricsSource):
+    """The engines' own `/metrics`."""
+
+    type: Literal["vllm_metrics"]
+    """The kind of source."""
+
+    engines: Annotated[tuple[EngineAddress, ...], Field(min_length=1)] = Field(
+        examples=[[{"url": "http://vllm-0:8000/metrics", "pod": "vllm-0"}]]
+    )
+    """The engines to scrape."""
+
+    interval_seconds: Seconds = 5.0
+    """Time between two scrapes."""
+
+    def open(self, pool: str, engine: Mapping[str, object]) -> Source:
+        return VllmMetricsSource(
+            [EngineTarget(address.url, address.pod) for address in self.engines],
+            self.access(),
+            name=self.name or "vllm_metrics",
+            pool=pool,
+            interval_seconds=self.interval_seconds,
+            configured=engine,
+        )
+
+
+class KvEvents(LiveSource):
+    """The KV-cache events of one engine; with `bind`, of all engines that connect to `endpoint`."""
+
+    type: Literal["kv_events"]
+    """The kind of source."""
+
+    endpoint: str = Field(examples=["tcp://vllm-0:5557"])
+    """The ZeroMQ address that events are published at."""
+
+    replay_endpoint: str | None = Field(default=None, examples=["tcp://vllm-0:5558"])
+    """The address that missed events are asked from."""
+
+    topic: str = Field(default="", examples=["kv@"])
+    """Only topics that begin so; empty for all."""
+
+    pod: str = Field(default="", examples=["vllm-0"])
+    """The pod of the engine, unless its topic names it."""
+
+    bind: bool = False
+    """Listen at `endpoint` for engines that connect, in place of connecting to one."""
+
+    @field_validator("endpoint", "replay_endpoint")
+    @classmethod
+    def _zmq_address(cls, endpoint: str | None) -> str | None:
+        if endpoint is not None and not endpoint.startswith(("tcp://", "ipc://")):
+            raise ValueError("expected an address like tcp://vllm-0:5557 or ipc:///path")
+        return endpoint
+
+    @model_validator(mode="after")
+    def _whom_to_ask(self) -> Self:
+        if self.bind and self.replay_endpoint is not None:
+            raise ValueError("replay_endpoint is one engine's: leave it out with bind")
+        if not self.bind and "*" in self.endpoint:
+            raise ValueError("endpoint: name the engine's host in place of *, or set bind: true")
+        return self
+
+    def problems(self) -> list[str]:
+        missing = [library for library in ("msgpack", "zmq") if find_spec(library) is None]
+        if missing:
+            return [f"type: kv_events needs {' and '.join(missing)}; pip install 'kavier-twin[kv-events]'"]
+        return super().problems()
+
+    def open(self, pool: str, engine: Mapping[str, object]) -> Source:
+        from connectors.kv_events.source import KvEventsSource  # an extra
+
+        return KvEventsSource(
+            self.endpoint,
+            replay_endpoint=self.replay_endpoint,
+            topic=self.topic,
+            pod=self.pod,
+            bind=self.bind,
+            name=self.name or f"kv_events:{self.endpoint.partition('://')[2]}",
+            pool=pool,
+        )
+
+
+def _secret(place: SecretPlace | None) -> Secret | None:
+    return None if place is None else Secret(env=place.env, file=place.file)
+
+
+def _absolute(value: Any, directory: Path) -> Any:
+    if isinstance(value, SecretPlace) and value.file is not None:
+        return value.model_copy(update={"file": directory / value.file})
+    return directory / value if isinstance(value, Path) else value
