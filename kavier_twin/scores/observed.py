@@ -110,10 +110,18 @@ class Reality:
         self._rows = Rows.of(arrays["requests"])
         self.readings.restore(document["readings"], arrays)
 
-    def complete(self, until_seconds: float) -> bool:
-        """Whether every request that arrived until then is over, and engines were read since: nothing changes."""
+    def complete(self, until_seconds: float, patience_seconds: float = 0.0) -> bool:
+        """Whether every request that arrived until then is over, and engines were read since: nothing changes.
+
+        A request that was given up may still turn out to have been a long one: its record has `patience_seconds` to
+        come after all.
+        """
+        waits = any(
+            one.arrival <= until_seconds and self.until_seconds < one.finish + patience_seconds
+            for one in self._given_up.values()
+        )
         known = self.until_seconds >= until_seconds and all(arrival > until_seconds for arrival in self._live.values())
-        return known and self.readings.complete(until_seconds)
+        return known and not waits and self.readings.complete(until_seconds)
 
     def measure(
         self, start_seconds: float, stop_seconds: float, footprint: Footprint | None = None

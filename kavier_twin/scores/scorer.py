@@ -363,7 +363,7 @@ class Scorer:
     def _known(self, until_seconds: float, now_seconds: float) -> bool:
         if now_seconds < until_seconds:
             return False
-        return now_seconds >= until_seconds + SETTLE_SECONDS or self.reality.complete(until_seconds)
+        return now_seconds >= until_seconds + SETTLE_SECONDS or self.reality.complete(until_seconds, SETTLE_SECONDS)
 
     def _judge(self, one: Foreseen, measure: _Measure, settled: Settled) -> None:
         start, stop = one.time_seconds, one.time_seconds + one.horizon_seconds
