@@ -17,9 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kavier_twin.forecast.kpis import quantile_with_ages
-from kavier_twin.forecast.rows import Rows
 from kavier_twin.forecast.slo import Metric
-from kavier_twin.scores.readings import Observed, Readings
+from kavier_twin.scores.readings import Observed, Readings, Rows
 from kavier_twin.simulation.footprint import Footprint
 from kavier_twin.simulation.power import JOULES_PER_KWH
 
@@ -74,7 +73,7 @@ class Reality:
 
     def give_up(self, identity: str, assumed: Outcome) -> None:
         """A request is taken to have ended so, without a record."""
-        del self._live[identity]
+        self._live.pop(identity, None)
         self._given_up[identity] = assumed
 
     def drop(self, identity: str) -> None:

@@ -15,13 +15,13 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kavier_twin.forecast.rows import Rows
 from kavier_twin.forecast.slo import Metric
 
 Floats = npt.NDArray[np.float64]
 
 LONGEST_GAP_SECONDS: Final = 90.0  # three of the longest scrape intervals that are common
 LEAST_KNOWN: Final = 0.8
+_FIRST_ROWS: Final = 64
 
 
 class EngineReading(NamedTuple):
@@ -142,6 +142,50 @@ class Readings:
             counted = gpus.risen(0) / gpus.seconds
             watts = counted if counted > 0.0 else gpus.gauge(0) / gpus.seconds
         return Observed(kpis, watts, replicas)
+
+
+class Rows:
+    """Rows of so many numbers."""
+
+    def __init__(self, width: int) -> None:
+        self._table = np.zeros((_FIRST_ROWS, width))
+        self._count = 0
+
+    @classmethod
+    def of(cls, values: Floats) -> Rows:
+        """These rows."""
+        found = cls(values.shape[1])
+        found._table, found._count = values.copy(), values.shape[0]
+        return found
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def values(self) -> Floats:
+        """[rows, width]; not to be kept beyond the next change."""
+        return self._table[: self._count]
+
+    def append(self, row: Sequence[float]) -> None:
+        """One more at the end."""
+        if self._count == self._table.shape[0]:
+            self._table = np.concatenate([self._table, np.zeros((self._count + _FIRST_ROWS, self._table.shape[1]))])
+        self._table[self._count] = row
+        self._count += 1
+
+    def insert(self, place: int, row: Sequence[float]) -> None:
+        """One more before the row at this place."""
+        self.append(row)
+        self._table[place + 1 : self._count] = self._table[place : self._count - 1].copy()
+        self._table[place] = row
+
+    def keep(self, kept: npt.NDArray[np.bool_]) -> None:
+        """Only those rows."""
+        if kept.all():
+            return
+        found = self.values[kept]
+        spare = np.zeros((max(_FIRST_ROWS, found.shape[0] // 4), found.shape[1]))
+        self._table, self._count = np.concatenate([found, spare]), found.shape[0]
 
 
 class _Series:

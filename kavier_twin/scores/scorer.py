@@ -322,7 +322,7 @@ class Scorer:
                 continue
             now = measure(time - window, time)
             for name, probability in odds.items():
-                if self._slos[name].metric in now:
+                if name in self._slos and self._slos[name].metric in now:
                     breached = self._slos[name].breached(now[self._slos[name].metric])
                     settled.moments.append(Moment(time, name, probability, breached))
         self.remember(settled)

@@ -119,6 +119,22 @@ def test_an_older_checkpoint_undoes_what_was_judged_since(tmp_path: Path) -> Non
     assert again.scores == keeper.scores
 
 
+def test_objectives_and_horizons_may_change_at_a_restart(tmp_path: Path) -> None:
+    """Open forecasts of an objective that is gone are scored without it."""
+    path = tmp_path / "scores.sqlite3"
+    keeper = ScoreKeeper("chat", SETTINGS, ScoreStore(path))
+    go_on(keeper, 0, 150)
+    other = SETTINGS.model_copy(update={"slos": (Slo(name="other", metric="e2e_p95_seconds", threshold=1.0),)})
+    again = ScoreKeeper("chat", other, ScoreStore(path))
+    again.resume(1, as_read(keeper.save(1)))
+    for second in range(150, 300):
+        again.follow(request(second), second + 1.0)
+    quantiles = {0.05: 1.0, 0.5: 1.1, 0.95: 1.2}
+    again.judge(forecast_of(300.0, row("today", 45.0, quantiles, 0.0)), "today")
+    assert again.scores.kpis[0].forecasts == 15
+    assert {score.slo for score in again.scores.breaches} == {"slow"}  # from before
+
+
 def test_a_pool_that_begins_anew_keeps_what_was_judged(tmp_path: Path) -> None:
     """Also at the next restart, from a checkpoint whose number is lower than that which the rows were written for."""
     path = tmp_path / "scores.sqlite3"

@@ -62,12 +62,14 @@ def test_a_request_given_up_counts_in_rates_and_in_no_latency() -> None:
     found.arrive("lost", 5.0)
     found.give_up("lost", Outcome(5.0, 5.0, 6.0, 15.0, 100, 90, math.nan))
     assert found.complete(20.0)
+    assert not found.complete(20.0, patience_seconds=120.0)  # a record may still come
     kpis, without = found.measure(0.0, 20.0), reality({float(t): 1.0 for t in range(20)}).measure(0.0, 20.0)
     assert kpis["requests_per_second"] == pytest.approx(without["requests_per_second"] + 1 / 20)
     assert kpis["output_tokens_per_second"] == pytest.approx(without["output_tokens_per_second"] + 90 / 20)
     assert kpis["e2e_p95_seconds"] == without["e2e_p95_seconds"]
     assert kpis["ttft_p99_seconds"] == without["ttft_p99_seconds"]
     found.end("lost", Outcome(5.0, math.nan, 5.1, 6.0, 100, 11, 50))
+    assert found.complete(20.0, patience_seconds=120.0)
     after = found.measure(0.0, 20.0)
     assert after["output_tokens_per_second"] == pytest.approx(without["output_tokens_per_second"] + 11 / 20)
     assert after["requests_per_second"] == kpis["requests_per_second"]
