@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -96,11 +96,6 @@ class Replicas(DataPlane):
     def replicas_alive(self) -> int:
         """Those that are there, the leaving ones included."""
         return int(self.state.replicas["alive"].sum())
-
-    def are_gone(self, numbers: Iterable[int]) -> bool:
-        """Whether these replicas have left; the empty ones of those that were to leave do so now."""
-        self.retire()
-        return not any(map(self.has, numbers))
 
     def admit(self) -> int:
         """A replica joins now with a cold cache, in the place of one that is gone if possible. Returns its number."""
