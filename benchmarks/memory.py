@@ -13,8 +13,8 @@ from collections.abc import Iterator
 
 from benchmarks.common import compile_kernels, report, shared_prefix_workload
 from kavier_twin.recordings.scenario import DEFAULT_FLEET
-from kavier_twin.simulation.fleet import simulate_parts
 from kavier_twin.simulation.kpis import Counters, kpis
+from kavier_twin.simulation.runs import simulate_parts
 from kavier_twin.simulation.workload import Workload
 
 REQUESTS = 1_000_000

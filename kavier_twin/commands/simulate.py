@@ -20,10 +20,11 @@ from kavier_twin.errors import UserError
 from kavier_twin.recordings.pinned import replay_pinned
 from kavier_twin.recordings.scenario import CalibrateFrom, Scenario, load_scenario, read_footprint, without_trace
 from kavier_twin.simulation.closed_loop import simulate_closed_loop
-from kavier_twin.simulation.fleet import Fleet, simulate_parts
+from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.impact import Impact, impact_of_run
 from kavier_twin.simulation.kpis import Counters, Distribution, Kpis, Slo, kpis
 from kavier_twin.simulation.policies import POLICY_NAMES, PolicyError, apply_overrides, parse_override
+from kavier_twin.simulation.runs import simulate_parts
 from kavier_twin.simulation.settings import FleetSettings
 from kavier_twin.simulation.state import FINISHED, REJECTED_KV_CAPACITY, REJECTED_LENGTH, Records
 from kavier_twin.studies.export_opendc import write_opendc

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kavier_twin.simulation import state as layout
-from kavier_twin.simulation.fleet import Samples
+from kavier_twin.simulation.data_plane import Samples
 from kavier_twin.simulation.impact import Impact
 from kavier_twin.simulation.plain import plain
 from kavier_twin.simulation.power import Reading

@@ -13,7 +13,6 @@ from pydantic import ValidationError
 
 from kavier_twin.errors import UserError
 from kavier_twin.forecast.executors import ThreadExecutor
-from kavier_twin.simulation.fleet import simulate
 from kavier_twin.simulation.impact import impact_of_run
 from kavier_twin.simulation.kpis import Counters, Kpis, kpis
 from kavier_twin.simulation.policies import (
@@ -24,6 +23,7 @@ from kavier_twin.simulation.policies import (
     hypothetical_reasons,
     vllm_flags,
 )
+from kavier_twin.simulation.runs import simulate
 from kavier_twin.simulation.settings import FleetSettings
 from kavier_twin.simulation.workload import Workload
 

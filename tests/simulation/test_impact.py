@@ -245,9 +245,9 @@ def test_more_watts_more_joules(compute: float, memory: float, idle: float, abov
 
 def test_a_replica_counts_while_it_is_there() -> None:
     fleet = Fleet(fleet_settings(replicas=2))
-    fleet.join(100.0)
-    fleet.leave(0, 200.0)
-    fleet.fail(1, 300.0)
+    fleet.at(100.0, Fleet.add)
+    fleet.at(200.0, Fleet.let_go, 0)
+    fleet.at(300.0, Fleet.crash, 1)
     fleet.run(1000.0)
     assert alive_seconds(fleet.state.replicas, 1000.0) == pytest.approx(200.0 + 300.0 + 900.0)
     assert alive_seconds(fleet.state.replicas, 150.0) == pytest.approx(150.0 + 150.0 + 50.0)
@@ -256,7 +256,7 @@ def test_a_replica_counts_while_it_is_there() -> None:
 def test_one_that_is_to_leave_counts_until_its_last_request_ended() -> None:
     fleet = Fleet(fleet_settings(replicas=2))
     fleet.feed(make_workload([0.0, 0.0], 100, 1_000))
-    fleet.leave(0, 1.0)
+    fleet.at(1.0, Fleet.let_go, 0)
     fleet.run(2.0)
     assert alive_seconds(fleet.state.replicas, 2.0) == pytest.approx(4.0)
     fleet.run(1000.0)
