@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kavier_twin.forecast.rows import Rows
-from kavier_twin.forecast.slo import Metric
+from kavier_twin.simulation.kpi_table import GAUGES, KPIS, RATIO, Metric, share
 
 Floats = npt.NDArray[np.float64]
 
@@ -101,13 +101,13 @@ class Readings:
         kpis: dict[Metric, float] = {}
         engines = _Stretch(self._engines.values(), start_seconds, stop_seconds)
         if engines.known:
-            kpis = {
-                "running_mean": engines.gauge(0) / engines.seconds,
-                "waiting_mean": engines.gauge(1) / engines.seconds,
-                "kv_usage_mean_ratio": engines.gauge(2) / engines.known_seconds,
-                "preemptions": engines.risen(3),
-                "itl_p99_seconds": engines.itl_quantile(0.99),
-            }
+            for column, name in enumerate(GAUGES):
+                # The sum over the engines, or of a ratio the mean.
+                seconds = engines.known_seconds if KPIS[name].unit == RATIO else engines.seconds
+                kpis[name] = engines.gauge(column) / seconds
+            kpis["preemptions"] = engines.risen(len(GAUGES))
+            for metric, statistic in KPIS["itl_seconds"].metrics.items():
+                kpis[metric] = engines.itl_quantile(share(statistic))
         kpis = {metric: value for metric, value in kpis.items() if not math.isnan(value)}
         size = _Stretch(self._size.values(), start_seconds, stop_seconds)
         replicas = size.gauge(0) / size.known_seconds if size.known else math.nan
