@@ -10,7 +10,7 @@ import numpy as np
 
 from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.impact import Impact, impact
-from kavier_twin.simulation.kpi_table import LATENCIES, METRICS, STATISTICS, Metric
+from kavier_twin.simulation.kpi_table import KPIS, METRICS, STATISTICS, Metric
 from kavier_twin.simulation.kpis import Counters, Stretch
 from kavier_twin.simulation.request_kpis import Requests, latency_kpis
 from kavier_twin.simulation.state import FINISHED, FREE, Records
@@ -31,10 +31,12 @@ def measure(
     """
     found: dict[Metric, float] = {}
     done = outcomes[outcomes["status"] == FINISHED]
-    if any(STATISTICS[metric].kpi in LATENCIES for metric in metrics):
+    of_requests = [metric for metric in metrics if KPIS[STATISTICS[metric].kpi].interval is not None]
+    if of_requests:
         live = fleet.state.requests[fleet.state.requests["state"] != FREE]
         requests = Requests.simulated(done, live, frontend_seconds)
-        found = latency_kpis(requests, before.time_seconds, fleet.now_seconds, metrics)
+        found = dict.fromkeys(of_requests, np.nan)
+        found |= latency_kpis(requests, before.time_seconds, fleet.now_seconds, of_requests)
     rest = set(metrics) - found.keys()
     if not rest:
         return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -97,32 +97,7 @@ class Counters:
     def of(state: FleetState, time_seconds: float) -> Counters:
         replicas = state.replicas
         alive = replicas["alive"] == 1
-        sums = {
-            name: replicas[name].sum().item()
-            for name in (
-                "steps",
-                "query_tokens",
-                "hit_tokens",
-                "external_query_tokens",
-                "host_hit_tokens",
-                "disk_hit_tokens",
-                "loaded_bytes",
-                "stored_bytes",
-                "read_bytes",
-                "written_bytes",
-                "dropped_stores",
-                "prompt_tokens",
-                "computed_tokens",
-                "output_tokens",
-                "preemptions",
-                "evictions",
-                "stranded_tokens",
-                "busy_seconds",
-                "running_seconds",
-                "waiting_seconds",
-                "used_block_seconds",
-            )
-        }
+        sums = {name: replicas[name].sum().item() for name in _SUMMED}
         return Counters(
             time_seconds=time_seconds,
             replicas=int(alive.sum()),
@@ -131,6 +106,9 @@ class Counters:
             reading=Reading.of(state, time_seconds),
             **sums,
         )
+
+
+_SUMMED: Final = [field.name for field in fields(Counters) if field.name in (layout.REPLICA.names or ())]
 
 
 class Stretch:

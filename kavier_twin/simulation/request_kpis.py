@@ -1,4 +1,4 @@
-"""KPIs that requests tell, over a stretch of time: one definition for simulated and for observed requests.
+"""KPIs of requests over a stretch of time: one definition for simulated and for observed requests.
 
 A latency counts where it ends within the stretch, as in vLLM's histograms. A request whose latency has not ended by
 then counts with its age, which the latency will exceed. Under overload these are the requests that wait longest. Ages
@@ -58,7 +58,7 @@ def durations(kpi: Kpi, requests: Requests) -> Floats:
     has none: one of a single token has no time per output token."""
     assert kpi.interval is not None
     begin, end = (getattr(requests, moment) for moment in kpi.interval)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
         seconds: Floats = np.maximum(end - begin, 0.0)
         if kpi.per_token:
             steps = requests.output_tokens - 1.0
@@ -71,13 +71,13 @@ def latency_kpis(
 ) -> dict[Metric, float]:
     """Quantiles of latencies over (start, stop], those of `metrics` only; NaN where nothing happened.
 
-    Left out is a latency that no request tells which ended.
+    A latency that is unknown for every finished request is left out.
     """
     found: dict[Metric, float] = {}
-    ended = np.isfinite(requests.finish)
+    finished = np.isfinite(requests.finish)
     for kpi, statistics in _LATENCIES:
         asked = [metric for metric in statistics if metric in metrics]
-        if not asked or _nobody_tells(kpi, requests, ended):
+        if not asked or _unknown(kpi, requests, finished):
             continue
         complete, ages = _latency(kpi, requests, start_seconds, stop_seconds)
         for metric in asked:
@@ -86,10 +86,10 @@ def latency_kpis(
 
 
 def load_kpis(requests: Requests, start_seconds: float, stop_seconds: float) -> dict[Metric, float]:
-    """Means over (start, stop] of what engines count and report, where no engine tells it.
+    """Means over (start, stop] of what engines count and report, estimated from requests.
 
-    Output tokens come evenly from the first to the last. A preempted request counts as running. Left out is how many
-    requests ran and waited where not all that ended tell when they were scheduled.
+    Output tokens are spread evenly between the first and the last. A preempted request counts as running. Requests
+    running and waiting are left out unless every finished request has a scheduling time.
     """
     _, queued, scheduled, first, finish, output = requests
     seconds = max(stop_seconds - start_seconds, 1e-12)
@@ -110,9 +110,10 @@ def quantile_with_ages(complete: Floats, ages: Floats, quantile: float) -> float
     return float(max((np.quantile(sample, quantile) for sample in samples if sample.size), default=np.nan))
 
 
-def _nobody_tells(kpi: Kpi, requests: Requests, ended: npt.NDArray[np.bool_]) -> bool:
+def _unknown(kpi: Kpi, requests: Requests, finished: npt.NDArray[np.bool_]) -> bool:
+    """Whether no finished request has this latency, though there are some."""
     assert kpi.interval is not None
-    return bool(ended.any()) and any(np.isnan(getattr(requests, moment)[ended]).all() for moment in kpi.interval)
+    return bool(finished.any()) and any(np.isnan(getattr(requests, moment)[finished]).all() for moment in kpi.interval)
 
 
 def _latency(kpi: Kpi, requests: Requests, start: float, stop: float) -> tuple[Floats, Floats]:

@@ -17,10 +17,10 @@ from kavier_twin.simulation.state import FINISHED, Records
 from simulation.scenarios import examples
 
 SECONDS = 40.0  # of arrivals
-# What records tell of each request. Of the rest, vLLM's counters and gauges know what records cannot: when a request
-# was preempted, and when each of its tokens came.
-TOLD = [metric for metric in METRICS if KPIS[STATISTICS[metric].kpi].interval is not None]
-TOLD += ["requests_per_second", "prefix_cache_hit_ratio"]
+# What follows from records of requests. The rest is vLLM's counters and gauges: they know when a request was preempted,
+# and when each of its tokens came.
+RECORDED = [metric for metric in METRICS if KPIS[STATISTICS[metric].kpi].interval is not None]
+RECORDED += ["requests_per_second", "prefix_cache_hit_ratio"]
 UNTIL_SCHEDULED = {*KPIS["queue_seconds"].metrics, "prefix_cache_hit_ratio"}
 
 stretches = st.tuples(st.floats(0.0, 0.9 * SECONDS), st.floats(0.5, SECONDS)).map(lambda ends: (ends[0], sum(ends)))
@@ -43,7 +43,7 @@ def fleet_of(
 
 
 def observed(outcomes: Records, frontend_seconds: float) -> Reality:
-    """All that the records of these requests tell."""
+    """Measured from the records of these requests."""
     reality = Reality()
     for row in outcomes[outcomes["status"] == FINISHED]:
         name, arrival = str(row["index"]), float(row["arrival"])
@@ -76,10 +76,10 @@ def test_requests_under_way_and_ended_count_alike(
     fleet.run()
     ended.append(fleet.collect())
     outcomes = np.concatenate(ended)
-    # Records do not tell how long the frontend takes: to them a request is in the engine earlier by as much.
+    # Records do not hold the time in the frontend, so that a request seems to be in the engine from its arrival on.
     assume(not ((outcomes["arrival"] <= stop) & (stop < outcomes["arrival"] + frontend)).any())
     seen = observed(outcomes, frontend).measure(start, stop)
-    for metric in TOLD:
+    for metric in RECORDED:
         if frontend > 0.0 and metric in UNTIL_SCHEDULED:
             continue
         assert seen.get(metric, np.nan) == pytest.approx(simulated[metric], rel=1e-12, abs=1e-12, nan_ok=True), metric
