@@ -40,9 +40,9 @@ def measure() -> None:
     cpu = time.process_time()
     fleet, outcomes = simulate_parts(DEFAULT_FLEET, parts())
     result = kpis(outcomes, None, Counters.of(fleet.state, fleet.now_seconds), start_seconds=0.0)
-    if result.finished != REQUESTS:
+    if result.requests_finished != REQUESTS:
         raise RuntimeError("the benchmark's workload was not served whole: it measures something else")
-    print(_peak_bytes(), before, time.process_time() - cpu, result.ttft.mean)
+    print(_peak_bytes(), before, time.process_time() - cpu, result.ttft_seconds.mean)
 
 
 def _peak_bytes() -> int:

@@ -468,7 +468,8 @@ class Mirror:
             tokens = finished.output_tokens - 1
             self.windows.add("tpot_seconds", time, (finish - arrival - ttft) / tokens, decode_seconds / tokens)
         if finished.queue_seconds is not None:
-            self._pair("queue_seconds", time, simulated.scheduled - arrival, finished.queue_seconds)
+            queue = simulated.scheduled - arrival - self.frontend_seconds  # as vLLM, which counts within the engine
+            self._pair("queue_seconds", time, queue, finished.queue_seconds)
         if finished.cached_tokens is not None and simulated.cached_tokens is not None:
             cached, prompt = simulated.cached_tokens, seen.prompt_tokens
             self.fidelity.add_cache(cached, finished.cached_tokens, prompt)

@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kavier_twin.forecast.slo import Metric
+from kavier_twin.simulation.kpi_table import GAUGES, KPIS, RATIO, Metric, share
 
 Floats = npt.NDArray[np.float64]
 
@@ -124,13 +124,13 @@ class Readings:
         kpis: dict[Metric, float] = {}
         engines = _Stretch(self._series[EngineReading].values(), start_seconds, stop_seconds)
         if engines.known:
-            kpis = {
-                "running_mean": engines.gauge(0) / engines.seconds,
-                "waiting_mean": engines.gauge(1) / engines.seconds,
-                "kv_usage_mean_ratio": engines.gauge(2) / engines.known_seconds,
-                "preemptions": engines.risen(0),
-                "itl_p99_seconds": engines.itl_quantile(0.99),
-            }
+            for column, name in enumerate(GAUGES):
+                # The sum over the engines, or of a ratio the mean.
+                seconds = engines.known_seconds if KPIS[name].unit == RATIO else engines.seconds
+                kpis[name] = engines.gauge(column) / seconds
+            kpis["preemptions"] = engines.risen(0)
+            for metric, statistic in KPIS["itl_seconds"].metrics.items():
+                kpis[metric] = engines.itl_quantile(share(statistic))
         kpis = {metric: value for metric, value in kpis.items() if not math.isnan(value)}
         size = _Stretch(self._series[SizeReading].values(), start_seconds, stop_seconds)
         replicas = size.gauge(0) / size.known_seconds if size.known else math.nan

@@ -16,12 +16,13 @@ from typing import Any, Final, NamedTuple, Protocol
 import numpy as np
 
 from kavier_twin.forecast.result import Forecast, Row
-from kavier_twin.forecast.slo import Metric, Slo
+from kavier_twin.forecast.slo import Slo
 from kavier_twin.scores.conformal import Widening
 from kavier_twin.scores.correction import Correction
 from kavier_twin.scores.observed import Floats, Reality
 from kavier_twin.scores.serving import Foretold, interval, movement, served
 from kavier_twin.simulation.footprint import Footprint
+from kavier_twin.simulation.kpi_table import Metric
 
 # Of a first breach within the longest horizon: from here on a forecast is an alert, as by
 # deploy/prometheus/kavier-twin.rules.yaml. Chosen for nine of ten breaches to be foreseen and four of five alerts to be

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import yaml
 from pydantic import ValidationError
 
@@ -104,6 +105,7 @@ def _measure(settings: FleetSettings, workload: Workload) -> Kpis:
         None,
         Counters.of(fleet.state, fleet.now_seconds),
         start_seconds=start,
+        frontend_seconds=float(np.min(workload.delivered - workload.arrival)),
         impact=impact_of_run(fleet, start),
     )
 
@@ -111,7 +113,7 @@ def _measure(settings: FleetSettings, workload: Workload) -> Kpis:
 def _point(factor: float, settings: FleetSettings, result: Kpis) -> Point:
     engine = settings.engine
     tokens = (engine.num_gpu_blocks - 1) * engine.block_size
-    return Point(factor, engine.num_gpu_blocks, tokens, result.cache_hit_ratio, result.rejected)
+    return Point(factor, engine.num_gpu_blocks, tokens, result.cache_hit_ratio, result.requests_rejected)
 
 
 # --- the file of policies -----------------------------------------------------------------------------------------

@@ -90,8 +90,8 @@ def test_reality_with_queue_times() -> None:
     found.end("a", Outcome(0.0, 2.0, 3.0, 8.0, 10.0, 5.0, 0.0))
     found.end("b", Outcome(1.0, 4.0, 5.0, 6.0, 10.0, 5.0, 0.0))
     kpis = found.measure(0.0, 10.0)
-    assert kpis["running_mean"] == pytest.approx((6.0 + 2.0) / 10.0)
-    assert kpis["waiting_mean"] == pytest.approx((2.0 + 3.0) / 10.0)
+    assert kpis["requests_running"] == pytest.approx((6.0 + 2.0) / 10.0)
+    assert kpis["requests_waiting"] == pytest.approx((2.0 + 3.0) / 10.0)
 
 
 def test_a_forecast_is_judged_when_its_time_has_come() -> None:

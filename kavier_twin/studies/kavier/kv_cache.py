@@ -80,7 +80,8 @@ def _on_trace(console: Console, trace: Path) -> None:
             f"{hours[1] / hours[0]:.1f}",
             f"{hours[2]:,.1f}",
             f"{hours[2] / hours[0]:.1f}",
-            f"{busy / HOUR_SECONDS:.2f}" + (f" ({result.rejected} rejected)" if result.rejected else ""),
+            f"{busy / HOUR_SECONDS:.2f}"
+            + (f" ({result.requests_rejected} rejected)" if result.requests_rejected else ""),
         )
     console.print(table)
     console.print(
