@@ -32,7 +32,7 @@ from kavier_twin.forecast.slo import Slo
 from kavier_twin.mirror.mirror import MirrorSettings
 from kavier_twin.recordings.recording import read_recording, recorded_engine, recorded_server
 from kavier_twin.recordings.replay_source import ReplaySource
-from kavier_twin.serve.view import Beside, Horizon, Outlook, PolicyOutlook, TwinView
+from kavier_twin.serve.models import Beside, Horizon, Outlook, PolicyOutlook, TwinView
 from kavier_twin.simulation.settings import CRUDE_STEP_TIME, FleetSettings
 
 TOTAL_SECONDS: Final = 70.0  # that the demo is to take unless a speed is given, compilation included

@@ -25,7 +25,7 @@ from kavier_twin.mirror.snapshot import Snapshot
 from kavier_twin.scores.keeper import ScoreKeeper
 from kavier_twin.scores.store import ScoreStore
 from kavier_twin.serve import assemble
-from kavier_twin.serve.view import Outlook, SourceState, SweepCounts, TwinView
+from kavier_twin.serve.models import Outlook, SourceState, SweepCounts, TwinView
 from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.policies import Override, Policy, PolicyError
 from kavier_twin.simulation.settings import COEFFICIENTS, FleetSettings

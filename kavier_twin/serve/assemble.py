@@ -15,23 +15,23 @@ from kavier_twin.forecast.slo import Slo
 from kavier_twin.mirror.fidelity.cache import CacheWatch
 from kavier_twin.mirror.fidelity.power import PowerWatch
 from kavier_twin.mirror.fidelity.requests import Score
+from kavier_twin.mirror.fidelity.trust import Trust
 from kavier_twin.mirror.fidelity.windows import Stretch
 from kavier_twin.mirror.mirror import Mirror
-from kavier_twin.serve.view import (
+from kavier_twin.serve.models import (
     Beside,
     Best,
-    CacheBeside,
+    CacheAgreement,
     CalibrationState,
+    GpuPower,
     History,
     Horizon,
-    KpiTrust,
+    Objective,
     Outlook,
     PolicyOutlook,
-    PowerBeside,
     Predicted,
-    SloLine,
+    Series,
     TwinView,
-    WindowError,
 )
 
 _LATENCIES: Final = {"ttft_seconds": (50, 99), "e2e_seconds": (95,), "queue_seconds": (95,)}
@@ -90,30 +90,31 @@ def beside(mirror: Mirror, reported: tuple[float, float, float]) -> tuple[Beside
 def history(course: Sequence[Stretch]) -> History:
     """The last hour of what is charted; what nobody reports is left out."""
     unknown = (math.nan, math.nan)
-    told = [key for key in CHARTED if any(key in stretch.values for stretch in course)]
-    return History(
-        tuple(stretch.until_seconds for stretch in course),
-        {key: tuple(stretch.values.get(key, unknown) for stretch in course) for key in told},
-    )
+    series = []
+    for key in CHARTED:
+        if any(key in stretch.values for stretch in course):
+            mirrored, observed = zip(*(stretch.values.get(key, unknown) for stretch in course), strict=True)
+            series.append(Series(*key, mirrored, observed))
+    return History(tuple(stretch.until_seconds for stretch in course), tuple(series))
 
 
-def caches(watch: CacheWatch) -> tuple[CacheBeside, ...]:
+def caches(watch: CacheWatch) -> tuple[CacheAgreement, ...]:
     """Real KV caches beside mirrored ones, as of the last comparison."""
     entries = []
     for engine in sorted(watch.engines):
         share = watch.share(engine)
         ratio = math.nan if share is None else share.ratio
-        entries.append(CacheBeside(*engine, ratio, *(share or (0, 0, 0)), filled=watch.filled.get(engine)))
+        entries.append(CacheAgreement(*engine, ratio, *(share or (0, 0, 0)), filled=watch.filled.get(engine)))
     return tuple(entries)
 
 
-def power(watch: PowerWatch, mirror: Mirror) -> PowerBeside | None:
+def power(watch: PowerWatch, mirror: Mirror) -> GpuPower | None:
     """Watts of a GPU, mirrored beside observed."""
     footprint = mirror.fleet.settings.footprint
     if footprint is None:
         return None
     model = footprint.power
-    return PowerBeside(*watch.means(), model.idle_watts, model.compute_watts, model.memory_watts, watch.calibrations)
+    return GpuPower(*watch.means(), model.idle_watts, model.compute_watts, model.memory_watts, watch.calibrations)
 
 
 def records(mirror: Mirror, rejected: int) -> tuple[dict[str, int], dict[str, int]]:
@@ -124,9 +125,9 @@ def records(mirror: Mirror, rejected: int) -> tuple[dict[str, int], dict[str, in
     return results | {"rejected": rejected}, dropped
 
 
-def slo_lines(slos: Sequence[Slo]) -> tuple[SloLine, ...]:
+def slo_lines(slos: Sequence[Slo]) -> tuple[Objective, ...]:
     """Objectives, each by the KPI it bounds as that is shown."""
-    return tuple(SloLine(slo.name, *_METRICS[slo.metric], slo.threshold, slo.higher_is_better) for slo in slos)
+    return tuple(Objective(slo.name, *_METRICS[slo.metric], slo.threshold, slo.higher_is_better) for slo in slos)
 
 
 def outlook(forecast: Forecast, made_unix_seconds: float, policies: Mapping[str, PolicyInForce]) -> Outlook:
@@ -170,7 +171,7 @@ def outlook(forecast: Forecast, made_unix_seconds: float, policies: Mapping[str,
 def judged(view: TwinView, mirror: Mirror) -> TwinView:
     """The view with the mirror's errors and calibration in it, and what is to be trusted marked in all it shows."""
     fitted = mirror.calibration.coefficients if mirror.calibration else {}
-    trust = {kpi: KpiTrust(found.trusted, found.reason) for kpi, found in mirror.judge.trust.items()}
+    trust = dict(mirror.judge.trust)
     observed = {score.kpi for score in mirror.scores} & trust.keys()
     reasons = [trust[kpi].reason for kpi in trust if kpi in observed and not trust[kpi].trusted]
     if not observed:
@@ -187,9 +188,7 @@ def judged(view: TwinView, mirror: Mirror) -> TwinView:
             change_ratio=mirror.last_change.ratio if mirror.last_change else math.nan,
             failures=dict(mirror.calibration_failures),
         ),
-        errors=tuple(
-            WindowError(s.kpi, s.statistic, s.window, s.count, s.predicted, s.observed, s.error) for s in mirror.scores
-        ),
+        errors=mirror.scores,
         trust=trust,
         trusted=not reasons,
         untrusted_reasons=tuple(reasons),
@@ -198,7 +197,7 @@ def judged(view: TwinView, mirror: Mirror) -> TwinView:
     )
 
 
-def _judged_outlook(outlook: Outlook, trust: Mapping[str, KpiTrust], slo_kpis: Mapping[str, str]) -> Outlook:
+def _judged_outlook(outlook: Outlook, trust: Mapping[str, Trust], slo_kpis: Mapping[str, str]) -> Outlook:
     def horizon(entry: Horizon) -> Horizon:
         return replace(
             entry,
@@ -210,7 +209,7 @@ def _judged_outlook(outlook: Outlook, trust: Mapping[str, KpiTrust], slo_kpis: M
     return replace(outlook, policies=tuple(policies))
 
 
-def _trusted(trust: Mapping[str, KpiTrust], kpi: str) -> bool:
+def _trusted(trust: Mapping[str, Trust], kpi: str) -> bool:
     return kpi in trust and trust[kpi].trusted
 
 
@@ -229,12 +228,13 @@ def _horizon(row: Row) -> Horizon:
     predicted = []
     for metric, values in row.kpis.items():
         kpi, statistic = _METRICS[metric]
-        predicted.append(Predicted(kpi, statistic, values.values))
+        predicted.append(Predicted(kpi, statistic, values.values, trusted=False))
     return Horizon(
         row.horizon_seconds,
         tuple(predicted),
-        dict(row.breach_probability),
-        breach_interval=dict(row.breach_interval),
+        row.breach_probability,
+        breach_trusted={},  # `judged` says so
+        breach_interval=row.breach_interval,
     )
 
 

@@ -21,7 +21,7 @@ from kavier_twin.daemon.freshness import Freshness
 from kavier_twin.daemon.http_settings import HttpConfig
 from kavier_twin.daemon.pool import PoolTwin
 from kavier_twin.mirror.mirror import Mirror, MirrorSettings
-from kavier_twin.serve.view import SourceState
+from kavier_twin.serve.models import SourceState
 from kavier_twin.telemetry import EngineSample, RequestFinished, RequestRecord, RequestSeen
 
 

@@ -142,9 +142,9 @@ def test_engine_gauges_are_compared_at_their_own_time() -> None:
     mirror.ingest(EngineSample(time_seconds=190.0, requests_running=7))  # its time has not come yet
     mirror.advance(180.0)
     found = {score.kpi: score for score in mirror.scores if score.window == "5m"}
-    assert (found["requests_running"].count, found["requests_running"].observed) == (3, 2.0)
+    assert (found["requests_running"].observations, found["requests_running"].observed) == (3, 2.0)
     assert found["requests_running"].error == 0.0
     assert found["requests_waiting"].predicted == 0.0
     mirror.advance(210.0)
     found = {score.kpi: score for score in mirror.scores if score.window == "5m"}
-    assert found["requests_running"].count == 4
+    assert found["requests_running"].observations == 4

@@ -18,7 +18,7 @@ from schemathesis.generation import GenerationMode
 from kavier_twin.serve.access import Access
 from kavier_twin.serve.app import Twin, make_app
 from kavier_twin.serve.limits import Limits
-from kavier_twin.serve.view import History
+from kavier_twin.serve.models import History, Series
 from serve.twins import TOKEN, FakePool, Served
 from serve.views import empty_view, full_view
 
@@ -125,7 +125,7 @@ def test_forecast_tells_quantiles_and_objectives() -> None:
 def test_history_is_told_by_pool() -> None:
     served = Served()
     try:
-        history = History((60.0, 85.0), {("ttft_seconds", "p99"): ((0.2, 0.3), (math.nan, 0.4))})
+        history = History((60.0, 85.0), (Series("ttft_seconds", "p99", (0.2, math.nan), (0.3, 0.4)),))
         served.views["code"] = replace(full_view("code"), history=history)
         found = json.loads(served.ask("GET", "/v1/history")[2])["pools"]
     finally:

@@ -10,7 +10,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse
 
 from kavier_twin.serve.metrics.exporter import KPIS, registry_of
-from kavier_twin.serve.view import TwinView
+from kavier_twin.serve.models import TwinView
 from real_parts import promtool
 from serve.views import empty_view, full_view
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
+from kavier_twin.mirror.fidelity.trust import Trust
 from kavier_twin.scores.scorer import AlertScore, BreachScore, KpiScore, Scores
 from kavier_twin.serve.access import Access
 from kavier_twin.serve.app import RefusedError
-from kavier_twin.serve.view import Beside, Compiling, History, KpiTrust
+from kavier_twin.serve.models import Beside, Compiling, History, Series
 from real_parts import chromium, require
 from serve.twins import TOKEN, Served
 from serve.views import empty_view, full_view
@@ -46,7 +47,7 @@ def trusted_view(pool: str = "chat") -> Any:
         unix_seconds=time.time(),
         trusted=True,
         untrusted_reasons=(),
-        trust={"ttft_seconds": KpiTrust(True)},
+        trust={"ttft_seconds": Trust(True)},
     )
 
 
@@ -55,14 +56,15 @@ def served() -> Iterator[Served]:
     found = Served(Access(token=lambda: TOKEN))
     view = trusted_view()
     ends = (*(60.0 * minute for minute in range(1, 60)), 3590.0)
+    # Nobody asked anything for a while, but once.
+    queued = [tuple(value if n in (30, 59) else math.nan for n in range(60)) for value in (0.1, 0.2)]
     history = History(
         ends,
-        {
-            ("ttft_seconds", "p99"): tuple((0.5 + 0.01 * number, 0.6) for number in range(60)),
-            # Nobody asked anything for a while, but once.
-            ("queue_seconds", "p95"): tuple((0.1, 0.2) if n in (30, 59) else (math.nan, math.nan) for n in range(60)),
-            ("requests_waiting", ""): tuple((2.0, 3.0) for _ in range(60)),
-        },
+        (
+            Series("ttft_seconds", "p99", tuple(0.5 + 0.01 * number for number in range(60)), 60 * (0.6,)),
+            Series("queue_seconds", "p95", *queued),
+            Series("requests_waiting", "", 60 * (2.0,), 60 * (3.0,)),
+        ),
     )
     outlook = replace(view.outlook, event_seconds=3580.0, made_unix_seconds=time.time())
     beside = (

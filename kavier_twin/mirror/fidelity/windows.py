@@ -11,7 +11,11 @@ from collections import Counter
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Annotated, Any, Final, NamedTuple
+
+from pydantic import Field
+
+from kavier_twin.simulation.plain import Figure
 
 LATENCIES: Final = {  # KPI -> its quantiles over requests, beside the mean
     "ttft_seconds": (0.5, 0.99),
@@ -32,19 +36,18 @@ _PREDICTED, _OBSERVED = 0, 1
 
 @dataclass(frozen=True)
 class WindowScore:
-    """One statistic of a KPI over a window, predicted beside observed.
+    """One statistic of a KPI over a window of event time, predictions made before the end was known."""
 
-    `statistic` is "mean", "p50", ... for a latency and empty otherwise. `error` is relative to the observed, or the
-    plain difference for a ratio. `count`: requests, or samples of a gauge.
-    """
-
-    kpi: str
-    statistic: str
-    window: str
-    count: int
-    predicted: float
-    observed: float
-    error: float
+    kpi: Annotated[str, Field(examples=["ttft_seconds"])]
+    statistic: Annotated[str, Field(description="mean, p50, ... of a latency; else empty.", examples=["mean"])]
+    window: Annotated[str, Field(examples=["5m"])]
+    observations: Annotated[int, Field(description="Requests, or samples of the engines' gauges.", examples=[412])]
+    predicted: Annotated[Figure, Field(examples=[0.12])]
+    observed: Annotated[Figure, Field(examples=[0.11])]
+    error: Annotated[
+        Figure,
+        Field(description="(predicted - observed) / observed; predicted - observed for ratios.", examples=[0.09]),
+    ]
 
 
 class Stretch(NamedTuple):

@@ -26,7 +26,7 @@ from kavier_twin.serve.metrics.load import load_metrics
 from kavier_twin.serve.metrics.power import power_metrics
 from kavier_twin.serve.metrics.score import score_metrics
 from kavier_twin.serve.metrics.sweep import sweep_metrics
-from kavier_twin.serve.view import Outlook, TwinView
+from kavier_twin.serve.models import Outlook, TwinView
 
 
 class Kpi(NamedTuple):
