@@ -29,10 +29,12 @@ from kavier_twin.daemon.warm_up import make_ready
 from kavier_twin.errors import UserError, set_up_logging
 from kavier_twin.forecast.forecaster import ForecastSettings
 from kavier_twin.forecast.slo import Slo
+from kavier_twin.mirror.fidelity.gauges import GAUGES
+from kavier_twin.mirror.fidelity.windows import WindowScore
 from kavier_twin.mirror.mirror import MirrorSettings
 from kavier_twin.recordings.recording import read_recording, recorded_engine, recorded_server
 from kavier_twin.recordings.replay_source import ReplaySource
-from kavier_twin.serve.models import Beside, Horizon, Outlook, PolicyOutlook, TwinView
+from kavier_twin.serve.models import Horizon, Outlook, PolicyOutlook, TwinView
 from kavier_twin.simulation.settings import CRUDE_STEP_TIME, FleetSettings
 
 TOTAL_SECONDS: Final = 70.0  # that the demo is to take unless a speed is given, compilation included
@@ -228,7 +230,8 @@ class _Watch:
 
     def _screen(self) -> RenderableType:
         view = self._daemon.view
-        parts: list[RenderableType] = [Text(f"Recording at {self._clock()}", style="bold"), _trust(view), beside(view)]
+        title = Text(f"Recording at {self._clock()}", style="bold")
+        parts: list[RenderableType] = [title, _trust(view), comparison(view)]
         if view.outlook is not None:
             parts += [policies(view.outlook, brief=True), verdict(view.outlook)]
         else:
@@ -244,11 +247,10 @@ class _Watch:
             ("ttft_seconds", "mean", "TTFT"),
             ("e2e_seconds", "mean", "e2e"),
             ("prefix_cache_hit_ratio", "", "hits"),
-            ("requests_waiting", "", "waiting"),
         ):
-            entry = view.value(kpi, statistic)
-            if entry is not None:
-                parts.append(f"{name} {_value(kpi, entry.mirrored)} (real {_value(kpi, entry.observed)})")
+            score = view.score(kpi, statistic)
+            if score is not None:
+                parts.append(f"{name} {_value(kpi, score.predicted)} (real {_value(kpi, score.observed)})")
         today = _today(view.outlook)
         if today is not None:
             horizon = today.horizons[0]
@@ -267,7 +269,7 @@ def _sum_up(console: Console, daemon: Daemon, tense: Outlook | None) -> None:
     view = daemon.view
     console.print()
     console.print(_trust(view))
-    console.print(beside(view))
+    console.print(comparison(view))
     if tense is not None and tense is not view.outlook:
         console.print(policies(tense, "Forecast at the tensest moment"))
         console.print(verdict(tense))
@@ -283,16 +285,20 @@ def _sum_up(console: Console, daemon: Daemon, tense: Outlook | None) -> None:
 # --- what it looks like -------------------------------------------------------------------------------------------
 
 
-def beside(view: TwinView) -> Table:
-    """Mirror beside reality."""
-    table = Table(title="Mirror beside reality", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+def comparison(view: TwinView) -> Table:
+    """Mirror and reality: every KPI over the shortest window that has it, and the gauges of now."""
+    table = Table(title="Mirror and reality", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     table.add_column("KPI")
-    for name, style in (("mirror", "cyan"), ("reality", "yellow"), ("error", ""), ("requests", "dim")):
+    for name, style in (("mirror", "cyan"), ("reality", "yellow"), ("error", ""), ("over", "dim")):
         table.add_column(name, justify="right", style=style)
-    for entry in view.beside:
-        name = _NAMES.get(entry.kpi, entry.kpi) + (f", {entry.statistic}" if entry.statistic else "")
-        mirrored, observed = _value(entry.kpi, entry.mirrored), _value(entry.kpi, entry.observed)
-        table.add_row(name, mirrored, observed, _error(entry), str(entry.requests or ""))
+    for score in view.errors:
+        if score.kpi in _NAMES and score.kpi not in GAUGES and view.score(score.kpi, score.statistic) is score:
+            name = _NAMES[score.kpi] + (f", {score.statistic}" if score.statistic else "")
+            values = (_value(score.kpi, value) for value in (score.predicted, score.observed))
+            table.add_row(name, *values, _error(score), f"{score.observations} requests in {score.window}")
+    for gauge in view.gauges:
+        values = (_value(gauge.kpi, value) for value in (gauge.mirrored, gauge.observed))
+        table.add_row(_NAMES[gauge.kpi], *values, "", "now")
     return table
 
 
@@ -381,14 +387,10 @@ def _value(kpi: str, value: float) -> str:
     return f"{value:.1f}".removesuffix(".0")
 
 
-def _error(entry: Beside) -> str:
-    if not math.isfinite(entry.error):
+def _error(score: WindowScore) -> str:
+    if not math.isfinite(score.error):
         return "–"
-    if entry.kpi.endswith("_seconds"):
-        return f"{entry.error:+.1%}"
-    if entry.kpi.endswith("_ratio"):
-        return f"{100 * entry.error:+.1f} pts"
-    return f"{entry.error:+.0f}"
+    return f"{100 * score.error:+.1f} pts" if score.kpi.endswith("_ratio") else f"{score.error:+.1%}"
 
 
 def _spread(horizon: Horizon, kpi: str, statistic: str) -> str:

@@ -7,22 +7,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
-import numpy as np
-
 from kavier_twin.forecast.policy_set import PolicyInForce
 from kavier_twin.forecast.result import Forecast, Row, Verdict
 from kavier_twin.forecast.slo import Slo
 from kavier_twin.mirror.fidelity.cache import CacheWatch
+from kavier_twin.mirror.fidelity.gauges import GAUGES
 from kavier_twin.mirror.fidelity.power import PowerWatch
-from kavier_twin.mirror.fidelity.requests import Score
 from kavier_twin.mirror.fidelity.trust import Trust
 from kavier_twin.mirror.fidelity.windows import Stretch
 from kavier_twin.mirror.mirror import Mirror
 from kavier_twin.serve.models import (
-    Beside,
     Best,
     CacheAgreement,
     CalibrationState,
+    Gauge,
     GpuPower,
     History,
     Horizon,
@@ -34,7 +32,6 @@ from kavier_twin.serve.models import (
     TwinView,
 )
 
-_LATENCIES: Final = {"ttft_seconds": (50, 99), "e2e_seconds": (95,), "queue_seconds": (95,)}
 _METRICS: Final = {  # the forecaster's metric -> KPI and statistic shown
     "ttft_p50_seconds": ("ttft_seconds", "p50"),
     "ttft_p99_seconds": ("ttft_seconds", "p99"),
@@ -68,23 +65,14 @@ CHARTED: Final = (
 STREAM_RESULTS: Final = ("accepted", "duplicate", "late", "future_time")
 
 
-def beside(mirror: Mirror, reported: tuple[float, float, float]) -> tuple[Beside, ...]:
-    """Mirror beside reality. `reported`: running, waiting and KV usage as the engines say; NaN where they do not."""
-    scores = mirror.fidelity.scores()
-    entries: list[Beside] = []
-    for kpi, percentiles in _LATENCIES.items():
-        score = scores.get(kpi)
-        if score is not None:
-            entries.append(_of_score(kpi, "mean", score, score.error_ratio))
-            entries += [_of_percentile(mirror, kpi, percent) for percent in percentiles]
-    if "hit_ratio" in scores:
-        score = scores["hit_ratio"]
-        entries.append(_of_score("prefix_cache_hit_ratio", "", score, score.error_ratio))
-    if math.isfinite(mirror.time_seconds):
-        names = ("requests_running", "requests_waiting", "kv_cache_usage_ratio")
-        for kpi, mirrored, observed in zip(names, mirror.load(), reported, strict=True):
-            entries.append(Beside(kpi, "", float(mirrored), observed, mirrored - observed))
-    return tuple(entries)
+def gauges(mirror: Mirror, reported: tuple[float, float, float]) -> tuple[Gauge, ...]:
+    """Gauges of now. `reported`: running, waiting and KV usage as the engines say; NaN where they do not."""
+    if not math.isfinite(mirror.time_seconds):
+        return ()
+    return tuple(
+        Gauge(kpi, float(mirrored), observed)
+        for kpi, mirrored, observed in zip(GAUGES, mirror.load(), reported, strict=True)
+    )
 
 
 def history(course: Sequence[Stretch]) -> History:
@@ -99,7 +87,7 @@ def history(course: Sequence[Stretch]) -> History:
 
 
 def caches(watch: CacheWatch) -> tuple[CacheAgreement, ...]:
-    """Real KV caches beside mirrored ones, as of the last comparison."""
+    """Mirrored KV caches compared with real ones, as of the last comparison."""
     entries = []
     for engine in sorted(watch.engines):
         share = watch.share(engine)
@@ -109,7 +97,7 @@ def caches(watch: CacheWatch) -> tuple[CacheAgreement, ...]:
 
 
 def power(watch: PowerWatch, mirror: Mirror) -> GpuPower | None:
-    """Watts of a GPU, mirrored beside observed."""
+    """Watts of a GPU, mirrored and observed."""
     footprint = mirror.fleet.settings.footprint
     if footprint is None:
         return None
@@ -192,7 +180,6 @@ def judged(view: TwinView, mirror: Mirror) -> TwinView:
         trust=trust,
         trusted=not reasons,
         untrusted_reasons=tuple(reasons),
-        beside=tuple(replace(entry, trusted=_trusted(trust, entry.kpi)) for entry in view.beside),
         outlook=view.outlook and _judged_outlook(view.outlook, trust, {slo.name: slo.kpi for slo in view.slos}),
     )
 
@@ -211,17 +198,6 @@ def _judged_outlook(outlook: Outlook, trust: Mapping[str, Trust], slo_kpis: Mapp
 
 def _trusted(trust: Mapping[str, Trust], kpi: str) -> bool:
     return kpi in trust and trust[kpi].trusted
-
-
-def _of_score(kpi: str, statistic: str, score: Score, error: float) -> Beside:
-    return Beside(kpi, statistic, score.predicted_mean, score.observed_mean, error, score.count)
-
-
-def _of_percentile(mirror: Mirror, kpi: str, percent: int) -> Beside:
-    pairs: Sequence[tuple[float, float]] = mirror.fidelity.pairs(kpi)
-    mirrored, observed = map(float, np.percentile(np.array(pairs), percent, axis=0))
-    error = (mirrored - observed) / observed if observed > 0.0 else math.nan
-    return Beside(kpi, f"p{percent}", mirrored, observed, error, len(pairs))
 
 
 def _horizon(row: Row) -> Horizon:

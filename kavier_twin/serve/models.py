@@ -19,7 +19,7 @@ from kavier_twin.forecast.load import LoadOutlook
 from kavier_twin.forecast.policy_set import Policies
 from kavier_twin.forecast.result import Gain
 from kavier_twin.mirror.fidelity.trust import Trust
-from kavier_twin.mirror.fidelity.windows import WindowScore
+from kavier_twin.mirror.fidelity.windows import WindowScore, find_score
 from kavier_twin.mirror.replicas import Replica
 from kavier_twin.scores.scorer import Scores
 from kavier_twin.simulation.plain import Figure
@@ -49,24 +49,12 @@ class Pools(BaseModel, Generic[Pool]):
 
 
 @dataclass(frozen=True)
-class Beside:
-    """One KPI, mirrored beside observed, over the same window of requests or both at the same moment."""
+class Gauge:
+    """A quantity as it is now: of the mirrored fleet, and the engines' own figure."""
 
-    kpi: Annotated[str, Field(examples=["ttft_seconds"])]
-    statistic: Annotated[str, Field(description="mean, p50, ... of a latency; else empty.", examples=["mean"])]
-    mirrored: Annotated[Figure, Field(examples=[0.12])]
-    observed: Annotated[Figure, Field(examples=[0.11])]
-    error: Annotated[
-        Figure,
-        Field(
-            description="(mirrored - observed) / observed of latencies; mirrored - observed of ratios and counts.",
-            examples=[0.09],
-        ),
-    ] = math.nan
-    requests: Annotated[
-        int, Field(description="In the window; 0 where the values are of this moment.", examples=[500])
-    ] = 0
-    trusted: Annotated[bool, Field(description="Whether the KPI is to be trusted now.", examples=[True])] = False
+    kpi: Annotated[str, Field(examples=["requests_running"])]
+    mirrored: Annotated[Figure, Field(examples=[12])]
+    observed: Annotated[Figure, Field(description="Null: no engine reported it lately.", examples=[11])]
 
 
 @dataclass(frozen=True)
@@ -118,7 +106,7 @@ class PoolState(OfPool, ABC):
         field(default_factory=dict)
     )
     finished_requests: Annotated[int, Field(examples=[2601])] = 0
-    beside: tuple[Beside, ...] = ()
+    gauges: tuple[Gauge, ...] = ()
     replicas: tuple[Replica, ...] = ()
     sources: tuple[SourceState, ...] = ()
     notes: Annotated[tuple[str, ...], Field(description="What a reader must know.", examples=[[]])] = ()
@@ -223,7 +211,6 @@ class PoolFidelity(OfPool):
     step_time: Annotated[
         Mapping[str, Figure], Field(description="Coefficients, seconds.", examples=[{"fixed": 0.008}])
     ] = field(default_factory=dict)
-    beside: tuple[Beside, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -446,6 +433,6 @@ class TwinView(PoolState, PoolFidelity, PoolForecast, PoolScores):
         )
         return tuple(why for holds, why in reasons if holds)
 
-    def value(self, kpi: str, statistic: str = "") -> Beside | None:
-        """A KPI mirrored beside observed, or None where neither is known."""
-        return next((entry for entry in self.beside if (entry.kpi, entry.statistic) == (kpi, statistic)), None)
+    def score(self, kpi: str, statistic: str = "") -> WindowScore | None:
+        """A KPI as mirrored and as observed over the shortest window that has it, or None where neither is known."""
+        return find_score(self.errors, kpi, statistic)

@@ -89,16 +89,8 @@ def test_state_tells_what_is_not_known_as_null() -> None:
         found = json.loads(served.ask("GET", "/v1/state")[2])["pools"][0]
     finally:
         served.server.close()
-    assert found["beside"][0] == {
-        "kpi": "ttft_seconds",
-        "statistic": "mean",
-        "mirrored": 0.11,
-        "observed": 0.1,
-        "error": 0.1,
-        "requests": 500,
-        "trusted": found["beside"][0]["trusted"],
-    }
-    assert found["beside"][3]["error"] is None
+    assert found["gauges"][0] == {"kpi": "requests_running", "mirrored": 3.0, "observed": 4.0}
+    assert found["gauges"][1] == {"kpi": "requests_waiting", "mirrored": 1.0, "observed": None}
     assert [(replica["state"], replica["prefix_cache_hit_ratio"]) for replica in found["replicas"]] == [
         ("serving", 0.8),
         ("draining", None),

@@ -103,10 +103,11 @@ def test_energy_carbon_and_cost() -> None:
     assert "kavier_twin_cost_info" not in text_of(replace(view, currency=""))
 
 
-def test_mirrored_beside_observed() -> None:
+def test_mirrored_and_observed() -> None:
     view = full_view()
     assert value(view, "kavier_twin_mirrored_ttft_seconds", statistic="p99") == 1.1
     assert value(view, "kavier_twin_observed_ttft_seconds", statistic="p99") == 1.0
+    assert value(view, "kavier_twin_mirrored_e2e_seconds", statistic="mean") is None  # not in the last five minutes
     assert value(view, "kavier_twin_mirrored_requests_waiting") == 1.0
     assert value(view, "kavier_twin_observed_requests_waiting") is None  # not known: no sample
 

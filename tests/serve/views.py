@@ -11,10 +11,10 @@ from kavier_twin.mirror.fidelity.windows import WindowScore
 from kavier_twin.mirror.replicas import Replica
 from kavier_twin.serve.assemble import _METRICS
 from kavier_twin.serve.models import (
-    Beside,
     Best,
     CacheAgreement,
     CalibrationState,
+    Gauge,
     GpuPower,
     Horizon,
     Objective,
@@ -99,18 +99,16 @@ def full_view(pool: str = "chat") -> TwinView:
         step_time_deviation={"fixed": 0.001, "per_prefill_token": math.inf},
         calibration=CalibrationState(1.7e9, 2, 1.69e9, 1.4, {"too_few_latencies": 1}),
         exact_cache_ratio=0.99,
-        beside=(
-            Beside("ttft_seconds", "mean", 0.11, 0.1, 0.1, 500),
-            Beside("ttft_seconds", "p99", 1.1, 1.0, 0.1, 500),
-            Beside("e2e_seconds", "mean", 2.0, 2.5, -0.2, 500),
-            Beside("queue_seconds", "mean", 0.0, 0.0, math.nan, 500),
-            Beside("prefix_cache_hit_ratio", "", 0.8, 0.81, -0.01, 500),
-            Beside("requests_running", "", 3.0, 4.0, -1.0),
-            Beside("requests_waiting", "", 1.0, math.nan),
-            Beside("kv_cache_usage_ratio", "", 0.2, 0.25, -0.05),
+        gauges=(
+            Gauge("requests_running", 3.0, 4.0),
+            Gauge("requests_waiting", 1.0, math.nan),
+            Gauge("kv_cache_usage_ratio", 0.2, 0.25),
         ),
         errors=(
             WindowScore("ttft_seconds", "mean", "5m", 40, 0.11, 0.1, 0.1),
+            WindowScore("ttft_seconds", "p99", "5m", 40, 1.1, 1.0, 0.1),
+            WindowScore("prefix_cache_hit_ratio", "", "5m", 40, 0.8, 0.81, -0.01),
+            WindowScore("requests_waiting", "", "5m", 10, 0.5, 0.6, -0.1 / 0.6),
             WindowScore("e2e_seconds", "mean", "1h", 500, 2.0, 2.5, -0.2),
             WindowScore("queue_seconds", "mean", "5m", 40, 0.0, 0.0, math.nan),
         ),

@@ -1,4 +1,4 @@
-"""Real and mirrored KV caches side by side, as metrics."""
+"""Mirrored KV caches compared with real ones, as metrics."""
 
 from __future__ import annotations
 

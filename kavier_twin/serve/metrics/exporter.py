@@ -18,6 +18,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from kavier_twin import __version__
+from kavier_twin.mirror.fidelity.gauges import GAUGES
 from kavier_twin.serve.metrics.cache import cache_metrics
 from kavier_twin.serve.metrics.calibration import calibration_metrics
 from kavier_twin.serve.metrics.families import PREFIX, add, breach_flag, counter, flag, gauge, policy_labels, pool_gauge
@@ -66,7 +67,7 @@ KPIS: Final = {
 }
 """Every KPI that is exported, by its name in the view."""
 
-_MOMENT: Final = frozenset({"requests_running", "requests_waiting", "kv_cache_usage_ratio"})
+_WINDOW: Final = "5m"  # over which KPIs are shown as mirrored and as observed
 
 
 class TwinCollector(Collector):
@@ -244,14 +245,20 @@ def _mirror(view: TwinView) -> Iterator[Metric]:
         view.event_seconds,
     )
     for name, kpi in KPIS.items():
-        entries = [entry for entry in view.beside if entry.kpi == name]
+        found = [("", entry.mirrored, entry.observed) for entry in view.gauges if entry.kpi == name]
+        if name not in GAUGES:
+            scores = (score for score in view.errors if (score.kpi, score.window) == (name, _WINDOW))
+            found = [(score.statistic, score.predicted, score.observed) for score in scores]
         labels = ["pool", "statistic"] if kpi.has_statistic else ["pool"]
-        window = "now" if name in _MOMENT else "over the last requests finished (500 at most)"
-        for side, whose in (("mirrored", "as mirrored"), ("observed", "as the stream reports")):
-            family = gauge(f"{side}_{kpi.metric}", f"{_sentence(kpi.says)}, {whose} {window}.", labels=labels)
-            for entry in entries:
-                add(family, _labels(kpi, [view.pool], entry.statistic), getattr(entry, side))
-            yield family
+        when = "now" if name in GAUGES else "over the last five minutes of event time"
+        families = [
+            gauge(f"{side}_{kpi.metric}", f"{_sentence(kpi.says)}, {whose} {when}.", labels=labels)
+            for side, whose in (("mirrored", "as mirrored"), ("observed", "as observed"))
+        ]
+        for statistic, *values in found:
+            for family, value in zip(families, values, strict=True):
+                add(family, _labels(kpi, [view.pool], statistic), value)
+        yield from families
 
 
 def _fidelity(view: TwinView) -> Iterator[Metric]:
@@ -289,8 +296,7 @@ def _fidelity(view: TwinView) -> Iterator[Metric]:
     )
     yield pool_gauge(
         "fidelity_exact_cache_ratio",
-        "Requests whose prefix cache hit was mirrored to the token, 0 to 1, over the last requests finished (500 at "
-        "most).",
+        "Requests whose prefix cache hit was mirrored to the token, 0 to 1, over the last hour of event time.",
         view.pool,
         view.exact_cache_ratio,
     )

@@ -29,18 +29,11 @@ export function figure(value, kpi) {
   return Math.abs(value) >= 100 ? value.toFixed(0) : value.toFixed(1).replace(/\.0$/, "");
 }
 
-/* An error: relative for latencies, a difference for the rest. */
+/* An error: relative, but for ratios a difference. */
 export function errorOf(value, kpi) {
   if (!known(value)) return "–";
   const sign = value > 0 ? "+" : value < 0 ? "−" : "±", size = Math.abs(value);
-  if (kpi.endsWith("_seconds")) return `${sign}${(100 * size).toFixed(1)} %`;
-  if (kpi.endsWith("_ratio")) return `${sign}${(100 * size).toFixed(1)} points`;
-  return sign + figure(size, kpi);
-}
-
-/* An error over a window: relative for all but ratios. */
-export function windowError(value, kpi) {
-  return errorOf(value, kpi.endsWith("_ratio") ? kpi : "_seconds");
+  return `${sign}${(100 * size).toFixed(1)} ${kpi.endsWith("_ratio") ? "points" : "%"}`;
 }
 
 export function percent(share) {
