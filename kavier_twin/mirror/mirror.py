@@ -163,7 +163,7 @@ class Mirror:
                 self._finish(event)
             else:
                 self._sight(event)
-            self.pods.leave_the_silent(self.fleet, self.time_seconds)
+            self.pods.drain_the_silent(self.fleet, self.time_seconds)
         # Only events and the caller's clock move the fleet: where a step is cut must not depend on the order in which
         # records happened to come, lest it round differently.
         if now_seconds is not None and math.isfinite(self.time_seconds):

@@ -12,6 +12,7 @@ from pydantic import Field
 from kavier_twin.mirror.mirror import Mirror
 from kavier_twin.simulation import state as layout
 from kavier_twin.simulation.plain import Figure
+from kavier_twin.simulation.replica_state import ReplicaState, replica_state
 from kavier_twin.simulation.state import FleetState
 
 REQUESTS_SHOWN: Final = 256  # of a replica, in its own order
@@ -29,7 +30,7 @@ class Replica:
 
     replica: Annotated[int, Field(examples=[0])]
     pod: Annotated[str, Field(description="That it stands for; empty: none has claimed it.", examples=["vllm-0"])]
-    state: Annotated[str, Field(description="serving or draining.", examples=["serving"])]
+    state: Annotated[ReplicaState, Field(examples=["ready"])]
     requests_running: Annotated[int, Field(examples=[12])]
     requests_waiting: Annotated[int, Field(examples=[3])]
     kv_cache_usage_ratio: Annotated[Figure, Field(examples=[0.71])]
@@ -105,7 +106,7 @@ def _replica(mirror: Mirror, number: int) -> Replica:
     return Replica(
         replica=number,
         pod=mirror.pods.name_of(number),
-        state="draining" if replica["leaving"] or not replica["accepting"] else "serving",
+        state=replica_state(replica),
         requests_running=int(replica["running"]),
         requests_waiting=int(replica["waiting"] + replica["loading"]),
         kv_cache_usage_ratio=(usable - int(replica["free_blocks"])) / usable,

@@ -14,7 +14,19 @@ from kavier_twin.serve.models import TwinView
 from real_parts import promtool
 from serve.views import empty_view, full_view
 
-UNITS = ("seconds", "ratio", "total", "records", "blocks", "requests", "scenarios", "per_second", "info", "watts")
+UNITS = (
+    "seconds",
+    "ratio",
+    "total",
+    "records",
+    "blocks",
+    "replicas",
+    "requests",
+    "scenarios",
+    "per_second",
+    "info",
+    "watts",
+)
 UNITS += ("joules_per_million_tokens", "grams_per_million_tokens", "cost_per_million_tokens")
 # Counts of things in their own unit, and flags.
 WITHOUT_UNIT = ("source_up", "_running", "_waiting", "_preemptions", "_rejected", "_calibrated", "_best_policy")
@@ -108,6 +120,8 @@ def test_mirrored_and_observed() -> None:
     assert value(view, "kavier_twin_mirrored_ttft_seconds", statistic="p99") == 1.1
     assert value(view, "kavier_twin_observed_ttft_seconds", statistic="p99") == 1.0
     assert value(view, "kavier_twin_mirrored_e2e_seconds", statistic="mean") is None  # not in the last five minutes
+    assert value(view, "kavier_twin_mirrored_replicas", state="ready") == 1.0
+    assert value(view, "kavier_twin_mirrored_replicas", state="draining") == 1.0
     assert value(view, "kavier_twin_mirrored_requests_waiting") == 1.0
     assert value(view, "kavier_twin_observed_requests_waiting") is None  # not known: no sample
 

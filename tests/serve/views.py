@@ -25,6 +25,7 @@ from kavier_twin.serve.models import (
     SweepCounts,
     TwinView,
 )
+from kavier_twin.simulation.replica_state import ReplicaState
 
 QUANTILES = {0.1: 0.5, 0.5: 0.75, 0.9: 1.0}
 
@@ -115,8 +116,8 @@ def full_view(pool: str = "chat") -> TwinView:
         trust={"ttft_seconds": Trust(True), "e2e_seconds": Trust(False, "e2e_seconds: 20 % off")},
         untrusted_reasons=("e2e_seconds: 20 % off",),
         replicas=(
-            Replica(0, "vllm-0", "serving", 3, 1, 0.2, 0.8, 5, 500, 0),
-            Replica(1, "", "draining", 0, 0, 0.0, math.nan, 0, 0, 0),
+            Replica(0, "vllm-0", ReplicaState.READY, 3, 1, 0.2, 0.8, 5, 500, 0),
+            Replica(1, "", ReplicaState.DRAINING, 0, 0, 0.0, math.nan, 0, 0, 0),
         ),
         slos=(
             Objective("fast", "ttft_seconds", "p99", 1.0, False),

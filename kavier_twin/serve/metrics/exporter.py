@@ -9,6 +9,7 @@ simulated scenarios, so the 0.1 and 0.9 of a p99 are the ends of its interval. T
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final, NamedTuple
 
@@ -28,6 +29,7 @@ from kavier_twin.serve.metrics.power import power_metrics
 from kavier_twin.serve.metrics.score import score_metrics
 from kavier_twin.serve.metrics.sweep import sweep_metrics
 from kavier_twin.serve.models import Outlook, TwinView
+from kavier_twin.simulation.replica_state import ReplicaState
 
 
 class Kpi(NamedTuple):
@@ -244,6 +246,11 @@ def _mirror(view: TwinView) -> Iterator[Metric]:
         view.pool,
         view.event_seconds,
     )
+    states = Counter(replica.state for replica in view.replicas)
+    replicas = gauge("mirrored_replicas", "Mirrored replicas by state: ready, draining.", ["pool", "state"])
+    for state in (ReplicaState.READY, ReplicaState.DRAINING):
+        add(replicas, [view.pool, state], states[state])
+    yield replicas
     for name, kpi in KPIS.items():
         found = [("", entry.mirrored, entry.observed) for entry in view.gauges if entry.kpi == name]
         if name not in GAUGES:
