@@ -8,15 +8,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Final, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-Name = Annotated[str, Field(min_length=1)]
+from kavier_twin.errors import SECRET_GIVEN
 
-SECRET_GIVEN: Final = "secret_given"
-"""pydantic's type of an error whose input must not be shown."""
+Name = Annotated[str, Field(min_length=1)]
 
 
 class SecretError(Exception):

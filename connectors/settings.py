@@ -14,10 +14,10 @@ from urllib3.util import parse_url
 from connectors.prometheus.http import Access
 from connectors.prometheus.scrape import EngineTarget, VllmMetricsSource
 from connectors.prometheus.source import PrometheusSource, Selection
-from connectors.secret import SECRET_GIVEN, Name, SecretPlace, Settings
+from connectors.secret import Name, SecretPlace, Settings
 from connectors.source import Source
 from connectors.traces import FORMATS
-from kavier_twin.errors import nearest
+from kavier_twin.errors import SECRET_GIVEN, nearest
 
 Seconds = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
