@@ -98,11 +98,9 @@ def caches(watch: CacheWatch) -> tuple[CacheAgreement, ...]:
 
 def power(watch: PowerWatch, mirror: Mirror) -> GpuPower | None:
     """Watts of a GPU, mirrored and observed."""
-    footprint = mirror.fleet.settings.footprint
-    if footprint is None:
+    if mirror.fleet.settings.footprint is None:
         return None
-    model = footprint.power
-    return GpuPower(*watch.means(), model.idle_watts, model.compute_watts, model.memory_watts, watch.calibrations)
+    return GpuPower(*watch.means(), watch.calibrations)
 
 
 def records(mirror: Mirror, rejected: int) -> tuple[dict[str, int], dict[str, int]]:
@@ -172,7 +170,6 @@ def judged(view: TwinView, mirror: Mirror) -> TwinView:
         calibration=CalibrationState(
             event_seconds=mirror.calibrated_seconds,
             changes=mirror.speed_changes,
-            change_event_seconds=mirror.last_change.since_seconds if mirror.last_change else math.nan,
             change_ratio=mirror.last_change.ratio if mirror.last_change else math.nan,
             failures=dict(mirror.calibration_failures),
         ),

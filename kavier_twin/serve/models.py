@@ -219,20 +219,16 @@ class CalibrationState:
 
     event_seconds: float = math.nan  # of the last fit
     changes: int = 0  # jumps of the fleet's speed that were met
-    change_event_seconds: float = math.nan  # since about when the last of them
     change_ratio: float = math.nan  # duration of a step after it over that before
     failures: Counts = field(default_factory=dict)  # reason -> fits not made
 
 
 @dataclass(frozen=True)
 class GpuPower:
-    """Mean watts of one GPU over the last minutes, mirrored and observed, and the power model in use."""
+    """Mean watts of one GPU over the last minutes, mirrored and observed."""
 
     mirrored_watts: float
     observed_watts: float
-    idle_watts: float
-    compute_watts: float  # above idle
-    memory_watts: float
     calibrations: int = 0  # fits to observed watts so far
 
     @property
@@ -308,10 +304,6 @@ class PolicyOutlook:
     in_force: Annotated[bool, Field(description="Whether it is today's: it overrides nothing.", examples=[False])] = (
         False
     )
-
-    def at(self, horizon_seconds: float) -> Horizon | None:
-        """The outlook over one horizon."""
-        return next((horizon for horizon in self.horizons if horizon.seconds == horizon_seconds), None)
 
 
 @dataclass(frozen=True)

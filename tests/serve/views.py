@@ -98,7 +98,7 @@ def full_view(pool: str = "chat") -> TwinView:
         frontend_seconds=0.005,
         step_time={"fixed": 0.01, "per_prefill_token": 3e-5},
         step_time_deviation={"fixed": 0.001, "per_prefill_token": math.inf},
-        calibration=CalibrationState(1.7e9, 2, 1.69e9, 1.4, {"too_few_latencies": 1}),
+        calibration=CalibrationState(1.7e9, 2, 1.4, {"too_few_latencies": 1}),
         exact_cache_ratio=0.99,
         gauges=(
             Gauge("requests_running", 3.0, 4.0),
@@ -128,7 +128,7 @@ def full_view(pool: str = "chat") -> TwinView:
             CacheAgreement("vllm-0", "0", 0.95, both=380, only_mirrored=12, only_real=8, filled=350),
             CacheAgreement("vllm-1", "0"),
         ),
-        power=GpuPower(412.0, 400.0, 118.0, 450.0, 270.0, calibrations=3),
+        power=GpuPower(412.0, 400.0, calibrations=3),
         sources=(SourceState("file:a", False, {"not-json": 3, "bad-value": 1}), SourceState("file:b", True, {})),
         forecasts={"succeeded": 7, "failed": 1},
         sweeps=SweepCounts(late=2, scenarios=28, shed={"slow": 3}, stopped={"certain": 6, "time": 1}),
