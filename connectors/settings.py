@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -15,10 +14,10 @@ from urllib3.util import parse_url
 from connectors.prometheus.http import Access
 from connectors.prometheus.scrape import EngineTarget, VllmMetricsSource
 from connectors.prometheus.source import PrometheusSource, Selection
-from connectors.secret import SECRET_GIVEN, Name, Secret, SecretPlace, _Settings
+from connectors.secret import Name, SecretPlace, Settings
 from connectors.source import Source
 from connectors.traces import FORMATS
-from kavier_twin.errors import nearest
+from kavier_twin.errors import SECRET_GIVEN, nearest
 
 Seconds = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
@@ -37,7 +36,7 @@ def _checked_url(url: str) -> str:
 Url = Annotated[str, AfterValidator(_checked_url)]
 
 
-class LiveSource(_Settings):
+class LiveSource(Settings):
     """What all of them have. Relative paths count from the settings file."""
 
     name: Name | None = Field(default=None, examples=["main"])
@@ -46,30 +45,12 @@ class LiveSource(_Settings):
     pool: Name | None = Field(default=None, examples=["chat"])
     """Whose figures these are; needed where there are several pools."""
 
-    def with_paths_from(self, directory: Path) -> Self:
-        """The same with absolute paths."""
-        return self.model_copy(
-            update={name: _absolute(getattr(self, name), directory) for name in type(self).model_fields}
-        )
-
-    def problems(self) -> list[str]:
-        """What is missing on this machine, each as "field: what; what to do"."""
-        found = []
-        for name in type(self).model_fields:
-            value = getattr(self, name)
-            if isinstance(value, SecretPlace) and value.env is not None and not os.environ.get(value.env):
-                found.append(f"{name}.env: the environment variable {value.env} is not set; set it")
-            place = value.file if isinstance(value, SecretPlace) else value
-            if isinstance(place, Path) and not place.is_file():
-                found.append(f"{name}: there is no file {place}; create it or correct the path")
-        return found
-
     def open(self, pool: str, engine: Mapping[str, object]) -> Source:
         """The source of a pool's records. `engine` is the twin's idea of an engine's settings."""
         raise NotImplementedError
 
 
-class TraceFile(_Settings):
+class TraceFile(Settings):
     """A trace file; followed as it grows unless told otherwise. A relative path counts from the settings file."""
 
     type: Literal["trace_file"]
@@ -84,10 +65,10 @@ class TraceFile(_Settings):
     follow: bool = True
     """Whether the file is read on as it grows."""
 
-    name: Annotated[str, Field(min_length=1)] | None = Field(default=None, examples=["gateway"])
+    name: Name | None = Field(default=None, examples=["gateway"])
     """What metrics and the log call the source; its path unless given."""
 
-    pool: Annotated[str, Field(min_length=1)] | None = Field(default=None, examples=["chat"])
+    pool: Name | None = Field(default=None, examples=["chat"])
     """The pool of records that name none."""
 
     @field_validator("format")
@@ -97,12 +78,7 @@ class TraceFile(_Settings):
             raise ValueError(f"there is no format {value!r}{nearest(value, FORMATS)}; known: {', '.join(FORMATS)}")
         return value
 
-    def with_paths_from(self, directory: Path) -> TraceFile:
-        """With relative paths counted from `directory`."""
-        return self.model_copy(update={"path": directory / self.path})
-
     def problems(self) -> list[str]:
-        """What is missing on this machine, each as `field: what and the way out`."""
         if not self.follow and not self.path.exists():
             return [f"path: {self.path} does not exist; correct it, or set follow: true"]
         if not self.path.parent.is_dir():
@@ -148,9 +124,9 @@ class HttpSource(LiveSource):
     def access(self) -> Access:
         """As the connectors take it."""
         return Access(
-            bearer_token=_secret(self.bearer_token),
+            bearer_token=self.bearer_token,
             user=self.user,
-            password=_secret(self.password),
+            password=self.password,
             ca_file=self.ca_file,
             certificate_file=self.certificate_file,
             key_file=self.key_file,
@@ -221,7 +197,7 @@ class Prometheus(MetricsSource):
         )
 
 
-class EngineAddress(_Settings):
+class EngineAddress(Settings):
     """A vLLM server's `/metrics`, and the pod it runs in."""
 
     url: Url = Field(examples=["http://vllm-0:8000/metrics"])
@@ -310,13 +286,3 @@ class KvEvents(LiveSource):
             name=self.name or f"kv_events:{self.endpoint.partition('://')[2]}",
             pool=pool,
         )
-
-
-def _secret(place: SecretPlace | None) -> Secret | None:
-    return None if place is None else Secret(env=place.env, file=place.file)
-
-
-def _absolute(value: Any, directory: Path) -> Any:
-    if isinstance(value, SecretPlace) and value.file is not None:
-        return value.model_copy(update={"file": directory / value.file})
-    return directory / value if isinstance(value, Path) else value

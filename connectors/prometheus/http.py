@@ -11,7 +11,7 @@ from urllib.parse import urlencode
 
 import urllib3
 
-from connectors.secret import Secret, SecretError
+from connectors.secret import SecretError, SecretPlace
 
 _CHUNK_BYTES: Final = 2**16
 _FORM: Final = "application/x-www-form-urlencoded"
@@ -29,9 +29,9 @@ class FetchError(Exception):
 class Access:
     """How to be let in, and how long to wait. `ca_file` replaces the system's certificate authorities."""
 
-    bearer_token: Secret | None = None
+    bearer_token: SecretPlace | None = None
     user: str | None = None
-    password: Secret | None = None
+    password: SecretPlace | None = None
     ca_file: Path | None = None
     certificate_file: Path | None = None
     key_file: Path | None = None

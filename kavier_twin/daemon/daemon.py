@@ -35,7 +35,7 @@ from kavier_twin.errors import UserError
 from kavier_twin.scores.store import FILE_NAME, ScoreStore
 from kavier_twin.serve.app import Twin
 from kavier_twin.serve.http import AddressError, HttpServer
-from kavier_twin.serve.view import SourceState, TwinView
+from kavier_twin.serve.models import SourceState, TwinView
 from kavier_twin.telemetry import TelemetryRecord
 
 log = logging.getLogger(__name__)

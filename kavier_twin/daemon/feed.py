@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from connectors.source import LogSource, Source
-from kavier_twin.serve.view import SourceState
+from kavier_twin.serve.models import SourceState
 from kavier_twin.telemetry import RequestSeen, TelemetryRecord
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,8 @@ from kavier_twin.daemon.pool import PoolTwin
 from kavier_twin.forecast.forecaster import ForecastSettings
 from kavier_twin.mirror.mirror import MirrorSettings
 from kavier_twin.recordings.live_recording import METRICS, REQUESTS, ClientRequest, LiveRecording
-from kavier_twin.serve.view import TwinView
+from kavier_twin.serve.models import TwinView
+from kavier_twin.simulation.kpi_table import GAUGES
 from kavier_twin.simulation.settings import FleetSettings
 from kavier_twin.telemetry import EngineSample, TelemetryRecord
 
@@ -25,7 +26,6 @@ MINUTE_SECONDS: Final = 60.0
 STEP_SECONDS: Final = 0.5  # between two looks, as a running daemon publishes
 SETTLE_SECONDS: Final = 10.0  # played on after the last record
 KPIS: Final = (("ttft_seconds", "p99"), ("e2e_seconds", "p95"), ("prefix_cache_hit_ratio", ""))
-GAUGES: Final = ("requests_running", "requests_waiting", "kv_cache_usage_ratio")
 
 
 class SimulatedClock:
@@ -147,7 +147,9 @@ def play(
         view = daemon.view
         looks.append(_Look.of(view))
         for place, until in enumerate(view.history.event_seconds):
-            course[until] = {key: values[place] for key, values in view.history.series.items()}
+            course[until] = {
+                (one.kpi, one.statistic): (one.mirrored[place], one.observed[place]) for one in view.history.series
+            }
         progress((clock.seconds - recording.start_seconds) / (recording.end_seconds - recording.start_seconds))
         clock.seconds += STEP_SECONDS
     samples = [record for _, record in recording.arrivals.get(METRICS, ()) if isinstance(record, EngineSample)]
@@ -176,7 +178,7 @@ class _Look:
     def of(cls, view: TwinView) -> _Look:
         return cls(
             view.unix_seconds,
-            {kpi: entry.mirrored for kpi in GAUGES if (entry := view.value(kpi)) is not None},
+            {gauge.kpi: gauge.mirrored for gauge in view.gauges},
             {kpi: found.trusted for kpi, found in view.trust.items()},
             view.trusted and not view.stale,
             bool(view.stale),

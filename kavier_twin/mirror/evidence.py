@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Callable
+from dataclasses import astuple
 from typing import Any, Final
 
 from kavier_twin.mirror.applied import Applied, Arrived, Dropped, Ended, GivenUp, Sized
 from kavier_twin.mirror.fidelity.gauges import Gauges
-from kavier_twin.mirror.fidelity.requests import Fidelity
 from kavier_twin.mirror.fidelity.trust import Judge, TrustSettings
 from kavier_twin.mirror.fidelity.windows import Windows, WindowScore
 from kavier_twin.mirror.lengths import Simulated
@@ -29,7 +29,6 @@ class Evidence:
     """Collects what is compared and handed on while a fold moves on."""
 
     def __init__(self, bucket_seconds: float, trust: TrustSettings) -> None:
-        self.fidelity = Fidelity()
         self.windows = Windows(bucket_seconds)
         self.gauges = Gauges()
         self.judge = Judge(trust)
@@ -80,7 +79,12 @@ class Evidence:
             self.applied.append(Arrived(seen.id, seen.time_seconds))
 
     def ended(
-        self, entry: Entry, finished: RequestFinished, seen: RequestSeen | None, simulated: Simulated | None
+        self,
+        entry: Entry,
+        finished: RequestFinished,
+        seen: RequestSeen | None,
+        simulated: Simulated | None,
+        frontend_seconds: float,
     ) -> None:
         """The record of an end was applied; a request of which nothing is remembered tells nothing."""
         if not entry.booked:
@@ -96,7 +100,7 @@ class Evidence:
                 self.applied.append(Dropped(finished.id))
         if not entry.scored and seen is not None and simulated is not None:
             entry.scored = True
-            self._score(seen, finished, simulated)
+            self._score(seen, finished, simulated, frontend_seconds)
 
     def given_up(self, event: GivenUp) -> None:
         """A request ended without a record."""
@@ -119,11 +123,10 @@ class Evidence:
     def save(self) -> dict[str, Any]:
         """As JSON types."""
         return {
-            "fidelity": self.fidelity.save(),
             "windows": self.windows.save(),
             "gauges": self.gauges.save(),
             "judge": self.judge.save(),
-            "scores": [list(vars(score).values()) for score in self.scores],
+            "scores": [astuple(score) for score in self.scores],
             "counts": dict(self.counts),
             "looked_seconds": self._looked_seconds,
             "without_record": list(self._without_record),
@@ -131,7 +134,6 @@ class Evidence:
 
     def restore(self, saved: dict[str, Any]) -> None:
         """What `save` gave."""
-        self.fidelity.restore(saved["fidelity"])
         self.windows.restore(saved["windows"])
         self.gauges.restore(saved["gauges"])
         self.judge.restore(saved["judge"])
@@ -148,33 +150,31 @@ class Evidence:
             self._without_record.popitem(last=False)
         return True
 
-    def _score(self, seen: RequestSeen, finished: RequestFinished, simulated: Simulated) -> None:
+    def _score(
+        self, seen: RequestSeen, finished: RequestFinished, simulated: Simulated, frontend_seconds: float
+    ) -> None:
         """Predictions as they stood before this record, beside what it says."""
         arrival, time = simulated.arrival, finished.time_seconds
         ttft = simulated.first_token - arrival
-        finish = _predicted_finish(simulated, finished.output_tokens)
+        finish = predicted_finish(simulated, finished.output_tokens)
         if finished.ttft_seconds is not None:
-            self._pair("ttft_seconds", time, ttft, finished.ttft_seconds)
+            self.windows.add("ttft_seconds", time, ttft, finished.ttft_seconds)
         if finished.e2e_seconds is not None:
-            self._pair("e2e_seconds", time, finish - arrival, finished.e2e_seconds)
+            self.windows.add("e2e_seconds", time, finish - arrival, finished.e2e_seconds)
         if finished.ttft_seconds is not None and finished.e2e_seconds is not None and finished.output_tokens > 1:
             decode_seconds = finished.e2e_seconds - finished.ttft_seconds
             tokens = finished.output_tokens - 1
             self.windows.add("tpot_seconds", time, (finish - arrival - ttft) / tokens, decode_seconds / tokens)
         if finished.queue_seconds is not None:
-            self._pair("queue_seconds", time, simulated.scheduled - arrival, finished.queue_seconds)
+            queue = simulated.scheduled - arrival - frontend_seconds  # as vLLM, which counts within the engine
+            self.windows.add("queue_seconds", time, queue, finished.queue_seconds)
         if finished.cached_tokens is not None and simulated.cached_tokens is not None:
             cached, prompt = simulated.cached_tokens, seen.prompt_tokens
-            self.fidelity.add_cache(cached, finished.cached_tokens, prompt)
             self.windows.add("prefix_cache_hit_ratio", time, cached, finished.cached_tokens, prompt)
         self.windows.add_end(finish, time, finished.output_tokens)
 
-    def _pair(self, kpi: str, time_seconds: float, predicted: float, observed: float) -> None:
-        self.fidelity.add(kpi, predicted, observed)
-        self.windows.add(kpi, time_seconds, predicted, observed)
 
-
-def _predicted_finish(simulated: Simulated, output_tokens: int) -> float:
+def predicted_finish(simulated: Simulated, output_tokens: int) -> float:
     """When the simulation would have ended a request of this length, at the pace it gave the request so far."""
     first, generated = simulated.first_token, simulated.generated_tokens
     if not math.isfinite(first):

@@ -20,6 +20,7 @@ from itertools import islice
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from kavier_twin.mirror.applied import Dropped, GivenUp
 from kavier_twin.mirror.arrival_counts import RateHistory
@@ -31,13 +32,14 @@ from kavier_twin.mirror.calibration.requests import (
     Observed,
     calibrate,
 )
-from kavier_twin.mirror.evidence import Evidence
+from kavier_twin.mirror.evidence import Evidence, predicted_finish
 from kavier_twin.mirror.fidelity.trust import DEFAULT_TRUST, TrustSettings
 from kavier_twin.mirror.fidelity.windows import BUCKET_SECONDS
 from kavier_twin.mirror.lengths import Lengths, Simulated
 from kavier_twin.mirror.pace import Pace
 from kavier_twin.mirror.phantoms import (
     EXAMPLES,
+    TOLERANCE_REQUESTS,
     Arrival,
     Delays,
     End,
@@ -62,6 +64,8 @@ from kavier_twin.simulation.settings import FleetSettings, StepTime
 from kavier_twin.simulation.state import FREE, WAITING
 from kavier_twin.simulation.workload import Workload, covered_tokens, make_workload, workload_of
 from kavier_twin.telemetry import CarbonSample, EngineSample, RequestFinished, RequestRecord, RequestSeen
+
+Floats = npt.NDArray[np.float64]
 
 _FITS_KEPT: Final = 8
 _EXPECT_EVERY_SECONDS: Final = 0.25
@@ -195,14 +199,15 @@ class Fold:
         else:
             self.calibration = event.calibration
             self.use(event.step_time, event.frontend_seconds)
-        self.pods.leave_the_silent(self.fleet, self.time_seconds)
+        self.pods.drain_the_silent(self.fleet, self.time_seconds)
 
     # --- phantoms -------------------------------------------------------------------------------------------------
 
     def make_up(self, load: EngineLoad, after: EngineSample, recorded: Recorded) -> None:
         """Make up what no record tells of between an engine's last sample and the next."""
-        interval = between(load, after, recorded, self.phantoms_of(key_of(after)))
-        for event in make_up(self.settings.pool, load.last, after, interval, self._examples()):
+        phantoms = self.phantoms_of(key_of(after))
+        interval = between(load, after, recorded, phantoms)
+        for event in make_up(self.settings.pool, load.last, after, interval, phantoms, self._examples()):
             heapq.heappush(self.made_up, (event.time_seconds, event.number, key_of(after), event))
         take_over(load, after, interval)
 
@@ -229,14 +234,16 @@ class Fold:
         """Make up the arrivals of which no record has come yet. For a fork.
 
         As many as arrive of late, times the share of records that come later than so long after an arrival. Before the
-        last sample of an engine they are made up already, if there were any.
+        last sample of an engine they are made up already, if they were more than is tolerated.
         """
         for engine, load in self.loads.items():
             since = until_seconds - delays.longest_seconds
-            if load.phantoms:
-                since = max(since, load.last.time_seconds, load.made_up_until)
             ages = until_seconds - np.arange(until_seconds, since, -_EXPECT_EVERY_SECONDS) + 0.5 * _EXPECT_EVERY_SECONDS
-            unknown = np.cumsum(load.arrivals_per_second * _EXPECT_EVERY_SECONDS * delays.later_than(ages))
+            unknown = load.arrivals_per_second * _EXPECT_EVERY_SECONDS * delays.later_than(ages)
+            before = ages > until_seconds - max(load.last.time_seconds, load.made_up_until)
+            tolerated = 0.0 if load.phantoms else TOLERANCE_REQUESTS
+            unknown[before] *= min(1.0, tolerated / max(float(unknown[before].sum()), 1e-12))
+            unknown = np.cumsum(unknown)
             count = round(float(unknown[-1])) if unknown.size else 0
             if count == 0:
                 continue
@@ -408,12 +415,19 @@ class Fold:
         seen = None if known is None else known.seen
         self.finished += 1
         if evidence is not None:
-            evidence.ended(entry, finished, seen, simulated)
+            evidence.ended(entry, finished, seen, simulated, self.frontend_seconds)
             if let_go is None and not there:
                 evidence.count(entry, "not_simulated")
         self.lengths.ended(finished.output_tokens, late=finished.time_seconds < self.time_seconds)
         if seen is not None:
             self.recent[finished.id] = Seen(seen, finished)
+        if let_go is not None and seen is not None:
+            # The longest are let go most: to learn from the others alone would make every engine look fast.
+            tokens, generated = finished.output_tokens - 1, max(let_go.generated_tokens - 1, 1)
+            work = np.array(let_go.prefill_work), tokens / generated * np.array(let_go.decode_work)
+            wait = let_go.scheduled - let_go.arrival
+            self._observe_work(finished, wait, *work, placed=self._is_placed(seen))
+            self.pace.apply(self.fleet)
         if live is None or not there:
             return
         self.pods.ended(self.time_seconds, live.replica)
@@ -421,8 +435,7 @@ class Fold:
             self.fleet.finish(live, finished.output_tokens, None, 0)
             self.fleet.collect()
             return
-        # Without a pod's name the router decided, perhaps not as the real one did.
-        placed = bool(seen.pod) or self.fleet.state.replicas.size == 1
+        placed = self._is_placed(seen)
         self._correct(seen, finished, live, placed=placed)
         self.pace.apply(self.fleet)
         self.fleet.collect()
@@ -457,26 +470,29 @@ class Fold:
             chain = workload_of([whole]).chain
             covered = covered_tokens(whole)
         outcome = self.fleet.finish(live, finished.output_tokens, chain, covered)
-        if finished.e2e_seconds is not None and finished.ttft_seconds is not None:
-            share = min(1.0, (finished.output_tokens - 1) / max(generated - 1, 1))
-            decode_seconds = finished.e2e_seconds - finished.ttft_seconds
-            work = share * outcome["decode_work"]
-            self.pace.observe(self.time_seconds, decode_seconds, work)
-            wait = float(outcome["scheduled"] - outcome["arrival"]) - self.frontend_seconds
-            if placed:
-                self._learn(
-                    Row(
-                        self.time_seconds,
-                        max(0.0, wait),
-                        finished.ttft_seconds,
-                        decode_seconds,
-                        tuple(outcome["prefill_work"].tolist()),
-                        tuple(work.tolist()),
-                    )
-                )
+        share = min(1.0, (finished.output_tokens - 1) / max(generated - 1, 1))
+        wait = float(outcome["scheduled"] - outcome["arrival"])
+        self._observe_work(finished, wait, outcome["prefill_work"], share * outcome["decode_work"], placed=placed)
         if excess > 0.0:
             hold_until = self.time_seconds + min(excess, self.settings.longest_hold_seconds)
             replica_kernels.hold(self.fleet.state, live.replica, hold_until)
+
+    def _observe_work(
+        self, finished: RequestFinished, wait: float, prefill_work: Floats, decode_work: Floats, *, placed: bool
+    ) -> None:
+        """Learn the engine's speed from the work that was simulated for a request and the time that it really took."""
+        if finished.e2e_seconds is None or finished.ttft_seconds is None:
+            return
+        decode_seconds = finished.e2e_seconds - finished.ttft_seconds
+        self.pace.observe(self.time_seconds, decode_seconds, decode_work)
+        if placed:
+            work = tuple(prefill_work.tolist()), tuple(decode_work.tolist())
+            queued = max(0.0, wait - self.frontend_seconds)
+            self._learn(Row(self.time_seconds, queued, finished.ttft_seconds, decode_seconds, *work))
+
+    def _is_placed(self, seen: RequestSeen) -> bool:
+        """Whether it runs where it really does: without a pod's name the router decided, perhaps otherwise."""
+        return bool(seen.pod) or self.fleet.state.replicas.size == 1
 
     def _drop_the_lost(self, evidence: Evidence | None) -> None:
         """Requests whose finish record never came must not fill the fleet for ever."""
@@ -500,12 +516,17 @@ class Fold:
     def _let_go(self, identity: str, live: Live, output_tokens: int, evidence: Evidence | None) -> None:
         """The request ends in the mirror, though no record tells so."""
         simulated = self._simulated(live)
+        outcome = self.fleet.finish(live, output_tokens, None, 0)
         if not is_phantom(identity):
-            self.lengths.let_go(identity, simulated)
-        if evidence is not None and not is_phantom(identity):
-            times = simulated.arrival, simulated.scheduled, simulated.first_token, self.time_seconds
-            evidence.given_up(GivenUp(identity, *times, simulated.prompt_tokens, output_tokens))
-        self.fleet.finish(live, output_tokens, None, 0)
+            work = tuple(outcome["prefill_work"].tolist()), tuple(outcome["decode_work"].tolist())
+            self.lengths.let_go(identity, simulated._replace(prefill_work=work[0], decode_work=work[1]))
+            # Held for as long as it might run, it most likely ended long before.
+            likely = self.lengths.drawn_tokens(identity) or output_tokens
+            finish = predicted_finish(simulated, likely)
+            times = simulated.arrival, simulated.scheduled, simulated.first_token
+            over = self.time_seconds if math.isnan(finish) else finish
+            if evidence is not None:
+                evidence.given_up(GivenUp(identity, *times, over, simulated.prompt_tokens, likely))
         self.fleet.collect()
         del self.running[identity]
 

@@ -23,7 +23,6 @@ from kavier_twin.mirror.calibration.online import Change
 from kavier_twin.mirror.calibration.requests import Calibration
 from kavier_twin.mirror.evidence import Evidence
 from kavier_twin.mirror.fidelity.gauges import KEPT_SECONDS, Gauges
-from kavier_twin.mirror.fidelity.requests import Fidelity
 from kavier_twin.mirror.fidelity.trust import Judge
 from kavier_twin.mirror.fidelity.windows import Windows, WindowScore
 from kavier_twin.mirror.fold import Fold
@@ -83,7 +82,7 @@ class Mirror:
             self.gauges.offer(record)
             self._expect(record)
         if isinstance(record, RequestSeen):
-            self.delays.add(self.timeline.clock_seconds - record.time_seconds)
+            self.delays.add(self.timeline.clock_seconds, record.time_seconds)
         if isinstance(record, EngineSample | CarbonSample):
             self.timeline.observe(record)
             counts["accepted"] += 1
@@ -199,13 +198,8 @@ class Mirror:
         self.evidence.beside = look
 
     @property
-    def fidelity(self) -> Fidelity:
-        """Predicted beside observed over the last requests."""
-        return self.evidence.fidelity
-
-    @property
     def windows(self) -> Windows:
-        """Predicted beside observed by minute."""
+        """Predictions compared with what was observed, by minute."""
         return self.evidence.windows
 
     @property

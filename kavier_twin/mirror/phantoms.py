@@ -29,7 +29,9 @@ PREFIX: Final = "made-up:"
 TOLERANCE_REQUESTS: Final = 2.0
 _START_TOLERANCE_SECONDS: Final = 1.0  # of two ways to tell when the same process began
 COVERED: Final = 0.9  # share of the arrivals counted that records tell of, above which the tolerance holds
-_DELAYS_KEPT: Final = 200
+_DELAYS_KEPT: Final = 2_000
+_DELAYS_LEAST: Final = 30
+_DELAYS_SECONDS: Final = 2.0
 _COVERAGE_MEMORY_SECONDS: Final = 60.0
 EXAMPLES: Final = 500  # recent requests whose lengths phantoms have
 
@@ -88,16 +90,18 @@ class Delays:
     """How late the records of arrivals came lately, by the clock of a live stream."""
 
     def __init__(self) -> None:
-        self._recent: deque[float] = deque(maxlen=_DELAYS_KEPT)
+        self._recent: deque[tuple[float, float]] = deque(maxlen=_DELAYS_KEPT)  # (clock, delay)
 
-    def add(self, seconds: float) -> None:
-        """A record came so late; ignored where no clock tells."""
-        if math.isfinite(seconds):
-            self._recent.append(max(0.0, seconds))
+    def add(self, clock_seconds: float, time_seconds: float) -> None:
+        """A record of this time came now; ignored where no clock tells."""
+        if math.isfinite(clock_seconds):
+            self._recent.append((clock_seconds, max(0.0, clock_seconds - time_seconds)))
+            while len(self._recent) > _DELAYS_LEAST and self._recent[0][0] < clock_seconds - _DELAYS_SECONDS:
+                self._recent.popleft()  # an outage is soon over
 
     def later_than(self, ages_seconds: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """The share of records that come later than these ages."""
-        known = np.sort(np.array(self._recent))
+        known = np.sort(np.array([delay for _, delay in self._recent]))
         if not known.size:
             return np.zeros(ages_seconds.size)
         return 1.0 - np.searchsorted(known, ages_seconds, side="right") / known.size
@@ -105,7 +109,7 @@ class Delays:
     @property
     def longest_seconds(self) -> float:
         """Of the recent ones."""
-        return max(self._recent, default=0.0)
+        return max((delay for _, delay in self._recent), default=0.0)
 
 
 @dataclass
@@ -184,6 +188,7 @@ def between(load: EngineLoad, after: EngineSample, recorded: Recorded, phantoms:
         found.lost = max(0, math.floor(balance - found.ends - TOLERANCE_REQUESTS))
     elif -balance > tolerance:
         found.arrivals += round(-balance)
+    found.counted = max(found.counted, found.recorded + found.arrivals)
     return found
 
 
@@ -200,20 +205,23 @@ def take_over(load: EngineLoad, after: EngineSample, interval: Interval) -> None
 
 
 def make_up(
-    pool: str, before: EngineSample, after: EngineSample, interval: Interval, examples: list[Example]
+    pool: str, before: EngineSample, after: EngineSample, interval: Interval, phantoms: int, examples: list[Example]
 ) -> list[Arrival | End]:
     """Phantoms that arrive, and ends of phantoms, at random moments between two samples: the same for the same samples.
 
-    Without examples a phantom's prompt has the mean length that the engine's histogram tells.
+    There are `phantoms` before; an end comes when there is one to end. Without examples a phantom's prompt has the mean
+    length that the engine's histogram tells.
     """
     engine = key_of(after)
     rng = np.random.default_rng(zlib.crc32(f"{engine}@{after.time_seconds}".encode()))
     start, stop = before.time_seconds, after.time_seconds
     events: list[Arrival | End] = []
-    for number, time in enumerate(np.sort(rng.uniform(start, stop, interval.arrivals)).tolist()):
+    arrivals = np.sort(rng.uniform(start, stop, interval.arrivals)).tolist()
+    for number, time in enumerate(arrivals):
         events.append(Arrival(time, number, phantom(pool, engine, after, time, number, examples, rng)))
-    for number, time in enumerate(np.sort(rng.uniform(start, stop, interval.ends)).tolist()):
-        events.append(End(time, interval.arrivals + number, engine))
+    for number in range(interval.ends):
+        since = start if number < phantoms else arrivals[number - phantoms]
+        events.append(End(float(rng.uniform(since, stop)), interval.arrivals + number, engine))
     return sorted(events, key=lambda event: event[:2])
 
 

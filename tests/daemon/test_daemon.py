@@ -20,7 +20,6 @@ import pytest
 
 import kavier_twin
 import waiting
-from connectors.memory import MemorySource
 from connectors.source import Source
 from connectors.traces import read_trace
 from kavier_twin.daemon.daemon import Daemon
@@ -33,6 +32,7 @@ from kavier_twin.mirror.mirror import MirrorSettings
 from kavier_twin.recordings.replay_source import ReplaySource
 from kavier_twin.simulation.settings import CRUDE_STEP_TIME, EngineSettings, FleetSettings
 from kavier_twin.telemetry import EngineSample, RequestFinished, RequestRecord, RequestSeen, TelemetryRecord
+from memory_source import MemorySource
 
 RECORDING = Path(kavier_twin.__file__).parent / "demo_data" / "ramp-300"
 PATIENCE_SECONDS = 300.0  # before a test fails: a kernel may have to be compiled first
@@ -306,7 +306,7 @@ def test_demo_runs_once_and_shows_its_tables(launch: Callable[..., Process]) -> 
     process = launch("demo", "--once", "--speed", "60", "--port", "0")
     assert process.wait() == 0, process.err.read_text()
     out = process.out.read_text()
-    assert "Mirror beside reality" in out
+    assert "Mirror and reality" in out
     assert "policy, best first" in out
     for policy in ("today", "no_prefix_caching", "half_kv_capacity", "double_kv_capacity", "half_max_num_seqs"):
         assert policy in out

@@ -69,7 +69,7 @@ def test_one_of_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({**PROMETHEUS, "warm_up_seconds": 7200}, "sources.0: warm_up_seconds is more than max_backfill_seconds"),
         ({**PROMETHEUS, "user": "a"}, "sources.0: user and password belong together"),
         ({**PROMETHEUS, "ca_file": "gone.pem"}, "sources.0.ca_file: there is no file "),
-        ({**PROMETHEUS, "bearer_token": {"env": "TWIN_UNSET"}}, "variable TWIN_UNSET is not set; set it"),
+        ({**PROMETHEUS, "bearer_token": {"env": "TWIN_UNSET"}}, "variable TWIN_UNSET is empty or not set; set it"),
         ({**PROMETHEUS, "bearer_token": {}}, "sources.0.bearer_token: give either env"),
         ({"type": "vllm_metrics", "engines": []}, "sources.0.engines: "),
         (

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+import zlib
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -17,7 +19,8 @@ from kavier_twin.recordings.recording import read_recording
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
 from kavier_twin.telemetry import EngineSample, RequestFinished, RequestSeen, TelemetryRecord
 
-ENGINE = EngineSettings(block_size=32, num_gpu_blocks=300, max_num_seqs=6, max_num_batched_tokens=1024)
+RECORDING = Path(__file__).parents[1] / "data" / "recordings" / "chat-400"
+ENGINE = EngineSettings(block_size=32, num_gpu_blocks=400, max_num_seqs=16, max_num_batched_tokens=1024)
 FLEET = FleetSettings(engine=ENGINE, step_time=StepTime(fixed=0.015))
 SETTINGS = MirrorSettings(calibrate_after_requests=60, recalibrate_every_requests=60)
 LATEST_SECONDS = 600.0
@@ -26,13 +29,13 @@ BACK_EVERY_SECONDS = 30.0  # less often than a daemon, which has the time
 
 @pytest.fixture(scope="module")
 def events() -> list[TelemetryRecord]:
-    """Requests and, every ten seconds, what the engine said, on one clock that begins at 1,000 s."""
-    trace, samples = read_recording(None)  # the shipped one
+    """Requests and, every six seconds, what the engine said, on one clock that begins at 1,000 s."""
+    trace, samples = read_recording(RECORDING)
     found: list[TelemetryRecord] = []
     for record in trace.records:
         moved = record.model_copy(update={"time_seconds": record.time_seconds + 1_000.0, "pod": "vllm-0"})
         found += [moved.seen(), *([finished] if (finished := moved.finished()) is not None else [])]
-    for sample in samples[::5]:
+    for sample in samples[::3]:
         moved_to = {"time_seconds": sample.time_seconds + 1_000.0, "pod": "vllm-0", "namespace": ""}
         found.append(sample.model_copy(update=moved_to))
     return sorted(found, key=lambda event: event.time_seconds)
@@ -72,7 +75,7 @@ def test_any_delay_and_order_end_in_the_same_bytes(events: list[TelemetryRecord]
 
 def test_an_outage_of_the_stream_is_made_up_for_and_made_good(events: list[TelemetryRecord]) -> None:
     """While no record comes the mirror holds what the engine says; when they come it is as if they never were late."""
-    begin, end = 1_080.0, 1_180.0
+    begin, end = 1_080.0, 1_140.0
     until = events[-1].time_seconds + 30.0
     arrivals = []
     for event in events:
@@ -88,8 +91,7 @@ def test_an_outage_of_the_stream_is_made_up_for_and_made_good(events: list[Telem
             assert record.requests_waiting is not None
             running, waiting, _ = mirror.present(at).load()
             really = record.requests_running + record.requests_waiting
-            assert abs(running + waiting - really) <= max(2.0, 0.1 * really)
-            assert any(map(is_phantom, mirror.fold.running))
+            assert abs(running + waiting - really) <= 1.0
             compared += 1
     assert compared >= 5
     mirror.advance(until)
@@ -110,7 +112,7 @@ def test_half_a_stream_is_made_whole(events: list[TelemetryRecord]) -> None:
     kept = [
         event
         for number, event in enumerate(events)
-        if isinstance(event, EngineSample) or hash(event.id) % 2 == 0  # type: ignore[union-attr]
+        if isinstance(event, EngineSample) or zlib.crc32(event.id.encode()) % 2 == 0  # type: ignore[union-attr]
     ]
     errors = []
     mirror = Mirror(SETTINGS, FLEET)
@@ -120,7 +122,7 @@ def test_half_a_stream_is_made_whole(events: list[TelemetryRecord]) -> None:
         if isinstance(event, EngineSample) and event.requests_running is not None:
             running, waiting, _ = mirror.present(event.time_seconds).load()
             errors.append(abs(running + waiting - event.requests_running - (event.requests_waiting or 0.0)))
-    assert max(errors[3:]) <= 3.0
+    assert max(errors[3:]) <= 1.0
 
 
 def test_a_restart_in_between_leaves_no_trace(events: list[TelemetryRecord]) -> None:
@@ -147,10 +149,10 @@ def test_what_was_predicted_first_is_scored_once(events: list[TelemetryRecord]) 
     late = [(event.time_seconds + 30.0 * rng.random(), event) for event in events]
     mirror = mirrored(late, events[-1].time_seconds + 60.0)
     ends = sum(isinstance(event, RequestFinished) and event.e2e_seconds is not None for event in events)
-    scored = sum(
-        s.count
-        for s in mirror.windows.scores(mirror.time_seconds)
-        if s.kpi == "e2e_seconds" and s.window == "1h" and s.statistic == "mean"
-    )
+    [scored] = [
+        score.observations
+        for score in mirror.windows.scores(mirror.time_seconds)
+        if (score.kpi, score.statistic, score.window) == ("e2e_seconds", "mean", "1h")
+    ]
     assert 0.95 * ends <= scored <= ends
-    assert mirror.folded_again > 10
+    assert mirror.folded_again >= 5

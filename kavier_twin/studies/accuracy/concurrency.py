@@ -20,7 +20,7 @@ from kavier_twin.catalog.deployment import Deployment
 from kavier_twin.catalog.errors import CatalogError
 from kavier_twin.catalog.model import QUANTIZATIONS, QuantizationName
 from kavier_twin.catalog.models import find_model
-from kavier_twin.errors import UserError
+from kavier_twin.errors import UserError, problems_of
 from kavier_twin.simulation.closed_loop import simulate_closed_loop
 from kavier_twin.simulation.settings import FleetSettings
 from kavier_twin.simulation.state import Records
@@ -95,16 +95,17 @@ def run_concurrency(path: Path, name: str, tell: Callable[[str], None]) -> SetRe
             )
     notes += [f"{count} rows left out: {reason}." for reason, count in left_out.items()]
     notes.append(
-        f"Each user sends {_CYCLES} requests; the first and the last are not counted. How the benchmark started its "
-        "users is not told, and TTFT hangs on it: users who start together stay bunched, and wait for each other's "
-        "prefills; users who start one after the other do not. Both are given; the first row is what is predicted."
+        f"Each user sends {_CYCLES} requests; the first and the last are not counted. The data does not say how the "
+        "benchmark started its users, and TTFT depends on it: users who start together stay bunched and wait for each "
+        "other's prefills; users who start one after the other do not. Both results are given; the first row is the "
+        "prediction."
     )
-    notes.append("vLLM's limits on a batch are not told either: taken to be its defaults for the GPU.")
+    notes.append("vLLM's limits on a batch are unknown too; its defaults for the GPU are assumed.")
     queued = sum(row.silicon_ttft_ms > row.silicon_tpot_ms * (row.osl - 1) for row in rows)
     if queued:
         notes.append(
-            f"In {queued} rows the measured TTFT is longer than all the decoding after it: the server let in fewer "
-            "requests than there were users. Where that was a limit of its configuration, the table does not tell it."
+            f"In {queued} rows the measured TTFT is longer than the whole decode after it: the server admitted fewer "
+            "requests than there were users. The table does not contain a limit that would explain it."
         )
     trials = tuple(Trial(basis, "nothing", kind, tuple(found)) for (basis, kind), found in pairs.items())
     measured = f"{len(rows)} benchmarks of real servers at a fixed concurrency, means"
@@ -123,8 +124,7 @@ def read_rows(path: Path) -> tuple[list[Row], list[str]]:
         try:
             rows.append(Row.model_validate(line))
         except ValidationError as error:
-            first = error.errors()[0]
-            wrong.append(f"line {number}, {'.'.join(map(str, first['loc']))}: {first['msg']}")
+            wrong.append(f"line {number}, {problems_of(error)[0]}")
     if not rows:
         raise UserError(f"{path}: no valid row" + (f" ({wrong[0]})" if wrong else "; add some"))
     return rows, [f"{len(wrong)} malformed rows left out, the first is {wrong[0]}."] if wrong else []
