@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from kavier_twin.forecast.load import LoadOutlook
-from kavier_twin.forecast.slo import Metric
+from kavier_twin.simulation.kpi_table import Metric
 from kavier_twin.simulation.plain import Figure, plain
 
 StopReason = Literal["certain", "time", "all_scenarios"]

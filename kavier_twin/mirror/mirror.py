@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from kavier_twin.mirror.applied import Applied, Arrived, Dropped, Ended, GivenUp, Sized
 from kavier_twin.mirror.arrival_counts import RateHistory
@@ -49,6 +50,8 @@ from kavier_twin.telemetry import (
     RequestSeen,
     TelemetryRecord,
 )
+
+Floats = npt.NDArray[np.float64]
 
 JUDGE_EVERY_SECONDS: Final = 10
 
@@ -395,6 +398,12 @@ class Mirror:
             self.ingested["ended_after_all"] += 1
             if entry is not None:
                 self._score(entry.seen, finished, let_go)
+                # The longest are let go most: to learn from the others alone would make every engine look fast.
+                tokens, simulated = finished.output_tokens - 1, max(let_go.generated_tokens - 1, 1)
+                work = np.array(let_go.prefill_work), tokens / simulated * np.array(let_go.decode_work)
+                wait = let_go.scheduled - let_go.arrival
+                self._observe_work(finished, wait, *work, placed=self._is_placed(entry.seen))
+                self._pace.apply(self.fleet)
             return
         if live is None or not self._is_there(live):
             self.ingested["not_simulated"] += 1
@@ -404,8 +413,7 @@ class Mirror:
             self.fleet.finish(live, finished.output_tokens, None, 0)
             self.fleet.collect()
             return
-        # Without a pod's name the router decided, perhaps not as the real one did.
-        placed = bool(entry.seen.pod) or self.fleet.state.replicas.size == 1
+        placed = self._is_placed(entry.seen)
         self._score(entry.seen, finished, self._simulated(live))
         self._correct(entry.seen, finished, live, placed=placed)
         self._pace.apply(self.fleet)
@@ -426,6 +434,10 @@ class Mirror:
             self._book(Ended(known.arrival, known.prompt_tokens, finished))
         else:
             self._book(Dropped(finished.id))
+
+    def _is_placed(self, seen: RequestSeen) -> bool:
+        """Whether it runs where it really does: without a pod's name the router decided, perhaps otherwise."""
+        return bool(seen.pod) or self.fleet.state.replicas.size == 1
 
     def _simulated(self, live: Live) -> Simulated:
         """What was simulated of a request until now."""
@@ -454,7 +466,8 @@ class Mirror:
             tokens = finished.output_tokens - 1
             self.windows.add("tpot_seconds", time, (finish - arrival - ttft) / tokens, decode_seconds / tokens)
         if finished.queue_seconds is not None:
-            self.windows.add("queue_seconds", time, simulated.scheduled - arrival, finished.queue_seconds)
+            queue = simulated.scheduled - arrival - self.frontend_seconds  # as vLLM, which counts within the engine
+            self.windows.add("queue_seconds", time, queue, finished.queue_seconds)
         if finished.cached_tokens is not None and simulated.cached_tokens is not None:
             cached, prompt = simulated.cached_tokens, seen.prompt_tokens
             self.windows.add("prefix_cache_hit_ratio", time, cached, finished.cached_tokens, prompt)
@@ -476,26 +489,25 @@ class Mirror:
             chain = workload_of([whole]).chain
             covered = covered_tokens(whole)
         outcome = self.fleet.finish(live, finished.output_tokens, chain, covered)
-        if finished.e2e_seconds is not None and finished.ttft_seconds is not None:
-            share = min(1.0, (finished.output_tokens - 1) / max(generated - 1, 1))
-            decode_seconds = finished.e2e_seconds - finished.ttft_seconds
-            work = share * outcome["decode_work"]
-            self._pace.observe(self.time_seconds, decode_seconds, work)
-            wait = float(outcome["scheduled"] - outcome["arrival"]) - self.frontend_seconds
-            if placed:
-                self._learn(
-                    Row(
-                        self.time_seconds,
-                        max(0.0, wait),
-                        finished.ttft_seconds,
-                        decode_seconds,
-                        tuple(outcome["prefill_work"].tolist()),
-                        tuple(work.tolist()),
-                    )
-                )
+        share = min(1.0, (finished.output_tokens - 1) / max(generated - 1, 1))
+        wait = float(outcome["scheduled"] - outcome["arrival"])
+        self._observe_work(finished, wait, outcome["prefill_work"], share * outcome["decode_work"], placed=placed)
         if excess > 0.0:
             hold_until = self.time_seconds + min(excess, self.settings.longest_hold_seconds)
             replica_kernels.hold(self.fleet.state, live.replica, hold_until)
+
+    def _observe_work(
+        self, finished: RequestFinished, wait: float, prefill_work: Floats, decode_work: Floats, *, placed: bool
+    ) -> None:
+        """Learn the engine's speed from the work that was simulated for a request and the time that it really took."""
+        if finished.e2e_seconds is None or finished.ttft_seconds is None:
+            return
+        decode_seconds = finished.e2e_seconds - finished.ttft_seconds
+        self._pace.observe(self.time_seconds, decode_seconds, decode_work)
+        if placed:
+            work = tuple(prefill_work.tolist()), tuple(decode_work.tolist())
+            queued = max(0.0, wait - self.frontend_seconds)
+            self._learn(Row(self.time_seconds, queued, finished.ttft_seconds, decode_seconds, *work))
 
     def _drop_the_lost(self) -> None:
         """Requests whose finish record never came must not fill the fleet for ever."""
@@ -519,10 +531,15 @@ class Mirror:
         """The request ends in the mirror, though no record tells so."""
         self.ingested["never_finished"] += 1
         simulated = self._simulated(live)
-        self._lengths.let_go(identity, simulated)
-        times = simulated.arrival, simulated.scheduled, simulated.first_token, self.time_seconds
-        self._book(GivenUp(identity, *times, simulated.prompt_tokens, output_tokens))
-        self.fleet.finish(live, output_tokens, None, 0)
+        outcome = self.fleet.finish(live, output_tokens, None, 0)
+        work = tuple(outcome["prefill_work"].tolist()), tuple(outcome["decode_work"].tolist())
+        self._lengths.let_go(identity, simulated._replace(prefill_work=work[0], decode_work=work[1]))
+        # Held for as long as it might run, it most likely ended long before.
+        likely = self._lengths.drawn_tokens(identity) or output_tokens
+        finish = _predicted_finish(simulated, likely)
+        times = simulated.arrival, simulated.scheduled, simulated.first_token
+        over = self.time_seconds if math.isnan(finish) else finish
+        self._book(GivenUp(identity, *times, over, simulated.prompt_tokens, likely))
         self.fleet.collect()
         del self._running[identity]
 

@@ -17,12 +17,13 @@ import numpy as np
 from pydantic import Field
 
 from kavier_twin.forecast.result import Forecast, Row
-from kavier_twin.forecast.slo import Metric, Slo
+from kavier_twin.forecast.slo import Slo
 from kavier_twin.scores.conformal import Widening
 from kavier_twin.scores.correction import Correction
 from kavier_twin.scores.observed import Floats, Reality
 from kavier_twin.scores.serving import Foretold, interval, movement, served
 from kavier_twin.simulation.footprint import Footprint
+from kavier_twin.simulation.kpi_table import Metric
 from kavier_twin.simulation.plain import Figure
 
 # Of a first breach within the longest horizon: from here on a forecast is an alert, as by
@@ -191,7 +192,7 @@ class Scores:
         Mapping[Metric, int],
         Field(
             description="By KPI: forecasts of whose time no telemetry told it, so that it was not judged.",
-            examples=[{"power_mean_watts": 120}],
+            examples=[{"power_watts": 120}],
         ),
     ] = field(default_factory=dict)
 
@@ -352,7 +353,7 @@ class Scorer:
                 continue
             now = measure(time - window, time)
             for name, probability in odds.items():
-                if self._slos[name].metric in now:
+                if name in self._slos and self._slos[name].metric in now:
                     breached = self._slos[name].breached(now[self._slos[name].metric])
                     settled.moments.append(Moment(time, name, probability, breached))
         self.remember(settled)
@@ -393,7 +394,7 @@ class Scorer:
     def _known(self, until_seconds: float, now_seconds: float) -> bool:
         if now_seconds < until_seconds:
             return False
-        return now_seconds >= until_seconds + SETTLE_SECONDS or self.reality.complete(until_seconds)
+        return now_seconds >= until_seconds + SETTLE_SECONDS or self.reality.complete(until_seconds, SETTLE_SECONDS)
 
     def _judge(self, one: Foreseen, measure: _Measure, settled: Settled) -> None:
         start, stop = one.time_seconds, one.time_seconds + one.horizon_seconds

@@ -39,6 +39,7 @@ from kavier_twin.serve.access import Access, guarded
 from kavier_twin.serve.limits import Envelope, Limits
 from kavier_twin.serve.metrics.exporter import registry_of
 from kavier_twin.serve.models import (
+    KpiTable,
     PoolFidelity,
     PoolForecast,
     PoolHistory,
@@ -46,9 +47,11 @@ from kavier_twin.serve.models import (
     Pools,
     PoolScores,
     State,
+    Statistic,
     TwinView,
 )
 from kavier_twin.serve.problems import ProblemError
+from kavier_twin.simulation.kpi_table import KPIS, STATISTICS
 
 STATIC: Final = files("kavier_twin.serve").joinpath("static")
 
@@ -172,6 +175,11 @@ def _reading(twin: Twin, access: Access) -> APIRouter:
         responses=_problems(401, 404, 422, 503),
         dependencies=[] if access.open_reading else [Security(_BEARER)],
     )
+
+    @router.get("/kpis", summary="Every KPI: its unit, its statistics, how it is judged and shown")
+    def kpis() -> KpiTable:
+        metrics = {name: Statistic(**one._asdict()) for name, one in STATISTICS.items()}
+        return KpiTable(kpis=tuple(KPIS.values()), metrics=metrics)
 
     @router.get("/state", summary="The mirror, by pool and replica")
     def state(pool: _Pool = None) -> State:

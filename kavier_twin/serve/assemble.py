@@ -11,7 +11,6 @@ from kavier_twin.forecast.policy_set import PolicyInForce
 from kavier_twin.forecast.result import Forecast, Row, Verdict
 from kavier_twin.forecast.slo import Slo
 from kavier_twin.mirror.fidelity.cache import CacheWatch
-from kavier_twin.mirror.fidelity.gauges import GAUGES
 from kavier_twin.mirror.fidelity.power import PowerWatch
 from kavier_twin.mirror.fidelity.trust import Trust
 from kavier_twin.mirror.fidelity.windows import Stretch
@@ -31,37 +30,9 @@ from kavier_twin.serve.models import (
     Series,
     TwinView,
 )
+from kavier_twin.simulation.kpi_table import GAUGES, KPIS, STATISTICS
 
-_METRICS: Final = {  # the forecaster's metric -> KPI and statistic shown
-    "ttft_p50_seconds": ("ttft_seconds", "p50"),
-    "ttft_p99_seconds": ("ttft_seconds", "p99"),
-    "itl_p99_seconds": ("itl_seconds", "p99"),
-    "tpot_p99_seconds": ("tpot_seconds", "p99"),
-    "e2e_p95_seconds": ("e2e_seconds", "p95"),
-    "queue_p95_seconds": ("queue_seconds", "p95"),
-    "prefix_cache_hit_ratio": ("prefix_cache_hit_ratio", ""),
-    "kv_usage_mean_ratio": ("kv_cache_usage_ratio", ""),
-    "running_mean": ("requests_running", ""),
-    "waiting_mean": ("requests_waiting", ""),
-    "output_tokens_per_second": ("output_tokens_per_second", ""),
-    "requests_per_second": ("requests_per_second", ""),
-    "preemptions": ("preemptions", ""),
-    "rejected_requests": ("requests_rejected", ""),
-    "power_mean_watts": ("power_watts", ""),
-    "energy_joules_per_million_tokens": ("energy_joules_per_million_tokens", ""),
-    "carbon_grams_per_million_tokens": ("carbon_grams_per_million_tokens", ""),
-    "cost_per_million_tokens": ("cost_per_million_tokens", ""),
-}
-CHARTED: Final = (
-    ("ttft_seconds", "p99"),
-    ("e2e_seconds", "p95"),
-    ("queue_seconds", "p95"),
-    ("requests_waiting", ""),
-    ("requests_running", ""),
-    ("requests_per_second", ""),
-    ("prefix_cache_hit_ratio", ""),
-    ("kv_cache_usage_ratio", ""),
-)
+CHARTED: Final = tuple(STATISTICS[kpi.metric] for kpi in KPIS.values() if kpi.charted)
 STREAM_RESULTS: Final = ("accepted", "duplicate", "late", "future_time")
 
 
@@ -113,7 +84,7 @@ def records(mirror: Mirror, rejected: int) -> tuple[dict[str, int], dict[str, in
 
 def slo_lines(slos: Sequence[Slo]) -> tuple[Objective, ...]:
     """Objectives, each by the KPI it bounds as that is shown."""
-    return tuple(Objective(slo.name, *_METRICS[slo.metric], slo.threshold, slo.higher_is_better) for slo in slos)
+    return tuple(Objective(slo.name, *STATISTICS[slo.metric], slo.threshold, slo.higher_is_better) for slo in slos)
 
 
 def outlook(forecast: Forecast, made_unix_seconds: float, policies: Mapping[str, PolicyInForce]) -> Outlook:
@@ -198,13 +169,9 @@ def _trusted(trust: Mapping[str, Trust], kpi: str) -> bool:
 
 
 def _horizon(row: Row) -> Horizon:
-    predicted = []
-    for metric, values in row.kpis.items():
-        kpi, statistic = _METRICS[metric]
-        predicted.append(Predicted(kpi, statistic, values.values, trusted=False))
     return Horizon(
         row.horizon_seconds,
-        tuple(predicted),
+        tuple(Predicted(*STATISTICS[metric], values.values, trusted=False) for metric, values in row.kpis.items()),
         row.breach_probability,
         breach_trusted={},  # `judged` says so
         breach_interval=row.breach_interval,

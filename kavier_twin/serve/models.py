@@ -22,6 +22,7 @@ from kavier_twin.mirror.fidelity.trust import Trust
 from kavier_twin.mirror.fidelity.windows import WindowScore, find_score
 from kavier_twin.mirror.replicas import Replica
 from kavier_twin.scores.scorer import Scores
+from kavier_twin.simulation.kpi_table import Kpi
 from kavier_twin.simulation.plain import Figure
 
 PoolName = Annotated[str, Field(description="The pool.", examples=["chat"])]
@@ -43,6 +44,20 @@ class Pools(BaseModel, Generic[Pool]):
     model_config = ConfigDict(json_schema_serialization_defaults_required=True)
 
     pools: tuple[Pool, ...]
+
+
+class Statistic(BaseModel):
+    """A KPI, or one statistic of it over requests."""
+
+    kpi: str = Field(examples=["ttft_seconds"])
+    statistic: str = Field(description="p50, p99, ... of a latency; else empty.", examples=["p99"])
+
+
+class KpiTable(BaseModel):
+    """Every KPI, in the order in which tables show them."""
+
+    kpis: tuple[Kpi, ...]
+    metrics: dict[str, Statistic] = Field(description="What SLOs bound, and scores and what-ifs name.")
 
 
 # --- the mirror ---------------------------------------------------------------------------------------------------

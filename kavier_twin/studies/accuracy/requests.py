@@ -18,7 +18,7 @@ from kavier_twin.errors import UserError, problems_of
 from kavier_twin.mirror.calibration.requests import CalibrationError, Observed, calibrate, single_engine, with_frontend
 from kavier_twin.recordings.machine_clock import NEIGHBOURHOOD_SECONDS, MachineClock, machine_clock
 from kavier_twin.recordings.scenario import observed_of
-from kavier_twin.simulation.fleet import simulate
+from kavier_twin.simulation.runs import simulate
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings
 from kavier_twin.simulation.state import FINISHED, Records
 from kavier_twin.studies.accuracy.result import HIT_RATIO, Latencies, Pair, SetResult, Trial, request_pairs
