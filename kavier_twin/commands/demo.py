@@ -35,7 +35,7 @@ from kavier_twin.mirror.mirror import MirrorSettings
 from kavier_twin.recordings.recording import read_recording, recorded_engine, recorded_server
 from kavier_twin.recordings.replay_source import ReplaySource
 from kavier_twin.serve.models import Horizon, Outlook, PolicyOutlook, TwinView
-from kavier_twin.simulation.kpi_table import GAUGES, KPIS, STATISTICS, Kpi, label_of
+from kavier_twin.simulation.kpi_table import GAUGES, KPIS, RATIO, STATISTICS, Kpi, label_of
 from kavier_twin.simulation.settings import CRUDE_STEP_TIME, FleetSettings
 
 TOTAL_SECONDS: Final = 70.0  # that the demo is to take unless a speed is given, compilation included
@@ -365,9 +365,10 @@ def _tension(outlook: Outlook | None) -> float:
 
 
 def _error(score: WindowScore) -> str:
+    """Relative, of a ratio the difference."""
     if not math.isfinite(score.error):
         return "–"
-    return f"{100 * score.error:+.1f} points" if KPIS[score.kpi].error == "difference" else f"{score.error:+.1%}"
+    return f"{100 * score.error:+.1f} points" if KPIS[score.kpi].unit == RATIO else f"{score.error:+.1%}"
 
 
 def _spread(horizon: Horizon, kpi: Kpi) -> str:

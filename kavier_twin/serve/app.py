@@ -47,7 +47,6 @@ from kavier_twin.serve.models import (
     Pools,
     PoolScores,
     State,
-    Statistic,
     TwinView,
 )
 from kavier_twin.serve.problems import ProblemError
@@ -178,8 +177,7 @@ def _reading(twin: Twin, access: Access) -> APIRouter:
 
     @router.get("/kpis", summary="Every KPI: its unit, its statistics, how it is judged and shown")
     def kpis() -> KpiTable:
-        metrics = {name: Statistic(**one._asdict()) for name, one in STATISTICS.items()}
-        return KpiTable(kpis=tuple(KPIS.values()), metrics=metrics)
+        return KpiTable.model_validate({"kpis": tuple(KPIS.values()), "metrics": STATISTICS})
 
     @router.get("/state", summary="The mirror, by pool and replica")
     def state(pool: _Pool = None) -> State:

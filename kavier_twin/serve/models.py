@@ -49,12 +49,16 @@ class Pools(BaseModel, Generic[Pool]):
 class Statistic(BaseModel):
     """A KPI, or one statistic of it over requests."""
 
+    model_config = ConfigDict(from_attributes=True)
+
     kpi: str = Field(examples=["ttft_seconds"])
     statistic: str = Field(description="p50, p99, ... of a latency; else empty.", examples=["p99"])
 
 
 class KpiTable(BaseModel):
     """Every KPI, in the order in which tables show them."""
+
+    model_config = ConfigDict(from_attributes=True, json_schema_serialization_defaults_required=True)
 
     kpis: tuple[Kpi, ...]
     metrics: dict[str, Statistic] = Field(description="What SLOs bound, and scores and what-ifs name.")

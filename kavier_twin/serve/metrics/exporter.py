@@ -28,7 +28,7 @@ from kavier_twin.serve.metrics.power import power_metrics
 from kavier_twin.serve.metrics.score import score_metrics
 from kavier_twin.serve.metrics.sweep import sweep_metrics
 from kavier_twin.serve.models import Outlook, TwinView
-from kavier_twin.simulation.kpi_table import KPIS, Kpi
+from kavier_twin.simulation.kpi_table import GAUGES, KPIS, Kpi
 from kavier_twin.simulation.replica_state import ReplicaState
 
 _WINDOW: Final = "5m"  # over which KPIs are shown as mirrored and as observed
@@ -217,14 +217,14 @@ def _mirror(view: TwinView) -> Iterator[Metric]:
         if kpi.max_error is None:  # nothing observes it
             continue
         found = [("", entry.mirrored, entry.observed) for entry in view.gauges if entry.kpi == name]
-        if not kpi.gauge:
+        if name not in GAUGES:
             scores = (score for score in view.errors if (score.kpi, score.window) == (name, _WINDOW))
             found = [(score.statistic, score.predicted, score.observed) for score in scores]
         labels = ["pool", "statistic"] if kpi.statistics else ["pool"]
-        when = "now" if kpi.gauge else "over the last five minutes of event time"
+        when = "now" if name in GAUGES else "over the last five minutes of event time"
         families = [
             gauge(f"{side}_{name}", f"{kpi.help} {whose}, {when}.", labels=labels)
-            for side, whose in (("mirrored", "As mirrored"), ("observed", "As reported by telemetry"))
+            for side, whose in (("mirrored", "As mirrored"), ("observed", "As observed"))
         ]
         for statistic, *values in found:
             for family, value in zip(families, values, strict=True):
