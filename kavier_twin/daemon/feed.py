@@ -9,7 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Final
 
-from connectors.source import LogSource, Source
+from connectors.source import LogSource, Noting, Source
 from kavier_twin.serve.view import SourceState
 from kavier_twin.telemetry import RequestSeen, TelemetryRecord
 
@@ -68,6 +68,7 @@ class Feed:
             last_record_seconds=math.nan if source.last_record_seconds is None else source.last_record_seconds,
             lag_records=from_log.lag_records if from_log else math.nan,
             lost=dict(from_log.lost()) if from_log else {},
+            power_notes=tuple(source.power_notes()) if isinstance(source, Noting) else (),
         )
 
     def _refuse(self, pool: str, pools: Collection[str]) -> None:

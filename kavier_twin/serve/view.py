@@ -188,6 +188,18 @@ class SourceState:
     last_record_seconds: float = math.nan  # event time of its newest record
     lag_records: float = math.nan  # in the log and not read yet
     lost: Mapping[str, int] = field(default_factory=dict)  # reason -> records that left the log unread
+    power_notes: tuple[str, ...] = ()  # why it reads no GPU's power
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine as its metrics tell it. `kv_block_seconds`: means since its process began, by what is measured."""
+
+    pod: str
+    engine: str
+    model: str = ""
+    vllm_version: str = ""
+    kv_block_seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -287,6 +299,7 @@ class TwinView:
     currency: str = ""  # of costs, ISO 4217; empty where no footprint is told
     notes: tuple[str, ...] = ()  # what a reader of these figures must know
     stale: tuple[str, ...] = ()  # why the figures are old: one line for each source that fails or is behind
+    engines: tuple[Engine, ...] = ()  # that metrics tell of
     engine_contradictions: int = 0  # settings that engines tell otherwise than the settings file or each other
     warming_up: bool = False  # the past of the logs is being mirrored
     compiling: Compiling | None = None  # None: the kernels are ready
