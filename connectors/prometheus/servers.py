@@ -58,7 +58,7 @@ class Servers:
 
     vLLM's plain gauges bear its own labels `engine` and `model_name` and no others. Whatever else they bear was put
     there on the way and tells servers apart: `instance`, `pod`, `exported_instance`, Ray's `ReplicaId`, anything.
-    Labels that only other metrics have are vLLM's own.
+    Labels that only other metrics have are vLLM's own. Where no gauge is told of, labels that all metrics have do.
     """
 
     def __init__(self, prefix: str = "") -> None:
@@ -69,9 +69,14 @@ class Servers:
     def learn(self, series: Iterable[tuple[str, Mapping[str, str]]]) -> None:
         """Find out from series (name and labels) which labels tell servers apart."""
         known = [(place, labels) for name, labels in series if (place := place_of(name, self._prefix)) is not None]
-        gauges = [labels for place, labels in known if place.field in PLAIN_GAUGES]
-        for labels in gauges:
-            self._telling.update(labels.keys() - _NO_TELLING)
+        by_metric: dict[str, set[str]] = {}
+        for place, labels in known:
+            by_metric.setdefault(place.field, set()).update(labels.keys() - _NO_TELLING)
+        gauges = [labels for field, labels in by_metric.items() if field in PLAIN_GAUGES]
+        if gauges:
+            self._telling.update(*gauges)
+        elif by_metric and not self._telling:
+            self._telling.update(set.intersection(*by_metric.values()))
 
     def server_of(self, labels: Mapping[str, str]) -> Server:
         """Whose series this is."""

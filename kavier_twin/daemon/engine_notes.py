@@ -90,15 +90,21 @@ class EngineNotes:
 
 def unmatched_caches(caches: Sequence[CacheBeside], replicas: Sequence[Replica]) -> list[str]:
     """KV events of engines that no mirrored replica stands for."""
+    if len(replicas) < 2:
+        return []  # the only one is taken for the engine's
     pods = {replica.pod for replica in replicas} - {""}
-    if len(replicas) < 2 or not pods:
-        return []  # the only replica is taken for the engine's; without a pod nothing is known yet
     strangers = sorted({cache.pod for cache in caches} - pods)
     if not strangers:
         return []
+    come = f"KV events come from {_some(pod or 'an engine without a name' for pod in strangers)}, but"
+    if not pods:
+        return [
+            f"{come} no record or metric says which replica is which pod, so they are not compared: let request "
+            "records name pod, or add a source of the engines' metrics."
+        ]
     return [
-        f"KV events come from {_some(strangers)}, but the replicas are called {_some(sorted(pods))}, so they are not "
-        "compared: set pod on the kv_events source to the name that request records and metrics use."
+        f"{come} the replicas are called {_some(sorted(pods))}, so they are not compared: set pod on the kv_events "
+        "source to the name that request records and metrics use."
     ]
 
 

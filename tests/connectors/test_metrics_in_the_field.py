@@ -215,6 +215,23 @@ def test_labels_of_the_scrape_and_of_vllm_tell_no_servers_apart(labels: dict[str
     assert servers.server_of({**labels, **more}) == servers.server_of(labels)
 
 
+def test_servers_whose_gauges_are_left_out_are_told_apart_all_the_same() -> None:
+    """A collector may pass on counters and histograms alone."""
+    servers = Servers()
+    one, other = {"instance": "a:1", "model_name": "m"}, {"instance": "a:2", "model_name": "m"}
+    series = [
+        (name, {**labels, **more})
+        for labels in (one, other)
+        for name, more in (
+            ("vllm:generation_tokens_total", {"engine": "0"}),
+            ("vllm:request_success_total", {"engine": "0", "finished_reason": "stop", "new_label": "x"}),
+            ("vllm:e2e_request_latency_seconds_bucket", {"engine": "0", "le": "1.0"}),
+        )
+    ]
+    servers.learn(series)
+    assert {servers.server_of(labels) for _, labels in series} == {(("instance", "a:1"),), (("instance", "a:2"),)}
+
+
 # --- real Prometheus servers -----------------------------------------------------------------------------------------
 
 OLD_DCGM = (

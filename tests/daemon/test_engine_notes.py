@@ -119,6 +119,8 @@ def test_kv_events_that_fit_no_replica_are_told_of() -> None:
     assert "set pod on the kv_events source" in note
     assert unmatched_caches(caches, [replica(0, "vllm-0")]) == []  # the only one is taken for the engine's
     assert unmatched_caches(caches[1:], [replica(0, "vllm-0"), replica(1, "vllm-1")]) == []
+    (note,) = unmatched_caches(caches, [replica(0, ""), replica(1, "")])
+    assert "no record or metric says which replica is which pod" in note
 
 
 @pytest.fixture
