@@ -14,8 +14,8 @@ import numpy as np
 from benchmarks.common import compile_kernels, report, shared_prefix_workload
 from kavier_twin.mirror.mirror import Mirror, MirrorSettings
 from kavier_twin.recordings.scenario import DEFAULT_FLEET
-from kavier_twin.simulation.fleet import simulate
 from kavier_twin.simulation.policies import apply_overrides
+from kavier_twin.simulation.runs import simulate
 from kavier_twin.simulation.settings import FleetSettings
 from kavier_twin.telemetry import RequestFinished, RequestSeen
 

@@ -20,6 +20,7 @@ from rich.text import Text
 
 from connectors.secret import SecretPlace
 from kavier_twin.commands.client import TOKEN_VARIABLE
+from kavier_twin.commands.figures import figure, spread
 from kavier_twin.commands.process import StopSignals, leave
 from kavier_twin.daemon.daemon import Daemon
 from kavier_twin.daemon.feed import Feed
@@ -33,6 +34,7 @@ from kavier_twin.mirror.mirror import MirrorSettings
 from kavier_twin.recordings.recording import read_recording, recorded_engine, recorded_server
 from kavier_twin.recordings.replay_source import ReplaySource
 from kavier_twin.serve.view import Beside, Horizon, Outlook, PolicyOutlook, TwinView
+from kavier_twin.simulation.kpi_table import KPIS, RATIO, SECONDS, STATISTICS, Kpi, label_of
 from kavier_twin.simulation.settings import CRUDE_STEP_TIME, FleetSettings
 
 TOTAL_SECONDS: Final = 70.0  # that the demo is to take unless a speed is given, compilation included
@@ -58,15 +60,7 @@ FORECAST: Final = ForecastSettings(
     ),
 )
 _SLOW_SECONDS: Final = 4.0  # kernels that come from the cache are ready before
-_NAMES: Final = {
-    "ttft_seconds": "time to first token",
-    "e2e_seconds": "end-to-end latency",
-    "queue_seconds": "queue time",
-    "prefix_cache_hit_ratio": "prefix-cache hit ratio",
-    "requests_running": "running now",
-    "requests_waiting": "waiting now",
-    "kv_cache_usage_ratio": "KV cache usage now",
-}
+_COMPARED: Final = 3  # KPIs of each policy: a terminal has no room for more
 
 
 _EXAMPLES = """examples:
@@ -240,15 +234,11 @@ class _Watch:
     def _line(self) -> str:
         view = self._daemon.view
         parts = [f"{self._clock():>12}"]
-        for kpi, statistic, name in (
-            ("ttft_seconds", "mean", "TTFT"),
-            ("e2e_seconds", "mean", "e2e"),
-            ("prefix_cache_hit_ratio", "", "hits"),
-            ("requests_waiting", "", "waiting"),
-        ):
-            entry = view.value(kpi, statistic)
-            if entry is not None:
-                parts.append(f"{name} {_value(kpi, entry.mirrored)} (real {_value(kpi, entry.observed)})")
+        for kpi in KPIS.values():
+            entry = view.value(kpi.name, "mean" if kpi.statistics else "")
+            if kpi.compared and entry is not None:
+                mirrored, observed = figure(kpi.name, entry.mirrored), figure(kpi.name, entry.observed)
+                parts.append(f"{kpi.label} {mirrored} (real {observed})")
         today = _today(view.outlook)
         if today is not None:
             horizon = today.horizons[0]
@@ -290,8 +280,8 @@ def beside(view: TwinView) -> Table:
     for name, style in (("mirror", "cyan"), ("reality", "yellow"), ("error", ""), ("requests", "dim")):
         table.add_column(name, justify="right", style=style)
     for entry in view.beside:
-        name = _NAMES.get(entry.kpi, entry.kpi) + (f", {entry.statistic}" if entry.statistic else "")
-        mirrored, observed = _value(entry.kpi, entry.mirrored), _value(entry.kpi, entry.observed)
+        name = KPIS[entry.kpi].title + (f", {entry.statistic}" if entry.statistic else "")
+        mirrored, observed = figure(entry.kpi, entry.mirrored), figure(entry.kpi, entry.observed)
         table.add_row(name, mirrored, observed, _error(entry), str(entry.requests or ""))
     return table
 
@@ -310,8 +300,9 @@ def policies(outlook: Outlook, when: str = "What is ahead", *, brief: bool = Fal
         box=box.SIMPLE_HEAD,
     )
     table.add_column("policy", no_wrap=True)
-    for name in ("TTFT p99", "e2e p95", "hit ratio"):
-        table.add_column(name, justify="right", no_wrap=not brief)
+    kpis = [kpi for kpi in KPIS.values() if kpi.compared][:_COMPARED]
+    for kpi in kpis:
+        table.add_column(label_of(kpi.metric), justify="right", no_wrap=not brief)
     slos = list(horizons[-1].breach)
     for slo in slos:
         table.add_column(f"breach odds\n{slo}", justify="right")
@@ -322,11 +313,7 @@ def policies(outlook: Outlook, when: str = "What is ahead", *, brief: bool = Fal
             table.add_row(policy.name, policy.problem)
             continue
         last = policy.horizons[-1]
-        cells = [
-            _spread(last, "ttft_seconds", "p99"),
-            _spread(last, "e2e_seconds", "p95"),
-            _spread(last, "prefix_cache_hit_ratio", ""),
-        ]
+        cells = [_spread(last, kpi) for kpi in kpis]
         odds = [" / ".join(f"{100 * h.breach[slo]:.0f}" for h in policy.horizons) for slo in slos]
         if not brief:
             odds.append(" ".join(policy.flags) or ("as it is" if policy.deployable else "hypothetical"))
@@ -371,34 +358,15 @@ def _tension(outlook: Outlook | None) -> float:
     return sum(sum(horizon.breach.values()) for horizon in today.horizons) if today else 0.0
 
 
-def _value(kpi: str, value: float) -> str:
-    if not math.isfinite(value):
-        return "–"
-    if kpi.endswith("_ratio"):
-        return f"{value:.1%}"
-    if kpi.endswith("_seconds"):
-        return f"{value:.2f} s" if value >= 1.0 else f"{1000 * value:.0f} ms"
-    return f"{value:.1f}".removesuffix(".0")
-
-
 def _error(entry: Beside) -> str:
+    """Relative for latencies, a difference for the rest."""
     if not math.isfinite(entry.error):
         return "–"
-    if entry.kpi.endswith("_seconds"):
+    unit = KPIS[entry.kpi].unit
+    if unit == SECONDS:
         return f"{entry.error:+.1%}"
-    if entry.kpi.endswith("_ratio"):
-        return f"{100 * entry.error:+.1f} pts"
-    return f"{entry.error:+.0f}"
+    return f"{100 * entry.error:+.1f} points" if unit == RATIO else f"{entry.error:+.0f}"
 
 
-def _spread(horizon: Horizon, kpi: str, statistic: str) -> str:
-    low, middle, high = (horizon.quantile(kpi, statistic, quantile) for quantile in (0.1, 0.5, 0.9))
-    if not math.isfinite(middle):
-        return "–"
-    if kpi.endswith("_ratio"):
-        return f"{middle:.1%} ({100 * low:.1f} – {100 * high:.1f})"
-    if kpi.endswith("_seconds") and high >= 1.0:
-        return f"{middle:.2f} s ({low:.2f} – {high:.2f})"
-    if kpi.endswith("_seconds"):
-        return f"{1000 * middle:.0f} ms ({1000 * low:.0f} – {1000 * high:.0f})"
-    return f"{middle:.1f} ({low:.1f} – {high:.1f})"
+def _spread(horizon: Horizon, kpi: Kpi) -> str:
+    return spread(kpi.name, *(horizon.quantile(*STATISTICS[kpi.metric], quantile) for quantile in (0.1, 0.5, 0.9)))

@@ -8,7 +8,8 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from kavier_twin.errors import UserError
-from kavier_twin.forecast.slo import METRICS, Slo
+from kavier_twin.forecast.slo import Slo
+from kavier_twin.simulation.kpi_table import METRICS
 
 _SLOS: TypeAdapter[tuple[Slo, ...]] = TypeAdapter(tuple[Slo, ...])
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from kavier_twin.forecast.load import LoadOutlook
-from kavier_twin.forecast.slo import Metric
+from kavier_twin.simulation.kpi_table import Metric
 from kavier_twin.simulation.plain import plain
 
 StopReason = Literal["certain", "time", "all_scenarios"]

@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
+from kavier_twin.mirror.applied import Applied, Arrived, Dropped, Ended, GivenUp, Sized
 from kavier_twin.mirror.arrival_counts import RateHistory
 from kavier_twin.mirror.calibration.online import Change, Online, Row
 from kavier_twin.mirror.calibration.requests import MINIMUM_REQUESTS, Calibration, CalibrationError, Observed, calibrate
@@ -49,6 +51,8 @@ from kavier_twin.telemetry import (
     RequestSeen,
     TelemetryRecord,
 )
+
+Floats = npt.NDArray[np.float64]
 
 JUDGE_EVERY_SECONDS: Final = 10
 
@@ -115,6 +119,7 @@ class Mirror:
         self._pace = Pace(fleet.step_time)
         self._arrivals = RateHistory()
         self._is_fork = False
+        self._applied: list[Applied] = []  # during `advance`
 
     # --- taking records in ----------------------------------------------------------------------------------------
 
@@ -150,13 +155,16 @@ class Mirror:
             footprint = footprint.model_copy(update={"carbon": carbon})
             self.fleet.settings = self.fleet.settings.model_copy(update={"footprint": footprint})
 
-    def advance(self, now_seconds: float | None = None) -> int:
-        """Process what is due. `now_seconds` (event time) lets time pass where no record comes. Returns events."""
+    def advance(self, now_seconds: float | None = None) -> list[Applied]:
+        """Process what is due. `now_seconds` (event time) lets time pass where no record comes.
+
+        Returns what was applied, in event order; of a fork, which only looks ahead, nothing.
+        """
+        self._applied = []
         if now_seconds is not None:
             self.ingested.update(self._stream.confirm(now_seconds + MAX_JUMP_SECONDS))
             self._stream.raise_floor(now_seconds - self.settings.lateness_seconds)
-        events = self._stream.due()
-        for event in events:
+        for event in self._stream.due():
             self._step_to(event.time_seconds)
             self._drop_the_lost()
             if isinstance(event, RequestSeen):
@@ -171,7 +179,8 @@ class Mirror:
         if now_seconds is not None and math.isfinite(self.time_seconds):
             self._step_to(self._stream.watermark_seconds)
             self._drop_the_lost()
-        return len(events)
+        applied, self._applied = self._applied, []
+        return applied
 
     def adopt(self, overrides: Mapping[str, Override]) -> None:
         """The engines turned out to be set so. Raises PolicyError for what cannot be."""
@@ -182,12 +191,13 @@ class Mirror:
         else:
             self.fleet = Fleet(settings, start_seconds=-math.inf)
 
-    def end(self) -> None:
-        """Process all that was taken in: no record will ever come."""
+    def end(self) -> list[Applied]:
+        """Process all that was taken in: no record will ever come. Returns what was applied."""
         last, lateness = self._stream.last_seconds, self.settings.lateness_seconds
-        if math.isfinite(last):
-            now = last + lateness
-            self.advance(now if now - lateness >= last else math.nextafter(now, math.inf))
+        if not math.isfinite(last):
+            return []
+        now = last + lateness
+        return self.advance(now if now - lateness >= last else math.nextafter(now, math.inf))
 
     def fork(self) -> Mirror:
         """A copy that can be moved on to the present without a trace in this one.
@@ -296,7 +306,9 @@ class Mirror:
 
     def _look(self, second: int) -> None:
         """At every second: gauges beside what engines reported, lengths, and now and then what all errors amount to."""
-        self.gauges.record(second, self.load(), int(self.fleet.state.replicas["alive"].sum()))
+        replicas = int(self.fleet.state.replicas["alive"].sum())
+        self._book(Sized(float(second), replicas))
+        self.gauges.record(second, self.load(), replicas)
         for pair in self.gauges.due(second):
             self.windows.add(*pair)
         if self.beside is not None:
@@ -325,6 +337,7 @@ class Mirror:
         """Requests that have run for too long are let go; the others get room in time, so that none has to wait."""
         for identity, live in list(self._running.items()):
             if not self._is_there(live):
+                self._drop(identity)
                 continue
             request = self.fleet.state.requests[live.replica, live.slot]
             generated, limit = int(request["tokens"] - request["prompt"]), self._lengths.limit_tokens(identity)
@@ -350,6 +363,7 @@ class Mirror:
         replica, slot = map(int, self.fleet.deliver(delivered, 0, 1)[0])
         if slot >= 0:
             self._running[seen.id] = Live(self._next_index, replica, slot)
+            self._book(Arrived(seen.id, seen.time_seconds))
 
     def _sight(self, seen: PodSeen) -> None:
         """A pod's metrics: one that restarted lost its cache and the requests that it had."""
@@ -362,7 +376,7 @@ class Mirror:
         for live in self.fleet.begin_anew(restart.replica, again):
             self._running[names.pop(live.index)] = live
         for name in names.values():
-            del self._running[name]
+            self._drop(name)
         self.ingested["replica_restarted"] += len(names)
 
     def _is_there(self, live: Live) -> bool:
@@ -378,6 +392,7 @@ class Mirror:
             self.ingested["unknown_request"] += 1
             return
         self.finished += 1
+        self._book_end(finished, entry, live, let_go)
         self._lengths.ended(finished.output_tokens, late=finished.time_seconds < self.time_seconds)
         if entry is not None:
             self._recent[finished.id] = Seen(entry.seen, finished)
@@ -385,6 +400,12 @@ class Mirror:
             self.ingested["ended_after_all"] += 1
             if entry is not None:
                 self._score(entry.seen, finished, let_go)
+                # The longest are let go most: to learn from the others alone would make every engine look fast.
+                tokens, simulated = finished.output_tokens - 1, max(let_go.generated_tokens - 1, 1)
+                work = np.array(let_go.prefill_work), tokens / simulated * np.array(let_go.decode_work)
+                wait = let_go.scheduled - let_go.arrival
+                self._observe_work(finished, wait, *work, placed=self._is_placed(entry.seen))
+                self._pace.apply(self.fleet)
             return
         if live is None or not self._is_there(live):
             self.ingested["not_simulated"] += 1
@@ -394,13 +415,31 @@ class Mirror:
             self.fleet.finish(live, finished.output_tokens, None, 0)
             self.fleet.collect()
             return
-        # Without a pod's name the router decided, perhaps not as the real one did.
-        placed = bool(entry.seen.pod) or self.fleet.state.replicas.size == 1
+        placed = self._is_placed(entry.seen)
         self._score(entry.seen, finished, self._simulated(live))
         self._correct(entry.seen, finished, live, placed=placed)
         self._pace.apply(self.fleet)
         self.fleet.collect()
         self._maybe_calibrate(placed=placed)
+
+    def _book(self, event: Applied) -> None:
+        if not self._is_fork:
+            self._applied.append(event)
+
+    def _book_end(
+        self, finished: RequestFinished, entry: Seen | None, live: Live | None, let_go: Simulated | None
+    ) -> None:
+        """What a record of an end tells; one of a request of which nothing is remembered tells nothing."""
+        if entry is not None:
+            self._book(Ended(entry.seen.time_seconds, entry.seen.prompt_tokens, finished))
+        elif known := let_go or (self._simulated(live) if live is not None and self._is_there(live) else None):
+            self._book(Ended(known.arrival, known.prompt_tokens, finished))
+        else:
+            self._book(Dropped(finished.id))
+
+    def _is_placed(self, seen: RequestSeen) -> bool:
+        """Whether it runs where it really does: without a pod's name the router decided, perhaps otherwise."""
+        return bool(seen.pod) or self.fleet.state.replicas.size == 1
 
     def _simulated(self, live: Live) -> Simulated:
         """What was simulated of a request until now."""
@@ -408,6 +447,7 @@ class Mirror:
         return Simulated(
             at=self.time_seconds,
             arrival=float(request["arrival"]),
+            prompt_tokens=int(request["prompt"]),
             scheduled=float(request["scheduled"]),
             first_token=float(request["first_token"]),
             generated_tokens=int(request["tokens"] - request["prompt"]),
@@ -428,7 +468,8 @@ class Mirror:
             tokens = finished.output_tokens - 1
             self.windows.add("tpot_seconds", time, (finish - arrival - ttft) / tokens, decode_seconds / tokens)
         if finished.queue_seconds is not None:
-            self._pair("queue_seconds", time, simulated.scheduled - arrival, finished.queue_seconds)
+            queue = simulated.scheduled - arrival - self.frontend_seconds  # as vLLM, which counts within the engine
+            self._pair("queue_seconds", time, queue, finished.queue_seconds)
         if finished.cached_tokens is not None and simulated.cached_tokens is not None:
             cached, prompt = simulated.cached_tokens, seen.prompt_tokens
             self.fidelity.add_cache(cached, finished.cached_tokens, prompt)
@@ -455,26 +496,25 @@ class Mirror:
             chain = workload_of([whole]).chain
             covered = covered_tokens(whole)
         outcome = self.fleet.finish(live, finished.output_tokens, chain, covered)
-        if finished.e2e_seconds is not None and finished.ttft_seconds is not None:
-            share = min(1.0, (finished.output_tokens - 1) / max(generated - 1, 1))
-            decode_seconds = finished.e2e_seconds - finished.ttft_seconds
-            work = share * outcome["decode_work"]
-            self._pace.observe(self.time_seconds, decode_seconds, work)
-            wait = float(outcome["scheduled"] - outcome["arrival"]) - self.frontend_seconds
-            if placed:
-                self._learn(
-                    Row(
-                        self.time_seconds,
-                        max(0.0, wait),
-                        finished.ttft_seconds,
-                        decode_seconds,
-                        tuple(outcome["prefill_work"].tolist()),
-                        tuple(work.tolist()),
-                    )
-                )
+        share = min(1.0, (finished.output_tokens - 1) / max(generated - 1, 1))
+        wait = float(outcome["scheduled"] - outcome["arrival"])
+        self._observe_work(finished, wait, outcome["prefill_work"], share * outcome["decode_work"], placed=placed)
         if excess > 0.0:
             hold_until = self.time_seconds + min(excess, self.settings.longest_hold_seconds)
             replica_kernels.hold(self.fleet.state, live.replica, hold_until)
+
+    def _observe_work(
+        self, finished: RequestFinished, wait: float, prefill_work: Floats, decode_work: Floats, *, placed: bool
+    ) -> None:
+        """Learn the engine's speed from the work that was simulated for a request and the time that it really took."""
+        if finished.e2e_seconds is None or finished.ttft_seconds is None:
+            return
+        decode_seconds = finished.e2e_seconds - finished.ttft_seconds
+        self._pace.observe(self.time_seconds, decode_seconds, decode_work)
+        if placed:
+            work = tuple(prefill_work.tolist()), tuple(decode_work.tolist())
+            queued = max(0.0, wait - self.frontend_seconds)
+            self._learn(Row(self.time_seconds, queued, finished.ttft_seconds, decode_seconds, *work))
 
     def _drop_the_lost(self) -> None:
         """Requests whose finish record never came must not fill the fleet for ever."""
@@ -482,18 +522,31 @@ class Mirror:
         while self._running:
             identity, live = next(iter(self._running.items()))
             if not self._is_there(live):
-                del self._running[identity]
+                self._drop(identity)
                 continue
             request = self.fleet.state.requests[live.replica, live.slot]
             if request["arrival"] > oldest:
                 return
             self._let_go(identity, live, max(1, int(request["tokens"] - request["prompt"])))
 
+    def _drop(self, identity: str) -> None:
+        """The request is in the fleet no more, and no record tells how it ended."""
+        del self._running[identity]
+        self._book(Dropped(identity))
+
     def _let_go(self, identity: str, live: Live, output_tokens: int) -> None:
         """The request ends in the mirror, though no record tells so."""
         self.ingested["never_finished"] += 1
-        self._lengths.let_go(identity, self._simulated(live))
-        self.fleet.finish(live, output_tokens, None, 0)
+        simulated = self._simulated(live)
+        outcome = self.fleet.finish(live, output_tokens, None, 0)
+        work = tuple(outcome["prefill_work"].tolist()), tuple(outcome["decode_work"].tolist())
+        self._lengths.let_go(identity, simulated._replace(prefill_work=work[0], decode_work=work[1]))
+        # Held for as long as it might run, it most likely ended long before.
+        likely = self._lengths.drawn_tokens(identity) or output_tokens
+        finish = _predicted_finish(simulated, likely)
+        times = simulated.arrival, simulated.scheduled, simulated.first_token
+        over = self.time_seconds if math.isnan(finish) else finish
+        self._book(GivenUp(identity, *times, over, simulated.prompt_tokens, likely))
         self.fleet.collect()
         del self._running[identity]
 

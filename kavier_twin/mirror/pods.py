@@ -159,9 +159,9 @@ class Pods:
             for replica in self._spare:
                 fleet.dismiss(replica)
             self._spare = []
-        for name in [name for name, pod in self._leaving.items() if fleet.are_gone(_replicas(pod))]:
-            for replica in _replicas(self._leaving.pop(name)):
-                del self._pod_of[replica]
+        if self._leaving:
+            fleet.retire()
+            self._forget_the_gone(fleet)
 
     def copy(self) -> Pods:
         """An independent one."""
@@ -190,12 +190,23 @@ class Pods:
             replica: name for name, pod in [*self._pods.items(), *self._leaving.items()] for replica in _replicas(pod)
         }
 
+    def _forget_the_gone(self, fleet: Fleet) -> None:
+        """Engines whose replicas have left; the place of each may be another pod's by the time its own speaks again."""
+        for name, pod in list(self._leaving.items()):
+            for rank, engine in list(pod.engines.items()):
+                if not fleet.has(engine.replica):
+                    del pod.engines[rank], self._pod_of[engine.replica]
+            if not pod.engines:
+                del self._leaving[name]
+
     def _spoke_within(self, time_seconds: float, heard_seconds: float) -> bool:
         return not time_seconds - heard_seconds > self._silent_seconds
 
     def _hear(self, fleet: Fleet, time_seconds: float, name: str, rank: str) -> _Pod | None:
         """The pod, which joins if it is new. None where there are too many."""
         pod = self._pods.get(name)
+        if self._leaving:
+            self._forget_the_gone(fleet)
         if pod is None and name in self._leaving:
             pod = self._pods[name] = self._leaving.pop(name)
             for replica in _replicas(pod):

@@ -41,6 +41,7 @@ from kavier_twin.serve.metrics.exporter import registry_of
 from kavier_twin.serve.problems import ProblemError
 from kavier_twin.serve.score_models import AllScores, PoolScores
 from kavier_twin.serve.view import TwinView
+from kavier_twin.simulation.kpi_table import KPIS, STATISTICS
 
 STATIC: Final = files("kavier_twin.serve").joinpath("static")
 
@@ -164,6 +165,10 @@ def _reading(twin: Twin, access: Access) -> APIRouter:
         responses=_problems(401, 404, 422, 503),
         dependencies=[] if access.open_reading else [Security(_BEARER)],
     )
+
+    @router.get("/kpis", summary="Every KPI: its unit, its statistics, how it is judged and shown")
+    def kpis() -> models.KpiTable:
+        return models.KpiTable.model_validate({"kpis": tuple(KPIS.values()), "metrics": STATISTICS})
 
     @router.get("/state", summary="The mirror, by pool and replica")
     def state(pool: _Pool = None) -> models.State:

@@ -33,38 +33,9 @@ from kavier_twin.serve.view import (
     TwinView,
     WindowError,
 )
+from kavier_twin.simulation.kpi_table import GAUGES, KPIS, LATENCIES, STATISTICS, share
 
-_LATENCIES: Final = {"ttft_seconds": (50, 99), "e2e_seconds": (95,), "queue_seconds": (95,)}
-_METRICS: Final = {  # the forecaster's metric -> KPI and statistic shown
-    "ttft_p50_seconds": ("ttft_seconds", "p50"),
-    "ttft_p99_seconds": ("ttft_seconds", "p99"),
-    "itl_p99_seconds": ("itl_seconds", "p99"),
-    "tpot_p99_seconds": ("tpot_seconds", "p99"),
-    "e2e_p95_seconds": ("e2e_seconds", "p95"),
-    "queue_p95_seconds": ("queue_seconds", "p95"),
-    "prefix_cache_hit_ratio": ("prefix_cache_hit_ratio", ""),
-    "kv_usage_mean_ratio": ("kv_cache_usage_ratio", ""),
-    "running_mean": ("requests_running", ""),
-    "waiting_mean": ("requests_waiting", ""),
-    "output_tokens_per_second": ("output_tokens_per_second", ""),
-    "requests_per_second": ("requests_per_second", ""),
-    "preemptions": ("preemptions", ""),
-    "rejected_requests": ("requests_rejected", ""),
-    "power_mean_watts": ("power_watts", ""),
-    "energy_joules_per_million_tokens": ("energy_joules_per_million_tokens", ""),
-    "carbon_grams_per_million_tokens": ("carbon_grams_per_million_tokens", ""),
-    "cost_per_million_tokens": ("cost_per_million_tokens", ""),
-}
-CHARTED: Final = (
-    ("ttft_seconds", "p99"),
-    ("e2e_seconds", "p95"),
-    ("queue_seconds", "p95"),
-    ("requests_waiting", ""),
-    ("requests_running", ""),
-    ("requests_per_second", ""),
-    ("prefix_cache_hit_ratio", ""),
-    ("kv_cache_usage_ratio", ""),
-)
+CHARTED: Final = tuple(STATISTICS[kpi.metric] for kpi in KPIS.values() if kpi.charted)
 STREAM_RESULTS: Final = ("accepted", "duplicate", "late", "future_time")
 
 
@@ -72,17 +43,16 @@ def beside(mirror: Mirror, reported: tuple[float, float, float]) -> tuple[Beside
     """Mirror beside reality. `reported`: running, waiting and KV usage as the engines say; NaN where they do not."""
     scores = mirror.fidelity.scores()
     entries: list[Beside] = []
-    for kpi, percentiles in _LATENCIES.items():
+    for kpi in LATENCIES:
         score = scores.get(kpi)
         if score is not None:
             entries.append(_of_score(kpi, "mean", score, score.error_ratio))
-            entries += [_of_percentile(mirror, kpi, percent) for percent in percentiles]
+            entries += [_of_percentile(mirror, kpi, statistic) for statistic in KPIS[kpi].statistics]
     if "hit_ratio" in scores:
         score = scores["hit_ratio"]
         entries.append(_of_score("prefix_cache_hit_ratio", "", score, score.error_ratio))
     if math.isfinite(mirror.time_seconds):
-        names = ("requests_running", "requests_waiting", "kv_cache_usage_ratio")
-        for kpi, mirrored, observed in zip(names, mirror.load(), reported, strict=True):
+        for kpi, mirrored, observed in zip(GAUGES, mirror.load(), reported, strict=True):
             entries.append(Beside(kpi, "", float(mirrored), observed, mirrored - observed))
     return tuple(entries)
 
@@ -126,7 +96,7 @@ def records(mirror: Mirror, rejected: int) -> tuple[dict[str, int], dict[str, in
 
 def slo_lines(slos: Sequence[Slo]) -> tuple[SloLine, ...]:
     """Objectives, each by the KPI it bounds as that is shown."""
-    return tuple(SloLine(slo.name, *_METRICS[slo.metric], slo.threshold, slo.higher_is_better) for slo in slos)
+    return tuple(SloLine(slo.name, *STATISTICS[slo.metric], slo.threshold, slo.higher_is_better) for slo in slos)
 
 
 def outlook(forecast: Forecast, made_unix_seconds: float, policies: Mapping[str, PolicyInForce]) -> Outlook:
@@ -218,21 +188,17 @@ def _of_score(kpi: str, statistic: str, score: Score, error: float) -> Beside:
     return Beside(kpi, statistic, score.predicted_mean, score.observed_mean, error, score.count)
 
 
-def _of_percentile(mirror: Mirror, kpi: str, percent: int) -> Beside:
+def _of_percentile(mirror: Mirror, kpi: str, statistic: str) -> Beside:
     pairs: Sequence[tuple[float, float]] = mirror.fidelity.pairs(kpi)
-    mirrored, observed = map(float, np.percentile(np.array(pairs), percent, axis=0))
+    mirrored, observed = map(float, np.quantile(np.array(pairs), share(statistic), axis=0))
     error = (mirrored - observed) / observed if observed > 0.0 else math.nan
-    return Beside(kpi, f"p{percent}", mirrored, observed, error, len(pairs))
+    return Beside(kpi, statistic, mirrored, observed, error, len(pairs))
 
 
 def _horizon(row: Row) -> Horizon:
-    predicted = []
-    for metric, values in row.kpis.items():
-        kpi, statistic = _METRICS[metric]
-        predicted.append(Predicted(kpi, statistic, values.values))
     return Horizon(
         row.horizon_seconds,
-        tuple(predicted),
+        tuple(Predicted(*STATISTICS[metric], values.values) for metric, values in row.kpis.items()),
         dict(row.breach_probability),
         breach_interval=dict(row.breach_interval),
     )

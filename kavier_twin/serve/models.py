@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from kavier_twin.simulation.kpi_table import Kpi
+
 
 def _known(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -33,6 +35,20 @@ EventSeconds = Annotated[
 
 class _Answer(BaseModel):
     model_config = ConfigDict(from_attributes=True, frozen=True)
+
+
+class Statistic(_Answer):
+    """A KPI, or one statistic of it over requests."""
+
+    kpi: str = Field(examples=["ttft_seconds"])
+    statistic: str = Field(description="p50, p99, ... of a latency; else empty.", examples=["p99"])
+
+
+class KpiTable(_Answer):
+    """Every KPI, in the order in which tables show them."""
+
+    kpis: tuple[Kpi, ...]
+    metrics: dict[str, Statistic] = Field(description="What SLOs bound, and scores and what-ifs name.")
 
 
 class Beside(_Answer):

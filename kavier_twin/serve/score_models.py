@@ -88,7 +88,7 @@ class Scores(_Answer):
     unscored: dict[str, int] = Field(description="Not judged, by reason.", examples=[{"interrupted": 3}])
     unobserved: dict[str, int] = Field(
         description="By KPI: forecasts of whose time no telemetry told it, so that it was not judged.",
-        examples=[{"power_mean_watts": 120}],
+        examples=[{"power_watts": 120}],
     )
 
 

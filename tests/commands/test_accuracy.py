@@ -115,7 +115,7 @@ def test_requests_that_the_engine_as_told_could_not_serve(tmp_path: Path, capsys
     meta["engine"]["max_model_len"] = 1000
     (folder / "meta.json").write_text(json.dumps(meta))
     (result,) = accuracy(capsys, folder, tmp_path / "accuracy.md")["sets"]
-    assert any("that the engine as told could not" in note for note in result["notes"])
+    assert any("that the described engine could not serve" in note for note in result["notes"])
     assert set(trial(result, "calibrated")["errors"]) == {"TTFT", "TPOT", "e2e", "hit ratio"}
 
 

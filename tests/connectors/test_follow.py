@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from connectors.dead_letters import DeadLetters
-from connectors.memory import MemorySource
 from connectors.source import Source
 from connectors.traces import TraceError, follow, read_trace
 from connectors.traces.follow import FollowFile
 from kavier_twin.telemetry import EngineSample, RequestRecord, RequestSeen, TelemetryRecord
+from memory_source import MemorySource
 
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 

@@ -20,7 +20,6 @@ import pytest
 
 import kavier_twin
 import waiting
-from connectors.memory import MemorySource
 from connectors.source import Source
 from connectors.traces import read_trace
 from kavier_twin.daemon.daemon import Daemon
@@ -33,6 +32,7 @@ from kavier_twin.mirror.mirror import MirrorSettings
 from kavier_twin.recordings.replay_source import ReplaySource
 from kavier_twin.simulation.settings import CRUDE_STEP_TIME, EngineSettings, FleetSettings
 from kavier_twin.telemetry import EngineSample, RequestFinished, RequestRecord, RequestSeen, TelemetryRecord
+from memory_source import MemorySource
 
 RECORDING = Path(kavier_twin.__file__).parent / "demo_data" / "ramp-300"
 PATIENCE_SECONDS = 300.0  # before a test fails: a kernel may have to be compiled first

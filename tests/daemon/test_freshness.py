@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from connectors.memory import MemorySource
 from connectors.source import LogSource
 from daemon.test_daemon import FLEET, FORECAST, get, metric, until
 from kavier_twin.daemon.checkpoints import Checkpoints
@@ -23,6 +22,7 @@ from kavier_twin.daemon.pool import PoolTwin
 from kavier_twin.mirror.mirror import Mirror, MirrorSettings
 from kavier_twin.serve.view import SourceState
 from kavier_twin.telemetry import EngineSample, RequestFinished, RequestRecord, RequestSeen
+from memory_source import MemorySource
 
 
 class Log(MemorySource):

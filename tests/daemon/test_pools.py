@@ -10,7 +10,6 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from connectors.memory import MemorySource
 from daemon.test_daemon import FLEET, FORECAST, events, get, metric, recorded, until
 from kavier_twin.daemon.checkpoints import Checkpoints
 from kavier_twin.daemon.config import read_settings
@@ -21,6 +20,7 @@ from kavier_twin.daemon.pool import PoolTwin
 from kavier_twin.errors import UserError
 from kavier_twin.mirror.mirror import MirrorSettings
 from kavier_twin.telemetry import RequestRecord, RequestSeen, TelemetryRecord
+from memory_source import MemorySource
 
 
 def pool(name: str) -> PoolTwin:

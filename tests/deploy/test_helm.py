@@ -229,7 +229,7 @@ def test_notes_tell_the_next_step(tmp_path: Path) -> None:
     assert "grafanaUrl" in told("--set", "prometheusRule.enabled=true")
     assert "grafanaUrl" not in told("-f", EVERYTHING)
     assert "kubectl -n llm port-forward svc/twin-kavier-twin" in told()
-    assert "begins anew" in told("--set", "persistence.enabled=false")
+    assert "loses its state" in told("--set", "persistence.enabled=false")
     assert "NO SETTINGS" in told()
     assert "NO SETTINGS" not in told("-f", SAMPLES[0])
 

@@ -132,7 +132,7 @@ def test_the_draw_lies_where_it_was_published() -> None:
         fleet.run(seconds)
         found = impact_of_run(fleet, 0.0)
         assert found is not None
-        return found.power_mean_watts
+        return found.power_watts
 
     assert watts(1, 100, 3_000, 10.0) == pytest.approx(300.0, rel=0.05)
     assert 350.0 < watts(128, 100, 3_000, 10.0) < 600.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from connectors.traces import read_trace
 from kavier_twin.mirror.mirror import Mirror, MirrorSettings
+from kavier_twin.recordings.simulated_reality import simulated_reality
 from kavier_twin.simulation.footprint import Footprint, PowerModel
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
 from kavier_twin.simulation.state import state_bytes
@@ -232,3 +234,15 @@ def test_memory_stays_bounded(records: list[RequestRecord]) -> None:
             mirror.ingest(event)
             mirror.advance()
     assert state_bytes(mirror.fleet.state) <= 2 * size
+
+
+def test_queue_times_leave_out_the_frontend_as_vllms_do(records: list[RequestRecord]) -> None:
+    reality, _ = simulated_reality(records, FLEET, 0.25)
+    mirror = Mirror(MirrorSettings(lateness_seconds=0.0, calibrate_after_requests=sys.maxsize), FLEET, calibrated=True)
+    mirror.frontend_seconds = 0.25
+    for event in halves(reality):
+        mirror.ingest(event)
+        mirror.advance()
+    [queue] = [s for s in mirror.scores if (s.kpi, s.statistic, s.window) == ("queue_seconds", "mean", "1h")]
+    assert queue.count > 100
+    assert queue.predicted == pytest.approx(queue.observed, abs=0.01)

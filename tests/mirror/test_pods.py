@@ -167,6 +167,21 @@ def test_data_parallel_ranks_are_replicas_of_one_pod() -> None:
     assert sorted(mirror.fleet.state.replicas["running"].tolist()) == [4, 5]
 
 
+def test_a_rank_whose_place_was_given_away_does_not_come_back_to_it() -> None:
+    """One rank of a silent pod is idle and leaves, the other still serves when the pod speaks again."""
+    ranks = [sample("b", 2.0, 0.0, rank="0"), sample("b", 2.0, 0.0, rank="1")]
+    mirror = fed([*requests(0, 4, 0.0, ["a"]), *ranks, *A_LONG_ONE, *requests(10, 30, 40.0, ["a", "b"])])
+    fed([seen(50, 72.0, "b"), *requests(100, 130, 73.0, ["a"])], mirror)
+    assert sorted(alive(mirror)) == [0, 1, 1]
+    fed(requests(300, 4, 203.0, ["c"]), mirror)
+    assert sorted(mirror.pods.names().values()) == ["a", "b", "c"]
+    fed([*requests(400, 4, 208.0, ["b"]), sample("b", 210.0, 0.0, rank="0"), sample("b", 210.0, 0.0, rank="1")], mirror)
+    fed(requests(500, 40, 212.0, ["a", "b", "c"]), mirror)
+    assert sorted(mirror.pods.names().values()) == ["a", "b", "b", "c"]
+    assert mirror.fleet.state.replicas["accepting"].tolist() == [1, 1, 1, 1]
+    assert mirror.pods.replica_of("b", "0") != mirror.pods.replica_of("b", "1")
+
+
 def test_more_pods_than_can_be_mirrored_are_counted() -> None:
     mirror = Mirror(MirrorSettings(most_replicas=3), FLEET)
     fed(requests(0, 50, 0.0, [f"pod-{number}" for number in range(10)]), mirror)

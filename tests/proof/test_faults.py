@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from connectors.memory import MemorySource
 from kavier_twin.daemon.checkpoints import Checkpoints
 from kavier_twin.daemon.daemon import Daemon
 from kavier_twin.daemon.feed import Feed
@@ -19,6 +18,7 @@ from kavier_twin.forecast.forecaster import ForecastSettings
 from kavier_twin.mirror.mirror import MirrorSettings
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
 from kavier_twin.telemetry import RequestFinished, RequestSeen
+from memory_source import MemorySource
 from waiting import wait_until
 
 FLEET = FleetSettings(

@@ -19,6 +19,7 @@ from kavier_twin.serve.access import Access
 from kavier_twin.serve.app import Twin, make_app
 from kavier_twin.serve.limits import Limits
 from kavier_twin.serve.view import History
+from kavier_twin.simulation.kpi_table import KPIS, METRICS
 from serve.twins import TOKEN, FakePool, Served
 from serve.views import empty_view, full_view
 
@@ -81,6 +82,18 @@ def _with_examples(found: Any) -> Iterator[dict[str, Any]]:
     if isinstance(found, list):
         for part in found:
             yield from _with_examples(part)
+
+
+def test_the_table_of_kpis_is_served() -> None:
+    served = Served()
+    try:
+        found = json.loads(served.ask("GET", "/v1/kpis")[2])
+    finally:
+        served.server.close()
+    assert [kpi["name"] for kpi in found["kpis"]] == list(KPIS)
+    assert found["kpis"][0]["unit"]["scales"][0] == {"from_value": 0.0, "factor": 1000.0, "sign": " ms"}
+    assert list(found["metrics"]) == list(METRICS)
+    assert found["metrics"]["ttft_p99_seconds"] == {"kpi": "ttft_seconds", "statistic": "p99"}
 
 
 def test_state_tells_what_is_not_known_as_null() -> None:

@@ -9,12 +9,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
+from kavier_twin.commands.figures import figure
 from kavier_twin.scores.scorer import AlertScore, BreachScore, KpiScore, Scores
 from kavier_twin.serve.access import Access
 from kavier_twin.serve.app import RefusedError
 from kavier_twin.serve.view import Beside, Compiling, History, KpiTrust
+from kavier_twin.simulation.kpi_table import KPIS, METRICS
 from real_parts import chromium, require
 from serve.twins import TOKEN, Served
 from serve.views import empty_view, full_view
@@ -139,6 +142,17 @@ def test_the_charts_show_mirror_reality_and_the_fan_on_one_axis(page: Page, serv
     expect(page.locator(".chart[data-kpi=kv_cache_usage_ratio]")).to_be_hidden()  # nobody tells
 
 
+def test_figures_are_written_as_on_the_command_line(page: Page) -> None:
+    """Every KPI, over eight orders of magnitude."""
+    values = [0.0, 12.0, *np.random.default_rng(0).lognormal(0.0, 4.0, 30).tolist()]
+    asked = [[name, value] for name in (*KPIS, *METRICS) for value in values]
+    shown = page.evaluate(
+        "async (all) => { const w = await import('/static/words.js'); return all.map(([n, v]) => w.figure(v, n)); }",
+        asked,
+    )
+    assert shown == [figure(name, value) for name, value in asked]
+
+
 def test_how_right_past_forecasts_were_is_told(page: Page, served: Served) -> None:
     expect(page.locator("#scores-words")).to_have_text("None was judged yet: 0 forecasts wait for their time to come.")
     kpi = KpiScore("ttft_p99_seconds", 60.0, 40, 0.09, 0.1, 0.9, 0.08, 0.8, 0.6, 0.9, 0.2, 0.4)
@@ -155,7 +169,7 @@ def test_how_right_past_forecasts_were_is_told(page: Page, served: Served) -> No
     expect(page.locator("#scores-words")).to_contain_text("in 1 of 2 figures")
     [row] = cells(page, "#scores")
     assert row[1:] == [
-        "80 ms ✓ 0.80 × persistence’s · 90 % within interval",
+        "80.0 ms ✓ 0.80 × persistence’s · 90 % within interval",
         "300 ms ✕ 1.50 × persistence’s · 90 % within interval",
     ]
     assert cells(page, "#alerts") == [["fast", "4", "75 %", "3", "100 %", "36 s", "0.04 (0.07)"]]

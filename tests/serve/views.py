@@ -7,7 +7,6 @@ import math
 from kavier_twin.forecast.load import LoadAhead, LoadOutlook
 from kavier_twin.forecast.result import Gain
 from kavier_twin.mirror.replicas import Replica
-from kavier_twin.serve.assemble import _METRICS
 from kavier_twin.serve.view import (
     Beside,
     Best,
@@ -26,6 +25,7 @@ from kavier_twin.serve.view import (
     TwinView,
     WindowError,
 )
+from kavier_twin.simulation.kpi_table import STATISTICS
 
 QUANTILES = {0.1: 0.5, 0.5: 0.75, 0.9: 1.0}
 
@@ -34,7 +34,9 @@ def full_view(pool: str = "chat") -> TwinView:
     horizons = tuple(
         Horizon(
             seconds,
-            tuple(Predicted(kpi, statistic, QUANTILES, kpi == "ttft_seconds") for kpi, statistic in _METRICS.values()),
+            tuple(
+                Predicted(kpi, statistic, QUANTILES, kpi == "ttft_seconds") for kpi, statistic in STATISTICS.values()
+            ),
             {"fast": 0.25, "steady": 0.0},
             {"fast": True, "steady": False},
             breach_interval={"fast": (0.04, 0.65), "steady": (0.0, 0.37)},

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kavier_twin.mirror.calibration.fit import Fit, fit
-from kavier_twin.simulation.fleet import simulate
+from kavier_twin.simulation.runs import simulate
 from kavier_twin.simulation.settings import COEFFICIENTS, EngineSettings, FleetSettings, StepTime
 from kavier_twin.simulation.state import Records
 from kavier_twin.simulation.workload import Workload

@@ -8,7 +8,9 @@ from copy import copy
 from dataclasses import dataclass
 from typing import Any, Final
 
-KPIS: Final = ("ttft_seconds", "e2e_seconds", "queue_seconds", "cached_tokens")
+from kavier_twin.simulation.kpi_table import LATENCIES
+
+KPIS: Final = (*LATENCIES, "cached_tokens")
 WINDOW_REQUESTS: Final = 500
 
 

@@ -13,14 +13,8 @@ from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
-LATENCIES: Final = {  # KPI -> its quantiles over requests, beside the mean
-    "ttft_seconds": (0.5, 0.99),
-    "tpot_seconds": (0.5, 0.99),
-    "e2e_seconds": (0.95,),
-    "queue_seconds": (0.95,),
-}
-RATIOS: Final = ("prefix_cache_hit_ratio", "kv_cache_usage_ratio")
-RATES: Final = ("requests_per_second", "output_tokens_per_second")
+from kavier_twin.simulation.kpi_table import KPIS, LATENCIES, RATES, share
+
 WINDOWS: Final = {"5m": 300.0, "1h": 3600.0}  # seconds of event time
 BUCKET_SECONDS: Final = 60.0
 
@@ -218,22 +212,22 @@ def _scores(kpi: str, window: str, sums: _Sums, covered_seconds: float) -> list[
     predicted, observed = (total / denominator for total in sums.sums)
     mean = "mean" if kpi in LATENCIES else ""
     found = [WindowScore(kpi, mean, window, sums.count, predicted, observed, _error(kpi, predicted, observed))]
-    for share in LATENCIES.get(kpi, ()):
-        predicted, observed = (_quantile(bins, share) for bins in sums.bins)
+    for statistic in KPIS[kpi].statistics:
+        predicted, observed = (_quantile(bins, share(statistic)) for bins in sums.bins)
         error = _error(kpi, predicted, observed)
-        found.append(WindowScore(kpi, f"p{100 * share:g}", window, sums.count, predicted, observed, error))
+        found.append(WindowScore(kpi, statistic, window, sums.count, predicted, observed, error))
     return found
 
 
 def _error(kpi: str, predicted: float, observed: float) -> float:
-    if kpi in RATIOS:
+    if KPIS[kpi].error == "difference":
         return predicted - observed
     return (predicted - observed) / observed if observed > 0.0 else math.nan
 
 
-def _quantile(bins: Counter[int], share: float) -> float:
+def _quantile(bins: Counter[int], of: float) -> float:
     """The nearest rank's bin, at its geometric centre."""
-    rank = math.ceil(share * bins.total())
+    rank = math.ceil(of * bins.total())
     for number in sorted(bins):
         rank -= bins[number]
         if rank <= 0:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Final, NamedTuple
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import InfoMetricFamily, SummaryMetricFamily
@@ -28,46 +27,7 @@ from kavier_twin.serve.metrics.power import power_metrics
 from kavier_twin.serve.metrics.score import score_metrics
 from kavier_twin.serve.metrics.sweep import sweep_metrics
 from kavier_twin.serve.view import Outlook, TwinView
-
-
-class Kpi(NamedTuple):
-    """A KPI's metric: its name without prefix, whether it has statistics over requests, and what it says."""
-
-    metric: str
-    has_statistic: bool
-    says: str
-
-
-KPIS: Final = {
-    "ttft_seconds": Kpi("ttft_seconds", True, "time to first token in seconds"),
-    "itl_seconds": Kpi("itl_seconds", True, "inter-token latency in seconds"),
-    "tpot_seconds": Kpi("tpot_seconds", True, "time per output token after the first, in seconds"),
-    "e2e_seconds": Kpi("e2e_seconds", True, "end-to-end latency in seconds"),
-    "queue_seconds": Kpi("queue_seconds", True, "time between arrival and first scheduling in seconds"),
-    "prefix_cache_hit_ratio": Kpi("prefix_cache_hit_ratio", False, "prompt tokens found in the prefix cache, 0 to 1"),
-    "kv_cache_usage_ratio": Kpi("kv_cache_usage_ratio", False, "KV cache blocks in use, 0 to 1"),
-    "requests_running": Kpi("requests_running", False, "requests in the running batch"),
-    "requests_waiting": Kpi("requests_waiting", False, "requests waiting to be scheduled"),
-    "preemptions": Kpi("preemptions", False, "preemptions of requests"),
-    "requests_rejected": Kpi("requests_rejected", False, "requests that the engines refuse"),
-    "requests_per_second": Kpi("requests_per_second", False, "requests finished per second"),
-    "output_tokens_per_second": Kpi("output_tokens_per_second", False, "tokens generated per second"),
-    "power_watts": Kpi("power_watts", False, "mean power of the GPUs in watts, times PUE"),
-    "energy_joules_per_million_tokens": Kpi(
-        "energy_joules_per_million_tokens", False, "joules per million tokens of prompts and outputs, times PUE"
-    ),
-    "carbon_grams_per_million_tokens": Kpi(
-        "carbon_grams_per_million_tokens", False, "grams of CO2 emitted per million tokens of prompts and outputs"
-    ),
-    "cost_per_million_tokens": Kpi(
-        "cost_per_million_tokens",
-        False,
-        "price of the GPU time per million tokens of prompts and outputs, in the currency of the settings",
-    ),
-}
-"""Every KPI that is exported, by its name in the view."""
-
-_MOMENT: Final = frozenset({"requests_running", "requests_waiting", "kv_cache_usage_ratio"})
+from kavier_twin.simulation.kpi_table import KPIS, Kpi
 
 
 class TwinCollector(Collector):
@@ -253,11 +213,13 @@ def _mirror(view: TwinView) -> Iterator[Metric]:
         view.event_seconds,
     )
     for name, kpi in KPIS.items():
+        if kpi.max_error is None:  # nothing observes it
+            continue
         entries = [entry for entry in view.beside if entry.kpi == name]
-        labels = ["pool", "statistic"] if kpi.has_statistic else ["pool"]
-        window = "now" if name in _MOMENT else "over the last requests finished (500 at most)"
-        for side, whose in (("mirrored", "as mirrored"), ("observed", "as the stream reports")):
-            family = gauge(f"{side}_{kpi.metric}", f"{_sentence(kpi.says)}, {whose} {window}.", labels=labels)
+        labels = ["pool", "statistic"] if kpi.statistics else ["pool"]
+        window = "now" if kpi.gauge else "over the last 500 finished requests"
+        for side, whose in (("mirrored", "As mirrored"), ("observed", "As reported by telemetry")):
+            family = gauge(f"{side}_{name}", f"{kpi.help} {whose}, {window}.", labels=labels)
             for entry in entries:
                 add(family, _labels(kpi, [view.pool], entry.statistic), getattr(entry, side))
             yield family
@@ -350,11 +312,11 @@ def _forecasts(view: TwinView) -> Iterator[Metric]:
 def _predictions(pool: str, source: str, outlook: Outlook) -> Iterator[Metric]:
     for name, kpi in KPIS.items():
         labels = ["pool", "policy", "in_force", "horizon", "trusted", "source"]
-        labels += ["statistic"] if kpi.has_statistic else []
+        labels += ["statistic"] if kpi.statistics else []
         family = SummaryMetricFamily(
-            f"{PREFIX}_predicted_{kpi.metric}",
-            f"{_sentence(kpi.says)}, as foreseen over the horizon (seconds from the forecast's start); the quantile is "
-            "over the simulated scenarios.",
+            f"{PREFIX}_predicted_{name}",
+            f"{kpi.help} Predicted from the start of the forecast to the horizon (seconds); quantiles are over the "
+            "simulated scenarios.",
             labels=labels,
         )
         for policy in outlook.policies:
@@ -402,8 +364,4 @@ def _predictions(pool: str, source: str, outlook: Outlook) -> Iterator[Metric]:
 
 
 def _labels(kpi: Kpi, values: list[str], statistic: str) -> list[str]:
-    return [*values, statistic] if kpi.has_statistic else values
-
-
-def _sentence(text: str) -> str:
-    return text[0].upper() + text[1:]
+    return [*values, statistic] if kpi.statistics else values

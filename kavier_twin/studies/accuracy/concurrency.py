@@ -95,16 +95,17 @@ def run_concurrency(path: Path, name: str, tell: Callable[[str], None]) -> SetRe
             )
     notes += [f"{count} rows left out: {reason}." for reason, count in left_out.items()]
     notes.append(
-        f"Each user sends {_CYCLES} requests; the first and the last are not counted. How the benchmark started its "
-        "users is not told, and TTFT hangs on it: users who start together stay bunched, and wait for each other's "
-        "prefills; users who start one after the other do not. Both are given; the first row is what is predicted."
+        f"Each user sends {_CYCLES} requests; the first and the last are not counted. The data does not say how the "
+        "benchmark started its users, and TTFT depends on it: users who start together stay bunched and wait for each "
+        "other's prefills; users who start one after the other do not. Both results are given; the first row is the "
+        "prediction."
     )
-    notes.append("vLLM's limits on a batch are not told either: taken to be its defaults for the GPU.")
+    notes.append("vLLM's limits on a batch are unknown too; its defaults for the GPU are assumed.")
     queued = sum(row.silicon_ttft_ms > row.silicon_tpot_ms * (row.osl - 1) for row in rows)
     if queued:
         notes.append(
-            f"In {queued} rows the measured TTFT is longer than all the decoding after it: the server let in fewer "
-            "requests than there were users. Where that was a limit of its configuration, the table does not tell it."
+            f"In {queued} rows the measured TTFT is longer than the whole decode after it: the server admitted fewer "
+            "requests than there were users. The table does not contain a limit that would explain it."
         )
     trials = tuple(Trial(basis, "nothing", kind, tuple(found)) for (basis, kind), found in pairs.items())
     measured = f"{len(rows)} benchmarks of real servers at a fixed concurrency, means"

@@ -19,7 +19,7 @@ from kavier_twin.studies.accuracy.stages import run_stages
 Run = Callable[[Path, str, Callable[[str], None]], SetResult]
 
 _REQUESTS = ("requests.jsonl", "requests.jsonl.gz")
-_NOTHING = "nothing in it tells measured latencies and the server that had them"
+_NOTHING = "it contains no measured latencies with a description of the server"
 
 
 class DataSet(NamedTuple):

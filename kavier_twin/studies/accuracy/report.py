@@ -18,16 +18,17 @@ HEADER = ("metric", "points", *STATISTICS)
 
 _INTRODUCTION = """# Accuracy
 
-How far the simulation's seconds are from measured ones. Written by `kavier-twin accuracy`; run it again to renew it.
+This report compares simulated times with measured ones. `kavier-twin accuracy` writes it; run the command again to
+update it.
 
-- *From the catalogue alone*: step times and KV blocks follow from the GPU's data sheet and the model's shape; nothing
-  of the data set was fitted. *From measured operators*: nor here, but step times follow from NVIDIA's database of
-  single operators on the card (extra `silicon`), where it knows card and model. *Calibrated*: the coefficients were
-  fitted to the part named, starting from the better of both, and judged on the rest.
-- An error is predicted / measured - 1, of the statistic that heads the column. Where a data set has several points
-  (stages, rows of a table), it is the median of the errors' sizes, and behind "avg" their average.
+- *From the catalogue alone*: step times and KV blocks follow from the GPU's data sheet and the model's shape. Nothing
+  was fitted to the data set. *From measured operators*: nothing was fitted either, but step times follow from NVIDIA's
+  database of single operators on the card (extra `silicon`), if it contains the card and the model. *Calibrated*: the
+  coefficients were fitted to the named part, starting from the better of the two, and evaluated on the rest.
+- An error is predicted / measured - 1, of the statistic in the column's heading. If a data set has several points
+  (stages, rows of a table), the figure is the median of the absolute errors, followed by their average ("avg").
 - The error of a hit ratio is a difference in percentage points.
-- Results are as they came out, the bad ones too; the notes tell what is known of why.
+- All results are included, the bad ones too. The notes give the known causes.
 """
 
 

@@ -18,7 +18,7 @@ from kavier_twin.errors import UserError
 from kavier_twin.mirror.calibration.requests import CalibrationError, Observed, calibrate, single_engine, with_frontend
 from kavier_twin.recordings.machine_clock import NEIGHBOURHOOD_SECONDS, MachineClock, machine_clock
 from kavier_twin.recordings.scenario import observed_of
-from kavier_twin.simulation.fleet import simulate
+from kavier_twin.simulation.runs import simulate
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings
 from kavier_twin.simulation.state import FINISHED, Records
 from kavier_twin.studies.accuracy.result import HIT_RATIO, Latencies, Pair, SetResult, Trial, request_pairs
@@ -46,7 +46,7 @@ def run_requests(path: Path, name: str, tell: Callable[[str], None]) -> SetResul
     observed = observed_of(trace)
     measured = np.isfinite(observed.ttft_seconds) & np.isfinite(observed.e2e_seconds)
     if not measured.any():
-        raise UserError(f"{path}: no request tells its TTFT and end-to-end latency")
+        raise UserError(f"{path}: no request has a TTFT and an e2e latency")
     server, notes = _server(path, trace)
     fitted = np.arange(measured.size) < round(SHARE * measured.size)
     trials = []
@@ -56,7 +56,7 @@ def run_requests(path: Path, name: str, tell: Callable[[str], None]) -> SetResul
     except CatalogError as error:
         notes.append(f"Nothing predicted from the catalogue: {error}.")
         if "num_gpu_blocks" not in server.engine:
-            notes.append("The number of KV blocks is not known: taken as so many that memory never decides.")
+            notes.append("The number of KV blocks is unknown: so many are assumed that memory never limits the batch.")
         engine = engine_settings({"num_gpu_blocks": PLENTY_OF_BLOCKS, **server.engine}, str(path))
     else:
         engine = prior.engine
@@ -70,7 +70,8 @@ def run_requests(path: Path, name: str, tell: Callable[[str], None]) -> SetResul
 
     servable = _servable(engine, observed)
     if not servable.all():
-        notes.append(f"{int((~servable).sum())} requests were served that the engine as told could not: left out.")
+        count = int((~servable).sum())
+        notes.append(f"{count} requests were served that the described engine could not serve; they are left out.")
 
     def calibrated(basis: str, clock: MachineClock | None) -> None:
         tell(basis)
@@ -111,8 +112,8 @@ def _server(path: Path, trace: Trace) -> tuple[Server, list[str]]:
         found = gpus_named_in(trace.path.parent.name)
         if found:
             gpu = found[0]
-            others = f" (it could as well be {', '.join(found[1:])})" if len(found) > 1 else ""
-            notes.append(f"The data names no GPU; the folder's name tells of {gpu}{others}.")
+            others = f" (it could also be {', '.join(found[1:])})" if len(found) > 1 else ""
+            notes.append(f"The data names no GPU; the folder's name indicates {gpu}{others}.")
     try:
         deployment = Deployment(
             tensor_parallel_size=engine.get("tensor_parallel_size", 1),
@@ -208,8 +209,8 @@ def _clock(trace: Trace) -> MachineClock | None:
 def _describe(clock: MachineClock) -> str:
     slow, fast = np.quantile(clock.speed, (0.95, 0.05)).tolist()
     return (
-        "The machine's own speed drifted: for a tenth of the time decode-only steps of equal size lasted less than "
+        "The machine's own speed drifted: for a tenth of the time, decode-only steps of equal size lasted less than "
         f"{fast:.2f} or more than {slow:.2f} times their mean (the server's step log, {NEIGHBOURHOOD_SECONDS:g} s at a "
-        "time). The correction calibrates and predicts by a clock that runs as the machine did. It uses the step log "
-        "of the whole run, but no request's timing beyond the first third."
+        "time). The correction calibrates and predicts by a clock that follows the machine's speed. It uses the step "
+        "log of the whole run, but no request's timing beyond the first third."
     )

@@ -20,7 +20,7 @@ from kavier_twin.catalog.errors import CatalogError
 from kavier_twin.errors import UserError
 from kavier_twin.mirror.calibration.fit import fit
 from kavier_twin.mirror.calibration.requests import at_least
-from kavier_twin.simulation.fleet import simulate
+from kavier_twin.simulation.runs import simulate
 from kavier_twin.simulation.settings import FleetSettings, StepTime
 from kavier_twin.simulation.state import Records
 from kavier_twin.simulation.workload import make_workload
@@ -51,7 +51,7 @@ def run_single(path: Path, name: str, tell: Callable[[str], None]) -> SetResult:
     points = read_points(path)
     tell("predicting single requests")
     server = Server(_MODEL, _GPU, Deployment(), {**_ENGINE, "num_gpu_blocks": _PLENTY})
-    notes = [f"The table names neither GPU nor model: the paper's, {_GPU} and {_MODEL}."]
+    notes = [f"The table names neither GPU nor model; those of the paper are assumed, {_GPU} and {_MODEL}."]
     trials = []
     try:
         prior = from_catalogue(server, str(path))

@@ -18,7 +18,7 @@ from kavier_twin.catalog.deployment import Deployment
 from kavier_twin.catalog.errors import CatalogError
 from kavier_twin.errors import UserError
 from kavier_twin.mirror.calibration.requests import calibrate_means, with_frontend
-from kavier_twin.simulation.fleet import simulate
+from kavier_twin.simulation.runs import simulate
 from kavier_twin.simulation.settings import FleetSettings, StepTime
 from kavier_twin.simulation.state import Records
 from kavier_twin.simulation.workload import Workload, make_workload
@@ -128,9 +128,9 @@ def run_stages(path: Path, name: str, tell: Callable[[str], None]) -> SetResult:
             found = pairs.setdefault(("calibrated", fitted_on, "the later stages"), [])
             found += _after_the_first(run, prior, workload, stage_of)
     notes.append(
-        "Prompts are the same few, cycled: nearly all of their tokens are prefix hits, so TTFT is the frontend, the "
-        f"wait for the step under way, and a step. The frontend is assumed to take {1e3 * FRONTEND_SECONDS:g} ms where "
-        "nothing was fitted."
+        "The load tests repeat a few prompts: nearly all of their tokens are prefix hits, so TTFT consists of the "
+        "frontend, the wait for the current step, and one step. The frontend is assumed to take "
+        f"{1e3 * FRONTEND_SECONDS:g} ms unless it was fitted."
     )
     trials = [Trial(*what, tuple(found)) for what, found in pairs.items()]
     return SetResult(name, f"{len(runs)} load tests of real servers, summaries by stage", tuple(trials), tuple(notes))
@@ -226,6 +226,6 @@ def _overload(run: Run) -> str:
     failed = sum(stage.sent - stage.success_count for stage in run.stages)
     sent = sum(stage.sent for stage in run.stages)
     return (
-        f"{run.id} is overloaded: {failed:,} of {sent:,} requests failed. What was measured is of those that the "
-        "clients waited for; the simulation's users wait for ever."
+        f"{run.id} is overloaded: {failed:,} of {sent:,} requests failed. The measurements cover the requests "
+        "that the clients waited for; the simulation's users wait for ever."
     )
