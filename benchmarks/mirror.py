@@ -82,7 +82,7 @@ def _measure(rate_per_second: float, replicas: int) -> dict[str, Any]:
         "first half": first / (SECONDS / 2),
         "later": later / (SECONDS / 2),
         "us a request": (first + later) / (len(stream) / 2) * 1e6,
-        "exact prefix hits": mirror.fidelity.exact_cache_ratio(),
+        "exact prefix hits": mirror.windows.exact_ratio("prefix_cache_hit_ratio", mirror.time_seconds),
     }
 
 

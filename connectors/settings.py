@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, overload
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -16,10 +15,10 @@ from urllib3.util import parse_url
 from connectors.prometheus.http import Access
 from connectors.prometheus.scrape import EngineTarget, VllmMetricsSource
 from connectors.prometheus.source import PrometheusSource, Selection
-from connectors.secret import SECRET_GIVEN, Name, Secret, SecretPlace, _Settings
+from connectors.secret import Name, SecretPlace, Settings
 from connectors.source import Source
 from connectors.traces import FORMATS
-from kavier_twin.errors import nearest
+from kavier_twin.errors import SECRET_GIVEN, nearest
 
 _SECRET_HEADERS = frozenset({"authorization", "proxy-authorization", "cookie", "x-api-key"})
 
@@ -40,7 +39,7 @@ def _checked_url(url: str) -> str:
 Url = Annotated[str, AfterValidator(_checked_url)]
 
 
-class LiveSource(_Settings):
+class LiveSource(Settings):
     """What all of them have. Relative paths count from the settings file."""
 
     name: Name | None = Field(default=None, examples=["main"])
@@ -49,31 +48,12 @@ class LiveSource(_Settings):
     pool: Name | None = Field(default=None, examples=["chat"])
     """Whose figures these are; needed where there are several pools."""
 
-    def with_paths_from(self, directory: Path) -> Self:
-        """The same with absolute paths."""
-        return self.model_copy(
-            update={name: _absolute(getattr(self, name), directory) for name in type(self).model_fields}
-        )
-
-    def problems(self) -> list[str]:
-        """What is missing on this machine, each as "field: what; what to do"."""
-        found = []
-        fields = {name: getattr(self, name) for name in type(self).model_fields}
-        headers = fields.pop("headers", {})
-        for name, value in (fields | {f"headers.{header}": value for header, value in headers.items()}).items():
-            if isinstance(value, SecretPlace) and value.env is not None and not os.environ.get(value.env):
-                found.append(f"{name}.env: the environment variable {value.env} is not set; set it")
-            place = value.file if isinstance(value, SecretPlace) else value
-            if isinstance(place, Path) and not place.is_file():
-                found.append(f"{name}: there is no file {place}; create it or correct the path")
-        return found
-
     def open(self, pool: str, engine: Mapping[str, object]) -> Source:
         """The source of a pool's records. `engine` is the twin's idea of an engine's settings."""
         raise NotImplementedError
 
 
-class TraceFile(_Settings):
+class TraceFile(Settings):
     """A trace file; followed as it grows unless told otherwise. A relative path counts from the settings file."""
 
     type: Literal["trace_file"]
@@ -88,10 +68,10 @@ class TraceFile(_Settings):
     follow: bool = True
     """Whether the file is read on as it grows."""
 
-    name: Annotated[str, Field(min_length=1)] | None = Field(default=None, examples=["gateway"])
+    name: Name | None = Field(default=None, examples=["gateway"])
     """What metrics and the log call the source; its path unless given."""
 
-    pool: Annotated[str, Field(min_length=1)] | None = Field(default=None, examples=["chat"])
+    pool: Name | None = Field(default=None, examples=["chat"])
     """The pool of records that name none."""
 
     @field_validator("format")
@@ -101,12 +81,7 @@ class TraceFile(_Settings):
             raise ValueError(f"there is no format {value!r}{nearest(value, FORMATS)}; known: {', '.join(FORMATS)}")
         return value
 
-    def with_paths_from(self, directory: Path) -> TraceFile:
-        """With relative paths counted from `directory`."""
-        return self.model_copy(update={"path": directory / self.path})
-
     def problems(self) -> list[str]:
-        """What is missing on this machine, each as `field: what and the way out`."""
         if not self.follow and not self.path.exists():
             return [f"path: {self.path} does not exist; correct it, or set follow: true"]
         if not self.path.parent.is_dir():
@@ -183,13 +158,13 @@ class HttpSource(LiveSource):
     def access(self) -> Access:
         """As the connectors take it."""
         return Access(
-            bearer_token=_secret(self.bearer_token),
+            bearer_token=self.bearer_token,
             user=self.user,
-            password=_secret(self.password),
+            password=self.password,
             ca_file=self.ca_file,
             certificate_file=self.certificate_file,
             key_file=self.key_file,
-            headers={n: _secret(v) if isinstance(v, SecretPlace) else v for n, v in self.headers.items()},
+            headers=self.headers,
             verify_tls=self.verify_tls,
             timeout_seconds=self.timeout_seconds,
         )
@@ -260,7 +235,7 @@ class Prometheus(MetricsSource):
         )
 
 
-class EngineAddress(_Settings):
+class EngineAddress(Settings):
     """A vLLM server's `/metrics`, and the pod it runs in."""
 
     url: Url = Field(examples=["http://vllm-0:8000/metrics"])
@@ -353,19 +328,3 @@ class KvEvents(LiveSource):
             name=self.name or f"kv_events:{self.endpoint.partition('://')[2]}",
             pool=pool,
         )
-
-
-@overload
-def _secret(place: SecretPlace) -> Secret: ...
-@overload
-def _secret(place: None) -> None: ...
-def _secret(place: SecretPlace | None) -> Secret | None:
-    return None if place is None else Secret(env=place.env, file=place.file)
-
-
-def _absolute(value: Any, directory: Path) -> Any:
-    if isinstance(value, dict):
-        return {name: _absolute(entry, directory) for name, entry in value.items()}
-    if isinstance(value, SecretPlace) and value.file is not None:
-        return value.model_copy(update={"file": directory / value.file})
-    return directory / value if isinstance(value, Path) else value

@@ -11,7 +11,7 @@ from urllib.parse import urlencode, urljoin
 
 import urllib3
 
-from connectors.secret import Secret, SecretError
+from connectors.secret import SecretError, SecretPlace
 
 _CHUNK_BYTES: Final = 2**16
 _FORM: Final = "application/x-www-form-urlencoded"
@@ -43,13 +43,13 @@ class Access:
     `headers` go with every request.
     """
 
-    bearer_token: Secret | None = None
+    bearer_token: SecretPlace | None = None
     user: str | None = None
-    password: Secret | None = None
+    password: SecretPlace | None = None
     ca_file: Path | None = None
     certificate_file: Path | None = None
     key_file: Path | None = None
-    headers: Mapping[str, str | Secret] = field(default_factory=dict)
+    headers: Mapping[str, str | SecretPlace] = field(default_factory=dict)
     verify_tls: bool = True
     timeout_seconds: float = 10.0
     max_bytes: int = 128 * 2**20
@@ -140,7 +140,7 @@ class HttpClient:
             password = self._access.password.read() if self._access.password else ""
             headers |= urllib3.make_headers(basic_auth=f"{self._access.user}:{password}")
         for name, value in self._access.headers.items():
-            headers[name] = value.read() if isinstance(value, Secret) else value
+            headers[name] = value.read() if isinstance(value, SecretPlace) else value
         for name, value in headers.items():
             if any(character in value for character in "\r\n\0"):  # the HTTP library would show the value
                 raise SecretError(f"the header {name} holds a line break; correct it")

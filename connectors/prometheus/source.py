@@ -233,6 +233,8 @@ class PrometheusSource(BackgroundSource):
                 self._pods[namespace_of(labels), kubernetes_pod_of(labels)] = at
                 self._newest_engine_seconds = max(self._newest_engine_seconds, at)
             samples += found
+        if samples:
+            self._set_trouble("")  # before anybody has them
         samples += self._of_gpus(gpus)
         for sample in sorted(samples, key=lambda sample: sample.time_seconds):
             if sample.time_seconds > self._sought.get(_whose(sample), -math.inf):

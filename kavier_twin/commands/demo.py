@@ -30,11 +30,12 @@ from kavier_twin.daemon.warm_up import make_ready
 from kavier_twin.errors import UserError, set_up_logging
 from kavier_twin.forecast.forecaster import ForecastSettings
 from kavier_twin.forecast.slo import Slo
+from kavier_twin.mirror.fidelity.windows import WindowScore
 from kavier_twin.mirror.mirror import MirrorSettings
 from kavier_twin.recordings.recording import read_recording, recorded_engine, recorded_server
 from kavier_twin.recordings.replay_source import ReplaySource
-from kavier_twin.serve.view import Beside, Horizon, Outlook, PolicyOutlook, TwinView
-from kavier_twin.simulation.kpi_table import KPIS, RATIO, SECONDS, STATISTICS, Kpi, label_of
+from kavier_twin.serve.models import Horizon, Outlook, PolicyOutlook, TwinView
+from kavier_twin.simulation.kpi_table import GAUGES, KPIS, RATIO, STATISTICS, Kpi, label_of
 from kavier_twin.simulation.settings import CRUDE_STEP_TIME, FleetSettings
 
 TOTAL_SECONDS: Final = 70.0  # that the demo is to take unless a speed is given, compilation included
@@ -222,7 +223,8 @@ class _Watch:
 
     def _screen(self) -> RenderableType:
         view = self._daemon.view
-        parts: list[RenderableType] = [Text(f"Recording at {self._clock()}", style="bold"), _trust(view), beside(view)]
+        title = Text(f"Recording at {self._clock()}", style="bold")
+        parts: list[RenderableType] = [title, _trust(view), comparison(view)]
         if view.outlook is not None:
             parts += [policies(view.outlook, brief=True), verdict(view.outlook)]
         else:
@@ -235,9 +237,9 @@ class _Watch:
         view = self._daemon.view
         parts = [f"{self._clock():>12}"]
         for kpi in KPIS.values():
-            entry = view.value(kpi.name, "mean" if kpi.statistics else "")
-            if kpi.compared and entry is not None:
-                mirrored, observed = figure(kpi.name, entry.mirrored), figure(kpi.name, entry.observed)
+            score = view.score(kpi.name, "mean" if kpi.statistics else "")
+            if kpi.compared and score is not None:
+                mirrored, observed = figure(kpi.name, score.predicted), figure(kpi.name, score.observed)
                 parts.append(f"{kpi.label} {mirrored} (real {observed})")
         today = _today(view.outlook)
         if today is not None:
@@ -257,7 +259,7 @@ def _sum_up(console: Console, daemon: Daemon, tense: Outlook | None) -> None:
     view = daemon.view
     console.print()
     console.print(_trust(view))
-    console.print(beside(view))
+    console.print(comparison(view))
     if tense is not None and tense is not view.outlook:
         console.print(policies(tense, "Forecast at the tensest moment"))
         console.print(verdict(tense))
@@ -273,16 +275,20 @@ def _sum_up(console: Console, daemon: Daemon, tense: Outlook | None) -> None:
 # --- what it looks like -------------------------------------------------------------------------------------------
 
 
-def beside(view: TwinView) -> Table:
-    """Mirror beside reality."""
-    table = Table(title="Mirror beside reality", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+def comparison(view: TwinView) -> Table:
+    """Mirror and reality: every KPI over the shortest window that has it, and the gauges of now."""
+    table = Table(title="Mirror and reality", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     table.add_column("KPI")
-    for name, style in (("mirror", "cyan"), ("reality", "yellow"), ("error", ""), ("requests", "dim")):
+    for name, style in (("mirror", "cyan"), ("reality", "yellow"), ("error", ""), ("over", "dim")):
         table.add_column(name, justify="right", style=style)
-    for entry in view.beside:
-        name = KPIS[entry.kpi].title + (f", {entry.statistic}" if entry.statistic else "")
-        mirrored, observed = figure(entry.kpi, entry.mirrored), figure(entry.kpi, entry.observed)
-        table.add_row(name, mirrored, observed, _error(entry), str(entry.requests or ""))
+    for score in view.errors:
+        if score.kpi not in GAUGES and view.score(score.kpi, score.statistic) is score:
+            name = KPIS[score.kpi].title + (f", {score.statistic}" if score.statistic else "")
+            values = (figure(score.kpi, value) for value in (score.predicted, score.observed))
+            table.add_row(name, *values, _error(score), f"{score.observations} requests in {score.window}")
+    for gauge in view.gauges:
+        values = (figure(gauge.kpi, value) for value in (gauge.mirrored, gauge.observed))
+        table.add_row(KPIS[gauge.kpi].title, *values, "", "now")
     return table
 
 
@@ -358,14 +364,11 @@ def _tension(outlook: Outlook | None) -> float:
     return sum(sum(horizon.breach.values()) for horizon in today.horizons) if today else 0.0
 
 
-def _error(entry: Beside) -> str:
-    """Relative for latencies, a difference for the rest."""
-    if not math.isfinite(entry.error):
+def _error(score: WindowScore) -> str:
+    """Relative, of a ratio the difference."""
+    if not math.isfinite(score.error):
         return "–"
-    unit = KPIS[entry.kpi].unit
-    if unit == SECONDS:
-        return f"{entry.error:+.1%}"
-    return f"{100 * entry.error:+.1f} points" if unit == RATIO else f"{entry.error:+.0f}"
+    return f"{100 * score.error:+.1f} points" if KPIS[score.kpi].unit == RATIO else f"{score.error:+.1%}"
 
 
 def _spread(horizon: Horizon, kpi: Kpi) -> str:

@@ -13,7 +13,7 @@ from kavier_twin.commands.client import add_token, add_url, ask
 from kavier_twin.commands.duration import seconds_of
 from kavier_twin.commands.figures import spread
 from kavier_twin.commands.score_tables import wide_console
-from kavier_twin.errors import UserError
+from kavier_twin.errors import UserError, problems_of
 from kavier_twin.forecast.whatif import Answer, Case, Question
 from kavier_twin.simulation.kpi_table import METRICS, label_of
 from kavier_twin.simulation.policies import Override, PolicyError, parse_override
@@ -86,8 +86,7 @@ def _question(args: argparse.Namespace) -> Question:
     try:
         return Question.model_validate(given)
     except ValidationError as error:
-        problems = "; ".join(f"{_option(e['loc'])}: {e['msg']}" for e in error.errors())
-        raise UserError(f"the question cannot be asked: {problems}") from None
+        raise UserError(f"the question cannot be asked: {'; '.join(problems_of(error, _option))}") from None
 
 
 def _option(place: tuple[str | int, ...]) -> str:

@@ -36,7 +36,7 @@ from kavier_twin.errors import UserError
 from kavier_twin.scores.store import FILE_NAME, ScoreStore
 from kavier_twin.serve.app import Twin
 from kavier_twin.serve.http import AddressError, HttpServer
-from kavier_twin.serve.view import SourceState, TwinView
+from kavier_twin.serve.models import SourceState, TwinView
 from kavier_twin.telemetry import EngineSample, TelemetryRecord
 
 log = logging.getLogger(__name__)
@@ -308,7 +308,7 @@ class Daemon:
             engines = self._engine_notes[name].engines()
             notes += self._engine_notes[name].notes() + unmatched_caches(view.caches, view.replicas)
             if view.power is not None:
-                notes += [f"Source {states[n].name}: {line}." for n in mine for line in states[n].power_notes]
+                notes += [f"Source {states[n].name}: {line}." for n in mine for line in self._feeds[n].power_notes]
             views[name] = replace(
                 view,
                 notes=(*view.notes, *notes),

@@ -8,7 +8,7 @@ from typing import Final
 
 from connectors.prometheus.names import series_of
 from kavier_twin.mirror.replicas import Replica
-from kavier_twin.serve.view import CacheBeside, Engine
+from kavier_twin.serve.models import CacheAgreement, Engine
 from kavier_twin.telemetry import EngineSample
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ class EngineNotes:
         return found + (_of_missing(samples) if self._alone else [])
 
 
-def unmatched_caches(caches: Sequence[CacheBeside], replicas: Sequence[Replica]) -> list[str]:
+def unmatched_caches(caches: Sequence[CacheAgreement], replicas: Sequence[Replica]) -> list[str]:
     """KV events of engines that no mirrored replica stands for."""
     if len(replicas) < 2:
         return []  # the only one is taken for the engine's

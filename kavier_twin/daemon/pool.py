@@ -25,7 +25,7 @@ from kavier_twin.mirror.snapshot import Snapshot
 from kavier_twin.scores.keeper import ScoreKeeper
 from kavier_twin.scores.store import ScoreStore
 from kavier_twin.serve import assemble
-from kavier_twin.serve.view import Outlook, SourceState, SweepCounts, TwinView
+from kavier_twin.serve.models import Outlook, SourceState, SweepCounts, TwinView
 from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.policies import Override, Policy, PolicyError
 from kavier_twin.simulation.settings import COEFFICIENTS, FleetSettings
@@ -190,8 +190,8 @@ class PoolTwin:
             step_time_scale_ratio=mirror.pace,
             frontend_seconds=mirror.frontend_seconds if mirror.calibration else math.nan,
             step_time={name: getattr(settings.step_time, name) for name in COEFFICIENTS},
-            exact_cache_ratio=mirror.fidelity.exact_cache_ratio(),
-            beside=assemble.beside(mirror, self._reported.at(mirror.time_seconds)),
+            exact_cache_ratio=mirror.windows.exact_ratio("prefix_cache_hit_ratio", mirror.time_seconds),
+            gauges=assemble.gauges(mirror, self._reported.at(mirror.time_seconds)),
             replicas=replicas(mirror),
             caches=assemble.caches(self.caches),
             power=assemble.power(self.power, mirror),

@@ -23,7 +23,7 @@ from kavier_twin.forecast.load_methods import prepare
 from kavier_twin.mirror.mirror import Mirror, MirrorSettings
 from kavier_twin.recordings.recording import read_recording, recorded_engine
 from kavier_twin.recordings.replay_source import ReplaySource
-from kavier_twin.serve.view import Compiling
+from kavier_twin.serve.models import Compiling
 from kavier_twin.simulation.settings import CRUDE_STEP_TIME, FleetSettings
 
 _REQUESTS: Final = 60  # of the shipped recording: enough to calibrate on and to draw scenarios from

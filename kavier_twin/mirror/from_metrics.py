@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from kavier_twin.mirror.calibration.requests import CalibrationError
 from kavier_twin.mirror.calibration.steps import Counted, calibrate_counters
+from kavier_twin.mirror.fidelity.windows import find_score
 from kavier_twin.mirror.mirror import Mirror, MirrorSettings
 from kavier_twin.simulation.settings import EngineSettings
 from kavier_twin.telemetry import EngineSample, Histogram, RequestFinished, RequestSeen
@@ -111,8 +112,8 @@ class MetricsStream:
             found = calibrate_counters(counted, prior=mirror.settings.prior, floor=mirror.settings.floor)
         except CalibrationError:
             return
-        queue = mirror.fidelity.scores().get("queue_seconds")
-        waited = queue.predicted_mean - queue.observed_mean if queue is not None else 0.0
+        queue = find_score(mirror.scores, "queue_seconds", "mean")
+        waited = queue.predicted - queue.observed if queue is not None else 0.0
         mirror.calibration = replace(found, frontend_seconds=max(0.0, self._outside_seconds() - max(0.0, waited)))
         mirror.use(found.step_time, mirror.calibration.frontend_seconds)
 

@@ -26,7 +26,6 @@ from kavier_twin.mirror.arrival_counts import RateHistory
 from kavier_twin.mirror.calibration.online import Change, Online, Row
 from kavier_twin.mirror.calibration.requests import MINIMUM_REQUESTS, Calibration, CalibrationError, Observed, calibrate
 from kavier_twin.mirror.fidelity.gauges import KEPT_SECONDS, Gauges
-from kavier_twin.mirror.fidelity.requests import Fidelity
 from kavier_twin.mirror.fidelity.trust import DEFAULT_TRUST, Judge, TrustSettings
 from kavier_twin.mirror.fidelity.windows import BUCKET_SECONDS, Windows, WindowScore
 from kavier_twin.mirror.lengths import Lengths, Simulated
@@ -91,7 +90,6 @@ class Mirror:
     def __init__(self, settings: MirrorSettings, fleet: FleetSettings, *, calibrated: bool = False) -> None:
         self.settings = settings
         self.fleet = Fleet(fleet, start_seconds=-math.inf)
-        self.fidelity = Fidelity()
         self.windows = Windows(settings.bucket_seconds)
         self.gauges = Gauges()
         self.judge = Judge(settings.trust)
@@ -173,7 +171,7 @@ class Mirror:
                 self._finish(event)
             else:
                 self._sight(event)
-            self.pods.leave_the_silent(self.fleet, self.time_seconds)
+            self.pods.drain_the_silent(self.fleet, self.time_seconds)
         # Only events and the caller's clock move the fleet: where a step is cut must not depend on the order in which
         # records happened to come, lest it round differently.
         if now_seconds is not None and math.isfinite(self.time_seconds):
@@ -206,7 +204,7 @@ class Mirror:
         """
         twin = copy(self)
         twin.fleet = self.fleet.fork()
-        twin.fidelity, twin.windows, twin.gauges = self.fidelity.fork(), self.windows.fork(), self.gauges.fork()
+        twin.windows, twin.gauges = self.windows.fork(), self.gauges.fork()
         twin.judge = copy(self.judge)
         twin.ingested = Counter(self.ingested)
         twin._stream = self._stream.fork()
@@ -460,25 +458,20 @@ class Mirror:
         ttft = simulated.first_token - arrival
         finish = _predicted_finish(simulated, finished.output_tokens)
         if finished.ttft_seconds is not None:
-            self._pair("ttft_seconds", time, ttft, finished.ttft_seconds)
+            self.windows.add("ttft_seconds", time, ttft, finished.ttft_seconds)
         if finished.e2e_seconds is not None:
-            self._pair("e2e_seconds", time, finish - arrival, finished.e2e_seconds)
+            self.windows.add("e2e_seconds", time, finish - arrival, finished.e2e_seconds)
         if finished.ttft_seconds is not None and finished.e2e_seconds is not None and finished.output_tokens > 1:
             decode_seconds = finished.e2e_seconds - finished.ttft_seconds
             tokens = finished.output_tokens - 1
             self.windows.add("tpot_seconds", time, (finish - arrival - ttft) / tokens, decode_seconds / tokens)
         if finished.queue_seconds is not None:
             queue = simulated.scheduled - arrival - self.frontend_seconds  # as vLLM, which counts within the engine
-            self._pair("queue_seconds", time, queue, finished.queue_seconds)
+            self.windows.add("queue_seconds", time, queue, finished.queue_seconds)
         if finished.cached_tokens is not None and simulated.cached_tokens is not None:
             cached, prompt = simulated.cached_tokens, seen.prompt_tokens
-            self.fidelity.add_cache(cached, finished.cached_tokens, prompt)
             self.windows.add("prefix_cache_hit_ratio", time, cached, finished.cached_tokens, prompt)
         self.windows.add_end(finish, time, finished.output_tokens)
-
-    def _pair(self, kpi: str, time_seconds: float, predicted: float, observed: float) -> None:
-        self.fidelity.add(kpi, predicted, observed)
-        self.windows.add(kpi, time_seconds, predicted, observed)
 
     def _correct(self, seen: RequestSeen, finished: RequestFinished, live: Live, *, placed: bool) -> None:
         """Pin the end. A simulation that was ahead waits for as long as it was.

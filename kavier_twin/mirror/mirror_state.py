@@ -26,7 +26,6 @@ def save(mirror: Mirror) -> Saved:
         "configured": mirror.configured.model_dump(mode="json"),
         "pods": mirror.pods.save(),
         "now_seconds": fleet.now_seconds,
-        "fidelity": mirror.fidelity.save(),
         "windows": mirror.windows.save(),
         "gauges": mirror.gauges.save(),
         "judge": mirror.judge.save(),
@@ -69,7 +68,6 @@ def restore(saved: Saved, settings: MirrorSettings, fleet: FleetSettings) -> Mir
     current = old.model_copy(update={"footprint": fleet.footprint})
     mirror.pods.restore(document["pods"])
     mirror.fleet = Fleet(current, start_seconds=document["now_seconds"], state=FleetState(**saved.arrays))
-    mirror.fidelity.restore(document["fidelity"])
     mirror.windows.restore(document["windows"])
     mirror.gauges.restore(document["gauges"])
     mirror.judge.restore(document["judge"])

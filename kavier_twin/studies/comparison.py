@@ -12,7 +12,7 @@ import numpy as np
 import yaml
 from pydantic import ValidationError
 
-from kavier_twin.errors import UserError
+from kavier_twin.errors import UserError, problems_of
 from kavier_twin.forecast.executors import ThreadExecutor
 from kavier_twin.simulation.impact import impact_of_run
 from kavier_twin.simulation.kpis import Counters, Kpis, kpis
@@ -136,7 +136,7 @@ def read_policies(path: Path, base: FleetSettings) -> tuple[Policy, ...]:
         try:
             policy = Policy.model_validate(entry)
         except ValidationError as error:
-            problems += [f"{where}: {_field(e['loc'])}: {e['msg']}" for e in error.errors()]
+            problems += [f"{where}: {problem}" for problem in problems_of(error, _field)]
             continue
         where += f" ({policy.name})"
         if any(policy.name == other.name for other in policies):

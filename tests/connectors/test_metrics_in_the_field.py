@@ -24,7 +24,7 @@ from connectors.prometheus.readings import parse_exposition
 from connectors.prometheus.scrape import EngineTarget, VllmMetricsSource
 from connectors.prometheus.servers import Servers
 from connectors.prometheus.source import PrometheusSource, Selection
-from connectors.secret import Secret
+from connectors.secret import SecretPlace
 from fake_engines import engine_page, serve_page
 from kavier_twin.telemetry import EngineSample, GpuSample, TelemetryRecord
 from prometheus_server import Pages, RealPrometheus, RealVictoriaMetrics
@@ -448,7 +448,7 @@ def test_tenants(fleet: str, closing: list[Any], tmp_path: Path) -> None:
     chosen: dict[str, Any] = {"engines": {"job": "bare"}, "gpus": None}
     secret = tmp_path / "tenant"
     secret.write_text("team-a\n")
-    for value in ("team-a", Secret(file=secret)):
+    for value in ("team-a", SecretPlace(file=secret)):
         access = Access(headers={"X-Scope-OrgID": value})
         assert len(engines_of(closing, f"{gateway.url}/tenant", 2, access, **chosen)) == 2
     assert len(engines_of(closing, f"{gateway.url}/ns?namespace=llm", 2, **chosen)) == 2
@@ -540,7 +540,7 @@ def test_a_secret_that_no_header_can_hold_is_not_shown(closing: list[Any], monke
     monkeypatch.setenv("KEY", "hush\nhush")
     server = Pages(lambda *_: (200, "text/plain", b""))
     closing.append(server)
-    for access in (Access(headers={"X-Key": Secret(env="KEY")}), Access(bearer_token=Secret(env="KEY"))):
+    for access in (Access(headers={"X-Key": SecretPlace(env="KEY")}), Access(bearer_token=SecretPlace(env="KEY"))):
         with pytest.raises(FetchError, match="holds a line break") as caught:
             HttpClient(access).get(server.url)
         assert "hush" not in str(caught.value)

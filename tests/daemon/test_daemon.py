@@ -306,7 +306,7 @@ def test_demo_runs_once_and_shows_its_tables(launch: Callable[..., Process]) -> 
     process = launch("demo", "--once", "--speed", "60", "--port", "0")
     assert process.wait() == 0, process.err.read_text()
     out = process.out.read_text()
-    assert "Mirror beside reality" in out
+    assert "Mirror and reality" in out
     assert "policy, best first" in out
     for policy in ("today", "no_prefix_caching", "half_kv_capacity", "double_kv_capacity", "half_max_num_seqs"):
         assert policy in out

@@ -18,7 +18,7 @@ from kavier_twin.daemon.config import read_settings
 from kavier_twin.daemon.daemon import Daemon
 from kavier_twin.daemon.engine_notes import FORGET_SECONDS, EngineNotes, unmatched_caches
 from kavier_twin.mirror.replicas import Replica
-from kavier_twin.serve.view import CacheBeside
+from kavier_twin.serve.models import CacheAgreement
 from kavier_twin.telemetry import EngineSample
 from prometheus_server import Pages
 
@@ -113,7 +113,7 @@ def test_kv_events_that_fit_no_replica_are_told_of() -> None:
     def replica(number: int, pod: str) -> Replica:
         return Replica(number, pod, "serving", 0, 0, 0.0, 0.0, 0, 0, 0)
 
-    caches = [CacheBeside("10.42.0.7:8000", "0"), CacheBeside("vllm-1", "0")]
+    caches = [CacheAgreement("10.42.0.7:8000", "0"), CacheAgreement("vllm-1", "0")]
     (note,) = unmatched_caches(caches, [replica(0, "vllm-0"), replica(1, "vllm-1")])
     assert note.startswith("KV events come from 10.42.0.7:8000, but the replicas are called vllm-0, vllm-1")
     assert "set pod on the kv_events source" in note

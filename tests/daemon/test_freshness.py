@@ -20,7 +20,7 @@ from kavier_twin.daemon.freshness import Freshness
 from kavier_twin.daemon.http_settings import HttpConfig
 from kavier_twin.daemon.pool import PoolTwin
 from kavier_twin.mirror.mirror import Mirror, MirrorSettings
-from kavier_twin.serve.view import SourceState
+from kavier_twin.serve.models import SourceState
 from kavier_twin.telemetry import EngineSample, RequestFinished, RequestRecord, RequestSeen
 from memory_source import MemorySource
 
@@ -113,7 +113,7 @@ def test_a_vanished_pod_s_figures_age_out() -> None:
         records += [EngineSample(time_seconds=now, pod=pod, requests_running=3.0) for pod in pods]
         pool.ingest(records, more=False, ended=False)
         view = pool.view(())
-        (running,) = [entry.observed for entry in view.beside if entry.kpi == "requests_running"] or [math.nan]
+        (running,) = [entry.observed for entry in view.gauges if entry.kpi == "requests_running"] or [math.nan]
         if number in (5, 30):
             assert running == (6.0 if number == 5 else 3.0)
     assert len(pool._reported._pods) == 1

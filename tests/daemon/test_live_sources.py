@@ -10,7 +10,7 @@ import yaml
 
 from connectors.kv_events.source import KvEventsSource
 from connectors.prometheus.source import PrometheusSource
-from connectors.secret import Secret
+from connectors.secret import SecretPlace
 from connectors.settings import HttpSource
 from kavier_twin.daemon.config import Settings, read_settings
 from kavier_twin.daemon.daemon import Daemon
@@ -71,15 +71,15 @@ def test_one_of_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({**PROMETHEUS, "warm_up_seconds": 7200}, "sources.0: warm_up_seconds is more than max_backfill_seconds"),
         ({**PROMETHEUS, "user": "a"}, "sources.0: user and password belong together"),
         ({**PROMETHEUS, "ca_file": "gone.pem"}, "sources.0.ca_file: there is no file "),
-        ({**PROMETHEUS, "bearer_token": {"env": "TWIN_UNSET"}}, "variable TWIN_UNSET is not set; set it"),
+        ({**PROMETHEUS, "bearer_token": {"env": "TWIN_UNSET"}}, "variable TWIN_UNSET is empty or not set; set it"),
         ({**PROMETHEUS, "bearer_token": {}}, "sources.0.bearer_token: give either env"),
         ({**PROMETHEUS, "headers": {"X Scope": "a"}}, "sources.0.headers: 'X Scope' is no name of a header"),
         (
             {**PROMETHEUS, "headers": {"X-Scope-OrgID": "a\nb"}},
             "sources.0.headers: the value of X-Scope-OrgID is no text",
         ),
-        ({**PROMETHEUS, "headers": {"X-Key": {"env": "TWIN_UNSET"}}}, "sources.0.headers.X-Key.env: the environment"),
-        ({**PROMETHEUS, "headers": {"X-Key": {"file": "gone"}}}, "sources.0.headers.X-Key: there is no file "),
+        ({**PROMETHEUS, "headers": {"X-Key": {"env": "TWIN_UNSET"}}}, "sources.0.headers.X-Key: the environment variable"),
+        ({**PROMETHEUS, "headers": {"X-Key": {"file": "gone"}}}, "sources.0.headers.X-Key: "),
         (
             {**PROMETHEUS, "bearer_token": {"env": "HOME"}, "headers": {"Authorization": {"env": "HOME"}}},
             "Authorization is made of bearer_token",
@@ -152,5 +152,5 @@ def test_headers_reach_the_source_secret_or_not(tmp_path: Path) -> None:
     assert isinstance(source, HttpSource)
     headers = source.access().headers
     assert headers["X-Scope-OrgID"] == "17"  # YAML reads it as a number
-    assert isinstance(headers["X-Key"], Secret)
+    assert isinstance(headers["X-Key"], SecretPlace)
     assert headers["X-Key"].read() == "k"

@@ -26,7 +26,7 @@ from kavier_twin.scores.keeper import ScoreKeeper
 from kavier_twin.scores.scorer import Settled
 from kavier_twin.scores.store import KEEP_SECONDS, ScoreStore, read_judged
 from kavier_twin.serve.metrics.exporter import registry_of
-from kavier_twin.serve.view import TwinView
+from kavier_twin.serve.models import TwinView
 from kavier_twin.simulation.footprint import Footprint, PowerModel
 from kavier_twin.telemetry import EngineSample, GpuSample, RequestFinished
 

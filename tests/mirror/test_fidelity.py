@@ -37,6 +37,17 @@ def test_quantiles_are_exact_to_a_bin_and_means_exactly() -> None:
         assert found.observed == pytest.approx(np.quantile(observed, share), rel=0.03)
 
 
+def test_the_share_of_exact_pairs_is_of_the_last_hour() -> None:
+    windows = Windows()
+    assert np.isnan(windows.exact_ratio("prefix_cache_hit_ratio", -np.inf))
+    for second in range(0, 7200, 60):
+        windows.add("prefix_cache_hit_ratio", second, 16.0, 16.0 if second < 3600 or second % 240 else 17.0, 100.0)
+        if second == 3540:
+            assert windows.exact_ratio("prefix_cache_hit_ratio", 3599.0) == 1.0
+    assert windows.exact_ratio("prefix_cache_hit_ratio", 7199.0) == pytest.approx(0.75, abs=0.01)
+    assert np.isnan(windows.exact_ratio("prefix_cache_hit_ratio", 20_000.0))
+
+
 def test_windows_forget() -> None:
     windows = Windows()
     for minute in range(600):
@@ -141,9 +152,9 @@ def test_engine_gauges_are_compared_at_their_own_time() -> None:
     mirror.ingest(EngineSample(time_seconds=190.0, requests_running=7))  # its time has not come yet
     mirror.advance(180.0)
     found = {score.kpi: score for score in mirror.scores if score.window == "5m"}
-    assert (found["requests_running"].count, found["requests_running"].observed) == (3, 2.0)
+    assert (found["requests_running"].observations, found["requests_running"].observed) == (3, 2.0)
     assert found["requests_running"].error == 0.0
     assert found["requests_waiting"].predicted == 0.0
     mirror.advance(210.0)
     found = {score.kpi: score for score in mirror.scores if score.window == "5m"}
-    assert found["requests_running"].count == 4
+    assert found["requests_running"].observations == 4

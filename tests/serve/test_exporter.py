@@ -11,12 +11,24 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 
 from kavier_twin.scores.scorer import Interval, KpiScore, Scores
 from kavier_twin.serve.metrics.exporter import registry_of
-from kavier_twin.serve.view import TwinView
+from kavier_twin.serve.models import TwinView
 from kavier_twin.simulation.kpi_table import KPIS
 from real_parts import promtool
 from serve.views import empty_view, full_view
 
-UNITS = ("seconds", "ratio", "total", "records", "blocks", "requests", "scenarios", "per_second", "info", "watts")
+UNITS = (
+    "seconds",
+    "ratio",
+    "total",
+    "records",
+    "blocks",
+    "replicas",
+    "requests",
+    "scenarios",
+    "per_second",
+    "info",
+    "watts",
+)
 UNITS += ("joules_per_million_tokens", "grams_per_million_tokens", "cost_per_million_tokens")
 # Counts of things in their own unit, and flags.
 WITHOUT_UNIT = ("source_up", "_running", "_waiting", "_preemptions", "_rejected", "_calibrated", "_best_policy")
@@ -105,10 +117,13 @@ def test_energy_carbon_and_cost() -> None:
     assert "kavier_twin_cost_info" not in text_of(replace(view, currency=""))
 
 
-def test_mirrored_beside_observed() -> None:
+def test_mirrored_and_observed() -> None:
     view = full_view()
     assert value(view, "kavier_twin_mirrored_ttft_seconds", statistic="p99") == 1.1
     assert value(view, "kavier_twin_observed_ttft_seconds", statistic="p99") == 1.0
+    assert value(view, "kavier_twin_mirrored_e2e_seconds", statistic="mean") is None  # not in the last five minutes
+    assert value(view, "kavier_twin_mirrored_replicas", state="ready") == 1.0
+    assert value(view, "kavier_twin_mirrored_replicas", state="draining") == 1.0
     assert value(view, "kavier_twin_mirrored_requests_waiting") == 1.0
     assert value(view, "kavier_twin_observed_requests_waiting") is None  # not known: no sample
 

@@ -49,10 +49,12 @@ DEFAULT_TRUST: Final = TrustSettings()
 
 @dataclass(frozen=True)
 class Trust:
-    """Whether a KPI is trusted, and if not, why."""
+    """Whether a KPI is to be trusted now."""
 
-    trusted: bool
-    reason: str = ""
+    trusted: Annotated[bool, Field(examples=[False])]
+    reason: Annotated[
+        str, Field(description="Why not; empty where it is.", examples=["fewer than 30 observations"])
+    ] = ""
 
 
 class Judge:
@@ -81,7 +83,7 @@ class Judge:
         judged = {}
         for kpi in MAX_ERROR.keys() & by_kpi.keys():
             worst = max(self._judged(by_kpi[kpi]), key=_concern, default=None)
-            judged[kpi] = self._of(kpi, worst, max(score.count for score in by_kpi[kpi]))
+            judged[kpi] = self._of(kpi, worst, max(score.observations for score in by_kpi[kpi]))
         self.trust = self._all(judged)
 
     def _of(self, kpi: str, worst: WindowScore | None, count: int) -> Trust:
@@ -98,7 +100,7 @@ class Judge:
         """Every statistic over the shortest window that saw enough of it."""
         found: dict[str, WindowScore] = {}
         for score in sorted(scores, key=lambda score: WINDOWS[score.window]):
-            if score.count >= self._needed(score.statistic):
+            if score.observations >= self._needed(score.statistic):
                 found.setdefault(score.statistic, score)
         return list(found.values())
 

@@ -8,7 +8,7 @@ from prometheus_client.core import InfoMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from kavier_twin.serve.metrics.families import PREFIX, add, gauge
-from kavier_twin.serve.view import Engine
+from kavier_twin.serve.models import Engine
 
 
 def engine_metrics(pool: str, engines: Sequence[Engine]) -> Iterator[Metric]:

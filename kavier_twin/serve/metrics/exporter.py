@@ -9,7 +9,9 @@ simulated scenarios, so the 0.1 and 0.9 of a p99 are the ends of its interval. T
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from typing import Final
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import InfoMetricFamily, SummaryMetricFamily
@@ -26,8 +28,11 @@ from kavier_twin.serve.metrics.load import load_metrics
 from kavier_twin.serve.metrics.power import power_metrics
 from kavier_twin.serve.metrics.score import score_metrics
 from kavier_twin.serve.metrics.sweep import sweep_metrics
-from kavier_twin.serve.view import Outlook, TwinView
-from kavier_twin.simulation.kpi_table import KPIS, Kpi
+from kavier_twin.serve.models import Outlook, TwinView
+from kavier_twin.simulation.kpi_table import GAUGES, KPIS, Kpi
+from kavier_twin.simulation.replica_state import ReplicaState
+
+_WINDOW: Final = "5m"  # over which KPIs are shown as mirrored and as observed
 
 
 class TwinCollector(Collector):
@@ -212,17 +217,28 @@ def _mirror(view: TwinView) -> Iterator[Metric]:
         view.pool,
         view.event_seconds,
     )
+    states = Counter(replica.state for replica in view.replicas)
+    replicas = gauge("mirrored_replicas", "Mirrored replicas by state: ready, draining.", ["pool", "state"])
+    for state in (ReplicaState.READY, ReplicaState.DRAINING):
+        add(replicas, [view.pool, state], states[state])
+    yield replicas
     for name, kpi in KPIS.items():
         if kpi.max_error is None:  # nothing observes it
             continue
-        entries = [entry for entry in view.beside if entry.kpi == name]
+        found = [("", entry.mirrored, entry.observed) for entry in view.gauges if entry.kpi == name]
+        if name not in GAUGES:
+            scores = (score for score in view.errors if (score.kpi, score.window) == (name, _WINDOW))
+            found = [(score.statistic, score.predicted, score.observed) for score in scores]
         labels = ["pool", "statistic"] if kpi.statistics else ["pool"]
-        window = "now" if kpi.gauge else "over the last 500 finished requests"
-        for side, whose in (("mirrored", "As mirrored"), ("observed", "As reported by telemetry")):
-            family = gauge(f"{side}_{name}", f"{kpi.help} {whose}, {window}.", labels=labels)
-            for entry in entries:
-                add(family, _labels(kpi, [view.pool], entry.statistic), getattr(entry, side))
-            yield family
+        when = "now" if name in GAUGES else "over the last five minutes of event time"
+        families = [
+            gauge(f"{side}_{name}", f"{kpi.help} {whose}, {when}.", labels=labels)
+            for side, whose in (("mirrored", "As mirrored"), ("observed", "As observed"))
+        ]
+        for statistic, *values in found:
+            for family, value in zip(families, values, strict=True):
+                add(family, _labels(kpi, [view.pool], statistic), value)
+        yield from families
 
 
 def _fidelity(view: TwinView) -> Iterator[Metric]:
@@ -260,8 +276,7 @@ def _fidelity(view: TwinView) -> Iterator[Metric]:
     )
     yield pool_gauge(
         "fidelity_exact_cache_ratio",
-        "Requests whose prefix cache hit was mirrored to the token, 0 to 1, over the last requests finished (500 at "
-        "most).",
+        "Requests whose prefix cache hit was mirrored to the token, 0 to 1, over the last hour of event time.",
         view.pool,
         view.exact_cache_ratio,
     )

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from prometheus_client.metrics_core import Metric
 
 from kavier_twin.serve.metrics.families import add, counter, gauge
-from kavier_twin.serve.view import PowerBeside
+from kavier_twin.serve.models import GpuPower
 
 
-def power_metrics(pool: str, power: PowerBeside | None) -> Iterator[Metric]:
+def power_metrics(pool: str, power: GpuPower | None) -> Iterator[Metric]:
     """Of a pool whose power model is told. Nothing of a GPU's idle neighbours or of PUE is in these watts."""
     watts = gauge(
         "gpu_power_watts",

@@ -4,7 +4,7 @@ import { drawCharts } from "./charts.js";
 import { LIKELY, element, interval, keepFocus, named, odds, table } from "./elements.js";
 import { drawScores } from "./scores.js";
 import { settingsKnown, startWhatIf } from "./whatif.js";
-import { clock, errorOf, figure, known, kpiName, kpisThat, label, percent, setKpis, span, windowError } from "./words.js";
+import { clock, errorOf, figure, known, kpiName, kpisThat, label, percent, setKpis, span } from "./words.js";
 
 const $ = (id) => document.getElementById(id);
 const EVERY_MS = 2000;
@@ -97,7 +97,7 @@ function draw(state, fidelity, forecast, policies, history, scores) {
   const some = forecast.outlook?.policies.find((one) => one.horizons.length)?.horizons[0].predicted[0];
   if (some) $("fan-words").textContent = `median and ${rangeWords(some.quantiles)} of the scenarios, today’s policy`;
   keepFocus(() => {
-    drawBeside(pool);
+    drawComparison(pool, fidelity);
     drawProbabilities(forecast, today);
     drawForecast(forecast, late, age);
     drawReplicas(pool);
@@ -151,7 +151,7 @@ function drawKpis(fidelity) {
     if (!error) return [];
     const line = element("li", "", trust.trusted ? "good" : "bad"), name = element("span");
     name.append(element("b", trust.trusted ? "✓" : "✕"), ` ${kpiName(kpi, error.statistic)}`);
-    line.append(name, element("span", windowError(error.error, kpi) + (error.window === usual ? "" : ` (${error.window})`)));
+    line.append(name, element("span", errorOf(error.error, kpi) + (error.window === usual ? "" : ` (${error.window})`)));
     return [line];
   });
   $("kpis-words").hidden = !lines.length;
@@ -159,12 +159,15 @@ function drawKpis(fidelity) {
   $("trust-kpis").replaceChildren(...lines);
 }
 
-function drawBeside(pool) {
-  const rows = pool.beside.map((one) => [
-    kpiName(one.kpi, one.statistic), figure(one.mirrored, one.kpi), figure(one.observed, one.kpi), errorOf(one.error, one.kpi),
-    one.requests ? `${one.requests} requests` : "now",
+/* The gauges of now, and every other KPI over the shortest window that has it. */
+function drawComparison(pool, fidelity) {
+  const gauges = pool.gauges.map((one) => [kpiName(one.kpi), figure(one.mirrored, one.kpi), figure(one.observed, one.kpi), "–", "now"]);
+  const own = (one) => fidelity.errors.find((other) => other.kpi === one.kpi && other.statistic === one.statistic) === one;
+  const scores = fidelity.errors.filter((one) => own(one) && !pool.gauges.some((gauge) => gauge.kpi === one.kpi)).map((one) => [
+    kpiName(one.kpi, one.statistic), figure(one.predicted, one.kpi), figure(one.observed, one.kpi), errorOf(one.error, one.kpi),
+    `${one.observations} requests in ${one.window}`,
   ]);
-  table($("beside"), ["KPI", "mirror", "reality", "error", "over"], rows, "Mirror beside reality");
+  table($("comparison"), ["KPI", "mirror", "reality", "error", "over"], [...scores, ...gauges], "Mirror and reality");
 }
 
 function drawProbabilities(forecast, today) {

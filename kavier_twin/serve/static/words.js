@@ -46,25 +46,17 @@ function digits(value, whole) {
   return size >= 10 ? value.toFixed(1) : size >= 0.1 ? value.toFixed(2) : value.toLocaleString("en-US", { maximumSignificantDigits: 2 });
 }
 
-/* An error: relative for latencies, a difference for the rest. */
+/* An error: relative, but for ratios a difference. */
 export function errorOf(value, kpi) {
-  return unitOf(kpi).name === "seconds" || !known(value) ? windowError(value, kpi) : signed(value, points(value, kpi));
-}
-
-/* An error over a window: relative for all but ratios. */
-export function windowError(value, kpi) {
   if (!known(value)) return "–";
-  return signed(value, unitOf(kpi).name === "ratio" ? points(value, kpi) : `${(100 * Math.abs(value)).toFixed(1)} %`);
+  const sign = value > 0 ? "+" : value < 0 ? "−" : "±";
+  return sign + (unitOf(kpi).name === "ratio" ? points(value, kpi) : `${(100 * Math.abs(value)).toFixed(1)} %`);
 }
 
 /* A difference between two values of a KPI. */
 export function points(value, kpi) {
   const size = Math.abs(value);
   return unitOf(kpi).name === "ratio" ? `${(100 * size).toFixed(1)} points` : figure(size, kpi);
-}
-
-function signed(value, text) {
-  return (value > 0 ? "+" : value < 0 ? "−" : "±") + text;
 }
 
 export function percent(share) {
