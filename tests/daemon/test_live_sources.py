@@ -78,7 +78,10 @@ def test_one_of_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             {**PROMETHEUS, "headers": {"X-Scope-OrgID": "a\nb"}},
             "sources.0.headers: the value of X-Scope-OrgID is no text",
         ),
-        ({**PROMETHEUS, "headers": {"X-Key": {"env": "TWIN_UNSET"}}}, "sources.0.headers.X-Key: the environment variable"),
+        (
+            {**PROMETHEUS, "headers": {"X-Key": {"env": "TWIN_UNSET"}}},
+            "sources.0.headers.X-Key: the environment variable",
+        ),
         ({**PROMETHEUS, "headers": {"X-Key": {"file": "gone"}}}, "sources.0.headers.X-Key: "),
         (
             {**PROMETHEUS, "bearer_token": {"env": "HOME"}, "headers": {"Authorization": {"env": "HOME"}}},
