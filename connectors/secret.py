@@ -6,7 +6,7 @@ Passwords and tokens lie in the environment or in a file, are read when they are
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -81,10 +81,12 @@ class SecretPlace(Settings):
 def _absolute(value: Any, directory: Path) -> Any:
     if isinstance(value, Settings):
         return value.with_paths_from(directory)
+    if isinstance(value, dict):
+        return {name: _absolute(entry, directory) for name, entry in value.items()}
     return directory / value if isinstance(value, Path) else value
 
 
-def _missing(settings: Settings, prefix: str = "") -> Iterator[str]:
+def _missing(settings: Iterable[tuple[str, Any]], prefix: str = "") -> Iterator[str]:
     for name, value in settings:
         if isinstance(value, SecretPlace):
             try:
@@ -93,5 +95,7 @@ def _missing(settings: Settings, prefix: str = "") -> Iterator[str]:
                 yield f"{prefix}{name}: {error}"
         elif isinstance(value, Settings):
             yield from _missing(value, f"{prefix}{name}.")
+        elif isinstance(value, dict):
+            yield from _missing(value.items(), f"{prefix}{name}.")
         elif isinstance(value, Path) and not value.is_file():
             yield f"{prefix}{name}: there is no file {value}; create it or correct the path"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -18,6 +19,8 @@ from connectors.secret import Name, SecretPlace, Settings
 from connectors.source import Source
 from connectors.traces import FORMATS
 from kavier_twin.errors import SECRET_GIVEN, nearest
+
+_SECRET_HEADERS = frozenset({"authorization", "proxy-authorization", "cookie", "x-api-key"})
 
 Seconds = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
@@ -98,6 +101,11 @@ class HttpSource(LiveSource):
     password: SecretPlace | None = Field(default=None, examples=[{"env": "PROMETHEUS_PASSWORD"}])
     """That user's password."""
 
+    headers: dict[Name, str | SecretPlace] = Field(
+        default={}, examples=[{"X-Scope-OrgID": "team-a", "X-Api-Key": {"env": "PROMETHEUS_KEY"}}]
+    )
+    """Headers of every request, such as the tenant of Mimir and Cortex; secret ones as {env: NAME} or {file: PATH}."""
+
     ca_file: Path | None = Field(default=None, examples=["/etc/ssl/fleet-ca.pem"])
     """Certificate authorities in place of the system's (PEM)."""
 
@@ -113,12 +121,38 @@ class HttpSource(LiveSource):
     timeout_seconds: Seconds = 10.0
     """How long an answer may take."""
 
+    @field_validator("headers", mode="before")
+    @classmethod
+    def _number_of_a_tenant(cls, headers: Any) -> Any:
+        """YAML reads a tenant such as 1 as a number."""
+        if not isinstance(headers, Mapping):
+            return headers
+        return {name: str(value) if type(value) is int else value for name, value in headers.items()}
+
+    @field_validator("headers")
+    @classmethod
+    def _header_names(cls, headers: dict[str, str | SecretPlace]) -> dict[str, str | SecretPlace]:
+        for name, value in headers.items():
+            if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
+                raise ValueError(f"{name!r} is no name of a header; give name: value, as in X-Scope-OrgID: team-a")
+            if isinstance(value, str) and name.lower() in _SECRET_HEADERS:
+                raise PydanticCustomError(
+                    SECRET_GIVEN,
+                    "{name} is a secret: give {{env: NAME}} or {{file: PATH}}, or use bearer_token",
+                    {"name": name},
+                )
+            if isinstance(value, str) and (not value.isprintable() or not value.isascii()):
+                raise ValueError(f"the value of {name} is no text that a header can hold; correct it")
+        return headers
+
     @model_validator(mode="after")
     def _one_way_in(self) -> Self:
         if (self.user is None) != (self.password is None):
             raise ValueError("user and password belong together; give both or none")
         if self.user is not None and self.bearer_token is not None:
             raise ValueError("give either bearer_token or user and password")
+        if (self.user or self.bearer_token) and any(name.lower() == "authorization" for name in self.headers):
+            raise ValueError("headers: Authorization is made of bearer_token, or of user and password; give one")
         return self
 
     def access(self) -> Access:
@@ -130,6 +164,7 @@ class HttpSource(LiveSource):
             ca_file=self.ca_file,
             certificate_file=self.certificate_file,
             key_file=self.key_file,
+            headers=self.headers,
             verify_tls=self.verify_tls,
             timeout_seconds=self.timeout_seconds,
         )
@@ -141,9 +176,12 @@ class MetricsSource(HttpSource):
     interval_seconds: Seconds
     """Time between two readings."""
 
+    metric_prefix: str = Field(default="", examples=["nim_"])
+    """What metrics begin with in place of `vllm:`, where a collector renamed them to something without `vllm`."""
+
 
 class Prometheus(MetricsSource):
-    """A Prometheus server. `engines` are label values of the pool's vLLM series, `gpus` of the DCGM exporter's.
+    """A Prometheus server. `engines` are label values of the pool's vLLM series, `gpus` of the GPU exporter's.
 
     `gpus: null` leaves GPUs out. `warm_up_seconds` of the past are read at start.
     """
@@ -152,13 +190,13 @@ class Prometheus(MetricsSource):
     """The kind of source."""
 
     url: Url = Field(examples=["http://prometheus:9090"])
-    """The Prometheus server."""
+    """The Prometheus server, or what speaks its API; with what its queries need at the end, as in `?namespace=chat`."""
 
     engines: dict[str, str] = Field(default={}, examples=[{"namespace": "chat"}])
     """Label values that tell the pool's vLLM series from others."""
 
     gpus: dict[str, str] | None = Field(default={}, examples=[{"namespace": "chat"}])
-    """Label values of the pool's series of the DCGM exporter; null leaves GPUs out."""
+    """Label values of the pool's series of NVIDIA's or AMD's GPU exporter; null leaves GPUs out."""
 
     interval_seconds: Seconds = 15.0
     """Time between two readings."""
@@ -189,7 +227,7 @@ class Prometheus(MetricsSource):
             self.access(),
             name=self.name or f"prometheus:{parse_url(self.url).netloc}",
             pool=pool,
-            selection=Selection(self.engines, self.gpus),
+            selection=Selection(self.engines, self.gpus, self.metric_prefix),
             interval_seconds=self.interval_seconds,
             warm_up_seconds=self.warm_up_seconds,
             max_backfill_seconds=self.max_backfill_seconds,
@@ -205,6 +243,9 @@ class EngineAddress(Settings):
 
     pod: str = Field(default="", examples=["vllm-0"])
     """The pod it runs in, as request records name it."""
+
+    model: str = Field(default="", examples=["meta-llama/Llama-3.1-8B"])
+    """The served model to read, where the page has several; all unless given."""
 
 
 class VllmMetrics(MetricsSource):
@@ -223,11 +264,12 @@ class VllmMetrics(MetricsSource):
 
     def open(self, pool: str, engine: Mapping[str, object]) -> Source:
         return VllmMetricsSource(
-            [EngineTarget(address.url, address.pod) for address in self.engines],
+            [EngineTarget(address.url, address.pod, address.model) for address in self.engines],
             self.access(),
             name=self.name or "vllm_metrics",
             pool=pool,
             interval_seconds=self.interval_seconds,
+            metric_prefix=self.metric_prefix,
             configured=engine,
         )
 
@@ -248,7 +290,7 @@ class KvEvents(LiveSource):
     """Only topics that begin so; empty for all."""
 
     pod: str = Field(default="", examples=["vllm-0"])
-    """The pod of the engine, unless its topic names it."""
+    """The pod of the engine; unless given, what its topic (`kv@<pod>@<model>`) says, which comes first with `bind`."""
 
     bind: bool = False
     """Listen at `endpoint` for engines that connect, in place of connecting to one."""

@@ -23,7 +23,8 @@ from connectors.traces import TraceError
 from connectors.traces.follow import FollowFile
 from kavier_twin.daemon.checkpoints import Checkpoints
 from kavier_twin.daemon.config import AnySource, Settings
-from kavier_twin.daemon.engine_settings import contradictions, tells, told
+from kavier_twin.daemon.engine_notes import EngineNotes, unmatched_caches
+from kavier_twin.daemon.engine_settings import capacity_notes, contradictions, tells, told
 from kavier_twin.daemon.feed import UNNAMED_POOL, Feed
 from kavier_twin.daemon.freshness import STALE_AFTER_SECONDS, Freshness
 from kavier_twin.daemon.http_settings import HttpConfig
@@ -36,7 +37,7 @@ from kavier_twin.scores.store import FILE_NAME, ScoreStore
 from kavier_twin.serve.app import Twin
 from kavier_twin.serve.http import AddressError, HttpServer
 from kavier_twin.serve.models import SourceState, TwinView
-from kavier_twin.telemetry import TelemetryRecord
+from kavier_twin.telemetry import EngineSample, TelemetryRecord
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,12 @@ class Daemon:
         self._warming_up = warm_up
         self.pools = {pool.name: pool for pool in pools}
         self._feeds = tuple(feeds)
+        self._engine_notes = {
+            pool.name: EngineNotes(
+                pool.name, alone=pool.metrics is not None, host_tier=pool.fleet.engine.host_tier is not None
+            )
+            for pool in pools
+        }
         self._checkpoints = checkpoints
         self._early: list[tuple[str, TelemetryRecord]] = []  # polled while engines' settings were waited for
         self._drained = False
@@ -266,6 +273,8 @@ class Daemon:
             polled, full = feed.poll(BATCH_RECORDS, self.pools)
             for pool_name, record in polled:
                 records[pool_name].append(record)
+                if isinstance(record, EngineSample):
+                    self._engine_notes[pool_name].take(record)
             more = more or full
         drained = True
         for name, pool in self.pools.items():
@@ -297,10 +306,17 @@ class Daemon:
             reasons = tuple(stale[number] for number in mine if stale[number])
             self._freshness.tell(name, reasons)
             view = pool.view(tuple(states[number] for number in mine))
-            contrary = contradictions(self._feeds[number].source for number in mine)
+            sources = [self._feeds[number].source for number in mine]
+            contrary = contradictions(sources)
+            notes = [f"Engine configuration: {line}." for line in (*contrary, *capacity_notes(sources))]
+            engines = self._engine_notes[name].engines()
+            notes += self._engine_notes[name].notes() + unmatched_caches(view.caches, view.replicas)
+            if view.power is not None:
+                notes += [f"Source {states[n].name}: {line}." for n in mine for line in self._feeds[n].power_notes]
             views[name] = replace(
                 view,
-                notes=(*view.notes, *(f"Engine configuration: {line}." for line in contrary)),
+                notes=(*view.notes, *notes),
+                engines=engines,
                 engine_contradictions=len(contrary),
                 stale=reasons,
                 warming_up=self._warming_up,

@@ -363,11 +363,24 @@ def _counted(before: EngineSample, after: EngineSample) -> Floats | None:
         risen(getattr(before, name), getattr(after, name)) for name in ("step_tokens", "inter_token_latency_seconds")
     )
     usage = (before.kv_cache_usage_ratio, after.kv_cache_usage_ratio)
-    computed = [sample.prompt_tokens_by_source.get("local_compute") for sample in (before, after)]
-    if steps is None or latency is None or usage[0] is None or usage[1] is None or None in computed:
+    computed = _computed(before, after)
+    if steps is None or latency is None or usage[0] is None or usage[1] is None or computed is None:
         return None
     context = 0.5 * (usage[0] + usage[1])
-    return np.array([steps.count, _rise(computed[0], computed[1]), latency.count, context, latency.sum])
+    return np.array([steps.count, computed, latency.count, context, latency.sum])
+
+
+def _computed(before: EngineSample, after: EngineSample) -> float | None:
+    """Prompt tokens that the engine computed; by the hit ratio where it does not tell, as older versions do not."""
+    told = [sample.prompt_tokens_by_source.get("local_compute") for sample in (before, after)]
+    if None not in told:
+        return _rise(told[0], told[1])
+    if before.prompt_tokens is None or after.prefix_cache_queries_tokens is None:
+        return None
+    queries = _rise(before.prefix_cache_queries_tokens, after.prefix_cache_queries_tokens)
+    hits = _rise(before.prefix_cache_hits_tokens, after.prefix_cache_hits_tokens)
+    hits += _rise(before.external_prefix_cache_hits_tokens, after.external_prefix_cache_hits_tokens)
+    return _rise(before.prompt_tokens, after.prompt_tokens) * (max(0.0, 1.0 - hits / queries) if queries else 1.0)
 
 
 def _inside(sample: EngineSample) -> float | None:

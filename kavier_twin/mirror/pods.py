@@ -159,7 +159,7 @@ class Pods:
             self._spare = []
         if self._draining:
             fleet.retire()
-            self._forget_the_gone(fleet)
+            self._forget_the_stopped(fleet)
 
     def copy(self) -> Pods:
         """An independent one."""
@@ -188,8 +188,8 @@ class Pods:
             replica: name for name, pod in [*self._pods.items(), *self._draining.items()] for replica in _replicas(pod)
         }
 
-    def _forget_the_gone(self, fleet: Fleet) -> None:
-        """Engines whose replicas have left; the place of each may be another pod's by the time its own speaks again."""
+    def _forget_the_stopped(self, fleet: Fleet) -> None:
+        """Engines whose replicas have stopped: each place may be another pod's by the time its own speaks again."""
         for name, pod in list(self._draining.items()):
             for rank, engine in list(pod.engines.items()):
                 if not fleet.has(engine.replica):
@@ -204,7 +204,7 @@ class Pods:
         """The pod, which joins if it is new. None where there are too many."""
         pod = self._pods.get(name)
         if self._draining:
-            self._forget_the_gone(fleet)
+            self._forget_the_stopped(fleet)
         if pod is None and name in self._draining:
             pod = self._pods[name] = self._draining.pop(name)
             for replica in _replicas(pod):

@@ -412,6 +412,17 @@ class PoolPolicies(Policies, OfPool):
     settings: Annotated[tuple[str, ...], Field(description="What a policy may override.", examples=[["max_num_seqs"]])]
 
 
+@dataclass(frozen=True)
+class Engine:
+    """An engine as its metrics tell it. `kv_block_seconds`: means since its process began, by what is measured."""
+
+    pod: str
+    engine: str
+    model: str = ""
+    vllm_version: str = ""
+    kv_block_seconds: Mapping[str, float] = field(default_factory=dict)
+
+
 # --- all of it ----------------------------------------------------------------------------------------------------
 
 
@@ -429,6 +440,7 @@ class TwinView(PoolState, PoolFidelity, PoolForecast, PoolScores):
     power: GpuPower | None = None  # None where no power model is given
     sweeps: SweepCounts = SweepCounts()
     history: History = History()
+    engines: tuple[Engine, ...] = ()  # that metrics tell of
     engine_contradictions: int = 0  # settings that engines tell otherwise than the settings file or each other
     warming_up: bool = False  # the past of the logs is being mirrored
 

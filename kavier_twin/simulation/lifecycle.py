@@ -12,10 +12,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any
 
 import simpy
 
+from kavier_twin.simulation.replica_state import ReplicaState
 from kavier_twin.simulation.replicas import Replicas
 
 Process = Generator[simpy.Event, Any, None]
@@ -80,27 +81,27 @@ class Restart(Plan):
     at_a_time: int
     drain_seconds: float
     startup_seconds: float
-    stage: Literal["ready", "draining", "starting"] = "ready"  # of the first `at_a_time`
+    stage: ReplicaState = ReplicaState.READY  # of the first `at_a_time`
 
     def process(self, fleet: Replicas, clock: Clock) -> Process:
         while self.replicas:
-            if self.stage == "ready":
+            if self.stage == ReplicaState.READY:
                 yield from clock.reach(self)
                 for replica in self._group(fleet):
                     fleet.accept(replica, False)
-                self.stage = "draining"
+                self.stage = ReplicaState.DRAINING
                 self.next_seconds += self.drain_seconds
-            if self.stage == "draining":
+            if self.stage == ReplicaState.DRAINING:
                 yield from clock.reach(self)
                 for replica in self._group(fleet):
                     fleet.stop(replica)
-                self.stage = "starting"
+                self.stage = ReplicaState.STARTING
                 self.next_seconds += self.startup_seconds
             yield from clock.reach(self)
             for replica in self._group(fleet):
                 fleet.accept(replica, True)
             self.replicas = self.replicas[self.at_a_time :]
-            self.stage = "ready"
+            self.stage = ReplicaState.READY
 
     def _group(self, fleet: Replicas) -> list[int]:
         """Those whose turn it is and that have not failed or left meanwhile."""

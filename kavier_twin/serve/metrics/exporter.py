@@ -21,6 +21,7 @@ from prometheus_client.registry import Collector
 from kavier_twin import __version__
 from kavier_twin.serve.metrics.cache import cache_metrics
 from kavier_twin.serve.metrics.calibration import calibration_metrics
+from kavier_twin.serve.metrics.engines import engine_metrics
 from kavier_twin.serve.metrics.families import PREFIX, add, breach_flag, counter, flag, gauge, policy_labels, pool_gauge
 from kavier_twin.serve.metrics.fidelity import fidelity_metrics
 from kavier_twin.serve.metrics.load import load_metrics
@@ -75,6 +76,7 @@ def _metrics(view: TwinView) -> Iterator[Metric]:
         currency = InfoMetricFamily(f"{PREFIX}_cost", "The currency of costs (ISO 4217), always 1.", labels=["pool"])
         currency.add_metric([view.pool], {"currency": view.currency})
         yield currency
+    yield from engine_metrics(view.pool, view.engines)
     yield from _stream(view)
     yield from _mirror(view)
     yield from _fidelity(view)
@@ -127,6 +129,13 @@ def _stream(view: TwinView) -> Iterator[Metric]:
         "notes of the status name them.",
         view.pool,
         view.engine_contradictions,
+    )
+    yield pool_gauge(
+        "notes",
+        "Notes of the status: what a reader of the pool's figures must know, such as series that engines do not expose "
+        "and features that are not modelled.",
+        view.pool,
+        len(view.notes),
     )
     newest = gauge(
         "source_last_record_timestamp_seconds",
