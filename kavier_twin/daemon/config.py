@@ -95,6 +95,14 @@ class MirrorConfig(_Settings):
     trust: TrustSettings = Field(default=_MIRROR.trust, examples=[{"minimum_requests": 50}])
     """When figures are to be trusted."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_lateness_to_choose(cls, content: Any) -> Any:
+        """`lateness_seconds` was needed before late records were put in their place: read, and ignored."""
+        if isinstance(content, Mapping):
+            return {name: value for name, value in content.items() if name != "lateness_seconds"}
+        return content
+
     def settings(self, pool: str) -> MirrorSettings:
         """As the mirror takes it."""
         return MirrorSettings(pool=pool, **dict(self))
@@ -129,7 +137,7 @@ class PoolSettings(_Settings):
     fleet: PoolFleet = Field(examples=[{"hardware": {"gpu": "L40S", "model": "Qwen/Qwen3-8B"}}])
     """The engines."""
 
-    mirror: MirrorConfig = Field(default=MirrorConfig(), examples=[{"ordering_seconds": 5}])
+    mirror: MirrorConfig = Field(default=MirrorConfig(), examples=[{"late_seconds": 300}])
     """How they are mirrored."""
 
     forecast: ForecastSettings = Field(default=ForecastSettings(), examples=[{"every_seconds": 60}])
@@ -148,7 +156,7 @@ class Settings(_Settings):
     fleet: PoolFleet | None = Field(default=None, examples=[{"hardware": {"gpu": "L40S", "model": "Qwen/Qwen3-8B"}}])
     """The engines of the only pool."""
 
-    mirror: MirrorConfig = Field(default=MirrorConfig(), examples=[{"ordering_seconds": 5}])
+    mirror: MirrorConfig = Field(default=MirrorConfig(), examples=[{"late_seconds": 300}])
     """How the only pool is mirrored."""
 
     forecast: ForecastSettings = Field(default=ForecastSettings(), examples=[{"every_seconds": 60}])

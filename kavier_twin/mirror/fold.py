@@ -78,6 +78,7 @@ class MirrorSettings:
     pool: str = "default"
     ordering_seconds: float = 1.5  # that an event is waited with, so that most are in order
     late_seconds: float = 600.0  # up to which late events are put in their place
+    phantoms: bool = True  # whether requests that no record tells of are made up
     recent_seconds: float = 1_800.0
     recent_requests: int = 5_000
     calibrate_after_requests: int = 100

@@ -53,7 +53,9 @@ def mirror_settings(settings: MirrorSettings) -> MirrorSettings:
 
     It is calibrated from outside (`MetricsStream.lead`), and replicas hardly wait for ends that are no real ones.
     """
-    return replace(settings, calibrate_after_requests=_NEVER, longest_hold_seconds=_LONGEST_HOLD_SECONDS)
+    return replace(
+        settings, phantoms=False, calibrate_after_requests=_NEVER, longest_hold_seconds=_LONGEST_HOLD_SECONDS
+    )
 
 
 class MetricsStream:

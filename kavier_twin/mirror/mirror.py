@@ -103,6 +103,9 @@ class Mirror:
 
         Unless told to `go_back`, events that came late wait for a later call. Returns what was applied.
         """
+        if self._looks_ahead:
+            self._look_ahead_to(self.timeline.watermark_seconds if now_seconds is None else now_seconds)
+            return []
         if now_seconds is not None:
             self.evidence.counts.update(self.timeline.pass_to(now_seconds))
         if go_back and self.timeline.dirty_seconds < math.inf:
@@ -127,6 +130,7 @@ class Mirror:
         settings = apply_overrides(self.fold.fleet.settings, overrides)
         if math.isfinite(self.time_seconds):
             self.timeline.put(Adopted(self.time_seconds, dict(overrides)))
+            self._fold_to(self.time_seconds, whole=False)
         else:
             self.fold.fleet = Fleet(settings, start_seconds=-math.inf)
             self._forks = [(-math.inf, self.fold.fork())]
@@ -135,6 +139,7 @@ class Mirror:
         """Go on with these coefficients, which were fitted outside."""
         if math.isfinite(self.time_seconds):
             self.timeline.put(Fitted(self.time_seconds, step_time, frontend_seconds, calibration))
+            self._fold_to(self.time_seconds, whole=False)
         else:
             self.fold.calibration = calibration
             self.fold.use(step_time, frontend_seconds)
@@ -151,9 +156,7 @@ class Mirror:
         """A fork as of now: with the events that are still waited with."""
         twin = self.fork()
         twin.fold.expect(now_seconds, self.delays)
-        twin._fold_to(now_seconds, whole=True)
-        if now_seconds > twin.time_seconds > -math.inf:
-            twin.fold.run_to(now_seconds)
+        twin._look_ahead_to(now_seconds)
         return twin
 
     # --- what can be seen -----------------------------------------------------------------------------------------
@@ -306,11 +309,18 @@ class Mirror:
             self._pass_to(entry.time_seconds)
             self.timeline.position += 1
             self.fold.apply(entry, None if self._looks_ahead else self.evidence)
-            if isinstance(entry.event, EngineSample) and requests_inside(entry.event) is not None:
-                self._follow(entry.event)
+            event = entry.event
+            if self.settings.phantoms and isinstance(event, EngineSample) and requests_inside(event) is not None:
+                self._follow(event)
         if whole and math.isfinite(self.time_seconds):
             self._pass_to(until_seconds)
         self.timeline.applied(self.time_seconds)
+
+    def _look_ahead_to(self, now_seconds: float) -> None:
+        self.timeline.pass_to(now_seconds)
+        self._fold_to(now_seconds, whole=True)
+        if now_seconds > self.time_seconds > -math.inf:
+            self.fold.run_to(now_seconds)
 
     def _pass_to(self, time_seconds: float) -> None:
         """Let the whole seconds up to a time pass."""

