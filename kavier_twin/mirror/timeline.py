@@ -302,9 +302,10 @@ class Timeline:
         self.entries.insert(place, Entry(key, event))
         if isinstance(event, RequestSeen):
             self._pods[event.id] = event.pod
-        if place < self.position or key[0] < self._applied_seconds:
+        since = self._made_up_since(key[0])
+        if place < self.position or min(key[0], since) < self._applied_seconds:
             self.position += place < self.position
-            self.dirty_seconds = min(self.dirty_seconds, self._made_up_since(key[0]))
+            self.dirty_seconds = min(self.dirty_seconds, since)
 
     def _made_up_since(self, time_seconds: float) -> float:
         """The beginning of all intervals between samples that a time lies in: what is made up in them changes."""
