@@ -72,7 +72,7 @@ class Recorder:
         self._waiting_bytes = 0
         self._threads = asyncio.Semaphore(_THREADS)
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._live: dict[str, asyncio.Future[End]] = {}  # those whose end is to come
+        self._live: dict[str, asyncio.Future[End | None]] = {}  # those whose end is to come
         self._paths: set[str] = set()
 
     def take(self, told: Request | Passed) -> None:
@@ -95,6 +95,8 @@ class Recorder:
 
     async def drain(self, seconds: float) -> None:
         """Wait for what is being made, for `seconds` at most; what is left then is counted as dropped."""
+        for live in self._live.values():
+            live.set_result(None)  # no end is to come any more
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=seconds)
         for task in list(self._tasks):
@@ -107,7 +109,7 @@ class Recorder:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _record(self, request: Request, ended: asyncio.Future[End] | None) -> None:
+    async def _record(self, request: Request, ended: asyncio.Future[End | None] | None) -> None:
         """All records of one request."""
         size = len(request.body)
         if self._waiting_bytes + size > MOST_BYTES_TOGETHER:
@@ -163,7 +165,7 @@ class _Recording:
         count = len(asked.prompts) * asked.choices
         self._ids = [request.id] if count == 1 else [f"{request.id}-{number}" for number in range(count)]
 
-    async def run(self, ended: asyncio.Future[End] | None) -> None:
+    async def run(self, ended: asyncio.Future[End | None] | None) -> None:
         """Until the last record is made."""
         making = self._of._start(self._tokens())
         self._of._waiting_bytes += len(self._request.body)
@@ -171,7 +173,7 @@ class _Recording:
         waits_for: set[asyncio.Future[Any]] = {making} if ended is None else {making, ended}
         await asyncio.wait(waits_for, timeout=AT_ONCE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
         if ended is not None and ended.done():
-            if ended.result().refused:
+            if (soon := ended.result()) is not None and soon.refused:
                 making.cancel()
                 return  # at once: there is no record that would need an end
             await asyncio.wait({making}, timeout=AT_ONCE_SECONDS)
@@ -181,11 +183,11 @@ class _Recording:
             self._see(self._estimated if tokens is None else [len(ids) for ids in tokens.ids], "estimate", None)
             await asyncio.wait(waits_for, return_when=asyncio.FIRST_COMPLETED)
             whole = self._see_if_known(making)
-        if ended is None:
-            if not whole:
-                self._see_without_end(await self._settled(making))
-            return
-        await self._end(making, await ended, whole=whole)
+        end = None if ended is None else await ended
+        if end is not None:
+            await self._end(making, end, whole=whole)
+        elif not whole:
+            self._see_without_end(await self._settled(making))
 
     async def _end(self, making: asyncio.Task[_Tokens], end: End, *, whole: bool) -> None:
         """The answer ended. `whole` tells that the arrival's record needs no other that completes it."""

@@ -81,6 +81,7 @@ class Worker:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._transport: asyncio.WriteTransport | None = None
+        self._engine: EngineAt | None = None
         self._lost = 0  # requests that could not be handed over since that was last told
         self._ending = False
         self._restarting: asyncio.Future[None] | None = None
@@ -121,10 +122,14 @@ class Worker:
         assert self._socket is not None
         loop = asyncio.get_running_loop()
         self._transport, _ = await loop.create_connection(lambda: _Watch(self._lost_it), sock=self._socket)
+        if self._engine is not None:
+            self.take(self._engine)
 
     def take(self, told: Request | Passed | EngineAt) -> None:
         """Hand over; a request that does not fit is counted as dropped, when that can be told."""
         transport, is_request = self._transport, isinstance(told, Request)
+        if isinstance(told, EngineAt):
+            self._engine = told  # for the next worker, too
         if transport is None or (is_request and transport.get_write_buffer_size() > MOST_BYTES_TOGETHER):
             self._lost += is_request
             return

@@ -300,7 +300,8 @@ def tapped(
 
 
 async def _config(app: Any, more: Any) -> uvicorn.Config:
-    return uvicorn.Config(app, port=0, lifespan="off", ws="none", log_config=None, date_header=False, **more)
+    options = {"lifespan": "off", "log_config": None, "date_header": False, **more}
+    return uvicorn.Config(app, port=0, ws="none", **options)
 
 
 @contextmanager
