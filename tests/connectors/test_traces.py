@@ -5,6 +5,7 @@ import json
 import os
 import tempfile
 import time
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -291,6 +292,21 @@ def test_side_files_of_a_recording(tmp_path: Path, caplog: pytest.LogCaptureFixt
     (tmp_path / "steps.jsonl.gz").unlink()
     with pytest.raises(TraceError, match=r"expected a recording's steps\.jsonl"):
         read_steps(tmp_path)
+
+
+@pytest.mark.parametrize("order", list(permutations(range(4))))
+def test_of_several_records_of_a_request_the_fullest_counts(tmp_path: Path, order: tuple[int, ...]) -> None:
+    """As the tap sends them: at once, and again when the prompt and the answer are tokenised."""
+    whole = RequestSeen(id="a", time_seconds=1.0, prompt_tokens=40, block_hashes=(1, 2), block_tokens=16)
+    estimated = RequestSeen(id="a", time_seconds=1.0, prompt_tokens=33, prompt_tokens_from="estimate")
+    end = RequestFinished(id="a", time_seconds=4.0, output_tokens=30)
+    hashed = end.model_copy(update={"block_hashes": (1, 2, 3, 4)})
+    lines = [(whole, estimated, end, hashed)[number].model_dump(mode="json") for number in order]
+    trace = read_trace(write(tmp_path / "t", *lines))
+    (record,) = trace.records
+    assert not trace.rejected
+    assert isinstance(record, RequestRecord)
+    assert (record.prompt_tokens, record.block_hashes, record.hashes_cover_output) == (40, (1, 2, 3, 4), True)
 
 
 def test_telemetry_joins_arrivals_with_their_ends(tmp_path: Path) -> None:

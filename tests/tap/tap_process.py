@@ -39,11 +39,18 @@ class TapProcess:
         """Wait until the metrics have this line."""
         until(lambda: f"\nkavier_twin_tap_{line}\n" in self.metrics(), line)
 
+    def metric(self, name: str) -> float:
+        """The value of a series now; 0 where there is none."""
+        found = re.search(rf"^kavier_twin_tap_{re.escape(name)} (\S+)$", self.metrics(), re.MULTILINE)
+        return float(found[1]) if found else 0.0
+
     def worker(self) -> int:
         """The process that makes records, 0 if there is none."""
         threads = Path(f"/proc/{self.process.pid}/task").glob("*/children")
         children = " ".join(children.read_text() for children in threads).split()
-        named = [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+        named = [
+            int(child) for child in children if b"kavier_twin.tap\0" in Path(f"/proc/{child}/cmdline").read_bytes()
+        ]
         return named[-1] if named else 0
 
     def end(self, number: int = signal.SIGTERM) -> int:
