@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
+from effort import examples
 from kavier_twin.catalog.deployment import Deployment, weight_bytes_per_gpu
 from kavier_twin.catalog.errors import CatalogError
 from kavier_twin.catalog.gpu import Gpu, find_gpu, gpus
@@ -102,7 +103,7 @@ def engines(draw: st.DrawFn) -> Engine:
     return Engine(gpu, model, draw(deployments(model)), draw(st.none() | rooflines))
 
 
-@settings(max_examples=150)
+@examples(150)
 @given(engines())
 # At 8,192 tokens its 256 experts still wait for their weights.
 @example(Engine(find_gpu("B200"), find_model("DeepSeek-V3"), Deployment(quantization="bf16"), None))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from hypothesis import given
 
-from simulation.scenarios import Scenario, examples, scenarios
+from effort import examples
+from simulation.scenarios import Scenario, scenarios
 from simulation.test_properties import play_checked
 
 

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from effort import examples
 from kavier_twin.simulation.closed_loop import simulate_sessions
 from kavier_twin.simulation.fleet import Fleet, simulate
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings
 from kavier_twin.simulation.state import FINISHED, Records
 from kavier_twin.simulation.turns import Turns
 from kavier_twin.simulation.workload import make_workload, take_rows
-from simulation.scenarios import examples
 from simulation.test_closed_loop import STEP_TIME, Loop, loops
 
 BIT_FOR_BIT = ("index", "replica", "status", "cached", "preemptions")
