@@ -1,4 +1,4 @@
-"""Checkpoints of a running daemon: mirrors and source positions together, so that neither is ahead of the other."""
+"""Checkpoints of a running daemon: mirrors, scores and source positions together, so that none is ahead of another."""
 
 from __future__ import annotations
 
@@ -43,40 +43,39 @@ class Checkpoints:
 
         A pool that is not in it, or is another fleet's there, begins anew; if all do, so do the sources.
         """
-        saved, self._sequence, problems = checkpoint_file.newest(self.directory)
+        saved, number, problems = checkpoint_file.newest(self.directory)
+        self._sequence = checkpoint_file.last_number(self.directory)  # also of those that cannot be read
         for problem in problems:
             log.warning("checkpoint %s", problem)
         if saved is None:
             log.info("no checkpoint in %s: the twin begins anew", self.directory)
+            for pool in pools.values():
+                pool.scores.resume(self._sequence, None)
             return False
-        restored = [name for name, pool in pools.items() if self._restore(pool, saved)]
+        restored = [name for name, pool in pools.items() if self._restore(pool, number, saved)]
         if restored:
             for key, source in seekable(sources):
                 source.seek(saved.document["positions"].get(key, {}))
         return bool(restored)
 
-    def _restore(self, pool: PoolTwin, saved: Saved) -> bool:
+    def _restore(self, pool: PoolTwin, number: int, saved: Saved) -> bool:
         document = saved.document["pools"].get(pool.name)
-        if document is None:
-            log.warning("checkpoint %d in %s does not know pool %s, which begins anew", *self._place, pool.name)
-            return False
-        prefix = f"{pool.name}/"
-        arrays = {name.removeprefix(prefix): array for name, array in saved.arrays.items() if name.startswith(prefix)}
         try:
-            mirror = mirror_state.restore(Saved(document["mirror"], arrays), pool.mirror.settings, pool.fleet)
+            if document is None:
+                raise CheckpointError("it is not in there")
+            fleet = Saved(document["mirror"], _of(saved, "fleet", pool))
+            mirror = mirror_state.restore(fleet, pool.mirror.settings, pool.fleet)
         except CheckpointError as error:
-            log.warning("checkpoint %d in %s: pool %s begins anew: %s", *self._place, pool.name, error)
+            log.warning("checkpoint %d in %s: pool %s begins anew: %s", number, self.directory, pool.name, error)
+            pool.scores.resume(self._sequence, None)
             return False
         caches, power = CacheWatch.restored(document["caches"]), PowerWatch.restored(document["power"])
         pool.resume(mirror, caches, power)
+        pool.scores.resume(number, Saved(document["scores"], _of(saved, "scores", pool)))
         if pool.metrics and document["metrics"]:
             pool.metrics.restore(document["metrics"])
-        log.info("pool %s goes on from checkpoint %d, %d requests finished", pool.name, self._sequence, mirror.finished)
+        log.info("pool %s goes on from checkpoint %d, %d requests finished", pool.name, number, mirror.finished)
         return True
-
-    @property
-    def _place(self) -> tuple[int, Path]:
-        return self._sequence, self.directory
 
     @property
     def due(self) -> bool:
@@ -84,35 +83,44 @@ class Checkpoints:
         return time.monotonic() >= self._due
 
     def take(self, pools: Iterable[PoolTwin], sources: Iterable[Source]) -> Saved:
-        """The state now, as something that does not change any more."""
+        """The state now, as something that does not change any more: for the next `write`."""
+        self._sequence += 1
         positions = {key: source.positions() for key, source in seekable(sources)}
         documents: dict[str, Any] = {}
         arrays: dict[str, Any] = {}
         for pool in pools:
+            scores = pool.scores.save(self._sequence)
             documents[pool.name] = {
                 "mirror": mirror_state.save(pool.mirror).document,
                 "caches": pool.caches.save(),
                 "power": pool.power.save(),
                 "metrics": pool.metrics.save() if pool.metrics else None,
+                "scores": scores.document,
             }
             state = copy_state(pool.mirror.fleet.state)._asdict()
-            arrays |= {f"{pool.name}/{name}": array for name, array in state.items()}
+            arrays |= {f"fleet/{pool.name}/{name}": array for name, array in state.items()}
+            arrays |= {f"scores/{pool.name}/{name}": array for name, array in scores.arrays.items()}
         return Saved({"pools": documents, "positions": positions}, arrays)
 
     def write(self, saved: Saved) -> None:
         """To disk. Trouble is counted, and logged once for each kind; the last good one stays."""
         self._due = time.monotonic() + self._every_seconds
         try:
-            checkpoint_file.write(self.directory, self._sequence + 1, saved, self._keep)
+            checkpoint_file.write(self.directory, self._sequence, saved, self._keep)
         except OSError as error:
             self.failures += 1
             if str(error) != self._trouble:
                 log.error("no checkpoint could be written to %s: %s; the last good one stays", self.directory, error)
             self._trouble = str(error)
             return
-        self._sequence += 1
         self._trouble = ""
         self.written_unix_seconds = time.time()
+
+
+def _of(saved: Saved, part: str, pool: PoolTwin) -> dict[str, Any]:
+    """The arrays of this part of a pool, by their own names."""
+    split = ((name.rpartition("/"), array) for name, array in saved.arrays.items())
+    return {own: array for (place, _, own), array in split if place == f"{part}/{pool.name}"}
 
 
 def seekable(sources: Iterable[Source]) -> Iterator[tuple[str, Seekable]]:

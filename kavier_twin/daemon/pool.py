@@ -71,7 +71,7 @@ class PoolTwin:
         self.metrics = MetricsStream(mirror.pool, fleet.engine) if from_metrics else None
         self.mirror = Mirror(mirror_settings(mirror) if from_metrics else mirror, fleet, calibrated=calibrated)
         self.caches = CacheWatch()
-        self._scores = ScoreKeeper(self.name, forecast, score_store)
+        self.scores = ScoreKeeper(self.name, forecast, score_store)
         self.power = PowerWatch()
         self.mirror.beside = self._look_beside
         self._lock = Lock()
@@ -118,14 +118,13 @@ class PoolTwin:
         with self._lock:
             for record in records:
                 self._take(record)
-                self._scores.take(record)
+                self.scores.read(record)
             if self.metrics:
-                for event in self.metrics.lead(self.mirror):
-                    self._scores.take(event)
-            self.mirror.advance()
-            self._scores.size(self.mirror)
+                self.metrics.lead(self.mirror)
+            applied = self.mirror.advance()
             if ended:
-                self.mirror.end()
+                applied += self.mirror.end()
+            self.scores.follow(applied, self.mirror.time_seconds)
             self._behind = more
             self._tell_of_calibration()
             self._tell_of_late_records()
@@ -210,7 +209,7 @@ class PoolTwin:
             # Of the mirror itself, not of its fork: what has passed is the same, and it remembers what it told.
             history=assemble.history(self.mirror.windows.course(mirror.time_seconds)),
             outlook=self._outlook,
-            scores=self._scores.scores,
+            scores=self.scores.scores,
             currency=settings.footprint.currency if settings.footprint else "",
             notes=self._notes,
         )
@@ -305,7 +304,7 @@ class PoolTwin:
         if self._outlook is None:
             log.info("pool %s: first forecast made in %.1f s", self.name, forecast.duration_seconds or 0.0)
         today = next(policy.name for policy in self.forecaster.settings.policies if not policy.overrides)
-        forecast = self._scores.judge(forecast, today, self.mirror.fleet.settings.footprint)
+        forecast = self.scores.judge(forecast, today, self.mirror.fleet.settings.footprint)
         self._outlook = assemble.outlook(forecast, time.time(), self._policies)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from kavier_twin.simulation import state as layout
 from kavier_twin.simulation.state import FleetState
 
-VERSION: Final = 2
+VERSION: Final = 3
 SUFFIX: Final = ".checkpoint"
 _MAGIC: Final = b"kavier-twin checkpoint\n"
 
@@ -98,6 +98,11 @@ def newest(directory: Path) -> tuple[Saved | None, int, list[str]]:
         except (CheckpointError, OSError) as error:
             problems.append(f"{path}: {error.strerror if isinstance(error, OSError) else error}; not used")
     return None, 0, problems
+
+
+def last_number(directory: Path) -> int:
+    """Of all checkpoints there, good or not; 0: there is none."""
+    return max((int(path.name.removesuffix(SUFFIX)) for path in _files(directory)), default=0)
 
 
 def _files(directory: Path) -> list[Path]:

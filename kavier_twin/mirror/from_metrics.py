@@ -92,18 +92,16 @@ class MetricsStream:
             events.append(heapq.heappop(self._ready)[3])
         return events
 
-    def lead(self, mirror: Mirror) -> list[RequestSeen | RequestFinished]:
+    def lead(self, mirror: Mirror) -> None:
         """Hand what is due to the mirror, and now and then step times fitted to the counters of the last samples.
-        Returns what was due.
 
         Its own calibration needs requests whose durations are their own.
         """
-        events = self.due()
-        for event in events:
+        for event in self.due():
             mirror.ingest(event)
         newest = max((e.last.time_seconds for e in self._engines.values() if e.last is not None), default=-math.inf)
         if newest < self._calibrated_seconds + CALIBRATE_EVERY_SECONDS:
-            return events
+            return
         self._calibrated_seconds = newest
         rows = np.array([row for engine in self._engines.values() for row in engine.counted], np.float64)
         counted = Counted(*rows.reshape(-1, len(Counted._fields)).T)
@@ -112,12 +110,11 @@ class MetricsStream:
         try:
             found = calibrate_counters(counted, prior=mirror.settings.prior, floor=mirror.settings.floor)
         except CalibrationError:
-            return events
+            return
         queue = mirror.fidelity.scores().get("queue_seconds")
         waited = queue.predicted_mean - queue.observed_mean if queue is not None else 0.0
         mirror.calibration = replace(found, frontend_seconds=max(0.0, self._outside_seconds() - max(0.0, waited)))
         mirror.use(found.step_time, mirror.calibration.frontend_seconds)
-        return events
 
     def _outside_seconds(self) -> float:
         """Mean part of the end-to-end latency that queue, prefill and decode leave, of late; 0 if unknown.

@@ -3,10 +3,12 @@
 Where ends come in time, a request is held until its record comes: no guess is better than that. Two things go wrong
 with holding alone, and both are seen in the stream:
 
-- Some records never come, and requests held for ever would fill the fleet. One is given up where it is more likely
-  lost than long: once fewer of the recent requests were that long than of all requests are lost.
-- Ends come later than the stream waits for. If most do, the length of each request is drawn from the recent ones, and
-  in the mirror it ends there.
+- Some records never come, and requests held for ever would fill the fleet. Let S(n) be the share of requests longer
+  than n tokens and q the share of records lost. Of all requests that arrived, S(n) still run after n tokens, but
+  (1 - q) S(n) + q have no record. Each one without a record is therefore kept with probability S / ((1 - q) S + q),
+  so that as many requests of every age are held as really run (Horvitz and Thompson, 1952). Before any loss is known,
+  a request is given up where it is more likely lost than long.
+- Ends come later than the stream waits for. If most do, q is 1: each request is held for as long as a recent one.
 
 When the record of a request that was let go comes after all, what was simulated of it is scored as any other.
 """
@@ -37,6 +39,7 @@ class Simulated(NamedTuple):
 
     at: float
     arrival: float
+    prompt_tokens: int
     scheduled: float
     first_token: float
     generated_tokens: int
@@ -78,10 +81,15 @@ class Lengths:
 
     def limit_tokens(self, identity: str) -> int | None:
         """At how many tokens a request without a record is let go; None: too little is known."""
-        if self._limit_tokens is not None and self._late_ratio > LATE_RATIO:
-            share = zlib.crc32(identity.encode()) / 2**32  # the same in every process
-            return self._sorted[int(share * len(self._sorted))]
-        return self._limit_tokens
+        if self._limit_tokens is None:
+            return None
+        lost = (
+            1.0 if self._late_ratio > LATE_RATIO else self._lost_count / max(self._ended_count + self._lost_count, 1.0)
+        )
+        draw = zlib.crc32(identity.encode()) / 2**32  # the same in every process
+        longer = draw * lost / (1.0 - draw * (1.0 - lost))  # the S at which this request is given up
+        place = int((1.0 - longer) * len(self._sorted))
+        return self._sorted[place] if place < len(self._sorted) else self._limit_tokens
 
     def ended(self, output_tokens: int, *, late: bool) -> None:
         """A request ended and its record came."""

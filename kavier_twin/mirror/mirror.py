@@ -20,6 +20,7 @@ from typing import Final
 
 import numpy as np
 
+from kavier_twin.mirror.applied import Applied, Arrived, Dropped, Ended, GivenUp, Sized
 from kavier_twin.mirror.arrival_counts import RateHistory
 from kavier_twin.mirror.calibration.online import Change, Online, Row
 from kavier_twin.mirror.calibration.requests import MINIMUM_REQUESTS, Calibration, CalibrationError, Observed, calibrate
@@ -115,6 +116,7 @@ class Mirror:
         self._pace = Pace(fleet.step_time)
         self._arrivals = RateHistory()
         self._is_fork = False
+        self._applied: list[Applied] = []  # during `advance`
 
     # --- taking records in ----------------------------------------------------------------------------------------
 
@@ -150,13 +152,16 @@ class Mirror:
             footprint = footprint.model_copy(update={"carbon": carbon})
             self.fleet.settings = self.fleet.settings.model_copy(update={"footprint": footprint})
 
-    def advance(self, now_seconds: float | None = None) -> int:
-        """Process what is due. `now_seconds` (event time) lets time pass where no record comes. Returns events."""
+    def advance(self, now_seconds: float | None = None) -> list[Applied]:
+        """Process what is due. `now_seconds` (event time) lets time pass where no record comes.
+
+        Returns what was applied, in event order; of a fork, which only looks ahead, nothing.
+        """
+        self._applied = []
         if now_seconds is not None:
             self.ingested.update(self._stream.confirm(now_seconds + MAX_JUMP_SECONDS))
             self._stream.raise_floor(now_seconds - self.settings.lateness_seconds)
-        events = self._stream.due()
-        for event in events:
+        for event in self._stream.due():
             self._step_to(event.time_seconds)
             self._drop_the_lost()
             if isinstance(event, RequestSeen):
@@ -171,7 +176,8 @@ class Mirror:
         if now_seconds is not None and math.isfinite(self.time_seconds):
             self._step_to(self._stream.watermark_seconds)
             self._drop_the_lost()
-        return len(events)
+        applied, self._applied = self._applied, []
+        return applied
 
     def adopt(self, overrides: Mapping[str, Override]) -> None:
         """The engines turned out to be set so. Raises PolicyError for what cannot be."""
@@ -182,12 +188,13 @@ class Mirror:
         else:
             self.fleet = Fleet(settings, start_seconds=-math.inf)
 
-    def end(self) -> None:
-        """Process all that was taken in: no record will ever come."""
+    def end(self) -> list[Applied]:
+        """Process all that was taken in: no record will ever come. Returns what was applied."""
         last, lateness = self._stream.last_seconds, self.settings.lateness_seconds
-        if math.isfinite(last):
-            now = last + lateness
-            self.advance(now if now - lateness >= last else math.nextafter(now, math.inf))
+        if not math.isfinite(last):
+            return []
+        now = last + lateness
+        return self.advance(now if now - lateness >= last else math.nextafter(now, math.inf))
 
     def fork(self) -> Mirror:
         """A copy that can be moved on to the present without a trace in this one.
@@ -296,7 +303,9 @@ class Mirror:
 
     def _look(self, second: int) -> None:
         """At every second: gauges beside what engines reported, lengths, and now and then what all errors amount to."""
-        self.gauges.record(second, self.load(), int(self.fleet.state.replicas["alive"].sum()))
+        replicas = int(self.fleet.state.replicas["alive"].sum())
+        self._book(Sized(float(second), replicas))
+        self.gauges.record(second, self.load(), replicas)
         for pair in self.gauges.due(second):
             self.windows.add(*pair)
         if self.beside is not None:
@@ -325,6 +334,7 @@ class Mirror:
         """Requests that have run for too long are let go; the others get room in time, so that none has to wait."""
         for identity, live in list(self._running.items()):
             if not self._is_there(live):
+                self._drop(identity)
                 continue
             request = self.fleet.state.requests[live.replica, live.slot]
             generated, limit = int(request["tokens"] - request["prompt"]), self._lengths.limit_tokens(identity)
@@ -350,6 +360,7 @@ class Mirror:
         replica, slot = map(int, self.fleet.deliver(delivered, 0, 1)[0])
         if slot >= 0:
             self._running[seen.id] = Live(self._next_index, replica, slot)
+            self._book(Arrived(seen.id, seen.time_seconds))
 
     def _sight(self, seen: PodSeen) -> None:
         """A pod's metrics: one that restarted lost its cache and the requests that it had."""
@@ -362,7 +373,7 @@ class Mirror:
         for live in self.fleet.begin_anew(restart.replica, again):
             self._running[names.pop(live.index)] = live
         for name in names.values():
-            del self._running[name]
+            self._drop(name)
         self.ingested["replica_restarted"] += len(names)
 
     def _is_there(self, live: Live) -> bool:
@@ -378,6 +389,7 @@ class Mirror:
             self.ingested["unknown_request"] += 1
             return
         self.finished += 1
+        self._book_end(finished, entry, live, let_go)
         self._lengths.ended(finished.output_tokens, late=finished.time_seconds < self.time_seconds)
         if entry is not None:
             self._recent[finished.id] = Seen(entry.seen, finished)
@@ -402,12 +414,28 @@ class Mirror:
         self.fleet.collect()
         self._maybe_calibrate(placed=placed)
 
+    def _book(self, event: Applied) -> None:
+        if not self._is_fork:
+            self._applied.append(event)
+
+    def _book_end(
+        self, finished: RequestFinished, entry: Seen | None, live: Live | None, let_go: Simulated | None
+    ) -> None:
+        """What a record of an end tells; one of a request of which nothing is remembered tells nothing."""
+        if entry is not None:
+            self._book(Ended(entry.seen.time_seconds, entry.seen.prompt_tokens, finished))
+        elif known := let_go or (self._simulated(live) if live is not None and self._is_there(live) else None):
+            self._book(Ended(known.arrival, known.prompt_tokens, finished))
+        else:
+            self._book(Dropped(finished.id))
+
     def _simulated(self, live: Live) -> Simulated:
         """What was simulated of a request until now."""
         request = self.fleet.state.requests[live.replica, live.slot]
         return Simulated(
             at=self.time_seconds,
             arrival=float(request["arrival"]),
+            prompt_tokens=int(request["prompt"]),
             scheduled=float(request["scheduled"]),
             first_token=float(request["first_token"]),
             generated_tokens=int(request["tokens"] - request["prompt"]),
@@ -482,17 +510,25 @@ class Mirror:
         while self._running:
             identity, live = next(iter(self._running.items()))
             if not self._is_there(live):
-                del self._running[identity]
+                self._drop(identity)
                 continue
             request = self.fleet.state.requests[live.replica, live.slot]
             if request["arrival"] > oldest:
                 return
             self._let_go(identity, live, max(1, int(request["tokens"] - request["prompt"])))
 
+    def _drop(self, identity: str) -> None:
+        """The request is in the fleet no more, and no record tells how it ended."""
+        del self._running[identity]
+        self._book(Dropped(identity))
+
     def _let_go(self, identity: str, live: Live, output_tokens: int) -> None:
         """The request ends in the mirror, though no record tells so."""
         self.ingested["never_finished"] += 1
-        self._lengths.let_go(identity, self._simulated(live))
+        simulated = self._simulated(live)
+        self._lengths.let_go(identity, simulated)
+        times = simulated.arrival, simulated.scheduled, simulated.first_token, self.time_seconds
+        self._book(GivenUp(identity, *times, simulated.prompt_tokens, output_tokens))
         self.fleet.finish(live, output_tokens, None, 0)
         self.fleet.collect()
         del self._running[identity]

@@ -1,47 +1,48 @@
-"""One pool's scores: what the stream tells, what is forecast, and the file that outlives both."""
+"""One pool's scores: what the mirror applied, what is forecast, and the file that keeps what was judged."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from threading import Lock
 
 from kavier_twin.forecast.forecaster import ForecastSettings
 from kavier_twin.forecast.result import Forecast
-from kavier_twin.mirror.mirror import Mirror
-from kavier_twin.scores.observed import Ended, Reality
-from kavier_twin.scores.readings import EngineReading, GpuReading, Reading, SizeReading
+from kavier_twin.mirror.applied import Applied, Arrived, Dropped, Ended, GivenUp
+from kavier_twin.mirror.checkpoint_file import Saved
+from kavier_twin.scores.observed import Outcome, Reality
+from kavier_twin.scores.readings import EngineReading, GpuReading, SizeReading
 from kavier_twin.scores.scorer import Scorer, Scores
 from kavier_twin.scores.store import ScoreStore
 from kavier_twin.simulation.footprint import Footprint
-from kavier_twin.telemetry import EngineSample, GpuSample, RequestFinished, RequestRecord, RequestSeen, TelemetryRecord
+from kavier_twin.telemetry import EngineSample, GpuSample, TelemetryRecord
 
 
 class ScoreKeeper:
-    """Thread-safe: records come from the thread that ingests, forecasts from the forecaster's."""
+    """Thread-safe: events come from the thread that ingests, forecasts from the forecaster's.
+
+    What depends on the position in the stream is part of the pool's checkpoint. What was judged goes to `store`, each
+    row with the number of the first checkpoint that counts it, so that a pool that resumes drops what it judges again.
+    """
 
     def __init__(self, pool: str, settings: ForecastSettings, store: ScoreStore | None = None) -> None:
         self.scores = Scores()
         self._pool = pool
         self._scorer = Scorer(settings.slos)
         self._store = store
+        self._next_checkpoint = 1
         self._lock = Lock()
-        self._ended: list[tuple[str, Ended]] = []  # and not stored yet
-        self._read: list[tuple[str, Reading]] = []  # and not stored yet
-        if store is not None:
-            self._scorer.remember(store.judged(pool))
-            self._scorer.resume(store.open_forecasts(pool), *store.requests(pool), store.readings(pool))
-            self.scores = self._scorer.scores()
 
-    def take(self, record: TelemetryRecord) -> None:
-        """A record of the stream, in any order."""
+    def follow(self, applied: Iterable[Applied], until_seconds: float) -> None:
+        """What the mirror applied, up to this event time."""
         with self._lock:
-            self._keep(tell(self._scorer.reality, record))
+            follow(self._scorer.reality, applied, until_seconds)
 
-    def size(self, mirror: Mirror) -> None:
-        """How many replicas the mirror has now."""
+    def read(self, sample: TelemetryRecord) -> None:
+        """What an engine or a GPU says of itself; other records are none of it."""
         with self._lock:
-            self._keep(tell_size(self._scorer.reality, mirror))
+            read(self._scorer.reality, sample)
 
     def judge(self, forecast: Forecast, policy: str, footprint: Footprint | None = None) -> Forecast:
         """Keep this forecast of the policy in force, and judge those whose time has come by it. Returns the forecast
@@ -50,65 +51,65 @@ class ScoreKeeper:
             settled = self._scorer.settle(forecast.time_seconds, footprint)
             served = self._scorer.foresee(forecast, policy)
             self.scores = self._scorer.scores()
-            still_open, live = self._scorer.open_forecasts, self._scorer.reality.live
-            ended, self._ended = self._ended, []
-            read, self._read = self._read, []
-        if self._store is not None:
-            self._store.save(
-                self._pool,
-                settled,
-                still_open,
-                ended,
-                live,
-                read,
-                now_unix=time.time(),
-                forget_before_seconds=self._scorer.needed_since(forecast.time_seconds),
-            )
+            # Before anyone can take a checkpoint that counts them as judged.
+            if self._store is not None:
+                self._store.save(self._pool, settled, self._next_checkpoint, time.time())
         return served
 
-    def _keep(self, told: list[tuple[str, Ended | Reading]]) -> None:
-        """For the file, until it is written."""
-        if self._store is not None:
-            self._ended += [(name, one) for name, one in told if isinstance(one, Ended)]
-            self._read += [(name, one) for name, one in told if not isinstance(one, Ended)]
+    def save(self, checkpoint: int) -> Saved:
+        """The state for the checkpoint of this number."""
+        with self._lock:
+            self._next_checkpoint = checkpoint + 1
+            return Saved(*self._scorer.save())
+
+    def resume(self, checkpoint: int, saved: Saved | None) -> None:
+        """Go on from the checkpoint of this number; None: begin anew, with what was judged in earlier lives."""
+        with self._lock:
+            self._next_checkpoint = checkpoint + 1
+            if self._store is not None:
+                self._store.roll_back(self._pool, None if saved is None else checkpoint)
+                self._scorer.remember(self._store.judged(self._pool))
+            if saved is not None:
+                self._scorer.restore(*saved)
+            self.scores = self._scorer.scores()
 
 
-def tell(reality: Reality, record: TelemetryRecord) -> list[tuple[str, Ended | Reading]]:
-    """A record to who judges by it. Returns what was new of requests that ended and of readings, each with its name."""
-    if isinstance(record, RequestRecord):
-        finished = record.finished()
-        return [*tell(reality, record.seen()), *(tell(reality, finished) if finished is not None else ())]
-    if isinstance(record, RequestSeen):
-        reality.arrive(record.id, record.time_seconds, record.prompt_tokens)
-    elif isinstance(record, RequestFinished):
-        ended = reality.end(
-            record.id,
-            record.time_seconds,
-            record.output_tokens,
-            ttft_seconds=record.ttft_seconds,
-            e2e_seconds=record.e2e_seconds,
-            queue_seconds=record.queue_seconds,
-            cached_tokens=record.cached_tokens,
-        )
-        return [] if ended is None else [(record.id, ended)]
-    elif isinstance(record, EngineSample):
-        return _read(reality, f"{record.namespace}/{record.pod}/{record.engine}", _engine(record))
-    elif isinstance(record, GpuSample) and not record.mig_instance:  # whose watts are those of the whole card
-        reading = GpuReading(record.time_seconds, _number(record.power_watts), _number(record.energy_joules))
-        return _read(reality, record.gpu, reading)
-    return []
+def follow(reality: Reality, applied: Iterable[Applied], until_seconds: float) -> None:
+    """Let what a mirror applied count, up to this event time."""
+    for event in applied:
+        if isinstance(event, Arrived):
+            reality.arrive(event.id, event.time_seconds)
+        elif isinstance(event, Ended):
+            reality.end(event.finished.id, _outcome(event))
+        elif isinstance(event, GivenUp):
+            reality.give_up(event.id, Outcome(*event[1:], cached_tokens=math.nan))
+        elif isinstance(event, Dropped):
+            reality.drop(event.id)
+        else:
+            reality.readings.add("mirror", SizeReading(event.time_seconds, event.replicas))
+    reality.until_seconds = until_seconds
 
 
-def tell_size(reality: Reality, mirror: Mirror) -> list[tuple[str, Ended | Reading]]:
-    """How many replicas the mirror has now: a fleet's size where no engine is sampled."""
-    if not math.isfinite(mirror.time_seconds):
-        return []
-    alive = int((mirror.fleet.state.replicas["alive"] == 1).sum())
-    return _read(reality, "mirror", SizeReading(mirror.time_seconds, alive))
+def read(reality: Reality, sample: TelemetryRecord) -> None:
+    """Let what an engine or a GPU says of itself count; other records are none of it."""
+    if isinstance(sample, EngineSample):
+        reality.readings.add(f"{sample.namespace}/{sample.pod}/{sample.engine}", _engine(sample))
+    elif isinstance(sample, GpuSample) and not sample.mig_instance:  # whose watts are those of the whole card
+        reading = GpuReading(sample.time_seconds, _number(sample.power_watts), _number(sample.energy_joules))
+        reality.readings.add(sample.gpu, reading)
 
 
-def _read(reality: Reality, name: str, reading: Reading) -> list[tuple[str, Ended | Reading]]:
-    return [(name, reading)] if reality.readings.add(name, reading) else []
+def _outcome(ended: Ended) -> Outcome:
+    arrival, finished = ended.arrival_seconds, ended.finished
+    return Outcome(
+        arrival,
+        arrival + _number(finished.queue_seconds),
+        arrival + _number(finished.ttft_seconds),
+        finished.time_seconds if finished.e2e_seconds is None else arrival + finished.e2e_seconds,
+        ended.prompt_tokens,
+        finished.output_tokens,
+        _number(finished.cached_tokens),
+    )
 
 
 def _engine(sample: EngineSample) -> EngineReading:

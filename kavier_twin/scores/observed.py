@@ -1,14 +1,17 @@
 """What really happened, as the KPIs that a forecast foresees.
 
-Requests are taken in as the stream tells them; `measure` gives the KPIs of a stretch of time by the definitions of
-`forecast.measure`: a latency counts where its interval ended, and what is still under way at the end counts with its
-age where that raises the quantile. What requests do not tell comes from `readings` of engines and GPUs.
+Requests come from what the mirror applied, in event order; which of them are live is the mirror's to say. `measure`
+gives the KPIs of a stretch of time by the definitions of `forecast.measure`: a latency counts where its interval ended,
+and what is still under way at the end counts with its age where that raises the quantile. A request that the mirror
+gave up, as its end record never came, counts in rates and means of load with the mirror's figures, and in no latency:
+nobody observed one. What requests do not tell comes from `readings` of engines and GPUs.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Final, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,12 +25,11 @@ from kavier_twin.simulation.power import JOULES_PER_KWH
 
 Floats = npt.NDArray[np.float64]
 
-ENDED_REMEMBERED: Final = 20_000  # identities: a restart repeats the records since the last checkpoint
 _MILLION: Final = 1e6
 
 
-class Ended(NamedTuple):
-    """A request that ended. Times in seconds of event time; NaN where the stream does not tell."""
+class Outcome(NamedTuple):
+    """A request that is over. Times in seconds of event time; NaN: unknown."""
 
     arrival: float
     scheduled: float
@@ -43,10 +45,11 @@ class Reality:
 
     def __init__(self) -> None:
         self.since_seconds = math.inf  # it knows every request that arrived from here on
+        self.until_seconds = -math.inf  # and everything that happened up to here
         self.readings = Readings()
-        self._rows = Rows(len(Ended._fields))
-        self._live: dict[str, tuple[float, int]] = {}  # identity -> arrival, prompt tokens
-        self._ended: dict[str, None] = {}  # identities, oldest first
+        self._rows = Rows(len(Outcome._fields))
+        self._live: dict[str, float] = {}  # identity -> arrival
+        self._given_up: dict[str, Outcome] = {}  # as assumed, until an end record comes after all
 
     @property
     def requests(self) -> int:
@@ -54,66 +57,63 @@ class Reality:
         return len(self._rows)
 
     @property
-    def live(self) -> dict[str, tuple[float, int]]:
-        """Requests that have not ended: identity -> arrival and prompt tokens."""
-        return dict(self._live)
+    def live(self) -> Mapping[str, float]:
+        """Arrivals of the requests under way, by identity."""
+        return self._live
 
-    def arrive(self, identity: str, arrival_seconds: float, prompt_tokens: int) -> None:
-        """A request was seen."""
+    def arrive(self, identity: str, arrival_seconds: float) -> None:
+        """A request is under way."""
         self.since_seconds = min(self.since_seconds, arrival_seconds)
-        if identity not in self._ended:
-            self._live[identity] = arrival_seconds, prompt_tokens
+        self._live[identity] = arrival_seconds
 
-    def end(
-        self,
-        identity: str,
-        finish_seconds: float,
-        output_tokens: int,
-        *,
-        ttft_seconds: float | None = None,
-        e2e_seconds: float | None = None,
-        queue_seconds: float | None = None,
-        cached_tokens: int | None = None,
-    ) -> Ended | None:
-        """A request ended; None for one that was never seen, or has ended before."""
-        found = self._live.pop(identity, None)
-        if found is None:
-            return None
-        arrival, prompt = found
-        ended = Ended(
-            arrival,
-            math.nan if queue_seconds is None else arrival + queue_seconds,
-            math.nan if ttft_seconds is None else arrival + ttft_seconds,
-            finish_seconds if e2e_seconds is None else arrival + e2e_seconds,
-            prompt,
-            output_tokens,
-            math.nan if cached_tokens is None else cached_tokens,
-        )
-        self.restore(identity, ended)
-        return ended
+    def end(self, identity: str, outcome: Outcome) -> None:
+        """A request ended so. What was assumed of it does not hold any more."""
+        self._live.pop(identity, None)
+        self._given_up.pop(identity, None)
+        self._rows.append(outcome)
 
-    def restore(self, identity: str, ended: Ended) -> None:
-        """A request that ended, as it was remembered."""
-        self._ended[identity] = None
-        if len(self._ended) > ENDED_REMEMBERED:
-            del self._ended[next(iter(self._ended))]
-        self._rows.append(ended)
-        self.since_seconds = min(self.since_seconds, ended.arrival)
+    def give_up(self, identity: str, assumed: Outcome) -> None:
+        """A request is taken to have ended so, without a record."""
+        del self._live[identity]
+        self._given_up[identity] = assumed
+
+    def drop(self, identity: str) -> None:
+        """A request is under way no more, and did not end."""
+        self._live.pop(identity, None)
 
     def forget(self, before_seconds: float) -> None:
-        """Drop what ended before, and what arrived before and never ended."""
+        """Drop what ended before."""
         self.readings.forget(before_seconds)
+        self._given_up = {name: one for name, one in self._given_up.items() if one.finish >= before_seconds}
         kept = self._rows.values[:, 3] >= before_seconds
         if not kept.all():
             self._rows.keep(kept)
             self.since_seconds = max(self.since_seconds, before_seconds)
-        for identity in [name for name, (arrival, _) in self._live.items() if arrival < before_seconds]:
-            del self._live[identity]
+
+    def save(self) -> tuple[dict[str, Any], dict[str, Floats]]:
+        """As JSON types, and arrays by name."""
+        readings, arrays = self.readings.save()
+        document = {
+            "since_seconds": self.since_seconds,
+            "until_seconds": self.until_seconds,
+            "live": self._live,
+            "given_up": self._given_up,
+            "readings": readings,
+        }
+        return document, {"requests": self._rows.values.copy(), **arrays}
+
+    def restore(self, document: Mapping[str, Any], arrays: Mapping[str, Floats]) -> None:
+        """What `save` gave."""
+        self.since_seconds, self.until_seconds = document["since_seconds"], document["until_seconds"]
+        self._live = dict(document["live"])
+        self._given_up = {name: Outcome(*one) for name, one in document["given_up"].items()}
+        self._rows = Rows.of(arrays["requests"])
+        self.readings.restore(document["readings"], arrays)
 
     def complete(self, until_seconds: float) -> bool:
-        """Whether every request that arrived until then has ended, and engines were read since: nothing changes."""
-        ended = all(arrival > until_seconds for arrival, _ in self._live.values())
-        return ended and self.readings.complete(until_seconds)
+        """Whether every request that arrived until then is over, and engines were read since: nothing changes."""
+        known = self.until_seconds >= until_seconds and all(arrival > until_seconds for arrival in self._live.values())
+        return known and self.readings.complete(until_seconds)
 
     def measure(
         self, start_seconds: float, stop_seconds: float, footprint: Footprint | None = None
@@ -123,10 +123,11 @@ class Reality:
         Requests under way at the end of which neither first token nor end is known count in e2e only, by their age.
         `footprint` turns watts and replicas observed into the site's watts, energy, carbon and cost.
         """
-        rows = self._rows.values
-        rows = rows[(rows[:, 0] <= stop_seconds) & (rows[:, 3] > start_seconds)]
+        rows = _touching(self._rows.values, start_seconds, stop_seconds)
+        assumed = np.array(list(self._given_up.values())).reshape(-1, len(Outcome._fields))
+        everything = np.concatenate([rows, _touching(assumed, start_seconds, stop_seconds)])
         arrival, scheduled, first, finish, prompt, output, cached = rows.T
-        live = np.array([time for time, _ in self._live.values() if time <= stop_seconds])
+        live = np.array([time for time in self._live.values() if time <= stop_seconds])
         seconds = max(stop_seconds - start_seconds, 1e-12)
 
         def until(event: Floats, also_live: Floats) -> tuple[Floats, Floats]:
@@ -143,10 +144,6 @@ class Reality:
             "ttft_p99_seconds": quantile_with_ages(*ttft, 0.99),
             "tpot_p99_seconds": quantile_with_ages(tpot, none, 0.99),
             "e2e_p95_seconds": quantile_with_ages(*e2e, 0.95),
-            "output_tokens_per_second": float(
-                (output * _share(first, finish, start_seconds, stop_seconds)).sum() / seconds
-            ),
-            "requests_per_second": float(((finish > start_seconds) & (finish <= stop_seconds)).sum()) / seconds,
         }
         told = np.isfinite(cached)
         if told.any():
@@ -156,7 +153,13 @@ class Reality:
             found["prefix_cache_hit_ratio"] = float(cached[inside].sum()) / asked if asked else math.nan
         if np.isfinite(scheduled).any():
             found["queue_p95_seconds"] = quantile_with_ages(*until(scheduled, none), 0.95)
-        if rows.size and np.isfinite(scheduled).all():
+        told_waits = rows.size and np.isfinite(scheduled).all()
+        arrival, scheduled, first, finish, prompt, output, _ = everything.T
+        ended = (finish > start_seconds) & (finish <= stop_seconds)
+        found["requests_per_second"] = float(ended.sum()) / seconds
+        tokens = output * _share(first, finish, start_seconds, stop_seconds)
+        found["output_tokens_per_second"] = float(tokens.sum()) / seconds
+        if told_waits:
             found["waiting_mean"] = _overlap(arrival, scheduled, start_seconds, stop_seconds) / seconds
             found["running_mean"] = _overlap(scheduled, finish, start_seconds, stop_seconds) / seconds
         read = self.readings.measure(start_seconds, stop_seconds)
@@ -164,9 +167,13 @@ class Reality:
         if footprint is not None:
             began = np.where(np.isfinite(first), first, finish)
             prompts = float(prompt[(began > start_seconds) & (began <= stop_seconds)].sum())
-            tokens = prompts + seconds * found["output_tokens_per_second"]
-            found |= _impact(footprint, read, start_seconds, stop_seconds, tokens)
+            found |= _impact(footprint, read, start_seconds, stop_seconds, prompts + float(tokens.sum()))
         return found
+
+
+def _touching(rows: Floats, start: float, stop: float) -> Floats:
+    """The requests that were under way in (start, stop]."""
+    return rows[(rows[:, 0] <= stop) & (rows[:, 3] > start)]
 
 
 def _tpot(first: Floats, finish: Floats, output: Floats, start: float, stop: float) -> Floats:

@@ -2,14 +2,15 @@
 
 Between two readings a gauge is taken to move in a straight line and a counter evenly. What lies between readings
 farther apart than `LONGEST_GAP_SECONDS` is not known, and a stretch of time of which less than `LEAST_KNOWN` is known
-tells nothing: no figure is made up.
+tells nothing: no figure is made up. What is kept depends on the readings alone, not on the order in which they come.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Final, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +56,7 @@ class SizeReading(NamedTuple):
 
 
 Reading = EngineReading | GpuReading | SizeReading
+_COUNTERS_FROM: Final[Mapping[type[Reading], int]] = {EngineReading: 4, GpuReading: 2, SizeReading: 2}  # column
 
 
 class Observed(NamedTuple):
@@ -69,98 +71,110 @@ class Readings:
     """What one pool's engines and GPUs said over the last while. Memory is bounded by `forget` and the spacing."""
 
     def __init__(self) -> None:
-        self.spacing_seconds = 0.0  # readings of one engine that follow closer are left out
-        self._engines: dict[str, _Series] = {}
-        self._gpus: dict[str, _Series] = {}
-        self._size: dict[str, _Series] = {}
+        self.spacing_seconds = 0.0  # of an engine's readings, only the first in each such stretch of time is kept
+        # By kind, name and, for engines, the limits of their histogram.
+        self._series: dict[type[Reading], dict[tuple[str, tuple[float, ...]], _Series]] = {
+            kind: {} for kind in _COUNTERS_FROM
+        }
 
-    def add(self, name: str, reading: Reading) -> bool:
-        """One of the engine or GPU of this name. False: it is left out, as one that is no later than the last."""
+    def add(self, name: str, reading: Reading) -> None:
+        """One of the engine or GPU of this name."""
+        kind = type(reading)
+        row: tuple[float, ...]
+        limits: tuple[float, ...] = ()
         if isinstance(reading, EngineReading):
-            gauges, counters = reading[1:4], (reading.preemptions, *reading.itl_counts)
-            return self._add(self._engines, name, reading.time_seconds, gauges, counters, reading.itl_limits)
-        if isinstance(reading, GpuReading):
-            return self._add(self._gpus, name, reading.time_seconds, (reading.watts,), (reading.joules,))
-        return self._add(self._size, name, reading.time_seconds, (reading.replicas,), ())
+            row, limits = (*reading[:5], *reading.itl_counts), reading.itl_limits
+        else:
+            row = tuple(reading)
+        series = self._series[kind].get((name, limits))
+        if series is None:
+            series = self._series[kind][name, limits] = _Series(limits, Rows(len(row)), _COUNTERS_FROM[kind])
+        series.add(row, self.spacing_seconds)
+
+    def save(self) -> tuple[dict[str, Any], dict[str, Floats]]:
+        """As JSON types, and arrays by name."""
+        series = [(kind.__name__, *key, one) for kind, of in self._series.items() for key, one in of.items()]
+        arrays = {f"readings {number}": one.rows.values.copy() for number, (*_, one) in enumerate(series)}
+        return {"spacing_seconds": self.spacing_seconds, "series": [one[:3] for one in series]}, arrays
+
+    def restore(self, document: Mapping[str, Any], arrays: Mapping[str, Floats]) -> None:
+        """What `save` gave."""
+        self.spacing_seconds = document["spacing_seconds"]
+        kinds = {kind.__name__: kind for kind in _COUNTERS_FROM}
+        for number, (name_of_kind, name, limits) in enumerate(document["series"]):
+            kind, rows = kinds[name_of_kind], Rows.of(arrays[f"readings {number}"])
+            self._series[kind][name, tuple(limits)] = _Series(tuple(limits), rows, _COUNTERS_FROM[kind])
 
     def forget(self, before_seconds: float) -> None:
         """Drop what was read before, but for what tells where the stretch after it begins."""
-        for of in (self._engines, self._gpus, self._size):
-            for name, series in list(of.items()):
-                series.forget(before_seconds - LONGEST_GAP_SECONDS)
+        for of in self._series.values():
+            for key, series in list(of.items()):
+                series.rows.keep(series.rows.values[:, 0] >= before_seconds - LONGEST_GAP_SECONDS)
                 if not len(series.rows):
-                    del of[name]
+                    del of[key]
 
     def complete(self, until_seconds: float) -> bool:
         """Whether every engine and GPU that was there lately has been read since: nothing until then will change."""
-        lasts = [series.last_seconds for of in (self._engines, self._gpus) for series in of.values()]
+        heard = self._series[EngineReading], self._series[GpuReading]
+        lasts = [series.rows.values[-1, 0] for of in heard for series in of.values()]
         return not any(until_seconds - LONGEST_GAP_SECONDS < last < until_seconds for last in lasts)
 
     def measure(self, start_seconds: float, stop_seconds: float) -> Observed:
         """Of (start, stop]."""
         kpis: dict[Metric, float] = {}
-        engines = _Stretch(self._engines.values(), start_seconds, stop_seconds)
+        engines = _Stretch(self._series[EngineReading].values(), start_seconds, stop_seconds)
         if engines.known:
             kpis = {
                 "running_mean": engines.gauge(0) / engines.seconds,
                 "waiting_mean": engines.gauge(1) / engines.seconds,
                 "kv_usage_mean_ratio": engines.gauge(2) / engines.known_seconds,
-                "preemptions": engines.risen(3),
+                "preemptions": engines.risen(0),
                 "itl_p99_seconds": engines.itl_quantile(0.99),
             }
         kpis = {metric: value for metric, value in kpis.items() if not math.isnan(value)}
-        size = _Stretch(self._size.values(), start_seconds, stop_seconds)
+        size = _Stretch(self._series[SizeReading].values(), start_seconds, stop_seconds)
         replicas = size.gauge(0) / size.known_seconds if size.known else math.nan
         if engines.known:
             replicas = engines.known_seconds / engines.seconds
-        gpus = _Stretch(self._gpus.values(), start_seconds, stop_seconds)
+        gpus = _Stretch(self._series[GpuReading].values(), start_seconds, stop_seconds)
         watts = math.nan
         if gpus.known:
-            counted = gpus.risen(1) / gpus.seconds
+            counted = gpus.risen(0) / gpus.seconds
             watts = counted if counted > 0.0 else gpus.gauge(0) / gpus.seconds
         return Observed(kpis, watts, replicas)
 
-    def _add(
-        self,
-        of: dict[str, _Series],
-        name: str,
-        time_seconds: float,
-        gauges: Sequence[float],
-        counters: Sequence[float],
-        limits: tuple[float, ...] = (),
-    ) -> bool:
-        found = of.get(name)
-        if found is None or found.limits != limits:
-            found = of[name] = _Series(1 + len(gauges) + len(counters), limits)
-        if time_seconds <= found.last_seconds or time_seconds < found.last_seconds + self.spacing_seconds:
-            return False
-        found.add(time_seconds, gauges, np.array(counters))
-        return True
-
 
 class _Series:
-    """Readings in order of time: a row has its time, its gauges, and how far each counter has risen since the first."""
+    """Readings in order of time: a row has its time, its gauges and its counters as they were read."""
 
-    def __init__(self, width: int, limits: tuple[float, ...]) -> None:
+    def __init__(self, limits: tuple[float, ...], rows: Rows, counters_from: int) -> None:
         self.limits = limits
-        self.rows = Rows(width)
-        self.last_seconds = -math.inf
-        self._counted: Floats | None = None
-        self._risen: Floats = np.zeros(0)
+        self.rows = rows
+        self._counters_from = counters_from
 
-    def add(self, time_seconds: float, gauges: Sequence[float], counters: Floats) -> None:
-        if self._counted is None:
-            self._risen = np.zeros(counters.size)
-        else:
-            # One that fell counts for another process, whose counters all began at zero.
-            before = np.zeros(counters.size) if (counters < self._counted).any() else self._counted
-            self._risen = self._risen + np.nan_to_num(counters - before)
-        self._counted = counters
-        self.rows.append((time_seconds, *gauges, *np.where(np.isnan(counters), np.nan, self._risen)))
-        self.last_seconds = time_seconds
+    def add(self, row: Sequence[float], spacing_seconds: float) -> None:
+        times = self.rows.values[:, 0]
+        # Nearly always it is the newest.
+        place = times.size if not times.size or row[0] > times[-1] else int(np.searchsorted(times, row[0]))
+        if place < times.size and times[place] == row[0]:
+            return
+        if spacing_seconds > 0.0:
+            stretch = math.floor(row[0] / spacing_seconds)
+            if place > 0 and math.floor(times[place - 1] / spacing_seconds) == stretch:
+                return
+            if place < times.size and math.floor(times[place] / spacing_seconds) == stretch:
+                self.rows.values[place] = row
+                return
+        self.rows.insert(place, row)
 
-    def forget(self, before_seconds: float) -> None:
-        self.rows.keep(self.rows.values[:, 0] >= before_seconds)
+    def risen(self) -> Floats:
+        """How far each counter has risen since the first row; NaN where it is not told."""
+        counters = self.rows.values[:, self._counters_from :]
+        # One that fell counts for another process, whose counters all began at zero.
+        anew = (counters[1:] < counters[:-1]).any(axis=1, keepdims=True)
+        rises = np.nan_to_num(counters[1:] - np.where(anew, 0.0, counters[:-1]))
+        total = np.concatenate([np.zeros((1, counters.shape[1])), np.cumsum(rises, axis=0)])
+        return np.where(np.isnan(counters), np.nan, total)
 
 
 class _Stretch:
@@ -181,9 +195,9 @@ class _Stretch:
         """Its integral over time, summed over the series; NaN where one does not tell it."""
         return sum(self._integral(one, lambda rows: rows[:, 1 + column]) for one in self._series)
 
-    def risen(self, column: int) -> float:
+    def risen(self, counter: int) -> float:
         """By how much a counter rose, summed over the series; NaN where one does not tell it."""
-        return float(sum(self._risen(one, 1 + column) for one in self._series))
+        return float(sum(rises[counter] for rises in self._rises))
 
     def itl_quantile(self, share: float) -> float:
         """Of all inter-token latencies in between, straight lines within buckets, as PromQL's `histogram_quantile`."""
@@ -191,9 +205,7 @@ class _Stretch:
         if len(limits) != 1 or limits == {()}:
             return math.nan
         (edges,) = limits
-        first = 1 + 4
-        counts = np.array([sum(self._risen(one, first + n) for one in self._series) for n in range(len(edges) + 1)])
-        counts = np.maximum.accumulate(counts)
+        counts = np.maximum.accumulate(np.sum([rises[1:] for rises in self._rises], axis=0))
         if not counts[-1] > 0.0:
             return math.nan
         place = int(np.searchsorted(counts, share * counts[-1]))
@@ -212,13 +224,19 @@ class _Stretch:
         inside = length > 0.0
         return float((0.5 * (at[1:] + at[:-1]) * length)[inside].sum())
 
-    def _risen(self, one: _Series, column: int) -> float:
-        rows = one.rows.values
-        told = np.isfinite(rows[:, column])
-        if not told.any():
-            return math.nan
-        first, last = np.interp((self._start, self._stop), rows[told, 0], rows[told, column])
-        return float(last - first)
+    @cached_property
+    def _rises(self) -> list[Floats]:
+        """By how much each counter of each series rose; NaN where it is not told."""
+        return [self._rise(one) for one in self._series]
+
+    def _rise(self, one: _Series) -> Floats:
+        time, totals = one.rows.values[:, 0], one.risen()
+        found = np.full(totals.shape[1], np.nan)
+        for column, total in enumerate(totals.T):
+            told = np.isfinite(total)
+            if told.any():
+                found[column] = np.diff(np.interp((self._start, self._stop), time[told], total[told]))[0]
+        return found
 
 
 def _overlap(time: Floats, start: float, stop: float) -> float:

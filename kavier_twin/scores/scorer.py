@@ -11,7 +11,7 @@ import math
 from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 
@@ -19,8 +19,7 @@ from kavier_twin.forecast.result import Forecast, Row
 from kavier_twin.forecast.slo import Metric, Slo
 from kavier_twin.scores.conformal import Widening
 from kavier_twin.scores.correction import Correction
-from kavier_twin.scores.observed import Ended, Reality
-from kavier_twin.scores.readings import Reading
+from kavier_twin.scores.observed import Floats, Reality
 from kavier_twin.scores.serving import Foretold, interval, movement, served
 from kavier_twin.simulation.footprint import Footprint
 
@@ -32,6 +31,7 @@ SETTLE_SECONDS: Final = 120.0  # for which requests that arrived in time are wai
 JUDGED: Final = 2_000  # newest forecasts that a score is of
 RELIABILITY_BINS: Final = 10
 READINGS: Final = 500  # of an engine over the longest horizon, at most: what bounds their memory
+SILENT_SECONDS: Final = 10.0  # a stream without a record for longer: nothing happened
 GAP_MOMENTS: Final = 2  # so many forecasts without alert, or without breach, end neither
 
 
@@ -48,8 +48,8 @@ class ScoredKpi(NamedTuple):
     wide_high: float
     persisted: float  # NaN: too little was known before
     observed: float
-    served: float = math.nan  # the median as corrected; NaN: by a version that did not correct it
-    known: float = math.nan  # what was known of `persisted` when the forecast was made
+    served: float  # the median as corrected
+    known: float  # what was known of `persisted` when the forecast was made; NaN: too little
 
 
 class ScoredBreach(NamedTuple):
@@ -60,7 +60,7 @@ class ScoredBreach(NamedTuple):
     slo: str
     probability: float
     breached: bool
-    simulated: float = math.nan  # the share of scenarios; NaN: by a version that served just that
+    simulated: float  # the share of scenarios
 
 
 class Moment(NamedTuple):
@@ -199,27 +199,32 @@ class Scorer:
         self._intervals: tuple[Interval, ...] = ()
         self._footprint: Footprint | None = None  # the last told
 
-    @property
-    def open_forecasts(self) -> list[Foreseen]:
-        """Those whose time has not come."""
-        return list(self._pending)
+    def save(self) -> tuple[dict[str, Any], dict[str, Floats]]:
+        """What depends on the position in the stream, as JSON types, and arrays by name: all but what was judged."""
+        reality, arrays = self.reality.save()
+        document = {
+            "reality": reality,
+            "pending": list(self._pending),
+            "moments": list(self._moments),
+            "newest_seconds": self._newest,
+            "longest_horizon_seconds": self._longest_horizon,
+            "unscored": dict(self.unscored),
+            "unobserved": dict(self.unobserved),
+        }
+        return document, arrays
 
-    def resume(
-        self,
-        still_open: Iterable[Foreseen],
-        ended: Iterable[tuple[str, Ended]],
-        live: Mapping[str, tuple[float, int]],
-        readings: Iterable[tuple[str, Reading]],
-    ) -> None:
-        """Go on where another left off: what it had still to judge, and the requests and readings that it knew of."""
-        for one in still_open:
-            self._keep(one)
-        for identity, row in ended:
-            self.reality.restore(identity, row)
-        for identity, (arrival, prompt_tokens) in live.items():
-            self.reality.arrive(identity, arrival, prompt_tokens)
-        for name, reading in readings:
-            self.reality.readings.add(name, reading)
+    def restore(self, document: Mapping[str, Any], arrays: Mapping[str, Floats]) -> None:
+        """What `save` gave."""
+        self.reality.restore(document["reality"], arrays)
+        for time, horizon, kpis, breach in document["pending"]:
+            told = {kpi: Foretold(*values) for kpi, values in kpis.items()}
+            self._pending.append(
+                Foreseen(time, horizon, told, {slo: (said, share) for slo, (said, share) in breach.items()})
+            )
+        self._moments.extend((time, window, probabilities) for time, window, probabilities in document["moments"])
+        self._newest, self._longest_horizon = document["newest_seconds"], document["longest_horizon_seconds"]
+        self.unscored.update(document["unscored"])
+        self.unobserved.update(document["unobserved"])
 
     def needed_since(self, now_seconds: float) -> float:
         """What ended before this event time judges nothing any more."""
@@ -255,8 +260,11 @@ class Scorer:
         """The row's KPIs, corrected and widened."""
         horizon = row.horizon_seconds
         known: Mapping[Metric, float] = {}
-        if time_seconds - horizon >= self.reality.since_seconds:
-            known = self.reality.measure(time_seconds - horizon, time_seconds, self._footprint)
+        # Up to where everything is known: what happened in the last moments may not have been applied yet.
+        until = self.reality.until_seconds
+        until = time_seconds if time_seconds > until + SILENT_SECONDS else min(until, time_seconds)
+        if until - horizon >= self.reality.since_seconds:
+            known = self.reality.measure(until - horizon, until, self._footprint)
         told = {}
         for metric, values in row.kpis.items():
             low, median, high = interval(values)
@@ -325,12 +333,11 @@ class Scorer:
         """Count what was judged, now or before a restart."""
         for kpi in sorted(settled.kpis, key=lambda one: one.horizon_seconds):  # shorter horizons lend to longer ones
             self._kpis[kpi.horizon_seconds, kpi.kpi].append(kpi)
-            corrected = kpi.median if math.isnan(kpi.served) else kpi.served
             correction = self._correction(kpi.horizon_seconds, kpi.kpi)
             correction.observe(kpi.time_seconds, kpi.median, kpi.known, kpi.observed)
-            low, high = _moved(kpi.low, kpi.median, kpi.high, corrected)
+            low, high = _moved(kpi.low, kpi.median, kpi.high, kpi.served)
             self._widening(kpi.horizon_seconds, kpi.kpi).observe(
-                low, corrected, high, kpi.wide_low, kpi.wide_high, kpi.observed
+                low, kpi.served, high, kpi.wide_low, kpi.wide_high, kpi.observed
             )
         for breach in settled.breaches:
             self._breaches[breach.horizon_seconds, breach.slo].append(breach)
@@ -394,7 +401,7 @@ def kpi_score(rows: Iterable[ScoredKpi]) -> KpiScore:
     columns = np.array([row[3:] for row in rows], np.float64).T
     low, median, high, wide_low, wide_high, persisted, observed, corrected, _ = columns
     error = np.abs(median - observed)
-    served_error = np.abs(np.where(np.isnan(corrected), median, corrected) - observed)
+    served_error = np.abs(corrected - observed)
     both = np.isfinite(persisted)
     persistence = float(np.abs(persisted - observed)[both].mean()) if both.any() else math.nan
     ratio, served_ratio = math.nan, math.nan
@@ -420,7 +427,7 @@ def breach_score(rows: Iterable[ScoredBreach], states: Mapping[tuple[str, float]
     """Of one objective over one horizon. `states`: whether it was broken when a forecast was made."""
     rows = list(rows)
     said = np.array([row.probability for row in rows])
-    simulated = np.array([row.probability if math.isnan(row.simulated) else row.simulated for row in rows])
+    simulated = np.array([row.simulated for row in rows])
     came = np.array([row.breached for row in rows], np.float64)
     now = np.array([float(states.get((row.slo, row.time_seconds), math.nan)) for row in rows])
     place = np.minimum((said * RELIABILITY_BINS).astype(int), RELIABILITY_BINS - 1)

@@ -25,7 +25,7 @@ from kavier_twin.recordings.recording import recorded_samples
 from kavier_twin.recordings.replay_source import ReplaySource
 from kavier_twin.recordings.scenario import Scenario
 from kavier_twin.recordings.simulated_reality import simulated_reality
-from kavier_twin.scores.keeper import tell, tell_size
+from kavier_twin.scores.keeper import follow, read
 from kavier_twin.scores.readings import Reading
 from kavier_twin.scores.scorer import Moment, ScoredBreach, ScoredKpi, Scorer, Scores
 from kavier_twin.simulation.policies import Policy
@@ -131,14 +131,13 @@ def backtest(
         while records := source.poll(10_000):
             for record in records:
                 mirror.ingest(record)
-                tell(scorer.reality, record)
+                read(scorer.reality, record)
         while unread and unread[0][1].time_seconds <= until:
             scorer.reality.readings.add(*unread.popleft())
 
     while now <= last:
         take_until(now)
-        mirror.advance(now)
-        tell_size(scorer.reality, mirror)
+        follow(scorer.reality, mirror.advance(now), mirror.time_seconds)
         settle(now)
         snapshot = mirror.snapshot()
         if snapshot is not None and mirror.calibrated:
@@ -147,6 +146,7 @@ def backtest(
         progress((now - first) / (last - first))
         now += forecast.every_seconds
     take_until(math.inf)
+    follow(scorer.reality, mirror.end(), mirror.time_seconds)
     settle(last)
     return Backtest(
         scorer.scores(), tuple(kpis), tuple(breaches), tuple(moments), made, len(records), measured=measured

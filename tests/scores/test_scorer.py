@@ -13,7 +13,7 @@ from kavier_twin.forecast.slo import Slo
 from kavier_twin.forecast.statistics import share_interval
 from kavier_twin.scores.conformal import Widening
 from kavier_twin.scores.correction import Correction
-from kavier_twin.scores.observed import Ended, Reality
+from kavier_twin.scores.observed import Outcome, Reality
 from kavier_twin.scores.scorer import SETTLE_SECONDS, Moment, ScoredBreach, Scorer, alert_score, breach_score
 
 SLOW = Slo(name="slow", metric="e2e_p95_seconds", threshold=2.0)
@@ -23,8 +23,9 @@ def reality(e2e: dict[float, float]) -> Reality:
     """Requests by their arrivals, each of 100 prompt and 11 output tokens, 50 cached, TTFT a tenth of the e2e time."""
     found = Reality()
     for number, (arrival, seconds) in enumerate(e2e.items()):
-        found.arrive(str(number), arrival, 100)
-        found.end(str(number), arrival + seconds, 11, ttft_seconds=0.1 * seconds, e2e_seconds=seconds, cached_tokens=50)
+        found.arrive(str(number), arrival)
+        found.end(str(number), Outcome(arrival, math.nan, arrival + 0.1 * seconds, arrival + seconds, 100, 11, 50))
+        found.until_seconds = arrival + seconds
     return found
 
 
@@ -47,28 +48,45 @@ def test_reality_is_measured_where_intervals_end() -> None:
 
 def test_what_is_under_way_counts_with_its_age() -> None:
     found = reality({0.0: 1.0})
-    found.arrive("waits", 0.5, 10)
+    found.arrive("waits", 0.5)
     assert not found.complete(1.0)
     assert found.measure(0.0, 100.0)["e2e_p95_seconds"] > 90.0
-    assert found.end("waits", 101.0, 1) is not None
+    found.end("waits", Outcome(0.5, math.nan, math.nan, 101.0, 10, 1, math.nan))
     assert found.complete(1.0)
+    assert not found.complete(1.5)  # what happened then is not known yet
 
 
-def test_reality_takes_nothing_twice_and_forgets() -> None:
+def test_a_request_given_up_counts_in_rates_and_in_no_latency() -> None:
+    """Until its end is told after all."""
+    found = reality({float(t): 1.0 for t in range(20)})
+    found.arrive("lost", 5.0)
+    found.give_up("lost", Outcome(5.0, 5.0, 6.0, 15.0, 100, 90, math.nan))
+    assert found.complete(20.0)
+    kpis, without = found.measure(0.0, 20.0), reality({float(t): 1.0 for t in range(20)}).measure(0.0, 20.0)
+    assert kpis["requests_per_second"] == pytest.approx(without["requests_per_second"] + 1 / 20)
+    assert kpis["output_tokens_per_second"] == pytest.approx(without["output_tokens_per_second"] + 90 / 20)
+    assert kpis["e2e_p95_seconds"] == without["e2e_p95_seconds"]
+    assert kpis["ttft_p99_seconds"] == without["ttft_p99_seconds"]
+    found.end("lost", Outcome(5.0, math.nan, 5.1, 6.0, 100, 11, 50))
+    after = found.measure(0.0, 20.0)
+    assert after["output_tokens_per_second"] == pytest.approx(without["output_tokens_per_second"] + 11 / 20)
+    assert after["requests_per_second"] == kpis["requests_per_second"]
+
+
+def test_reality_forgets() -> None:
     found = reality({float(time): 1.0 for time in range(100)})
-    assert found.end("3", 1e3, 5) is None  # ended
-    assert found.end("never seen", 1e3, 5) is None
-    found.arrive("3", 3.0, 100)  # the stream is repeated after a restart
-    assert found.complete(1e9)
+    found.arrive("lost", 5.0)
+    found.give_up("lost", Outcome(5.0, 5.0, 6.0, 15.0, 100, 90, math.nan))
     found.forget(90.0)
     assert found.requests == 11
     assert found.since_seconds == 90.0
+    assert found.measure(0.0, 20.0)["requests_per_second"] == 0.0
 
 
 def test_reality_with_queue_times() -> None:
     found = Reality()
-    found.restore("a", Ended(0.0, 2.0, 3.0, 8.0, 10.0, 5.0, 0.0))
-    found.restore("b", Ended(1.0, 4.0, 5.0, 6.0, 10.0, 5.0, 0.0))
+    found.end("a", Outcome(0.0, 2.0, 3.0, 8.0, 10.0, 5.0, 0.0))
+    found.end("b", Outcome(1.0, 4.0, 5.0, 6.0, 10.0, 5.0, 0.0))
     kpis = found.measure(0.0, 10.0)
     assert kpis["running_mean"] == pytest.approx((6.0 + 2.0) / 10.0)
     assert kpis["waiting_mean"] == pytest.approx((2.0 + 3.0) / 10.0)
@@ -97,7 +115,7 @@ def test_a_forecast_is_judged_when_its_time_has_come() -> None:
 def test_a_forecast_waits_for_requests_under_way_but_not_for_ever() -> None:
     scorer = Scorer([SLOW])
     scorer.reality = reality({float(t): 1.0 for t in range(0, 400)})
-    scorer.reality.arrive("late", 210.0, 5)
+    scorer.reality.arrive("late", 210.0)
     scorer.foresee(forecast(200.0, 1.0), "today")
     assert scorer.settle(261.0).kpis == []
     assert len(scorer.settle(260.0 + SETTLE_SECONDS).kpis) == 1
@@ -171,7 +189,7 @@ def test_alerts(breached: str, alert: str, precision: float, recall: float, lead
 def test_reliability_of_calibrated_odds() -> None:
     rng = np.random.default_rng(1)
     said = rng.random(20_000)
-    rows = [ScoredBreach(float(n), 60.0, "slow", p, bool(rng.random() < p)) for n, p in enumerate(said.tolist())]
+    rows = [ScoredBreach(float(n), 60.0, "slow", p, bool(rng.random() < p), p) for n, p in enumerate(said.tolist())]
     score = breach_score(rows, {})
     assert len(score.reliability) == 10
     for found in score.reliability:
