@@ -9,8 +9,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from hypothesis import settings
+from hypothesis.vendor.pretty import RepresentationPrinter
 
 import effort
 from kafka_broker import Broker, OurBroker, kafka_broker
@@ -22,6 +24,8 @@ SEED, KAFKA = "hypothesis_seed", "kafka"  # names of what the processes of a run
 # The same everywhere: left to itself, Hypothesis would try the same examples in each CI run.
 settings.register_profile("tests", deadline=None, print_blob=True)
 settings.load_profile("tests")
+# Schemathesis, which pytest loads as a plugin, replaces the printer: no test would show the example that it failed on.
+hypothesis.core.RepresentationPrinter = RepresentationPrinter
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -40,7 +44,9 @@ def pytest_configure(config: pytest.Config) -> None:
     of_the_run = getattr(config, "workerinput", {}).get(SEED)
     if config.option.hypothesis_seed is None:
         config.option.hypothesis_seed = of_the_run or str(random.SystemRandom().randrange(1 << 32))
-    effort.FACTOR = config.option.effort
+    if config.option.effort < 1.0:
+        raise pytest.UsageError("--effort must be at least 1; to try less, leave tests out: -m 'not slow'")
+    effort.FACTOR, effort.SEED = config.option.effort, config.option.hypothesis_seed
 
 
 def pytest_report_header(config: pytest.Config) -> str:

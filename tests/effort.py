@@ -6,14 +6,22 @@ change of the engine should have been through once.
 
 from __future__ import annotations
 
+import random
+
 from hypothesis import HealthCheck, Phase, settings
 
-FACTOR = 1.0  # set in tests/conftest.py, before any test module is read
+FACTOR = 1.0  # both set in tests/conftest.py, before any test module is read
+SEED = ""
 
 
 def times(count: int) -> int:
     """The count under the effort asked for; at least 1."""
     return max(1, round(count * FACTOR))
+
+
+def dice() -> random.Random:
+    """Randomness of this run, for what is random without Hypothesis: the same for the same `--hypothesis-seed`."""
+    return random.Random(SEED)
 
 
 def examples(count: int) -> settings:

@@ -99,7 +99,7 @@ pool: chat
 fleet: {{engine: {{num_gpu_blocks: 300}}}}
 sources: [{{type: kafka, brokers: ["{real_kafka.address}"], topics: [{topic}], start: earliest, group: null}}]
 mirror: {{lateness_seconds: 1}}
-forecast: {{futures: 2, horizons_seconds: [5], policies: [{{name: today}}], every_seconds: 1000}}
+forecast: {{scenarios: 2, horizons_seconds: [5], policies: [{{name: today}}], every_seconds: 1000}}
 http: {{port: 0}}
 """)
     daemon = Daemon.of(read_settings(settings))
