@@ -82,9 +82,12 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_setupnodes(config: pytest.Config) -> None:
-    """Compile the kernels once, or each worker would."""
+    """Compile the kernels once, or each worker would. An error is left to the tests."""
+    terminalreporter = config.pluginmanager.get_plugin("terminalreporter")
+    if terminalreporter is not None:
+        terminalreporter.write_line("making the kernels ready: they are compiled on the first run, then cached")
     program = "from kavier_twin.daemon.warm_up import make_ready; make_ready()"
-    subprocess.run([sys.executable, "-c", program], cwd=config.rootpath, check=True)
+    subprocess.run([sys.executable, "-c", program], cwd=config.rootpath, check=False)
 
 
 # ---- what is left out ---------------------------------------------------------------------------------------------

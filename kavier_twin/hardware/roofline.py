@@ -185,10 +185,10 @@ def step_time(
 def _linear_layers(rates: _Rates, model: ModelShape, deployment: Deployment) -> tuple[tuple[float, float], ...]:
     """The points of `StepTime.linear_layers`.
 
-    `StepTime` extrapolates along the last two points. The largest steps of TOKENS may still wait for weights (a mixture
-    of many experts gives each of them few tokens), and a line through two such points is too flat. So one more point
-    follows, on the line that the roofline approaches: its slope is the mean over so many tokens that reading the weights
-    no longer counts.
+    `StepTime` extrapolates along the last two points. In the largest steps of TOKENS a model with many experts may
+    still wait for its weights, as each expert gets few tokens. A line through two such points is too flat: it would
+    exceed the dense peak. So the last point is on the line that the roofline approaches. The slope of that line is the
+    mean over so many tokens that reading the weights no longer counts.
     """
     last, beyond, countless = TOKENS[-1], 2 * TOKENS[-1], 10**18
     seconds = {tokens: _linear_seconds(rates, model, deployment, tokens) for tokens in TOKENS}
