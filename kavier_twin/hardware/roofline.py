@@ -175,14 +175,29 @@ def step_time(
         ),
         per_context_token=attention.per_context_token,
         per_prefill_attention=attention.per_pair,
-        linear_layers=tuple((float(n), _linear_layers(rates, model, deployment, n)) for n in TOKENS),
+        linear_layers=_linear_layers(rates, model, deployment),
     )
 
 
 # ---- linear layers --------------------------------------------------------------------------------------------------
 
 
-def _linear_layers(rates: _Rates, model: ModelShape, deployment: Deployment, tokens: int) -> float:
+def _linear_layers(rates: _Rates, model: ModelShape, deployment: Deployment) -> tuple[tuple[float, float], ...]:
+    """The points of `StepTime.linear_layers`.
+
+    `StepTime` extrapolates along the last two points. In the largest steps of TOKENS a model with many experts may
+    still wait for its weights, as each expert gets few tokens. A line through two such points is too flat: it would
+    exceed the dense peak. So the last point is on the line that the roofline approaches. The slope of that line is the
+    mean over so many tokens that reading the weights no longer counts.
+    """
+    last, beyond, countless = TOKENS[-1], 2 * TOKENS[-1], 10**18
+    seconds = {tokens: _linear_seconds(rates, model, deployment, tokens) for tokens in TOKENS}
+    slope = _linear_seconds(rates, model, deployment, countless) / countless
+    seconds[beyond] = seconds[last] + slope * (beyond - last)
+    return tuple((float(tokens), value) for tokens, value in seconds.items())
+
+
+def _linear_seconds(rates: _Rates, model: ModelShape, deployment: Deployment, tokens: int) -> float:
     """Seconds that `tokens` of one rank spend outside attention, launches aside."""
     kept, tensor = model.stored_as(deployment.quantization), deployment.tensor_parallel_size
     dense_bits, compute = (16.0, model.dtype) if kept.experts_only else (kept.bits_per_weight, kept.compute)

@@ -33,6 +33,7 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[dict, list[
 
 def test_fragments_of_a_task_sum_to_its_duration(run: tuple) -> None:
     _, _, tasks, fragments = run
+    assert tasks
     assert all(fragment["duration"] > 0 for fragment in fragments)
     for task in tasks:
         own = [fragment for fragment in fragments if fragment["id"] == task["id"]]

@@ -90,6 +90,7 @@ def test_the_page_is_one_of_vllm_and_its_counters_never_fall(recording: Path) ->
         "vllm:cache_config_info", {"engine": "0", "num_gpu_blocks": "300", "block_size": "32"}
     )
     served = {sample.name for family in registry.collect() for sample in family.samples}
+    assert "vllm:prompt_tokens_total" in served
     assert all(place_of(name) for name in served - {"vllm:cache_config_info"})
 
 

@@ -9,7 +9,7 @@ from threading import Thread
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from connectors.dead_letters import DeadLetters
@@ -63,7 +63,6 @@ lines = st.sampled_from(
 pieces = st.lists(st.tuples(st.integers(0, 200), st.integers(1, 5)), max_size=10)
 
 
-@settings(deadline=None)
 @given(data=st.lists(lines, max_size=10).map(b"".join), pieces=pieces)
 def test_however_it_grows_the_records_are_those_of_the_whole(data: bytes, pieces: list[tuple[int, int]]) -> None:
     with TemporaryDirectory() as directory:

@@ -22,7 +22,7 @@ from connectors.traces.recording import read_kv_events
 from kavier_twin.mirror.fidelity.kv_cache_view import KvCacheView
 from kavier_twin.telemetry import KvBlocksRemoved, KvBlocksStored, KvCacheCleared, KvEventBatch
 from kv_publisher import Publisher
-from waiting import wait_until
+from waiting import PATIENCE_SECONDS, wait_until
 
 RECORDING = Path(__file__).parents[1] / "data" / "recordings" / "chat-400"
 
@@ -76,7 +76,7 @@ def subscribe() -> Iterator[Callable[..., KvEventsSource]]:
         source.close()
 
 
-def collect(source: KvEventsSource, count: int, seconds: float = 10.0) -> list[KvEventBatch]:
+def collect(source: KvEventsSource, count: int, seconds: float = PATIENCE_SECONDS) -> list[KvEventBatch]:
     """The next `count` batches; fewer only where they do not come in time."""
     found: list[KvEventBatch] = []
     deadline = time.monotonic() + seconds

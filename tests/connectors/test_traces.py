@@ -4,19 +4,20 @@ import gzip
 import json
 import os
 import tempfile
-import time
 from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from connectors.traces import FORMATS, Trace, TraceError, base, read_trace
 from connectors.traces.recording import read_kv_events, read_metrics, read_steps
+from effort import examples
 from kavier_twin.telemetry import CarbonSample, EngineSample, RequestFinished, RequestRecord, RequestSeen
 
+DATA = Path(__file__).parents[1] / "data"
 MOONCAKE = {"timestamp": 1500, "input_length": 1000, "output_length": 5, "hash_ids": [7, 8]}
 GOLDEN = {"arrival_seconds": 0.5, "prompt_tokens": 40, "output_tokens": 8, "hash_ids": [1, 2, 3]}
 RECORDING = {
@@ -578,7 +579,7 @@ any_line = st.one_of(
 )
 
 
-@settings(deadline=None, max_examples=300)
+@examples(300)
 @given(lines=st.lists(any_line, max_size=12), format=st.sampled_from([None, *FORMATS]), end=st.booleans())
 def test_anything_gives_a_trace_or_a_trace_error(lines: list[bytes], format: str | None, end: bool) -> None:
     with tempfile.TemporaryDirectory() as directory:
@@ -602,13 +603,10 @@ def test_anything_gives_a_trace_or_a_trace_error(lines: list[bytes], format: str
 # --- real data ----------------------------------------------------------------------------------------------------
 
 
-def test_real_mooncake_loads_whole_and_fast(shared_data: Path) -> None:
-    began = time.perf_counter()
+def test_real_mooncake_loads_whole(shared_data: Path) -> None:
     trace = read_trace(shared_data / "mooncake" / "conversation_trace.jsonl")
-    seconds = time.perf_counter() - began
     assert (trace.format, len(trace.records), trace.rejected_count) == ("mooncake", 12_031, 0)
     assert trace.records[-1].time_seconds == pytest.approx(3537, abs=1)
-    assert seconds < 5  # 0.2 s on an idle core
 
 
 def test_real_azure(shared_data: Path) -> None:
@@ -626,26 +624,27 @@ def test_real_kavier(shared_data: Path) -> None:
     assert decode.rejected_count == prefill.rejected_count == 0
 
 
-def test_real_golden_runs(shared_data: Path) -> None:
-    directories = sorted(path.parent for path in (shared_data / "vllm_golden").glob("*/scenario.json"))
-    assert directories
-    for directory in directories:
-        trace = read_trace(directory)
-        assert trace.format == "golden"
-        assert len(trace.records) == trace.settings["summary"]["requests"]
-        assert sum(record.prompt_tokens for record in trace.records) == trace.settings["summary"]["prompt_tokens"]
-        assert trace.rejected_count == 0
+@pytest.mark.parametrize("directory", sorted((DATA / "golden").iterdir()), ids=lambda directory: directory.name)
+def test_real_golden_runs(directory: Path) -> None:
+    trace = read_trace(directory)
+    assert trace.format == "golden"
+    assert len(trace.records) == trace.settings["summary"]["requests"]
+    assert sum(record.prompt_tokens for record in trace.records) == trace.settings["summary"]["prompt_tokens"]
+    assert trace.rejected_count == 0
 
 
-def test_real_recordings(shared_data: Path) -> None:
-    directories = sorted(path.parent for path in (shared_data / "vllm_recordings").glob("*/meta.json"))
-    assert directories
-    for directory in directories:
-        trace = read_trace(directory)
-        assert trace.format == "recording"
-        assert (len(trace.records), trace.rejected_count) == (trace.settings["requests"], 0)
-        assert all(record.e2e_seconds is not None for record in trace.records)
-        assert read_steps(directory)
-        assert all("vllm:" in text for _, text in read_metrics(directory))
-        if trace.settings["engine"]["prefix_caching"]:
-            assert {"recv", "seq", "batch"} <= read_kv_events(directory)[0].keys()
+@pytest.mark.parametrize("directory", sorted((DATA / "recordings").iterdir()), ids=lambda directory: directory.name)
+def test_real_recordings(directory: Path) -> None:
+    trace = read_trace(directory)
+    assert trace.format == "recording"
+    assert (len(trace.records), trace.rejected_count) == (trace.settings["requests"], 0)
+    assert all(record.e2e_seconds is not None for record in trace.records)
+    assert read_steps(directory)
+
+
+def test_what_a_real_engine_says_of_itself() -> None:
+    directory = DATA / "recordings" / "chat-400"
+    pages = read_metrics(directory)
+    assert len(pages) > 100
+    assert all("vllm:" in text for _, text in pages)
+    assert {"recv", "seq", "batch"} <= read_kv_events(directory)[0].keys()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import effort
 from connectors.source import Source
 from connectors.traces import read_trace
 from connectors.traces.follow import FollowFile
@@ -29,7 +29,7 @@ from kavier_twin.telemetry import RequestRecord
 from waiting import wait_until
 
 RECORDING = Path(__file__).parents[1] / "data" / "recordings" / "chat-400"
-KILLS = 25
+KILLS = effort.times(8)
 
 # The daemon over a file that another process writes, until every request of it has finished.
 PROGRAM = """
@@ -98,7 +98,7 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
     (plain / "requests.jsonl").write_bytes(b"".join(stream))
     assert run_once(plain, len(records)).wait(120) == 0
 
-    rng = random.Random(5)
+    rng = effort.dice()
     growing = (killed / "requests.jsonl").open("ab", buffering=0)
     written = 0
     for kill in range(KILLS):

@@ -34,7 +34,7 @@ from documentation.commands import Command, documented, fences, of_the_help
 from kafka_broker import SCRAM_PASSWORD, USER, Broker, OurBroker
 from kavier_twin import __version__
 from kavier_twin.commands.main import COMMANDS, main
-from real_parts import require
+from real_parts import curl, helm, shell
 
 pytestmark = pytest.mark.slow
 
@@ -302,8 +302,7 @@ def ran_until_stopped(command: Command, here: Here) -> None:
 
 def ran_by_curl(command: Command, here: Here) -> None:
     """Asked of the running daemon: it must answer with success."""
-    require("curl", shutil.which("curl") is not None, "install curl (Debian: apt-get install curl)")
-    words = [*shlex.split(here.filled(command.text)), "-sS", "--fail-with-body"]
+    words = [curl(), *shlex.split(here.filled(command.text))[1:], "-sS", "--fail-with-body"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -366,7 +365,7 @@ def generates(command: Command, here: Here) -> None:
 
 def made(command: Command, here: Here) -> None:
     """Run by a shell in the directory."""
-    subprocess.run(command.text, shell=True, cwd=here.world.directory, check=True)
+    subprocess.run([shell(), "-c", command.text], cwd=here.world.directory, check=True)
 
 
 def rendered(command: Command, here: Here) -> None:
@@ -390,7 +389,7 @@ def helm_test(command: Command, here: Here) -> None:
 
 def helm_shows(command: Command, here: Here) -> None:
     """Run."""
-    done = subprocess.run([*command.words, str(CHART)], capture_output=True, text=True, check=True)
+    done = subprocess.run([helm(), *command.words[1:], CHART], capture_output=True, text=True, check=True)
     assert "settings:" in done.stdout
 
 

@@ -22,7 +22,6 @@ from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepT
 from kavier_twin.simulation.state import FREE, Records
 from kavier_twin.simulation.turns import Turns
 from kavier_twin.simulation.workload import Workload, take_rows, workload_of
-from real_parts import require
 
 HORIZON_SECONDS = 120.0
 NARROW: Mapping[str, Override] = {"max_num_seqs": 2}
@@ -172,17 +171,14 @@ class Ramp:
 
 
 @pytest.fixture(scope="module")
-def ramp(shared_data: Path) -> Ramp:
-    path = shared_data / "vllm_recordings" / "ramp-300"
-    require("ramp-300", path.exists(), f"expected at {path}; see tests/conftest.py for where real data lies")
-    return Ramp(path)
+def ramp() -> Ramp:
+    return Ramp(Path(__file__).parents[1] / "data/recordings/ramp-300")
 
 
 def e2e_p95(outcomes: Records) -> float:
     return float(np.quantile(outcomes["finish"] - outcomes["arrival"], 0.95))
 
 
-@pytest.mark.real
 def test_users_replayed_on_a_slower_engine_hold_back_as_they_would(ramp: Ramp) -> None:
     truth = simulate_sessions(ramp.slower, ramp.workload, lambda row, end: end + ramp.turns.think_seconds[row])
     fleet = Fleet(ramp.slower)
@@ -192,7 +188,6 @@ def test_users_replayed_on_a_slower_engine_hold_back_as_they_would(ramp: Ramp) -
     assert e2e_p95(simulate(ramp.slower, ramp.workload).collect()) > 1.25 * e2e_p95(truth)
 
 
-@pytest.mark.real
 @pytest.mark.slow
 def test_scenarios_of_a_ramp_no_longer_overstate_how_bad_it_gets(ramp: Ramp) -> None:
     """Scenarios at the rate that truly came: what is tested is who waits, not the forecast of the rate."""

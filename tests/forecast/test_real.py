@@ -13,19 +13,11 @@ from kavier_twin.forecast.scenarios import Scenarios, draw_scenarios
 from kavier_twin.mirror.snapshot import Snapshot
 from kavier_twin.simulation.settings import EngineSettings, StepTime
 from kavier_twin.simulation.workload import Workload, take_rows, workload_of
-from real_parts import require
 
-pytestmark = pytest.mark.real
-
+RECORDINGS = Path(__file__).parents[1] / "data" / "recordings"
 # Fast enough that nothing queues: what is tested is what the cache sees.
 FAST = StepTime(fixed=0.005, per_prefill_token=5e-6, per_decode_sequence=2e-5, per_context_token=1e-9)
 HALF_SECONDS = 1_800.0  # of the Mooncake trace, which ends at 3,537 s
-
-
-def trace(shared_data: Path, name: str) -> Workload:
-    path = shared_data / name
-    require(name, path.exists(), f"expected at {path}; see tests/conftest.py for where real data lies")
-    return workload_of(read_trace(path).records)
 
 
 def mean_hit_ratio(snapshot: Snapshot, scenarios: list[Workload]) -> float:
@@ -33,10 +25,10 @@ def mean_hit_ratio(snapshot: Snapshot, scenarios: list[Workload]) -> float:
 
 
 @pytest.mark.parametrize("name", ["chat-400", "chat-400-nocache", "shift-300"])
-def test_recordings_of_a_real_server(shared_data: Path, name: str) -> None:
+def test_recordings_of_a_real_server(name: str) -> None:
     """Within a point on average over seven moments; at a single one the rest of the recording is a small sample."""
-    stream = trace(shared_data, f"vllm_recordings/{name}")
-    told = read_trace(shared_data / "vllm_recordings" / name).settings["engine"]
+    recording = read_trace(RECORDINGS / name)
+    stream, told = workload_of(recording.records), recording.settings["engine"]
     engine = {key: told[key] for key in EngineSettings.model_fields if key in told} | {"prefix_caching": True}
     end = float(stream.arrival[-1])
     errors = []
@@ -57,7 +49,7 @@ def test_recordings_of_a_real_server(shared_data: Path, name: str) -> None:
 @pytest.fixture(scope="module")
 def mooncake(shared_data: Path) -> Workload:
     """Production chat, without session labels."""
-    return trace(shared_data, "mooncake/conversation_trace.jsonl")
+    return workload_of(read_trace(shared_data / "mooncake" / "conversation_trace.jsonl").records)
 
 
 def mooncake_at_half(stream: Workload, num_gpu_blocks: int) -> tuple[Snapshot, float]:

@@ -241,6 +241,7 @@ def test_a_request_longer_than_any_seen_goes_on_for_a_quarter() -> None:
     before = generated(snapshot)
     fleet = snapshot.fleet.fork()
     settle_lengths(fleet, short, np.random.default_rng(0))
+    assert fleet.live()
     for live in fleet.live():
         tokens = before[live.index]
         output = fleet.state.requests["output"][live.replica, live.slot]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from effort import examples
 from kavier_twin.mirror.calibration.fit import fit
 
 TRUE = np.array([0.01, 4e-5, 2e-4])
@@ -64,7 +65,7 @@ def test_without_a_prior_it_says_what_it_does_not_know() -> None:
     assert found.determined[2]
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(st.integers(0, 10_000), st.floats(0.0, 0.5), st.floats(0.5, 2.0))
 def test_never_below_its_floor(seed: int, noise: float, share: float) -> None:
     work, seconds = data(40, noise, seed)

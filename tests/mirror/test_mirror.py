@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from connectors.traces import read_trace
+from effort import examples
 from kavier_twin.mirror.fidelity.windows import find_score
 from kavier_twin.mirror.mirror import Mirror, MirrorSettings
 from kavier_twin.recordings.simulated_reality import simulated_reality
@@ -77,7 +78,7 @@ def test_follows_a_real_vllm(records: list[RequestRecord]) -> None:
     assert abs(error_of(mirror, "e2e_seconds", "mean")) < 0.15
 
 
-@settings(max_examples=8, deadline=None)
+@examples(8)
 @given(seed=st.integers(0, 2**32), duplicates=st.integers(0, 40))
 def test_order_within_the_lateness_and_duplicates_change_nothing(seed: int, duplicates: int) -> None:
     events = halves(read_trace(RECORDING).records[:150])

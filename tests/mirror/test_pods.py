@@ -6,9 +6,10 @@ import random
 from collections.abc import Iterable
 
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from effort import examples
 from kavier_twin.mirror import mirror_state
 from kavier_twin.mirror.checkpoint_file import CheckpointError, Saved
 from kavier_twin.mirror.mirror import Mirror, MirrorSettings
@@ -245,7 +246,7 @@ def digest(mirror: Mirror) -> tuple[object, ...]:
     return arrays, mirror.pods.save(), mirror.finished
 
 
-@settings(max_examples=10, deadline=None, phases=[Phase.generate])
+@examples(10)
 @given(seed=st.integers(0, 2**32), duplicates=st.integers(0, 40))
 def test_order_within_the_lateness_and_duplicates_change_nothing(seed: int, duplicates: int) -> None:
     records = story(5)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from kavier_twin.mirror.mirror import MirrorSettings
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
 from kavier_twin.telemetry import RequestFinished, RequestSeen
 from memory_source import MemorySource
+from real_parts import mount, require
 from waiting import wait_until
 
 FLEET = FleetSettings(
@@ -87,14 +87,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own that is soon full."""
     place = tmp_path / "disk"
     place.mkdir()
-    mounted = (
-        os.geteuid() == 0
-        and not subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place], check=False, capture_output=True
-        ).returncode
-    )
-    if not mounted:
-        pytest.skip("needs the right to mount a file system")
+    command = [mount(), "-t", "tmpfs", "-o", "size=4m", "tmpfs", place]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    require("the right to mount a file system", done.returncode == 0, done.stderr.strip())
     yield place
     subprocess.run(["umount", "-l", place], check=True)
 

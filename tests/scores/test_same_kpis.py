@@ -7,6 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from effort import examples
 from forecast.streams import chat_stream, fleet_settings
 from kavier_twin.forecast.kpis import measure
 from kavier_twin.scores.observed import Outcome, Reality
@@ -14,7 +15,6 @@ from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.kpi_table import KPIS, METRICS, STATISTICS
 from kavier_twin.simulation.kpis import Counters, kpis
 from kavier_twin.simulation.state import FINISHED, Records
-from simulation.scenarios import examples
 
 SECONDS = 40.0  # of arrivals
 # What follows from records of requests. The rest is vLLM's counters and gauges: they know when a request was preempted,

@@ -15,6 +15,7 @@ from referencing import Registry
 from referencing.jsonschema import DRAFT202012
 from schemathesis.generation import GenerationMode
 
+import effort
 from kavier_twin.serve.access import Access
 from kavier_twin.serve.app import Twin, make_app
 from kavier_twin.serve.limits import Limits
@@ -33,7 +34,7 @@ SCHEMA.config.generation.update(modes=[GenerationMode.POSITIVE, GenerationMode.N
 
 
 @SCHEMA.parametrize()
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=effort.times(25), suppress_health_check=list(HealthCheck))
 def test_answers_are_as_described(case: schemathesis.Case) -> None:
     """Whatever is asked, right or wrong: the status, the media type and the content are among those described."""
     # Which settings there are, and that one policy is today's, is more than a schema of fields can say.

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from effort import examples
 from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.footprint import Footprint, PowerModel
 from kavier_twin.simulation.impact import Impact, impact, impact_of_run
@@ -125,7 +126,7 @@ def test_defaults_are_named_and_only_they() -> None:
 # --- where the energy goes ----------------------------------------------------------------------------------------
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(
     st.lists(st.tuples(st.floats(0.0, 20.0), st.integers(1, 3000), st.integers(1, 100)), min_size=1, max_size=20).map(
         sorted
@@ -226,7 +227,7 @@ def chat_served() -> Fleet:
 
 
 @given(st.floats(0.0, 1.0), st.floats(0.0, 1.0), st.floats(0.0, 500.0), st.floats(0.0, 500.0))
-@settings(max_examples=30, deadline=None)
+@examples(30)
 def test_more_watts_more_joules(compute: float, memory: float, idle: float, above: float) -> None:
     lower = PowerModel(idle_watts=idle, max_watts=idle + above, compute_load=compute / 2, memory_load=memory / 2)
     higher = PowerModel(idle_watts=idle, max_watts=idle + 2 * above, compute_load=compute, memory_load=memory)

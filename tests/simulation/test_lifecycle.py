@@ -12,13 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from effort import examples
 from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.kpis import Counters
 from kavier_twin.simulation.lifecycle import Plan, Replacement, Restart, Sampling
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
 from kavier_twin.simulation.workload import make_workload
 from simulation.invariants import check_state
-from simulation.scenarios import Scenario, examples, policies, scenarios
+from simulation.scenarios import Scenario, policies, scenarios
 
 STEPS = 12  # of the grid on which things happen, so that many happen at once
 

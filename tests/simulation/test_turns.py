@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from effort import examples
 from kavier_twin.simulation.closed_loop import simulate_sessions
 from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.lifecycle import Restart
@@ -18,7 +19,6 @@ from kavier_twin.simulation.settings import EngineSettings, FleetSettings
 from kavier_twin.simulation.state import FINISHED, Records
 from kavier_twin.simulation.turns import Turns
 from kavier_twin.simulation.workload import make_workload, take_rows
-from simulation.scenarios import examples
 from simulation.test_closed_loop import STEP_TIME, Loop, loops
 
 BIT_FOR_BIT = ("index", "replica", "status", "cached", "preemptions")

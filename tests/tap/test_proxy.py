@@ -14,6 +14,7 @@ import pytest
 
 from kavier_twin.tap.hashing import Adapter, BlockHasher, ExtraKeys
 from tap.openai_server import OpenAIServer, Running, serving, tapped, token_ids
+from waiting import PATIENCE_SECONDS
 
 PROMPT = "once upon a time"
 
@@ -95,7 +96,7 @@ def test_a_client_that_leaves_cancels_at_the_engine(tap: Running, engine: OpenAI
     engine.pause_seconds = 0.05
     with httpx.stream("POST", f"{tap.url}/v1/chat/completions", json=chat(stream=True, max_tokens=1000)) as answer:
         next(answer.iter_raw())
-    assert engine.cancelled.wait(5.0)
+    assert engine.cancelled.wait(PATIENCE_SECONDS)
     (finished,) = tap.of_kind("request_finished")
     assert finished.finish_reason == "abort"
     assert finished.output_tokens < 1000
@@ -106,7 +107,7 @@ def test_a_client_that_leaves_before_the_first_byte_cancels_too(tap: Running, en
     engine.pause_seconds = 0.6
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{tap.url}/v1/chat/completions", json=chat(stream=True), timeout=0.2)
-    assert engine.cancelled.wait(5.0)
+    assert engine.cancelled.wait(PATIENCE_SECONDS)
     (finished,) = tap.of_kind("request_finished")
     assert (finished.finish_reason, finished.output_tokens) == ("abort", 0)
 
@@ -179,7 +180,7 @@ def test_what_the_engine_refuses_makes_no_record(tap: Running) -> None:
 def test_a_big_body_and_a_slow_client(tap: Running, engine: OpenAIServer) -> None:
     body = json.dumps(chat(messages=[{"role": "user", "content": "a" * 400_000}], stream=True)).encode()
     place = urlsplit(tap.url)
-    with socket.create_connection((place.hostname, place.port), timeout=10.0) as client:
+    with socket.create_connection((place.hostname, place.port), timeout=PATIENCE_SECONDS) as client:
         head = (
             f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
         )

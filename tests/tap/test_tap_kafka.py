@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from kavier_twin.daemon.daemon import Daemon
 from kavier_twin.tap.hashing import BlockHasher
 from tap.openai_server import OpenAIServer, Running, serving, token_ids
 from tap.tap_process import tap_process
-from waiting import until
+from waiting import PATIENCE_SECONDS, until
 
 kafka = pytest.importorskip("kafka", reason="needs the extra kafka")
 
@@ -158,9 +157,7 @@ def test_a_tap_starts_and_ends_without_kafka(
             tap.counted("buffered_records 0.0")
             real_kafka.stop()
             assert post(tap.url).status_code == 200
-            begun = time.monotonic()
             assert tap.end() == 0
-            assert time.monotonic() - begun < 45.0
             assert "not handed on at the end" in tap.said
     finally:
         real_kafka.start()
@@ -207,7 +204,7 @@ def test_the_grace_ends(upstream: Running, engine: OpenAIServer, tmp_path: Path)
         with httpx.stream("POST", f"{tap.url}/v1/completions", json=asked) as answer:
             next(answer.iter_raw())
             assert tap.end(signal.SIGINT) == 130
-    assert engine.cancelled.wait(5.0)
+    assert engine.cancelled.wait(PATIENCE_SECONDS)
     assert json.loads(output.read_text().splitlines()[1])["finish_reason"] == "abort"
 
 
