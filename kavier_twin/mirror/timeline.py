@@ -120,12 +120,13 @@ class Timeline:
     def offer(self, event: Request, *, foretold: bool = False) -> tuple[str, ...]:
         """Take a record in. Returns what became of it and of those that waited for it: one word for each.
 
-        The words are "accepted", "duplicate", "late" (beyond the time for which events are kept) and "future_time". A
-        record that is `foretold`, the end in one record with its arrival, does not tell how far the stream has come.
+        The words are "accepted", "completed" (it takes the place of one that tells less), "duplicate", "late" (beyond
+        the time for which events are kept) and "future_time". A record that is `foretold`, the end in one record with
+        its arrival, does not tell how far the stream has come.
         """
         identity = (event.kind, event.id)
         if identity in self._known:
-            return ("duplicate",)
+            return ("completed",) if self._complete(event) else ("duplicate",)
         late = event.time_seconds < self.floor_seconds
         if late and isinstance(event, RequestSeen):
             return ("late",)
@@ -290,6 +291,26 @@ class Timeline:
             self._applied_seconds,
             self._numbered,
         ) = saved["numbers"]
+
+    def _complete(self, event: Request) -> bool:
+        """Put a fuller record in the place of one of the same request, if there is one to complete."""
+        key = (event.time_seconds, 0 if isinstance(event, RequestSeen) else 1, event.id)
+        place = bisect_left(self.entries, key, key=_key)
+        if place >= len(self.entries) or self.entries[place].key != key:
+            return False
+        entry = self.entries[place]
+        other = entry.event
+        if isinstance(event, RequestSeen) and isinstance(other, RequestSeen):
+            fuller = event.completes(other)
+        else:
+            fuller = (
+                isinstance(event, RequestFinished) and isinstance(other, RequestFinished) and event.completes(other)
+            )
+        if fuller:
+            entry.event = event
+            if place < self.position:
+                self.dirty_seconds = min(self.dirty_seconds, self._made_up_since(key[0]))
+        return fuller
 
     def _accept(self, event: Request, *, foretold: bool) -> None:
         if not foretold:

@@ -33,7 +33,7 @@ from kavier_twin.serve.models import (
 from kavier_twin.simulation.kpi_table import GAUGES, KPIS, STATISTICS
 
 CHARTED: Final = tuple(STATISTICS[kpi.metric] for kpi in KPIS.values() if kpi.charted)
-STREAM_RESULTS: Final = ("accepted", "duplicate", "late", "future_time")
+STREAM_RESULTS: Final = ("accepted", "completed", "duplicate", "late", "future_time")
 
 
 def gauges(mirror: Mirror, reported: tuple[float, float, float]) -> tuple[Gauge, ...]:

@@ -156,3 +156,20 @@ def test_what_was_predicted_first_is_scored_once(events: list[TelemetryRecord]) 
     ]
     assert 0.95 * ends <= scored <= ends
     assert mirror.folded_again >= 5
+
+
+def test_a_fuller_record_takes_the_place_of_the_first(events: list[TelemetryRecord]) -> None:
+    """An arrival that comes at once, without hashes, and again when its prompt is tokenised."""
+    some = events[: len(events) // 4]
+    arrivals: list[tuple[float, TelemetryRecord]] = []
+    for event in some:
+        if isinstance(event, RequestSeen):
+            short = {"prompt_tokens": 7, "prompt_tokens_from": "estimate", "block_hashes": (), "block_tokens": None}
+            arrivals.append((event.time_seconds, event.model_copy(update=short)))
+            arrivals.append((event.time_seconds + 4.0, event))
+        else:
+            arrivals.append((event.time_seconds, event))
+    until = some[-1].time_seconds + 60.0
+    mirror, plain = mirrored(arrivals, until), mirrored([(event.time_seconds, event) for event in some], until)
+    assert state(mirror) == state(plain)
+    assert mirror.ingested["completed"] == sum(isinstance(event, RequestSeen) for event in some)
