@@ -1,7 +1,7 @@
 """Replaying a recording whose requests end when they really ended.
 
 Between two real ends the engine's pace is set so that the next one fits: what is known of a recording (and, within
-its lateness, of a live stream) is when each request ended. The end itself then corrects what is left: a simulation
+its delay, of a live stream) is when each request ended. The end itself then corrects what is left: a simulation
 that is behind catches up, one that is ahead waits.
 """
 
