@@ -68,7 +68,7 @@ def follow(name: str, late_seconds: float = 0.0, never: float = 0.0) -> tuple[Wa
     for _, _, event in told(records, late_seconds, never):
         mirror.ingest(event)
         mirror.advance()
-    mirror.advance(mirror.newest_seconds + mirror.settings.lateness_seconds)
+    mirror.advance(mirror.newest_seconds + mirror.settings.ordering_seconds)
     return mirror, records[0].time_seconds, max(r.time_seconds for r in records)
 
 

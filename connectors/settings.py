@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import re
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,10 +15,12 @@ from urllib3.util import parse_url
 from connectors.prometheus.http import Access
 from connectors.prometheus.scrape import EngineTarget, VllmMetricsSource
 from connectors.prometheus.source import PrometheusSource, Selection
-from connectors.secret import SECRET_GIVEN, Name, Secret, SecretPlace, _Settings
+from connectors.secret import Name, SecretPlace, Settings
 from connectors.source import Source
 from connectors.traces import FORMATS
-from kavier_twin.errors import nearest
+from kavier_twin.errors import SECRET_GIVEN, nearest
+
+_SECRET_HEADERS = frozenset({"authorization", "proxy-authorization", "cookie", "x-api-key"})
 
 Seconds = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
@@ -37,7 +39,7 @@ def _checked_url(url: str) -> str:
 Url = Annotated[str, AfterValidator(_checked_url)]
 
 
-class LiveSource(_Settings):
+class LiveSource(Settings):
     """What all of them have. Relative paths count from the settings file."""
 
     name: Name | None = Field(default=None, examples=["main"])
@@ -46,30 +48,12 @@ class LiveSource(_Settings):
     pool: Name | None = Field(default=None, examples=["chat"])
     """Whose figures these are; needed where there are several pools."""
 
-    def with_paths_from(self, directory: Path) -> Self:
-        """The same with absolute paths."""
-        return self.model_copy(
-            update={name: _absolute(getattr(self, name), directory) for name in type(self).model_fields}
-        )
-
-    def problems(self) -> list[str]:
-        """What is missing on this machine, each as "field: what; what to do"."""
-        found = []
-        for name in type(self).model_fields:
-            value = getattr(self, name)
-            if isinstance(value, SecretPlace) and value.env is not None and not os.environ.get(value.env):
-                found.append(f"{name}.env: the environment variable {value.env} is not set; set it")
-            place = value.file if isinstance(value, SecretPlace) else value
-            if isinstance(place, Path) and not place.is_file():
-                found.append(f"{name}: there is no file {place}; create it or correct the path")
-        return found
-
     def open(self, pool: str, engine: Mapping[str, object]) -> Source:
         """The source of a pool's records. `engine` is the twin's idea of an engine's settings."""
         raise NotImplementedError
 
 
-class TraceFile(_Settings):
+class TraceFile(Settings):
     """A trace file; followed as it grows unless told otherwise. A relative path counts from the settings file."""
 
     type: Literal["trace_file"]
@@ -84,10 +68,10 @@ class TraceFile(_Settings):
     follow: bool = True
     """Whether the file is read on as it grows."""
 
-    name: Annotated[str, Field(min_length=1)] | None = Field(default=None, examples=["gateway"])
+    name: Name | None = Field(default=None, examples=["gateway"])
     """What metrics and the log call the source; its path unless given."""
 
-    pool: Annotated[str, Field(min_length=1)] | None = Field(default=None, examples=["chat"])
+    pool: Name | None = Field(default=None, examples=["chat"])
     """The pool of records that name none."""
 
     @field_validator("format")
@@ -97,12 +81,7 @@ class TraceFile(_Settings):
             raise ValueError(f"there is no format {value!r}{nearest(value, FORMATS)}; known: {', '.join(FORMATS)}")
         return value
 
-    def with_paths_from(self, directory: Path) -> TraceFile:
-        """With relative paths counted from `directory`."""
-        return self.model_copy(update={"path": directory / self.path})
-
     def problems(self) -> list[str]:
-        """What is missing on this machine, each as `field: what and the way out`."""
         if not self.follow and not self.path.exists():
             return [f"path: {self.path} does not exist; correct it, or set follow: true"]
         if not self.path.parent.is_dir():
@@ -122,6 +101,11 @@ class HttpSource(LiveSource):
     password: SecretPlace | None = Field(default=None, examples=[{"env": "PROMETHEUS_PASSWORD"}])
     """That user's password."""
 
+    headers: dict[Name, str | SecretPlace] = Field(
+        default={}, examples=[{"X-Scope-OrgID": "team-a", "X-Api-Key": {"env": "PROMETHEUS_KEY"}}]
+    )
+    """Headers of every request, such as the tenant of Mimir and Cortex; secret ones as {env: NAME} or {file: PATH}."""
+
     ca_file: Path | None = Field(default=None, examples=["/etc/ssl/fleet-ca.pem"])
     """Certificate authorities in place of the system's (PEM)."""
 
@@ -137,23 +121,50 @@ class HttpSource(LiveSource):
     timeout_seconds: Seconds = 10.0
     """How long an answer may take."""
 
+    @field_validator("headers", mode="before")
+    @classmethod
+    def _number_of_a_tenant(cls, headers: Any) -> Any:
+        """YAML reads a tenant such as 1 as a number."""
+        if not isinstance(headers, Mapping):
+            return headers
+        return {name: str(value) if type(value) is int else value for name, value in headers.items()}
+
+    @field_validator("headers")
+    @classmethod
+    def _header_names(cls, headers: dict[str, str | SecretPlace]) -> dict[str, str | SecretPlace]:
+        for name, value in headers.items():
+            if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
+                raise ValueError(f"{name!r} is no name of a header; give name: value, as in X-Scope-OrgID: team-a")
+            if isinstance(value, str) and name.lower() in _SECRET_HEADERS:
+                raise PydanticCustomError(
+                    SECRET_GIVEN,
+                    "{name} is a secret: give {{env: NAME}} or {{file: PATH}}, or use bearer_token",
+                    {"name": name},
+                )
+            if isinstance(value, str) and (not value.isprintable() or not value.isascii()):
+                raise ValueError(f"the value of {name} is no text that a header can hold; correct it")
+        return headers
+
     @model_validator(mode="after")
     def _one_way_in(self) -> Self:
         if (self.user is None) != (self.password is None):
             raise ValueError("user and password belong together; give both or none")
         if self.user is not None and self.bearer_token is not None:
             raise ValueError("give either bearer_token or user and password")
+        if (self.user or self.bearer_token) and any(name.lower() == "authorization" for name in self.headers):
+            raise ValueError("headers: Authorization is made of bearer_token, or of user and password; give one")
         return self
 
     def access(self) -> Access:
         """As the connectors take it."""
         return Access(
-            bearer_token=_secret(self.bearer_token),
+            bearer_token=self.bearer_token,
             user=self.user,
-            password=_secret(self.password),
+            password=self.password,
             ca_file=self.ca_file,
             certificate_file=self.certificate_file,
             key_file=self.key_file,
+            headers=self.headers,
             verify_tls=self.verify_tls,
             timeout_seconds=self.timeout_seconds,
         )
@@ -165,9 +176,12 @@ class MetricsSource(HttpSource):
     interval_seconds: Seconds
     """Time between two readings."""
 
+    metric_prefix: str = Field(default="", examples=["nim_"])
+    """What metrics begin with in place of `vllm:`, where a collector renamed them to something without `vllm`."""
+
 
 class Prometheus(MetricsSource):
-    """A Prometheus server. `engines` are label values of the pool's vLLM series, `gpus` of the DCGM exporter's.
+    """A Prometheus server. `engines` are label values of the pool's vLLM series, `gpus` of the GPU exporter's.
 
     `gpus: null` leaves GPUs out. `warm_up_seconds` of the past are read at start.
     """
@@ -176,13 +190,13 @@ class Prometheus(MetricsSource):
     """The kind of source."""
 
     url: Url = Field(examples=["http://prometheus:9090"])
-    """The Prometheus server."""
+    """The Prometheus server, or what speaks its API; with what its queries need at the end, as in `?namespace=chat`."""
 
     engines: dict[str, str] = Field(default={}, examples=[{"namespace": "chat"}])
     """Label values that tell the pool's vLLM series from others."""
 
     gpus: dict[str, str] | None = Field(default={}, examples=[{"namespace": "chat"}])
-    """Label values of the pool's series of the DCGM exporter; null leaves GPUs out."""
+    """Label values of the pool's series of NVIDIA's or AMD's GPU exporter; null leaves GPUs out."""
 
     interval_seconds: Seconds = 15.0
     """Time between two readings."""
@@ -213,7 +227,7 @@ class Prometheus(MetricsSource):
             self.access(),
             name=self.name or f"prometheus:{parse_url(self.url).netloc}",
             pool=pool,
-            selection=Selection(self.engines, self.gpus),
+            selection=Selection(self.engines, self.gpus, self.metric_prefix),
             interval_seconds=self.interval_seconds,
             warm_up_seconds=self.warm_up_seconds,
             max_backfill_seconds=self.max_backfill_seconds,
@@ -221,7 +235,7 @@ class Prometheus(MetricsSource):
         )
 
 
-class EngineAddress(_Settings):
+class EngineAddress(Settings):
     """A vLLM server's `/metrics`, and the pod it runs in."""
 
     url: Url = Field(examples=["http://vllm-0:8000/metrics"])
@@ -229,6 +243,9 @@ class EngineAddress(_Settings):
 
     pod: str = Field(default="", examples=["vllm-0"])
     """The pod it runs in, as request records name it."""
+
+    model: str = Field(default="", examples=["meta-llama/Llama-3.1-8B"])
+    """The served model to read, where the page has several; all unless given."""
 
 
 class VllmMetrics(MetricsSource):
@@ -247,11 +264,12 @@ class VllmMetrics(MetricsSource):
 
     def open(self, pool: str, engine: Mapping[str, object]) -> Source:
         return VllmMetricsSource(
-            [EngineTarget(address.url, address.pod) for address in self.engines],
+            [EngineTarget(address.url, address.pod, address.model) for address in self.engines],
             self.access(),
             name=self.name or "vllm_metrics",
             pool=pool,
             interval_seconds=self.interval_seconds,
+            metric_prefix=self.metric_prefix,
             configured=engine,
         )
 
@@ -272,7 +290,7 @@ class KvEvents(LiveSource):
     """Only topics that begin so; empty for all."""
 
     pod: str = Field(default="", examples=["vllm-0"])
-    """The pod of the engine, unless its topic names it."""
+    """The pod of the engine; unless given, what its topic (`kv@<pod>@<model>`) says, which comes first with `bind`."""
 
     bind: bool = False
     """Listen at `endpoint` for engines that connect, in place of connecting to one."""
@@ -310,13 +328,3 @@ class KvEvents(LiveSource):
             name=self.name or f"kv_events:{self.endpoint.partition('://')[2]}",
             pool=pool,
         )
-
-
-def _secret(place: SecretPlace | None) -> Secret | None:
-    return None if place is None else Secret(env=place.env, file=place.file)
-
-
-def _absolute(value: Any, directory: Path) -> Any:
-    if isinstance(value, SecretPlace) and value.file is not None:
-        return value.model_copy(update={"file": directory / value.file})
-    return directory / value if isinstance(value, Path) else value

@@ -38,6 +38,11 @@ def prometheus() -> str:
     return _program("prometheus", "install Prometheus (Debian: apt-get install prometheus)")
 
 
+def victoria_metrics() -> str:
+    """The path of a single-node VictoriaMetrics."""
+    return _program("victoria-metrics", "install VictoriaMetrics (Debian: apt-get install victoria-metrics)")
+
+
 def chromium() -> str:
     """The path of the Chromium browser."""
     return _program("chromium", "install Chromium (Debian: apt-get install chromium)")

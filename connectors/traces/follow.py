@@ -44,8 +44,6 @@ class FollowFile:
         self.path = Path(path)
         self.last_record_seconds: float | None = None
         self.exhausted = False
-        self.rotations = 0
-        self.truncations = 0
         self._follow = follow
         self._dead_letters = dead_letters
         self._rejected: dict[str, int] = {}
@@ -183,10 +181,7 @@ class FollowFile:
             if not self._drained:  # what was appended between the last read and the replacement
                 self._drained = True
                 return True
-            self.rotations += 1
-        elif here.st_size < self._stream.tell():
-            self.truncations += 1
-        else:
+        elif here.st_size >= self._stream.tell():  # not cut
             return False
         self._close_stream()
         self._drained = False

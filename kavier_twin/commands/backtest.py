@@ -18,7 +18,7 @@ from connectors.traces import FORMATS
 from kavier_twin.commands.backtest_plots import write_plots
 from kavier_twin.commands.score_tables import print_scores, wide_console
 from kavier_twin.commands.slo_file import read_slos
-from kavier_twin.errors import UserError
+from kavier_twin.errors import UserError, problems_of
 from kavier_twin.forecast.forecaster import ForecastSettings
 from kavier_twin.recordings.scenario import load_scenario
 from kavier_twin.simulation.plain import plain
@@ -82,9 +82,9 @@ def run(args: argparse.Namespace) -> int:
             seed=args.seed,
         )
     except ValidationError as error:
-        first = error.errors()[0]
-        option = {"every_seconds": "every", "horizons_seconds": "horizons"}.get(str(first["loc"][0]), first["loc"][0])
-        raise UserError(f"--{option}: {first['msg']}") from None
+        options = {"every_seconds": "every", "horizons_seconds": "horizons"}
+        problem, *_ = problems_of(error, lambda place: f"--{options.get(str(place[0]), place[0])}")
+        raise UserError(problem) from None
     shape = _shape(args.shape)
     if not (math.isfinite(args.warm_up) and args.warm_up >= 0.0):
         raise UserError(f"--warm-up {args.warm_up}: expected seconds, 0 or more")

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from kavier_twin.errors import UserError
+from kavier_twin.errors import UserError, problems_of
 from kavier_twin.simulation.workload import Workload, make_workload, take_rows
 
 FORM = "users=64,prompt=1024,output=128,requests=640,think=0,ramp=0,seed=0"
@@ -86,5 +86,5 @@ def parse_closed_loop(text: str) -> ClosedLoop:
     try:
         return ClosedLoop.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"--closed-loop: {first['loc'][0]}: {first['msg']}; expected something like {FORM}") from None
+        problem, *_ = problems_of(error, known=lambda _: ClosedLoop.model_fields)
+        raise UserError(f"--closed-loop: {problem}; expected something like {FORM}") from None

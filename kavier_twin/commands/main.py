@@ -21,6 +21,7 @@ COMMANDS = (
     "run",
     "scores",
     "replay",
+    "mirror",
     "whatif",
     "calibrate_power",
     "schema",

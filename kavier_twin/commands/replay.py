@@ -162,6 +162,8 @@ class EnginePage(Collector):
             gauge.add_metric(list(labels.values()), getattr(sample, field) or 0.0)
             yield gauge
         for field, names in COUNTERS.items():
+            if getattr(sample, field) is None:
+                continue
             counter = CounterMetricFamily(names[0], f"Recorded {field}.", labels=list(labels))
             counter.add_metric(list(labels.values()), self._fleet.count(field))
             yield counter

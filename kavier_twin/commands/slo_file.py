@@ -7,8 +7,9 @@ from pathlib import Path
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from kavier_twin.errors import UserError
-from kavier_twin.forecast.slo import METRICS, Slo
+from kavier_twin.errors import UserError, problems_of
+from kavier_twin.forecast.slo import Slo
+from kavier_twin.simulation.kpi_table import METRICS
 
 _SLOS: TypeAdapter[tuple[Slo, ...]] = TypeAdapter(tuple[Slo, ...])
 
@@ -31,7 +32,7 @@ def read_slos(path: Path) -> tuple[Slo, ...]:
     try:
         slos = _SLOS.validate_python(content)
     except ValidationError as error:
-        problems = [f"  {path}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        problems = [f"  {path}: {problem}" for problem in problems_of(error, known=lambda _: Slo.model_fields)]
         raise UserError("\n".join([f"--slo {path}: {len(problems)} problem(s)", *problems])) from None
     names = [slo.name for slo in slos]
     if len(set(names)) < len(names):

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from connectors.kafka.settings import KafkaSettings
 from kavier_twin.commands.duration import seconds_of
 from kavier_twin.commands.process import StopSignals
-from kavier_twin.errors import UserError, set_up_logging
+from kavier_twin.errors import UserError, dotted, problems_of, set_up_logging
 from kavier_twin.tap.hashing import ALGORITHMS
 
 if TYPE_CHECKING:
@@ -199,11 +199,10 @@ def _kafka_options(args: argparse.Namespace, problems: list[str]) -> dict[str, A
         settings = KafkaSettings.model_validate({"brokers": args.kafka.split(","), "topics": [args.topic], **security})
     except ValidationError as error:
         options = {"brokers": f"--kafka {args.kafka}", "topics": f"--topic {args.topic}"}
-        told = error.errors(include_url=False, include_input=False)
-        for each in (one for one in told if one["type"] != "too_short"):  # as a list is whose entries are all wrong
-            place = options.get(str(each["loc"][0]))
-            place = place or f"--kafka-security {args.kafka_security}: {'.'.join(map(str, each['loc']))}"
-            problems.append(f"{place}: {each['msg'].removeprefix('Value error, ')}")
+        problems += problems_of(
+            error,
+            lambda place: options.get(str(place[0])) or f"--kafka-security {args.kafka_security}: {dotted(place)}",
+        )
         return None
     if args.kafka_security is not None:
         settings = settings.with_paths_from(args.kafka_security.parent)

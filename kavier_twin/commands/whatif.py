@@ -11,11 +11,11 @@ from rich.table import Table
 
 from kavier_twin.commands.client import add_token, add_url, ask
 from kavier_twin.commands.duration import seconds_of
-from kavier_twin.commands.figures import NAMES, spread
+from kavier_twin.commands.figures import spread
 from kavier_twin.commands.score_tables import wide_console
-from kavier_twin.errors import UserError
-from kavier_twin.forecast.slo import METRICS
+from kavier_twin.errors import UserError, problems_of
 from kavier_twin.forecast.whatif import Answer, Case, Question
+from kavier_twin.simulation.kpi_table import METRICS, label_of
 from kavier_twin.simulation.policies import Override, PolicyError, parse_override
 
 _ANSWER_SECONDS: Final = 120.0  # others may be asked first
@@ -86,8 +86,7 @@ def _question(args: argparse.Namespace) -> Question:
     try:
         return Question.model_validate(given)
     except ValidationError as error:
-        problems = "; ".join(f"{_option(e['loc'])}: {e['msg']}" for e in error.errors())
-        raise UserError(f"the question cannot be asked: {problems}") from None
+        raise UserError(f"the question cannot be asked: {'; '.join(problems_of(error, _option))}") from None
 
 
 def _option(place: tuple[str | int, ...]) -> str:
@@ -123,7 +122,7 @@ def _print(answer: Answer) -> None:
     for metric in METRICS:
         spreads = [case.kpis[metric] for case in answer.cases]
         if any(one.p50 is not None for one in spreads):
-            table.add_row(NAMES[metric], *(spread(metric, one.p10, one.p50, one.p90) for one in spreads))
+            table.add_row(label_of(metric), *(spread(metric, one.p10, one.p50, one.p90) for one in spreads))
     table.add_section()
     for slo in answer.cases[0].breach_probability:
         table.add_row(f"breaks {slo}", *(f"{case.breach_probability[slo]:.0%}" for case in answer.cases))

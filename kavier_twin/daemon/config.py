@@ -10,12 +10,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from connectors.kafka.settings import KafkaSettings
-from connectors.secret import SECRET_GIVEN
 from connectors.settings import KvEvents, LiveSource, Prometheus, TraceFile, VllmMetrics
 from kavier_twin.daemon.checkpoints import EVERY_SECONDS, KEEP
 from kavier_twin.daemon.freshness import STALE_AFTER_SECONDS
 from kavier_twin.daemon.http_settings import HttpConfig
-from kavier_twin.errors import UserError, nearest
+from kavier_twin.errors import Place, UserError, dotted, problems_of
 from kavier_twin.forecast.forecaster import ForecastSettings
 from kavier_twin.hardware.fleet_file import FleetFile, fleet_with_carbon_read
 from kavier_twin.mirror.fidelity.trust import TrustSettings
@@ -69,8 +68,8 @@ class PoolFleet(FleetFile):
 class MirrorConfig(_Settings):
     """How the pool is mirrored (`MirrorSettings`), seconds of event time."""
 
-    lateness_seconds: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = _MIRROR.lateness_seconds
-    """How long an event waits for others that are earlier. Set it above the delay with which records come."""
+    late_seconds: PositiveSeconds = _MIRROR.late_seconds
+    """How late a record may come and still count. A longer time needs more memory."""
 
     recent_seconds: PositiveSeconds = _MIRROR.recent_seconds
     """The past that scenarios are drawn from."""
@@ -95,6 +94,14 @@ class MirrorConfig(_Settings):
 
     trust: TrustSettings = Field(default=_MIRROR.trust, examples=[{"minimum_requests": 50}])
     """When figures are to be trusted."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_lateness_to_choose(cls, content: Any) -> Any:
+        """`lateness_seconds` was needed before late records were put in their place: read, and ignored."""
+        if isinstance(content, Mapping):
+            return {name: value for name, value in content.items() if name != "lateness_seconds"}
+        return content
 
     def settings(self, pool: str) -> MirrorSettings:
         """As the mirror takes it."""
@@ -130,7 +137,7 @@ class PoolSettings(_Settings):
     fleet: PoolFleet = Field(examples=[{"hardware": {"gpu": "L40S", "model": "Qwen/Qwen3-8B"}}])
     """The engines."""
 
-    mirror: MirrorConfig = Field(default=MirrorConfig(), examples=[{"lateness_seconds": 5}])
+    mirror: MirrorConfig = Field(default=MirrorConfig(), examples=[{"late_seconds": 300}])
     """How they are mirrored."""
 
     forecast: ForecastSettings = Field(default=ForecastSettings(), examples=[{"every_seconds": 60}])
@@ -149,7 +156,7 @@ class Settings(_Settings):
     fleet: PoolFleet | None = Field(default=None, examples=[{"hardware": {"gpu": "L40S", "model": "Qwen/Qwen3-8B"}}])
     """The engines of the only pool."""
 
-    mirror: MirrorConfig = Field(default=MirrorConfig(), examples=[{"lateness_seconds": 5}])
+    mirror: MirrorConfig = Field(default=MirrorConfig(), examples=[{"late_seconds": 300}])
     """How the only pool is mirrored."""
 
     forecast: ForecastSettings = Field(default=ForecastSettings(), examples=[{"every_seconds": 60}])
@@ -212,10 +219,7 @@ def check_settings(content: dict[str, Any], path: Path) -> Settings:
     try:
         settings = Settings.model_validate(content)
     except ValidationError as error:
-        found = error.errors(include_url=False)
-        # A list whose entries are all wrong passes for an empty one.
-        beneath = {entry["loc"][:depth] for entry in found for depth in range(1, len(entry["loc"]))}
-        problems += [_problem(e) for e in found if not (e["type"] == "too_short" and e["loc"] in beneath)]
+        problems += problems_of(error, _place, _known_names)
     problems += _pool_problems(content)
     for prefix, pool in _pools_given(content):
         problems += _policy_problems(prefix, pool)
@@ -319,35 +323,17 @@ def _policy_problems(prefix: str, pool: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _problem(entry: Any) -> str:
-    """One of pydantic's findings as: where, what, and what to do."""
-    # pydantic names the type of a source between its number and its field.
-    path = [part for at, part in enumerate(entry["loc"]) if (at, entry["loc"][0]) != (2, "sources")]
-    where = ".".join(str(part) for part in path) or "(top)"
-    if entry["type"] == "union_tag_not_found":
-        return f"{where}.type: missing; add it, one of {', '.join(SOURCE_TYPES)}"
-    if entry["type"] == "union_tag_invalid":
-        given = entry["ctx"]["tag"]
-        return f"{where}.type: is {given!r}{nearest(given, SOURCE_TYPES)}; known: {', '.join(SOURCE_TYPES)}"
-    if entry["type"] == "extra_forbidden":
-        name = str(entry["loc"][-1])
-        known = _known_names(entry["loc"][:-1])
-        return f"{where}: unknown setting{nearest(name, known)}; known here: {', '.join(known)}"
-    if entry["type"] == "missing":
-        return f"{where}: missing; add it"
-    message = str(entry["msg"]).removeprefix("Value error, ")
-    message = message.replace("Input should", "it should")
-    secret = entry["type"] == SECRET_GIVEN or any("password" in str(part) for part in entry["loc"])
-    value = None if secret else entry["input"]
-    if isinstance(value, str | int | float | bool):
-        return f"{where}: is {value!r}; {message}"
-    return f"{where}: {message}"
+def _place(location: Place) -> str:
+    """pydantic names the type of a source between its number and its field."""
+    return dotted(tuple(part for at, part in enumerate(location) if (at, location[0]) != (2, "sources")))
 
 
-def _known_names(location: tuple[int | str, ...]) -> list[str]:
-    """The settings that exist at a place in the tree."""
+def _known_names(location: Place) -> list[str]:
+    """The settings that could stand at a place in the tree, or the types of a source."""
+    if location[0] == "sources" and location[2:] == ("type",):
+        return list(SOURCE_TYPES)
     model: type[BaseModel] = Settings
-    for part in location:
+    for part in location[:-1]:
         if part in SOURCE_TYPES and issubclass(model, tuple(SOURCE_TYPES.values())):
             model = SOURCE_TYPES[str(part)]
         elif isinstance(part, str) and part in model.model_fields:

@@ -23,7 +23,8 @@ from connectors.traces import TraceError
 from connectors.traces.follow import FollowFile
 from kavier_twin.daemon.checkpoints import Checkpoints
 from kavier_twin.daemon.config import AnySource, Settings
-from kavier_twin.daemon.engine_settings import contradictions, tells, told
+from kavier_twin.daemon.engine_notes import EngineNotes, unmatched_caches
+from kavier_twin.daemon.engine_settings import capacity_notes, contradictions, tells, told
 from kavier_twin.daemon.feed import UNNAMED_POOL, Feed
 from kavier_twin.daemon.freshness import STALE_AFTER_SECONDS, Freshness
 from kavier_twin.daemon.http_settings import HttpConfig
@@ -35,8 +36,8 @@ from kavier_twin.errors import UserError
 from kavier_twin.scores.store import FILE_NAME, ScoreStore
 from kavier_twin.serve.app import Twin
 from kavier_twin.serve.http import AddressError, HttpServer
-from kavier_twin.serve.view import SourceState, TwinView
-from kavier_twin.telemetry import TelemetryRecord
+from kavier_twin.serve.models import SourceState, TwinView
+from kavier_twin.telemetry import EngineSample, TelemetryRecord
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class Daemon:
 
     With `http` None nothing is served. With `warm_up`, and no checkpoint to go on from, nothing is ready before the
     logs have been read up to the present. `prepare` makes the kernels ready, while all else waits but the HTTP server.
+    `clock` gives unix seconds. Without `start`, whoever calls `ingest` and `publish` in turn moves the daemon on.
     Raises UserError for an address that cannot be listened on.
     """
 
@@ -67,13 +69,21 @@ class Daemon:
         stale_after_seconds: float = STALE_AFTER_SECONDS,
         warm_up: bool = False,
         prepare: Callable[[], None] | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self.failed = False
+        self._clock = clock
         self._prepare = prepare
-        self._freshness = Freshness(stale_after_seconds)
+        self._freshness = Freshness(stale_after_seconds, clock)
         self._warming_up = warm_up
         self.pools = {pool.name: pool for pool in pools}
         self._feeds = tuple(feeds)
+        self._engine_notes = {
+            pool.name: EngineNotes(
+                pool.name, alone=pool.metrics is not None, host_tier=pool.fleet.engine.host_tier is not None
+            )
+            for pool in pools
+        }
         self._checkpoints = checkpoints
         self._early: list[tuple[str, TelemetryRecord]] = []  # polled while engines' settings were waited for
         self._drained = False
@@ -82,13 +92,13 @@ class Daemon:
         self._ended: set[str] = set()
         self._stopping = Event()
         self._views: Mapping[str, TwinView] = {}
-        self._publish()
+        self.publish()
         self.http = self._listen(http) if http else None
         self._thread = Thread(target=self._keep_ingesting, name="ingest", daemon=True)
         self._resumed = checkpoints is not None and checkpoints.restore(self.pools, self._sources)
         if self._resumed:
             self._warming_up = False
-            self._publish()  # what it goes on from
+            self.publish()  # what it goes on from
 
     @classmethod
     def of(cls, settings: Settings, warm_up_seconds: float = 0.0) -> Daemon:
@@ -148,7 +158,7 @@ class Daemon:
         """The figures published last, by pool."""
         if not self.preparing:
             return self._views
-        now, far = time.time(), compiled()
+        now, far = self._clock(), compiled()
         return {name: replace(view, unix_seconds=now, compiling=far) for name, view in self._views.items()}
 
     @property
@@ -203,10 +213,10 @@ class Daemon:
             if not self._resumed:
                 self._wait_for_settings()
             while not self._stopping.is_set():
-                if not self._ingest():
+                if not self.ingest():
                     self._stopping.wait(POLL_SECONDS)
                 if time.monotonic() - self._published >= PUBLISH_SECONDS:
-                    self._publish()
+                    self.publish()
                 if self._checkpoints and self._checkpoints.due:
                     self._checkpoint(self._checkpoints)
             if self._checkpoints:
@@ -223,7 +233,7 @@ class Daemon:
             log.info("kernels ready after %.1f s", time.monotonic() - began)
         if self._stopping.is_set():
             return
-        self._publish()
+        self.publish()
         for pool in self.pools.values():
             pool.start()
         for source in self._sources:
@@ -252,7 +262,7 @@ class Daemon:
         for name, pool in self.pools.items():
             pool.adopt(told(feed.source for feed in self._feeds if feed.feeds(name)))
 
-    def _ingest(self) -> bool:
+    def ingest(self) -> bool:
         """Take in what the sources have now. Returns whether there may be more at once."""
         records: dict[str, list[TelemetryRecord]] = {name: [] for name in self.pools}
         more = False
@@ -263,6 +273,8 @@ class Daemon:
             polled, full = feed.poll(BATCH_RECORDS, self.pools)
             for pool_name, record in polled:
                 records[pool_name].append(record)
+                if isinstance(record, EngineSample):
+                    self._engine_notes[pool_name].take(record)
             more = more or full
         drained = True
         for name, pool in self.pools.items():
@@ -274,7 +286,8 @@ class Daemon:
 
     # --- publishing -----------------------------------------------------------------------------------------------
 
-    def _publish(self) -> None:
+    def publish(self) -> None:
+        """Take the figures of every pool as of now."""
         states = [feed.state for feed in self._feeds]
         self._rejects.tell(states)
         for state in states:
@@ -293,10 +306,17 @@ class Daemon:
             reasons = tuple(stale[number] for number in mine if stale[number])
             self._freshness.tell(name, reasons)
             view = pool.view(tuple(states[number] for number in mine))
-            contrary = contradictions(self._feeds[number].source for number in mine)
+            sources = [self._feeds[number].source for number in mine]
+            contrary = contradictions(sources)
+            notes = [f"Engine configuration: {line}." for line in (*contrary, *capacity_notes(sources))]
+            engines = self._engine_notes[name].engines()
+            notes += self._engine_notes[name].notes() + unmatched_caches(view.caches, view.replicas)
+            if view.power is not None:
+                notes += [f"Source {states[n].name}: {line}." for n in mine for line in self._feeds[n].power_notes]
             views[name] = replace(
                 view,
-                notes=(*view.notes, *(f"Engine configuration: {line}." for line in contrary)),
+                notes=(*view.notes, *notes),
+                engines=engines,
                 engine_contradictions=len(contrary),
                 stale=reasons,
                 warming_up=self._warming_up,

@@ -51,3 +51,8 @@ def told(sources: Iterable[Source]) -> dict[str, bool | int | float | str]:
 def contradictions(sources: Iterable[Source]) -> list[str]:
     """Where engines contradict each other or what the settings file says."""
     return [line for source in sources if isinstance(source, _Teller) for line in source.configs.contradictions()]
+
+
+def capacity_notes(sources: Iterable[Source]) -> list[str]:
+    """Where what engines say of their KV caches had to be made out."""
+    return [line for source in sources if isinstance(source, _Teller) for line in source.configs.notes()]

@@ -9,8 +9,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Final
 
-from connectors.source import LogSource, Source
-from kavier_twin.serve.view import SourceState
+from connectors.source import LogSource, Noting, Source
+from kavier_twin.serve.models import SourceState
 from kavier_twin.telemetry import RequestSeen, TelemetryRecord
 
 log = logging.getLogger(__name__)
@@ -69,6 +69,11 @@ class Feed:
             lag_records=from_log.lag_records if from_log else math.nan,
             lost=dict(from_log.lost()) if from_log else {},
         )
+
+    @property
+    def power_notes(self) -> list[str]:
+        """Why it reads no GPU's power; empty where it does, or is not asked to."""
+        return self.source.power_notes() if isinstance(self.source, Noting) else []
 
     def _refuse(self, pool: str, pools: Collection[str]) -> None:
         self.refused[UNKNOWN_POOL] += 1

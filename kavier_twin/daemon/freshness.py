@@ -10,7 +10,7 @@ from typing import Final
 
 from connectors.source import LogSource
 from kavier_twin.daemon.feed import Feed
-from kavier_twin.serve.view import SourceState
+from kavier_twin.serve.models import SourceState
 
 log = logging.getLogger(__name__)
 

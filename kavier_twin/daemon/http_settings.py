@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Annotated, Final, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from connectors.secret import Secret, SecretPlace
+from connectors.secret import Name, SecretPlace, Settings
 from kavier_twin.serve.access import Access
 from kavier_twin.serve.limits import Limits
 
@@ -17,15 +15,13 @@ DEFAULT_PORT: Final = 9469
 _LIMITS: Final = Limits()
 
 
-class HttpConfig(BaseModel):
+class HttpConfig(Settings):
     """Where metrics, the API and the page are served, and to whom. Port 0 takes a free one.
 
     Without a `token` nobody may change anything or ask what-ifs; without `open_reading` figures need it as well.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    host: Annotated[str, Field(min_length=1)] = DEFAULT_HOST
+    host: Name = DEFAULT_HOST
     """The address to listen on; 0.0.0.0 for all."""
 
     port: Annotated[int, Field(ge=0, le=65535)] = DEFAULT_PORT
@@ -52,26 +48,10 @@ class HttpConfig(BaseModel):
             raise ValueError("open_reading: false needs a token, or nobody could read; give token (env or file)")
         return self
 
-    def with_paths_from(self, directory: Path) -> HttpConfig:
-        """With relative paths counted from `directory`."""
-        if self.token is None or self.token.file is None:
-            return self
-        return self.model_copy(update={"token": SecretPlace(file=directory / self.token.file)})
-
-    def problems(self) -> list[str]:
-        """What is missing on this machine, each as `field: what and the way out`."""
-        place = self.token
-        if place is not None and place.env is not None and not os.environ.get(place.env, "").strip():
-            return [f"token.env: the environment variable {place.env} is not set; set it"]
-        if place is not None and place.file is not None and not place.file.is_file():
-            return [f"token.file: there is no file {place.file}; create it or correct the path"]
-        return []
-
     @property
     def access(self) -> Access:
         """Who may ask for what. The token is read at each request: a file may be renewed while the twin runs."""
-        token = None if self.token is None else Secret(env=self.token.env, file=self.token.file).read
-        return Access(token, self.open_reading)
+        return Access(None if self.token is None else self.token.read, self.open_reading)
 
     @property
     def limits(self) -> Limits:

@@ -15,6 +15,7 @@ from kavier_twin.forecast.forecaster import Forecaster, ForecastSettings
 from kavier_twin.forecast.policy_set import in_force
 from kavier_twin.forecast.result import Forecast
 from kavier_twin.forecast.whatif import WhatIf
+from kavier_twin.mirror.applied import Applied
 from kavier_twin.mirror.calibration.online import Change
 from kavier_twin.mirror.fidelity.cache import CacheWatch
 from kavier_twin.mirror.fidelity.power import PowerWatch
@@ -25,7 +26,7 @@ from kavier_twin.mirror.snapshot import Snapshot
 from kavier_twin.scores.keeper import ScoreKeeper
 from kavier_twin.scores.store import ScoreStore
 from kavier_twin.serve import assemble
-from kavier_twin.serve.view import Outlook, SourceState, SweepCounts, TwinView
+from kavier_twin.serve.models import Outlook, SourceState, SweepCounts, TwinView
 from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.policies import Override, Policy, PolicyError
 from kavier_twin.simulation.settings import COEFFICIENTS, FleetSettings
@@ -38,6 +39,7 @@ Found = TypeVar("Found")
 LIVE_WITHIN_SECONDS: Final = 300.0  # a stream whose newest record is this close to the wall clock is live
 SAMPLES_KEPT: Final = 1_000  # for each pod
 LATE_LOGGED_EVERY_SECONDS: Final = 30.0
+GO_BACK_EVERY_SECONDS: Final = 1.0  # for records that came late
 SAMPLE_SECONDS: Final = 120.0  # for which an engine's last word counts
 
 
@@ -47,7 +49,7 @@ class PoolTwin:
     `event_clock` tells the stream's time now where the source knows it (a replay). Otherwise a stream of unix times
     close to now is live, and time passes without records; any other stream's time follows its records. With
     `from_metrics` the engines' samples are all there is: requests follow their samples. `given` are settings of the
-    engine that hold whatever the engines say.
+    engine that hold whatever the engines say. `clock` gives unix seconds.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class PoolTwin:
         event_clock: Callable[[], float] | None = None,
         notes: Iterable[str] = (),
         score_store: ScoreStore | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         forecast = forecast or ForecastSettings()
         self.fleet = fleet  # as configured
@@ -76,6 +79,7 @@ class PoolTwin:
         self.mirror.beside = self._look_beside
         self._lock = Lock()
         self._event_clock = event_clock
+        self._clock = clock
         self._notes = tuple(notes)
         self._given = frozenset(given)
         self._refused: Mapping[str, Override] = {}
@@ -83,6 +87,7 @@ class PoolTwin:
         self._reported = _EngineSamples()
         self._outlook: Outlook | None = None
         self._live = False
+        self._go_back_at = -math.inf
         self._behind = False
         self._last_record_unix = math.nan
         self._told_calibration = False
@@ -114,14 +119,14 @@ class PoolTwin:
     def ingest(self, records: Sequence[TelemetryRecord], *, more: bool, ended: bool) -> None:
         """Take records in and let the mirror catch up. `more` of them are there now; `ended`: none will ever come."""
         if records:
-            self._last_record_unix = time.time()
+            self._last_record_unix = self._clock()
         with self._lock:
             for record in records:
                 self._take(record)
                 self.scores.read(record)
             if self.metrics:
                 self.metrics.lead(self.mirror)
-            applied = self.mirror.advance()
+            applied = self._advance(more)
             if ended:
                 applied += self.mirror.end()
             self.scores.follow(applied, self.mirror.time_seconds)
@@ -177,7 +182,7 @@ class PoolTwin:
         view = TwinView(
             pool=self.name,
             version=__version__,
-            unix_seconds=time.time(),
+            unix_seconds=self._clock(),
             event_seconds=mirror.time_seconds,
             lag_seconds=lag,
             buffered_records=mirror.buffered,
@@ -190,8 +195,8 @@ class PoolTwin:
             step_time_scale_ratio=mirror.pace,
             frontend_seconds=mirror.frontend_seconds if mirror.calibration else math.nan,
             step_time={name: getattr(settings.step_time, name) for name in COEFFICIENTS},
-            exact_cache_ratio=mirror.fidelity.exact_cache_ratio(),
-            beside=assemble.beside(mirror, self._reported.at(mirror.time_seconds)),
+            exact_cache_ratio=mirror.windows.exact_ratio("prefix_cache_hit_ratio", mirror.time_seconds),
+            gauges=assemble.gauges(mirror, self._reported.at(mirror.time_seconds)),
             replicas=replicas(mirror),
             caches=assemble.caches(self.caches),
             power=assemble.power(self.power, mirror),
@@ -228,6 +233,17 @@ class PoolTwin:
             self.power.take(record)
         self.mirror.ingest(record)
 
+    def _advance(self, more: bool) -> list[Applied]:
+        """Let the mirror catch up. It folds the past again at most once a second, for a third of the time at most, and
+        not while the past is still being read."""
+        began = time.monotonic()
+        go_back = not more and self._clock() >= self._go_back_at
+        again = self.mirror.folded_again
+        applied = self.mirror.advance(None if more else self._event_now(), go_back=go_back)
+        if self.mirror.folded_again > again:
+            self._go_back_at = self._clock() + max(GO_BACK_EVERY_SECONDS, 3.0 * (time.monotonic() - began))
+        return applied
+
     def _look_beside(self, fleet: Fleet) -> None:
         self.caches.follow(fleet, self._replica_of)
         self.power.follow(fleet)
@@ -243,16 +259,14 @@ class PoolTwin:
         now = None if self._behind else self._event_now()
         if now is None or now <= self.mirror.time_seconds:
             return self.mirror
-        present = self.mirror.fork()
-        present.advance(now)
-        return present
+        return self.mirror.present(now)
 
     def _event_now(self) -> float | None:
         if self._event_clock is not None:
             return self._event_clock()
         if self.metrics:  # what happened since the last sample is not known yet
             return None
-        now = time.time()
+        now = self._clock()
         if not self._live and abs(now - self.mirror.newest_seconds) < LIVE_WITHIN_SECONDS:
             self._live = True
             log.info("pool %s: the stream is live: its time is the wall clock's", self.name)
@@ -287,11 +301,11 @@ class PoolTwin:
         if late > self._told_late and time.monotonic() >= self._tell_late_at:
             self._told_late, self._tell_late_at = late, time.monotonic() + LATE_LOGGED_EVERY_SECONDS
             log.warning(
-                "pool %s: %d records so far came after the mirror had passed their time and are left out; set the "
-                "clocks that stamp them alike, or mirror.lateness_seconds above %g",
+                "pool %s: %d records so far came more than %g s late and are left out; set the clocks that stamp them "
+                "alike, or raise mirror.late_seconds",
                 self.name,
                 late,
-                self.mirror.settings.lateness_seconds,
+                self.mirror.settings.late_seconds,
             )
 
     # --- forecasting ----------------------------------------------------------------------------------------------
@@ -305,7 +319,7 @@ class PoolTwin:
             log.info("pool %s: first forecast made in %.1f s", self.name, forecast.duration_seconds or 0.0)
         today = next(policy.name for policy in self.forecaster.settings.policies if not policy.overrides)
         forecast = self.scores.judge(forecast, today, self.mirror.fleet.settings.footprint)
-        self._outlook = assemble.outlook(forecast, time.time(), self._policies)
+        self._outlook = assemble.outlook(forecast, self._clock(), self._policies)
 
 
 class _EngineSamples:

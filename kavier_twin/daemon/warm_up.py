@@ -23,7 +23,7 @@ from kavier_twin.forecast.load_methods import prepare
 from kavier_twin.mirror.mirror import Mirror, MirrorSettings
 from kavier_twin.recordings.recording import read_recording, recorded_engine
 from kavier_twin.recordings.replay_source import ReplaySource
-from kavier_twin.serve.view import Compiling
+from kavier_twin.serve.models import Compiling
 from kavier_twin.simulation.settings import CRUDE_STEP_TIME, FleetSettings
 
 _REQUESTS: Final = 60  # of the shipped recording: enough to calibrate on and to draw scenarios from
@@ -48,7 +48,7 @@ def make_ready() -> None:
     """
     trace, _ = read_recording(None)
     fleet = FleetSettings(engine=recorded_engine(trace), step_time=CRUDE_STEP_TIME)
-    mirror = Mirror(MirrorSettings(lateness_seconds=0.0, calibrate_after_requests=30), fleet)
+    mirror = Mirror(MirrorSettings(ordering_seconds=0.0, calibrate_after_requests=30), fleet)
     source = ReplaySource(trace.records[:_REQUESTS], speed=1e12)
     while not source.exhausted:
         for record in source.poll(10_000):

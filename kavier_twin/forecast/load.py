@@ -16,9 +16,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
 from kavier_twin.forecast.load_methods import (
     DISPERSION_LIMITS,
@@ -33,6 +35,7 @@ from kavier_twin.forecast.load_methods import (
     trend,
 )
 from kavier_twin.mirror.snapshot import COARSE_COUNT_SECONDS, COUNT_SECONDS, Snapshot
+from kavier_twin.simulation.plain import Figure
 
 Floats = npt.NDArray[np.float64]
 
@@ -66,24 +69,31 @@ _PAUSES_AROUND = 50  # on each side that tell the rate a pause belongs to
 
 @dataclass(frozen=True)
 class LoadAhead:
-    """The mean arrival rate over one horizon, requests per second."""
+    """The arrival rate over one horizon, requests per second."""
 
-    horizon_seconds: float
-    mean: float
-    p10: float  # quantiles of the rate at the horizon's end
-    p90: float
-    by_method: dict[str, float]
+    horizon_seconds: Annotated[float, Field(examples=[300])]
+    mean: Annotated[float, Field(examples=[4.2])]
+    p10: Annotated[float, Field(description="Of the rate at the horizon's end.", examples=[3.5])]
+    p90: Annotated[float, Field(description="Of the rate at the horizon's end.", examples=[5.0])]
+    by_method: Annotated[dict[str, float], Field(description="The mean by method.", examples=[{"persistence": 4.0}])]
 
 
 @dataclass(frozen=True)
 class LoadOutlook:
-    """What is shown of a load forecast."""
+    """How the load to come is forecast."""
 
-    method: str  # in use
-    errors: dict[str, float]  # see `LoadForecast`
-    dispersion_ratio: float
-    refitted_seconds: float
-    ahead: tuple[LoadAhead, ...]  # by horizon
+    method: Annotated[str, Field(description="In use: best over the recent past.", examples=["exponential_smoothing"])]
+    errors: Annotated[
+        dict[str, Figure],
+        Field(
+            description="Mean absolute scaled error by method; null: not tried yet.", examples=[{"persistence": 1.1}]
+        ),
+    ]
+    dispersion_ratio: Annotated[
+        float, Field(description="Variance over mean of arrival counts; 1: Poisson.", examples=[1.0])
+    ]
+    refitted_seconds: Annotated[Figure, Field(description="Event time of the last fit.", examples=[1767225600.5])]
+    ahead: Annotated[tuple[LoadAhead, ...], Field(description="By horizon.")]
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from kavier_twin.forecast.load import LoadOutlook
-from kavier_twin.forecast.slo import Metric
-from kavier_twin.simulation.plain import plain
+from kavier_twin.simulation.kpi_table import Metric
+from kavier_twin.simulation.plain import Figure, plain
 
 StopReason = Literal["certain", "time", "all_scenarios"]
 """Why no more scenarios were simulated: the best policy is known, the budget ended, or there were enough."""
@@ -63,15 +65,20 @@ class FailedPolicy:
 
 @dataclass(frozen=True)
 class Gain:
-    """What a policy gains over today's, on the same scenarios.
+    """What a policy gains over today's, on the same scenarios, at the longest horizon."""
 
-    `by_objective`: for "slo" fewer expected breaches, for others the share saved (0.1: a tenth less), at the longest
-    horizon. `probability` that it is truly better in the objective that decides; NaN for today's own.
-    """
-
-    by_objective: dict[str, float]
-    decided_by: str
-    probability: float
+    by_objective: Annotated[
+        dict[str, float],
+        Field(
+            description="Of slo: expected breaches avoided; of the rest: the share saved (0.1: a tenth less).",
+            examples=[{"slo": 1.25, "latency": 0.2}],
+        ),
+    ]
+    decided_by: Annotated[str, Field(description="The objective in which they differ.", examples=["slo"])]
+    probability: Annotated[
+        Figure,
+        Field(description="That it is truly better in that objective; null for today's own.", examples=[0.98]),
+    ]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import os
 from importlib.util import find_spec
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator
 
 from kavier_twin.forecast.policy_set import refuse_doubles, with_today
 from kavier_twin.forecast.slo import DEFAULT_SLOS, Slo
@@ -56,10 +56,10 @@ class ForecastSettings(_Settings):
     horizons_seconds: Annotated[tuple[Seconds, ...], Field(min_length=1)] = (60.0, 300.0, 900.0)
     """How far ahead, each."""
 
-    scenarios: Count = 9
+    scenarios: Count = Field(default=9, validation_alias=AliasChoices("scenarios", "futures"))
     """Scenarios simulated for each policy, at most. Every third follows the trend of the load, for alerts."""
 
-    least_scenarios: Count = 4
+    least_scenarios: Count = Field(default=4, validation_alias=AliasChoices("least_scenarios", "least_futures"))
     """Scenarios simulated before the ranking may end a forecast."""
 
     certainty: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95

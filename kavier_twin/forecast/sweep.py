@@ -20,11 +20,12 @@ from kavier_twin.forecast.restart import begin_restart, needs_restart
 from kavier_twin.forecast.result import FailedPolicy, FirstBreach, Forecast, Quantiles, Row, StopReason, Switch, Verdict
 from kavier_twin.forecast.scenarios import Scenarios, settle_lengths
 from kavier_twin.forecast.settings import ForecastSettings, RollingRestart
-from kavier_twin.forecast.slo import METRICS, Slo
+from kavier_twin.forecast.slo import Slo
 from kavier_twin.forecast.statistics import quantiles, share_interval
 from kavier_twin.forecast.verdict import Ranking, Table, verdict
 from kavier_twin.mirror.snapshot import Snapshot
 from kavier_twin.simulation.fleet import Fleet, Peaks
+from kavier_twin.simulation.kpi_table import METRICS
 from kavier_twin.simulation.kpis import Counters
 from kavier_twin.simulation.policies import Override, Policy, PolicyError, apply_overrides
 from kavier_twin.simulation.settings import FleetSettings

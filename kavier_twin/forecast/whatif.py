@@ -16,9 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from kavier_twin.forecast.executors import Executor, ThreadExecutor
 from kavier_twin.forecast.load import LoadForecast, LoadForecaster
 from kavier_twin.forecast.result import Row
-from kavier_twin.forecast.slo import Metric, Slo
+from kavier_twin.forecast.slo import Slo
 from kavier_twin.forecast.sweep import Task, draw, row_of, simulate, trending
 from kavier_twin.mirror.snapshot import Snapshot
+from kavier_twin.simulation.kpi_table import Metric
 from kavier_twin.simulation.policies import Override, apply_overrides, hypothetical_reasons, vllm_flags
 
 Floats = npt.NDArray[np.float64]

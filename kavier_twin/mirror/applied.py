@@ -26,7 +26,10 @@ class Ended(NamedTuple):
 
 
 class GivenUp(NamedTuple):
-    """No record of its end came, so the mirror ended the request. All figures are simulated; NaN: never reached."""
+    """No record of its end came, so the mirror gave the request up.
+
+    Its length is drawn from recent ones, its times are simulated; NaN: it never got so far.
+    """
 
     id: str
     arrival_seconds: float

@@ -27,7 +27,9 @@ import numpy.typing as npt
 
 from kavier_twin.mirror.calibration.requests import CalibrationError
 from kavier_twin.mirror.calibration.steps import Counted, calibrate_counters
+from kavier_twin.mirror.fidelity.windows import find_score
 from kavier_twin.mirror.mirror import Mirror, MirrorSettings
+from kavier_twin.mirror.phantoms import finished_requests, restarted
 from kavier_twin.simulation.settings import EngineSettings
 from kavier_twin.telemetry import EngineSample, Histogram, RequestFinished, RequestSeen
 
@@ -43,7 +45,6 @@ CALIBRATE_EVERY_SECONDS: Final = 60.0
 _FEW_PROMPTS: Final = 20  # too few to have a mean of their own
 _NEVER: Final = 2**62
 _LONGEST_HOLD_SECONDS: Final = 0.1  # less than beside real ends: these are off by as much as requests lie apart
-_START_TOLERANCE_SECONDS: Final = 1.0  # of two ways to tell when the same process began
 _TAIL_FACTOR: Final = 1.5  # a value above the last limit of a histogram: so many times that limit
 
 
@@ -52,7 +53,9 @@ def mirror_settings(settings: MirrorSettings) -> MirrorSettings:
 
     It is calibrated from outside (`MetricsStream.lead`), and replicas hardly wait for ends that are no real ones.
     """
-    return replace(settings, calibrate_after_requests=_NEVER, longest_hold_seconds=_LONGEST_HOLD_SECONDS)
+    return replace(
+        settings, phantoms=False, calibrate_after_requests=_NEVER, longest_hold_seconds=_LONGEST_HOLD_SECONDS
+    )
 
 
 class MetricsStream:
@@ -111,10 +114,10 @@ class MetricsStream:
             found = calibrate_counters(counted, prior=mirror.settings.prior, floor=mirror.settings.floor)
         except CalibrationError:
             return
-        queue = mirror.fidelity.scores().get("queue_seconds")
-        waited = queue.predicted_mean - queue.observed_mean if queue is not None else 0.0
-        mirror.calibration = replace(found, frontend_seconds=max(0.0, self._outside_seconds() - max(0.0, waited)))
-        mirror.use(found.step_time, mirror.calibration.frontend_seconds)
+        queue = find_score(mirror.scores, "queue_seconds", "mean")
+        waited = queue.predicted - queue.observed if queue is not None else 0.0
+        found = replace(found, frontend_seconds=max(0.0, self._outside_seconds() - max(0.0, waited)))
+        mirror.use(found.step_time, found.frontend_seconds, found)
 
     def _outside_seconds(self) -> float:
         """Mean part of the end-to-end latency that queue, prefill and decode leave, of late; 0 if unknown.
@@ -362,11 +365,24 @@ def _counted(before: EngineSample, after: EngineSample) -> Floats | None:
         risen(getattr(before, name), getattr(after, name)) for name in ("step_tokens", "inter_token_latency_seconds")
     )
     usage = (before.kv_cache_usage_ratio, after.kv_cache_usage_ratio)
-    computed = [sample.prompt_tokens_by_source.get("local_compute") for sample in (before, after)]
-    if steps is None or latency is None or usage[0] is None or usage[1] is None or None in computed:
+    computed = _computed(before, after)
+    if steps is None or latency is None or usage[0] is None or usage[1] is None or computed is None:
         return None
     context = 0.5 * (usage[0] + usage[1])
-    return np.array([steps.count, _rise(computed[0], computed[1]), latency.count, context, latency.sum])
+    return np.array([steps.count, computed, latency.count, context, latency.sum])
+
+
+def _computed(before: EngineSample, after: EngineSample) -> float | None:
+    """Prompt tokens that the engine computed; by the hit ratio where it does not tell, as older versions do not."""
+    told = [sample.prompt_tokens_by_source.get("local_compute") for sample in (before, after)]
+    if None not in told:
+        return _rise(told[0], told[1])
+    if before.prompt_tokens is None or after.prefix_cache_queries_tokens is None:
+        return None
+    queries = _rise(before.prefix_cache_queries_tokens, after.prefix_cache_queries_tokens)
+    hits = _rise(before.prefix_cache_hits_tokens, after.prefix_cache_hits_tokens)
+    hits += _rise(before.external_prefix_cache_hits_tokens, after.external_prefix_cache_hits_tokens)
+    return _rise(before.prompt_tokens, after.prompt_tokens) * (max(0.0, 1.0 - hits / queries) if queries else 1.0)
 
 
 def _inside(sample: EngineSample) -> float | None:
@@ -381,20 +397,3 @@ def _rise(before: float | None, after: float | None) -> float:
 
 def _at(values: Floats | None, place: int) -> float | None:
     return None if values is None else float(values[place])
-
-
-def restarted(before: EngineSample, after: EngineSample) -> bool:
-    """Whether another process counts: it says so, or a counter fell."""
-    if before.started_seconds is not None and after.started_seconds is not None:
-        return abs(after.started_seconds - before.started_seconds) > _START_TOLERANCE_SECONDS
-    counters = ("prompt_tokens", "generation_tokens", "prefix_cache_queries_tokens")
-    pairs = [(getattr(before, name), getattr(after, name)) for name in counters]
-    pairs.append((finished_requests(before), finished_requests(after)))
-    return any(a is not None and b is not None and b < a for a, b in pairs)
-
-
-def finished_requests(sample: EngineSample) -> float | None:
-    """Requests that left, whatever the reason."""
-    if sample.requests_finished_by_reason:
-        return sum(sample.requests_finished_by_reason.values())
-    return sample.e2e_seconds.count if sample.e2e_seconds else None

@@ -44,6 +44,8 @@ class Simulated(NamedTuple):
     first_token: float
     generated_tokens: int
     cached_tokens: int | None  # None before it was scheduled
+    prefill_work: tuple[float, ...] = ()  # once it is over, as `state.OUTCOME` has both
+    decode_work: tuple[float, ...] = ()
 
 
 class Lengths:
@@ -86,10 +88,17 @@ class Lengths:
         lost = (
             1.0 if self._late_ratio > LATE_RATIO else self._lost_count / max(self._ended_count + self._lost_count, 1.0)
         )
-        draw = zlib.crc32(identity.encode()) / 2**32  # the same in every process
+        draw = _draw(identity)
         longer = draw * lost / (1.0 - draw * (1.0 - lost))  # the S at which this request is given up
         place = int((1.0 - longer) * len(self._sorted))
         return self._sorted[place] if place < len(self._sorted) else self._limit_tokens
+
+    def drawn_tokens(self, identity: str) -> int | None:
+        """The length of a recent request, drawn for this one: what it is taken to have had once it is given up.
+
+        Never more than it was held for, and distributed as all lengths are; None: too little is known.
+        """
+        return self._sorted[int((1.0 - _draw(identity)) * len(self._sorted))] if self._sorted else None
 
     def ended(self, output_tokens: int, *, late: bool) -> None:
         """A request ended and its record came."""
@@ -124,3 +133,8 @@ class Lengths:
         self._lost_count += lost
         if self._ended_count + self._lost_count > _COUNTED:
             self._ended_count, self._lost_count = self._ended_count / 2.0, self._lost_count / 2.0
+
+
+def _draw(identity: str) -> float:
+    """In (0, 1], the same in every process."""
+    return (1 + zlib.crc32(identity.encode())) / 2**32

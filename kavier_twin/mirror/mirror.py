@@ -1,671 +1,399 @@
-"""The mirror: one pool's fleet, simulated in step with the stream of its requests.
+"""The mirror: one pool's fleet, simulated in step with all that is known to have happened to it.
 
-A request seen is pushed into the simulated fleet, held: only its finish record ends it. What the simulation said until
-then (TTFT, end, queue, prefix hits) is scored against the record before the record corrects the simulation, so every
-error is that of a prediction. Output lengths are unknown until the end and no decision uses them.
+Every event has its place in a timeline, wherever and however late it comes from. The state is folded over the events
+in order (`fold.Fold`). Forks of it are kept; when an event comes late, the newest fork before it is taken up again and
+folded once more. So the state is a function of the set of events, bit for bit, as long as none is later than
+`late_seconds`. What was predicted first is what is compared with reality (`evidence.Evidence`).
 
-The mirror is a function of the records and their order, bit for bit: no clock moves it. What it looks like now, where
-the last record is some time ago, is seen on a fork.
+The fold stands a moment behind the newest event, so that most events are in order when they are applied. What the
+fleet looks like now is seen on a fork (`present`).
 """
 
 from __future__ import annotations
 
 import math
-import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Final
 
-import numpy as np
-
-from kavier_twin.mirror.applied import Applied, Arrived, Dropped, Ended, GivenUp, Sized
-from kavier_twin.mirror.arrival_counts import RateHistory
-from kavier_twin.mirror.calibration.online import Change, Online, Row
-from kavier_twin.mirror.calibration.requests import MINIMUM_REQUESTS, Calibration, CalibrationError, Observed, calibrate
+from kavier_twin.mirror.applied import Applied
+from kavier_twin.mirror.calibration.online import Change
+from kavier_twin.mirror.calibration.requests import Calibration
+from kavier_twin.mirror.evidence import Evidence
 from kavier_twin.mirror.fidelity.gauges import KEPT_SECONDS, Gauges
-from kavier_twin.mirror.fidelity.requests import Fidelity
-from kavier_twin.mirror.fidelity.trust import DEFAULT_TRUST, Judge, TrustSettings
-from kavier_twin.mirror.fidelity.windows import BUCKET_SECONDS, Windows, WindowScore
-from kavier_twin.mirror.lengths import Lengths, Simulated
-from kavier_twin.mirror.ordering import MAX_JUMP_SECONDS, OrderedStream
-from kavier_twin.mirror.pace import Pace
-from kavier_twin.mirror.pods import Pods, PodSeen
+from kavier_twin.mirror.fidelity.trust import Judge
+from kavier_twin.mirror.fidelity.windows import Windows, WindowScore
+from kavier_twin.mirror.fold import Fold
+from kavier_twin.mirror.fold import MirrorSettings as MirrorSettings
+from kavier_twin.mirror.phantoms import Delays, EngineLoad, between, key_of, requests_inside, take_over
+from kavier_twin.mirror.pods import Pods
 from kavier_twin.mirror.snapshot import Snapshot
-from kavier_twin.simulation.fleet import Fleet, Live
-from kavier_twin.simulation.kernels import replica as replica_kernels
+from kavier_twin.mirror.timeline import Adopted, Fitted, Timeline
+from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.kpis import Counters
 from kavier_twin.simulation.policies import Override, apply_overrides
 from kavier_twin.simulation.settings import FleetSettings, StepTime
-from kavier_twin.simulation.state import FREE, WAITING
-from kavier_twin.simulation.workload import Workload, covered_tokens, make_workload, workload_of
+from kavier_twin.simulation.state import state_bytes
 from kavier_twin.telemetry import (
     CarbonSample,
     EngineSample,
     GpuSample,
     KvEventBatch,
-    RequestFinished,
     RequestRecord,
     RequestSeen,
     TelemetryRecord,
 )
 
-JUDGE_EVERY_SECONDS: Final = 10
-
-
-@dataclass(frozen=True)
-class MirrorSettings:
-    """How a pool is mirrored. Times in seconds of event time."""
-
-    pool: str = "default"
-    lateness_seconds: float = 2.0
-    recent_seconds: float = 1_800.0
-    recent_requests: int = 5_000
-    calibrate_after_requests: int = 100
-    recalibrate_every_requests: int = 50
-    prior: StepTime | None = None  # where calibration stays unless the stream says otherwise (`fit`)
-    floor: StepTime | None = None  # what it cannot go below
-    longest_hold_seconds: float = 0.1  # that a replica waits which was ahead of an end
-    give_up_seconds: float = 3_600.0  # a request without a finish record for so long is dropped
-    pod_silent_seconds: float = 300.0  # a pod of which nothing is heard for so long, while others are, leaves
-    most_replicas: int = 256  # pods beyond are not mirrored, which bounds the memory
-    trust: TrustSettings = DEFAULT_TRUST
-    bucket_seconds: float = BUCKET_SECONDS  # what the last hour is told in
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What is remembered of a request while it is recent."""
-
-    seen: RequestSeen
-    finished: RequestFinished | None = None
+FORK_EVERY_SECONDS: Final = 5
+_KEPT_EVERY_SECONDS: Final = ((30.0, 5.0), (120.0, 15.0), (math.inf, 60.0))  # up to an age, forks of these multiples
+MOST_FORK_BYTES: Final = 512 * 2**20
+FEWEST_FORKS: Final = 3
 
 
 class Mirror:
     """Keeps one pool's fleet in step. Not thread-safe: the daemon serialises calls."""
 
-    def __init__(self, settings: MirrorSettings, fleet: FleetSettings, *, calibrated: bool = False) -> None:
+    def __init__(
+        self,
+        settings: MirrorSettings,
+        fleet: FleetSettings,
+        *,
+        calibrated: bool = False,
+        frontend_seconds: float = 0.0,
+    ) -> None:
         self.settings = settings
-        self.fleet = Fleet(fleet, start_seconds=-math.inf)
-        self.fidelity = Fidelity()
-        self.windows = Windows(settings.bucket_seconds)
-        self.gauges = Gauges()
-        self.judge = Judge(settings.trust)
-        self.scores: tuple[WindowScore, ...] = ()  # as of the last judgement
-        self.calibration: Calibration | None = None
-        self.calibrated = calibrated
-        self.frontend_seconds = 0.0
-        self.ingested: Counter[str] = Counter()  # records by result
-        self.finished = 0
-        # Gets the fleet before its first request and at every second; not that of a fork.
-        self.beside: Callable[[Fleet], None] | None = None
         self.configured = fleet
-        self.pods = Pods(fleet.replicas, settings.pod_silent_seconds, settings.most_replicas)
-        self._stream = OrderedStream(settings.lateness_seconds)
-        self._recent: dict[str, Seen] = {}  # by id, oldest first
-        self._running: dict[str, Live] = {}
-        self._next_index = 0
-        self._lengths = Lengths()
-        self._finished_at_calibration = 0
-        self.calibrated_seconds = math.nan  # event time of the last calibration
-        self.calibration_failures: Counter[str] = Counter()  # by reason
-        self.speed_changes = 0  # jumps of the fleet's speed that calibration met
-        self.last_change: Change | None = None
-        self._online = Online()
-        self._pace = Pace(fleet.step_time)
-        self._arrivals = RateHistory()
-        self._is_fork = False
-        self._applied: list[Applied] = []  # during `advance`
+        self.fold = Fold(settings, fleet, calibrated=calibrated, frontend_seconds=frontend_seconds)
+        self.timeline = Timeline(settings.ordering_seconds)
+        self.evidence = Evidence(settings.bucket_seconds, settings.trust)
+        self.folded_again = 0  # times
+        self.delays = Delays()
+        self._forks: list[tuple[float, Fold]] = [(-math.inf, self.fold.fork())]  # by time, oldest first
+        self._looks_ahead = False
 
     # --- taking records in ----------------------------------------------------------------------------------------
 
     def ingest(self, record: TelemetryRecord) -> None:
         """Take one record in; what became of it is counted in `ingested`."""
+        counts = self.evidence.counts
         if isinstance(record, EngineSample):
-            if record.pod:
-                self._stream.offer_sighting(PodSeen.of(record))
             self.gauges.offer(record)
-        if isinstance(record, EngineSample | GpuSample | KvEventBatch):  # observed beside the simulation
-            self.ingested["accepted"] += 1
-            return
-        if isinstance(record, CarbonSample):
-            self._take_carbon(record)
-            self.ingested["accepted"] += 1
-            return
-        if isinstance(record, RequestRecord):
-            self.ingested.update(self._stream.offer(record.seen()))
+            self._expect(record)
+        if isinstance(record, RequestSeen):
+            self.delays.add(self.timeline.clock_seconds, record.time_seconds)
+        if isinstance(record, EngineSample | CarbonSample):
+            self.timeline.observe(record)
+            counts["accepted"] += 1
+        elif isinstance(record, GpuSample | KvEventBatch):  # observed beside the simulation
+            counts["accepted"] += 1
+        elif isinstance(record, RequestRecord):
+            counts.update(self.timeline.offer(record.seen()))
             finished = record.finished()
             if finished is not None and finished.time_seconds - record.time_seconds > self.settings.give_up_seconds:
-                self.ingested["future_time"] += 1  # it would have been given up by then
+                counts["future_time"] += 1  # it would have been given up by then
             elif finished is not None:
-                self.ingested.update(self._stream.offer(finished, foretold=True))
-            return
-        self.ingested.update(self._stream.offer(record))
+                counts.update(self.timeline.offer(finished, foretold=True))
+        else:
+            counts.update(self.timeline.offer(record))
 
-    def _take_carbon(self, sample: CarbonSample) -> None:
-        """What the grid emits now takes the place of what the settings say, for forecasts from here on."""
-        footprint = self.fleet.settings.footprint
-        if footprint is not None:
-            unix_seconds = footprint.time_zero.timestamp() + sample.time_seconds
-            carbon = footprint.carbon.with_point(unix_seconds, sample.gco2_per_kwh)
-            footprint = footprint.model_copy(update={"carbon": carbon})
-            self.fleet.settings = self.fleet.settings.model_copy(update={"footprint": footprint})
+    def advance(self, now_seconds: float | None = None, *, go_back: bool = True) -> list[Applied]:
+        """Apply what is due. `now_seconds` (event time) lets time pass where no record comes.
 
-    def advance(self, now_seconds: float | None = None) -> list[Applied]:
-        """Process what is due. `now_seconds` (event time) lets time pass where no record comes.
-
-        Returns what was applied, in event order; of a fork, which only looks ahead, nothing.
+        Unless told to `go_back`, events that came late wait for a later call. Returns what was applied.
         """
-        self._applied = []
+        if self._looks_ahead:
+            self._look_ahead_to(self.timeline.watermark_seconds if now_seconds is None else now_seconds)
+            return []
         if now_seconds is not None:
-            self.ingested.update(self._stream.confirm(now_seconds + MAX_JUMP_SECONDS))
-            self._stream.raise_floor(now_seconds - self.settings.lateness_seconds)
-        for event in self._stream.due():
-            self._step_to(event.time_seconds)
-            self._drop_the_lost()
-            if isinstance(event, RequestSeen):
-                self._arrive(event)
-            elif isinstance(event, RequestFinished):
-                self._finish(event)
-            else:
-                self._sight(event)
-            self.pods.leave_the_silent(self.fleet, self.time_seconds)
-        # Only events and the caller's clock move the fleet: where a step is cut must not depend on the order in which
-        # records happened to come, lest it round differently.
-        if now_seconds is not None and math.isfinite(self.time_seconds):
-            self._step_to(self._stream.watermark_seconds)
-            self._drop_the_lost()
-        applied, self._applied = self._applied, []
-        return applied
+            self.evidence.counts.update(self.timeline.pass_to(now_seconds))
+        if go_back and self.timeline.dirty_seconds < math.inf:
+            self._go_back()
+        self._fold_to(self.timeline.watermark_seconds, whole=now_seconds is not None)
+        self._forget()
+        return self.evidence.take_applied()
+
+    def end(self) -> list[Applied]:
+        """Apply all that was taken in: no record will ever come. Returns what was applied."""
+        last = self.timeline.last_seconds
+        if not math.isfinite(last):
+            return []
+        self.evidence.counts.update(self.timeline.confirm())
+        if self.timeline.dirty_seconds < math.inf:
+            self._go_back()
+        self._fold_to(self.timeline.last_seconds, whole=False)
+        return self.evidence.take_applied()
 
     def adopt(self, overrides: Mapping[str, Override]) -> None:
         """The engines turned out to be set so. Raises PolicyError for what cannot be."""
-        settings = apply_overrides(self.fleet.settings, overrides)
+        settings = apply_overrides(self.fold.fleet.settings, overrides)
         if math.isfinite(self.time_seconds):
-            self.fleet.apply(overrides)
-            self._pace.apply(self.fleet)
+            self.timeline.put(Adopted(self.time_seconds, dict(overrides)))
+            self._fold_to(self.time_seconds, whole=False)
         else:
-            self.fleet = Fleet(settings, start_seconds=-math.inf)
+            self.fold.fleet = Fleet(settings, start_seconds=-math.inf)
+            self._forks = [(-math.inf, self.fold.fork())]
 
-    def end(self) -> list[Applied]:
-        """Process all that was taken in: no record will ever come. Returns what was applied."""
-        last, lateness = self._stream.last_seconds, self.settings.lateness_seconds
-        if not math.isfinite(last):
-            return []
-        now = last + lateness
-        return self.advance(now if now - lateness >= last else math.nextafter(now, math.inf))
+    def use(self, step_time: StepTime, frontend_seconds: float, calibration: Calibration | None = None) -> None:
+        """Go on with these coefficients, which were fitted outside."""
+        if math.isfinite(self.time_seconds):
+            self.timeline.put(Fitted(self.time_seconds, step_time, frontend_seconds, calibration))
+            self._fold_to(self.time_seconds, whole=False)
+        else:
+            self.fold.calibration = calibration
+            self.fold.use(step_time, frontend_seconds)
+            self._forks = [(-math.inf, self.fold.fork())]
 
     def fork(self) -> Mirror:
-        """A copy that can be moved on to the present without a trace in this one.
-
-        It takes no records in, and does not calibrate.
-        """
+        """A copy that can be moved on to the present without a trace in this one. It takes no records in."""
         twin = copy(self)
-        twin.fleet = self.fleet.fork()
-        twin.fidelity, twin.windows, twin.gauges = self.fidelity.fork(), self.windows.fork(), self.gauges.fork()
-        twin.judge = copy(self.judge)
-        twin.ingested = Counter(self.ingested)
-        twin._stream = self._stream.fork()
-        twin._recent, twin._running = self._recent.copy(), self._running.copy()
-        twin._pace = self._pace.fork()
-        twin._lengths = self._lengths.fork()
-        twin._arrivals = self._arrivals.fork()
-        twin.pods = self.pods.copy()
-        twin._is_fork = True
-        twin.beside = None
+        twin.fold, twin.timeline = self.fold.fork(looks_ahead=True), self.timeline.fork()
+        twin._forks, twin._looks_ahead = [], True
+        return twin
+
+    def present(self, now_seconds: float) -> Mirror:
+        """A fork as of now: with the events that are still waited with."""
+        twin = self.fork()
+        twin.fold.expect(now_seconds, self.delays)
+        twin._look_ahead_to(now_seconds)
         return twin
 
     # --- what can be seen -----------------------------------------------------------------------------------------
 
     @property
+    def fleet(self) -> Fleet:
+        """The simulated fleet."""
+        return self.fold.fleet
+
+    @property
+    def pods(self) -> Pods:
+        """Which replica stands for which pod."""
+        return self.fold.pods
+
+    @property
     def time_seconds(self) -> float:
         """Event time the mirror stands at; -inf before the first record."""
-        return self.fleet.now_seconds
+        return self.fold.time_seconds
 
     @property
     def newest_seconds(self) -> float:
-        """Event time of the newest record taken in."""
-        return self._stream.newest_seconds
+        """Event time of the newest record of a request taken in."""
+        return self.timeline.newest_seconds
 
     @property
     def buffered(self) -> int:
-        """Records taken in and not yet due."""
-        return self._stream.buffered
+        """Events taken in and not yet applied."""
+        return self.timeline.buffered
+
+    @property
+    def ingested(self) -> Counter[str]:
+        """Records by result."""
+        return self.evidence.counts
+
+    @property
+    def beside(self) -> Callable[[Fleet], None] | None:
+        """Gets the fleet before its first request and at every second."""
+        return self.evidence.beside
+
+    @beside.setter
+    def beside(self, look: Callable[[Fleet], None] | None) -> None:
+        self.evidence.beside = look
+
+    @property
+    def windows(self) -> Windows:
+        """Predictions compared with what was observed, by minute."""
+        return self.evidence.windows
+
+    @property
+    def gauges(self) -> Gauges:
+        """What engines said of themselves beside the mirror."""
+        return self.evidence.gauges
+
+    @property
+    def judge(self) -> Judge:
+        """What is to be trusted."""
+        return self.evidence.judge
+
+    @property
+    def scores(self) -> tuple[WindowScore, ...]:
+        """All errors as of the last judgement."""
+        return self.evidence.scores
+
+    @property
+    def finished(self) -> int:
+        """Requests that ended."""
+        return self.fold.finished
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """The last fit of step times."""
+        return self.fold.calibration
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether step times were fitted or given."""
+        return self.fold.calibrated
+
+    @property
+    def frontend_seconds(self) -> float:
+        """Time from a request's arrival until the engine's scheduler sees it."""
+        return self.fold.frontend_seconds
+
+    @property
+    def calibrated_seconds(self) -> float:
+        """Event time of the last fit."""
+        return self.fold.calibrated_seconds
+
+    @property
+    def calibration_failures(self) -> Mapping[str, int]:
+        """Fits that could not be made, by reason."""
+        failures = self.fold.calibration_failures
+        return {"too_few_latencies": failures} if failures else {}
+
+    @property
+    def speed_changes(self) -> int:
+        """Jumps of the fleet's speed that calibration met."""
+        return self.fold.speed_changes
+
+    @property
+    def last_change(self) -> Change | None:
+        """The last of them."""
+        return self.fold.last_change
 
     @property
     def pace(self) -> float:
         """How much longer the real engine's steps last than the coefficients say (1: as long)."""
-        return self._pace.factor
+        return self.fold.pace.factor
 
     def counters(self) -> Counters:
         """Cumulative counts of the mirrored fleet."""
-        return Counters.of(self.fleet.state, self.fleet.now_seconds)
+        return self.fold.counters()
 
     def load(self) -> tuple[int, int, float]:
         """Running and waiting requests and KV usage (0..1) of the mirrored fleet now."""
-        there = self.fleet.state.replicas["alive"] == 1
-        replicas, engines = self.fleet.state.replicas[there], self.fleet.state.engines[there]
-        usable = int((engines["num_blocks"] - 1).sum())
-        used = usable - int(replicas["free_blocks"].sum())
-        return (
-            int(replicas["running"].sum()),
-            int((replicas["waiting"] + replicas["loading"]).sum()),
-            used / max(usable, 1),
-        )
+        return self.fold.load()
 
     def snapshot(self) -> Snapshot | None:
         """A fork for the forecaster; None before the first record."""
-        if not math.isfinite(self.time_seconds):
-            return None
-        earliest = self.time_seconds - self.settings.recent_seconds
-        recent = [entry for entry in self._recent.values() if entry.seen.time_seconds >= earliest]
-        start = recent[0].seen.time_seconds if recent else self.time_seconds
-        fleet = self.fleet.fork()
-        if self.calibrated:  # the pace is of the last seconds only, and partly the mirror's own noise
-            self._pace.apply(fleet, 1.0)
-        return Snapshot(
-            pool=self.settings.pool,
-            time_seconds=self.time_seconds,
-            fleet=fleet,
-            recent=self._numbered(recent),
-            recent_seconds=min(self.settings.recent_seconds, max(self.time_seconds - start, 1e-9)),
-            frontend_seconds=self.frontend_seconds,
-            calibrated=self.calibrated,
-            arrivals=self._arrivals.until(self.time_seconds),
-            ended_seconds=np.array([e.finished.time_seconds if e.finished else math.nan for e in recent], np.float64),
-        )
+        return self.fold.snapshot()
 
-    def _numbered(self, entries: list[Seen]) -> Workload:
-        """Requests as arrays, live ones with their number in the fleet, the others with numbers below zero."""
-        index = [
-            live.index if (live := self._running.get(entry.seen.id)) is not None else -1 - row
-            for row, entry in enumerate(entries)
-        ]
-        return _workload(entries)._replace(index=np.array(index, np.int64))
+    # --- checkpoints ----------------------------------------------------------------------------------------------
 
-    # --- events ---------------------------------------------------------------------------------------------------
+    def kept_fork(self, most_events: int) -> tuple[float, Fold]:
+        """The oldest kept fork with at most so many events since, or the newest. It must not be changed."""
+        for time_seconds, fold in self._forks:
+            if self.timeline.events_since(time_seconds) <= most_events:
+                return time_seconds, fold
+        return self._forks[-1]
 
-    def _step_to(self, time_seconds: float) -> None:
-        if not math.isfinite(self.fleet.now_seconds):
-            self._start(time_seconds)
-        if time_seconds > self.fleet.now_seconds:
-            last = math.floor(time_seconds)
-            # Of a long silence, as much as gauges are remembered.
-            for second in range(max(math.floor(self.time_seconds), last - KEPT_SECONDS) + 1, last + 1):
-                self._run_to(second)
-                self._look(second)
-            self._run_to(time_seconds)
+    def resume(self, fold: Fold, fork_seconds: float, reached_seconds: float) -> None:
+        """Go on from a kept fork and the restored events since it."""
+        self.fold, self._forks = fold, [(fork_seconds, fold.fork())]
+        self.timeline.go_back(fork_seconds)
+        self._fold_to(reached_seconds, whole=True)
 
-    def _run_to(self, time_seconds: float) -> None:
-        self.fleet.run(time_seconds)
-        self._extend()
+    # --- folding --------------------------------------------------------------------------------------------------
 
-    def _look(self, second: int) -> None:
-        """At every second: gauges beside what engines reported, lengths, and now and then what all errors amount to."""
-        replicas = int(self.fleet.state.replicas["alive"].sum())
-        self._book(Sized(float(second), replicas))
-        self.gauges.record(second, self.load(), replicas)
-        for pair in self.gauges.due(second):
-            self.windows.add(*pair)
-        if self.beside is not None:
-            self.beside(self.fleet)
-        self._look_at_lengths()
-        if second % JUDGE_EVERY_SECONDS == 0:
-            self.scores = self.windows.scores(second)
-            self.judge.judge(self.scores)
-
-    def _start(self, time_seconds: float) -> None:
-        self.fleet = Fleet(self.fleet.settings, start_seconds=time_seconds)
-        if self.beside is not None:
-            self.beside(self.fleet)
-
-    def _extend(self) -> None:
-        """Requests that reached the length assumed for them go on: reality has not ended them."""
-        if not self.fleet.state.replicas["holding"].any():
-            return
-        for live in self.fleet.live():
-            request = self.fleet.state.requests[live.replica, live.slot]
-            if request["tokens"] >= request["prompt"] + request["output"]:
-                self.fleet.set_output(live, 2 * int(request["output"]))
-        self.fleet.state.replicas["hold_until"] = -np.inf
-
-    def _look_at_lengths(self) -> None:
-        """Requests that have run for too long are let go; the others get room in time, so that none has to wait."""
-        for identity, live in list(self._running.items()):
-            if not self._is_there(live):
-                self._drop(identity)
+    def _fold_to(self, until_seconds: float, *, whole: bool) -> None:
+        """Apply the events up to a time, and with `whole` let the whole seconds up to it pass."""
+        made_up = self.fold.made_up
+        while True:
+            entry = self.timeline.due(until_seconds)
+            if made_up and made_up[0][0] <= min(until_seconds, math.inf if entry is None else entry.time_seconds):
+                self._pass_to(made_up[0][0])
+                self.fold.apply_made_up()
                 continue
-            request = self.fleet.state.requests[live.replica, live.slot]
-            generated, limit = int(request["tokens"] - request["prompt"]), self._lengths.limit_tokens(identity)
-            if limit is not None and generated >= limit:
-                self._let_go(identity, live, limit)
-            elif 2 * generated > request["output"]:
-                self.fleet.set_output(live, 2 * int(request["output"]))
+            if entry is None:
+                break
+            self._pass_to(entry.time_seconds)
+            self.timeline.position += 1
+            self.fold.apply(entry, None if self._looks_ahead else self.evidence)
+            event = entry.event
+            if self.settings.phantoms and isinstance(event, EngineSample) and requests_inside(event) is not None:
+                self._follow(event)
+        if whole and math.isfinite(self.time_seconds):
+            self._pass_to(until_seconds)
+        self.timeline.applied(self.time_seconds)
 
-    def _arrive(self, seen: RequestSeen) -> None:
-        self._recent.pop(seen.id, None)  # an id used again
-        self._recent[seen.id] = Seen(seen)
-        self._arrivals.add(seen.time_seconds)
-        if len(self._recent) > self.settings.recent_requests:
-            del self._recent[next(iter(self._recent))]
-        self._next_index += 1
-        replica = self.pods.serve(self.fleet, self.time_seconds, seen.pod) if seen.pod else -1
-        if replica < 0 and seen.pod:
-            self.ingested["too_many_pods"] += 1
-        assumed = self._lengths.assumed_tokens()
-        workload = _arrival(seen, assumed, self._next_index, replica)
-        delivered = workload._replace(delivered=np.maximum(workload.arrival + self.frontend_seconds, self.time_seconds))
-        # The frontend's time passes before the scheduler sees it; events in between have their own turn.
-        replica, slot = map(int, self.fleet.deliver(delivered, 0, 1)[0])
-        if slot >= 0:
-            self._running[seen.id] = Live(self._next_index, replica, slot)
-            self._book(Arrived(seen.id, seen.time_seconds))
+    def _look_ahead_to(self, now_seconds: float) -> None:
+        self.timeline.pass_to(now_seconds)
+        self._fold_to(now_seconds, whole=True)
+        if now_seconds > self.time_seconds > -math.inf:
+            self.fold.run_to(now_seconds)
 
-    def _sight(self, seen: PodSeen) -> None:
-        """A pod's metrics: one that restarted lost its cache and the requests that it had."""
-        restart = self.pods.sighted(self.fleet, seen)
-        if restart is None:
+    def _pass_to(self, time_seconds: float) -> None:
+        """Let the whole seconds up to a time pass."""
+        fold, evidence = self.fold, None if self._looks_ahead else self.evidence
+        if not math.isfinite(fold.time_seconds):
+            fold.start(time_seconds)
+            if evidence is not None:
+                evidence.began(fold.fleet)
+        last = math.floor(time_seconds)
+        second = math.floor(fold.time_seconds) + 1
+        while second <= last:
+            if fold.idle and second < last - KEPT_SECONDS:
+                second = last - KEPT_SECONDS  # of a long silence, as much as gauges are remembered
+            fold.tick(second, evidence)
+            if evidence is not None:
+                evidence.look(second, fold.fleet, fold.load())
+                if second % FORK_EVERY_SECONDS == 0:
+                    self._keep_fork(second)
+            second += 1
+
+    def _follow(self, sample: EngineSample) -> None:
+        """Make up what no record tells of until the engine's next sample, as far as that is there."""
+        fold, engine = self.fold, key_of(sample)
+        before = fold.loads.get(engine)
+        if before is not None and before.made_up_until < sample.time_seconds:
+            recorded = self.timeline.recorded(engine[1], before.last.time_seconds, sample.time_seconds)
+            interval = between(before, sample, recorded, fold.phantoms_of(engine))
+            if not interval.empty:  # the sample was not there yet when the one before it was applied
+                self.timeline.fold_again_from(before.last.time_seconds)
+            take_over(before, sample, interval)
+        load = EngineLoad(sample, fold.live_of(engine)) if before is None else replace(before, last=sample)
+        load.live = fold.live_of(engine)
+        fold.loads[engine] = load
+        following = self.timeline.following(sample)
+        if following is not None:
+            recorded = self.timeline.recorded(engine[1], sample.time_seconds, following.time_seconds)
+            fold.make_up(load, following, recorded)
+
+    def _expect(self, sample: EngineSample) -> None:
+        """Fold again with what a new sample tells of the time since the last one of its engine, if records do not."""
+        engine = key_of(sample)
+        before = self.fold.loads.get(engine)
+        if before is None or not before.made_up_until < sample.time_seconds > before.last.time_seconds:
             return
-        requests = self.fleet.state.requests[restart.replica]
-        names = {live.index: name for name, live in self._running.items() if live.replica == restart.replica}
-        again = [i for i, n in names.items() if requests[self._running[n].slot]["arrival"] >= restart.since_seconds]
-        for live in self.fleet.begin_anew(restart.replica, again):
-            self._running[names.pop(live.index)] = live
-        for name in names.values():
-            self._drop(name)
-        self.ingested["replica_restarted"] += len(names)
+        recorded = self.timeline.recorded(engine[1], before.last.time_seconds, sample.time_seconds)
+        if not between(before, sample, recorded, self.fold.phantoms_of(engine)).empty:
+            self.timeline.fold_again_from(before.last.time_seconds)
 
-    def _is_there(self, live: Live) -> bool:
-        """Whether it runs: one that grew until the cache could not hold it has ended, and its slot is another's."""
-        request = self.fleet.state.requests[live.replica, live.slot]
-        return bool(request["state"] != FREE and request["index"] == live.index)
+    def _go_back(self) -> None:
+        """Fold again from before the earliest event that came late."""
+        dirty = self.timeline.dirty_seconds
+        while len(self._forks) > 1 and self._forks[-1][0] > dirty:
+            self._forks.pop()
+        time_seconds, kept = self._forks[-1]
+        reached = self.time_seconds
+        self.fold = kept.fork()
+        self.timeline.go_back(time_seconds)
+        self.folded_again += 1
+        self._fold_to(reached, whole=True)
 
-    def _finish(self, finished: RequestFinished) -> None:
-        entry = self._recent.get(finished.id)
-        live = self._running.pop(finished.id, None)
-        let_go = self._lengths.came_after_all(finished.id) if live is None else None
-        if live is None and let_go is None and (entry is None or entry.finished is not None):
-            self.ingested["unknown_request"] += 1
-            return
-        self.finished += 1
-        self._book_end(finished, entry, live, let_go)
-        self._lengths.ended(finished.output_tokens, late=finished.time_seconds < self.time_seconds)
-        if entry is not None:
-            self._recent[finished.id] = Seen(entry.seen, finished)
-        if let_go is not None:
-            self.ingested["ended_after_all"] += 1
-            if entry is not None:
-                self._score(entry.seen, finished, let_go)
-            return
-        if live is None or not self._is_there(live):
-            self.ingested["not_simulated"] += 1
-            return
-        self.pods.ended(self.time_seconds, live.replica)
-        if entry is None:  # so long ago that its content is forgotten
-            self.fleet.finish(live, finished.output_tokens, None, 0)
-            self.fleet.collect()
-            return
-        # Without a pod's name the router decided, perhaps not as the real one did.
-        placed = bool(entry.seen.pod) or self.fleet.state.replicas.size == 1
-        self._score(entry.seen, finished, self._simulated(live))
-        self._correct(entry.seen, finished, live, placed=placed)
-        self._pace.apply(self.fleet)
-        self.fleet.collect()
-        self._maybe_calibrate(placed=placed)
+    def _keep_fork(self, second: float) -> None:
+        """Keep a fork, and fewer of the older ones, the oldest as old as events may be late."""
+        kept = [(second, self.fold.fork())]
+        for time, fold in reversed(self._forks):
+            every = next(every for age, every in _KEPT_EVERY_SECONDS if second - time <= age)
+            if not math.isfinite(time) or time % every == 0.0:
+                kept.append((time, fold))
+            if time <= second - self.settings.late_seconds:
+                break
+        most = max(FEWEST_FORKS, MOST_FORK_BYTES // max(1, state_bytes(self.fleet.state)))
+        self._forks = kept[:most][::-1]
 
-    def _book(self, event: Applied) -> None:
-        if not self._is_fork:
-            self._applied.append(event)
-
-    def _book_end(
-        self, finished: RequestFinished, entry: Seen | None, live: Live | None, let_go: Simulated | None
-    ) -> None:
-        """What a record of an end tells; one of a request of which nothing is remembered tells nothing."""
-        if entry is not None:
-            self._book(Ended(entry.seen.time_seconds, entry.seen.prompt_tokens, finished))
-        elif known := let_go or (self._simulated(live) if live is not None and self._is_there(live) else None):
-            self._book(Ended(known.arrival, known.prompt_tokens, finished))
-        else:
-            self._book(Dropped(finished.id))
-
-    def _simulated(self, live: Live) -> Simulated:
-        """What was simulated of a request until now."""
-        request = self.fleet.state.requests[live.replica, live.slot]
-        return Simulated(
-            at=self.time_seconds,
-            arrival=float(request["arrival"]),
-            prompt_tokens=int(request["prompt"]),
-            scheduled=float(request["scheduled"]),
-            first_token=float(request["first_token"]),
-            generated_tokens=int(request["tokens"] - request["prompt"]),
-            cached_tokens=int(request["cached"]) if request["state"] not in (FREE, WAITING) else None,
-        )
-
-    def _score(self, seen: RequestSeen, finished: RequestFinished, simulated: Simulated) -> None:
-        """Predictions as they stood before this record, beside what it says."""
-        arrival, time = simulated.arrival, finished.time_seconds
-        ttft = simulated.first_token - arrival
-        finish = _predicted_finish(simulated, finished.output_tokens)
-        if finished.ttft_seconds is not None:
-            self._pair("ttft_seconds", time, ttft, finished.ttft_seconds)
-        if finished.e2e_seconds is not None:
-            self._pair("e2e_seconds", time, finish - arrival, finished.e2e_seconds)
-        if finished.ttft_seconds is not None and finished.e2e_seconds is not None and finished.output_tokens > 1:
-            decode_seconds = finished.e2e_seconds - finished.ttft_seconds
-            tokens = finished.output_tokens - 1
-            self.windows.add("tpot_seconds", time, (finish - arrival - ttft) / tokens, decode_seconds / tokens)
-        if finished.queue_seconds is not None:
-            self._pair("queue_seconds", time, simulated.scheduled - arrival, finished.queue_seconds)
-        if finished.cached_tokens is not None and simulated.cached_tokens is not None:
-            cached, prompt = simulated.cached_tokens, seen.prompt_tokens
-            self.fidelity.add_cache(cached, finished.cached_tokens, prompt)
-            self.windows.add("prefix_cache_hit_ratio", time, cached, finished.cached_tokens, prompt)
-        self.windows.add_end(finish, time, finished.output_tokens)
-
-    def _pair(self, kpi: str, time_seconds: float, predicted: float, observed: float) -> None:
-        self.fidelity.add(kpi, predicted, observed)
-        self.windows.add(kpi, time_seconds, predicted, observed)
-
-    def _correct(self, seen: RequestSeen, finished: RequestFinished, live: Live, *, placed: bool) -> None:
-        """Pin the end. A simulation that was ahead waits for as long as it was.
-
-        The work of its replica tells of speed where it is `placed` as it really was: other batches tell nothing of it.
-        """
-        request = self.fleet.state.requests[live.replica, live.slot]
-        generated = int(request["tokens"] - request["prompt"])
-        excess = 0.0
-        if generated > finished.output_tokens:
-            excess = (self.time_seconds - float(request["first_token"])) * (1 - finished.output_tokens / generated)
-        chain, covered = None, 0
-        if finished.block_hashes and seen.block_tokens:
-            whole = _whole(seen, finished)
-            chain = workload_of([whole]).chain
-            covered = covered_tokens(whole)
-        outcome = self.fleet.finish(live, finished.output_tokens, chain, covered)
-        if finished.e2e_seconds is not None and finished.ttft_seconds is not None:
-            share = min(1.0, (finished.output_tokens - 1) / max(generated - 1, 1))
-            decode_seconds = finished.e2e_seconds - finished.ttft_seconds
-            work = share * outcome["decode_work"]
-            self._pace.observe(self.time_seconds, decode_seconds, work)
-            wait = float(outcome["scheduled"] - outcome["arrival"]) - self.frontend_seconds
-            if placed:
-                self._learn(
-                    Row(
-                        self.time_seconds,
-                        max(0.0, wait),
-                        finished.ttft_seconds,
-                        decode_seconds,
-                        tuple(outcome["prefill_work"].tolist()),
-                        tuple(work.tolist()),
-                    )
-                )
-        if excess > 0.0:
-            hold_until = self.time_seconds + min(excess, self.settings.longest_hold_seconds)
-            replica_kernels.hold(self.fleet.state, live.replica, hold_until)
-
-    def _drop_the_lost(self) -> None:
-        """Requests whose finish record never came must not fill the fleet for ever."""
-        oldest = self.time_seconds - self.settings.give_up_seconds
-        while self._running:
-            identity, live = next(iter(self._running.items()))
-            if not self._is_there(live):
-                self._drop(identity)
-                continue
-            request = self.fleet.state.requests[live.replica, live.slot]
-            if request["arrival"] > oldest:
-                return
-            self._let_go(identity, live, max(1, int(request["tokens"] - request["prompt"])))
-
-    def _drop(self, identity: str) -> None:
-        """The request is in the fleet no more, and no record tells how it ended."""
-        del self._running[identity]
-        self._book(Dropped(identity))
-
-    def _let_go(self, identity: str, live: Live, output_tokens: int) -> None:
-        """The request ends in the mirror, though no record tells so."""
-        self.ingested["never_finished"] += 1
-        simulated = self._simulated(live)
-        self._lengths.let_go(identity, simulated)
-        times = simulated.arrival, simulated.scheduled, simulated.first_token, self.time_seconds
-        self._book(GivenUp(identity, *times, simulated.prompt_tokens, output_tokens))
-        self.fleet.finish(live, output_tokens, None, 0)
-        self.fleet.collect()
-        del self._running[identity]
-
-    # --- calibration ----------------------------------------------------------------------------------------------
-
-    def _learn(self, row: Row) -> None:
-        """What a request that ended tells of the fleet's speed."""
-        if self._is_fork:
-            return
-        step_time = self.fleet.settings.step_time
-        change = self._online.observe(row, step_time)
-        if change is not None and self.calibration is not None:
-            self._meet(change)
-
-    def _meet(self, change: Change) -> None:
-        """The fleet's speed jumped: all of it is taken to have changed alike until the next fit tells more."""
-        self.speed_changes += 1
-        self.last_change = change
-        step_time = self.fleet.settings.step_time
-        values = change.ratio * step_time.coefficients()
-        if self.settings.floor is not None:
-            values = np.maximum(values, self.settings.floor.coefficients())
-        self.use(step_time.with_coefficients(values), self.frontend_seconds)
-        self._finished_at_calibration = self.finished - self.settings.recalibrate_every_requests + MINIMUM_REQUESTS
-
-    def _maybe_calibrate(self, *, placed: bool) -> None:
-        """The first time from simulations of what came so far, then from what the mirror itself saw.
-
-        Where nobody tells which replica served a request, coefficients that are known are better than any fitted to
-        batches that were not; the pace still follows the fleet as a whole.
-        """
-        if self.calibrated and not placed:
-            return
-        wait = self.settings.recalibrate_every_requests if self.calibration else self.settings.calibrate_after_requests
-        if self._is_fork or self.finished - self._finished_at_calibration < wait:
-            return
-        self._finished_at_calibration = self.finished
-        calibration = self._refit() if self.calibration else self._first_fit()
-        if calibration is not None:
-            self.use(calibration.step_time, calibration.frontend_seconds)
-            self.calibration = calibration
-            self.calibrated_seconds = self.time_seconds
-
-    def _first_fit(self) -> Calibration | None:
-        entries = [entry for entry in self._recent.values() if entry.finished is not None]
-        entries = entries[-self.settings.calibrate_after_requests :]
-        self._online.forget()  # what the mirror saw with a guess of the step times
-        try:
-            return calibrate(
-                self.fleet.settings, _observed(entries), prior=self.settings.prior, floor=self.settings.floor
-            )
-        except CalibrationError:
-            self.calibration_failures["too_few_latencies"] += 1
-            return None
-
-    def _refit(self) -> Calibration | None:
-        found = self._online.fit(self.fleet.settings.step_time, self.frontend_seconds, self.settings.floor)
-        if found is None:
-            self.calibration_failures["too_few_latencies"] += 1
-        return found
-
-    def use(self, step_time: StepTime, frontend_seconds: float) -> None:
-        """Go on with these coefficients."""
-        self.fleet.settings = self.fleet.settings.model_copy(update={"step_time": step_time})
-        self.frontend_seconds = frontend_seconds
-        self.calibrated = True
-        self._pace.follow(step_time)
-        self._pace.apply(self.fleet)
-
-
-def _predicted_finish(simulated: Simulated, output_tokens: int) -> float:
-    """When the simulation would have ended a request of this length, at the pace it gave the request so far."""
-    first, generated = simulated.first_token, simulated.generated_tokens
-    if not math.isfinite(first):
-        return math.nan
-    if generated < 2:
-        return max(first, simulated.at) if output_tokens > 1 else first
-    return first + (output_tokens - 1) * (simulated.at - first) / (generated - 1)
-
-
-def _whole(seen: RequestSeen, finished: RequestFinished) -> RequestRecord:
-    # Only the arrival tells how many tokens a hash stands for.
-    hashes = finished.block_hashes if seen.block_tokens else ()
-    return RequestRecord(
-        id=seen.id,
-        time_seconds=seen.time_seconds,
-        session=seen.session,
-        priority=seen.priority,
-        prompt_tokens=seen.prompt_tokens,
-        output_tokens=finished.output_tokens,
-        block_hashes=hashes or seen.block_hashes,
-        block_tokens=seen.block_tokens,
-        hashes_cover_output=bool(hashes),
-    )
-
-
-def _arrival(seen: RequestSeen, assumed_output: int, index: int, replica: int) -> Workload:
-    """One held request whose output nobody knows yet. `replica` -1: the router decides."""
-    known = min(len(seen.block_hashes) * (seen.block_tokens or 0), seen.prompt_tokens)
-    return make_workload(
-        [seen.time_seconds],
-        seen.prompt_tokens,
-        assumed_output,
-        chain=seen.block_hashes,
-        chain_starts=[0, len(seen.block_hashes)],
-        hash_tokens=seen.block_tokens or 0,
-        covered=known,
-        priority=seen.priority,
-        session=_session(seen, -index),
-        held=1,
-        replica=replica,
-        index=index,
-    )
-
-
-def _session(seen: RequestSeen, without: int) -> int:
-    """The same number for the same session in every process, so that a router keeps its sessions."""
-    return without if seen.session is None else zlib.crc32(seen.session.encode())
-
-
-def _workload(entries: list[Seen]) -> Workload:
-    """Recent requests as arrays; those in flight with an output of 0."""
-    workload = workload_of(
-        [
-            _whole(entry.seen, entry.finished or RequestFinished(id=entry.seen.id, time_seconds=0.0, output_tokens=0))
-            for entry in entries
-        ]
-    )
-    sessions = [_session(entry.seen, -1 - number) for number, entry in enumerate(entries)]
-    return workload._replace(session=np.array(sessions, np.int64))
-
-
-def _observed(entries: list[Seen]) -> Observed:
-    finished = [entry.finished for entry in entries if entry.finished is not None]
-    return Observed(
-        workload=_workload(entries),
-        ttft_seconds=np.array([math.nan if f.ttft_seconds is None else f.ttft_seconds for f in finished]),
-        e2e_seconds=np.array([math.nan if f.e2e_seconds is None else f.e2e_seconds for f in finished]),
-    )
+    def _forget(self) -> None:
+        """What lies before every fork cannot change any more."""
+        for entry in self.timeline.forget(self._forks[0][0]):
+            self.evidence.forgotten(entry)

@@ -1,56 +1,39 @@
-"""A mirror as JSON and arrays, and back: what a checkpoint holds of it."""
+"""A mirror as JSON and arrays, and back: what a checkpoint holds of it.
+
+It holds a kept fork of the fold, and all events since. So the restored mirror can still put events in their place that
+come late.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import astuple
-from typing import Any
+from typing import Any, Final
 
 from kavier_twin.mirror.calibration.online import Change
-from kavier_twin.mirror.calibration.requests import Calibration, Coefficient
+from kavier_twin.mirror.calibration.requests import Calibration
 from kavier_twin.mirror.checkpoint_file import CheckpointError, Saved
-from kavier_twin.mirror.fidelity.windows import WindowScore
-from kavier_twin.mirror.mirror import Mirror, MirrorSettings, Seen
+from kavier_twin.mirror.fold import Fold, Seen
+from kavier_twin.mirror.mirror import Mirror, MirrorSettings
 from kavier_twin.mirror.pace import Pace
 from kavier_twin.simulation.fleet import Fleet, Live
-from kavier_twin.simulation.settings import FleetSettings, StepTime
+from kavier_twin.simulation.settings import FleetSettings
 from kavier_twin.simulation.state import FleetState
 from kavier_twin.telemetry import RequestFinished, RequestSeen
+
+MOST_EVENTS: Final = 20_000  # since the fork: a start folds them again
 
 
 def save(mirror: Mirror) -> Saved:
     """The state after the records taken in so far."""
-    fleet = mirror.fleet
+    time_seconds, fold = mirror.kept_fork(MOST_EVENTS)
     document = {
-        "settings": fleet.settings.model_dump(mode="json"),
         "configured": mirror.configured.model_dump(mode="json"),
-        "pods": mirror.pods.save(),
-        "now_seconds": fleet.now_seconds,
-        "fidelity": mirror.fidelity.save(),
-        "windows": mirror.windows.save(),
-        "gauges": mirror.gauges.save(),
-        "judge": mirror.judge.save(),
-        "scores": [astuple(score) for score in mirror.scores],
-        "calibration": _calibration(mirror.calibration),
-        "calibrated": mirror.calibrated,
-        "frontend_seconds": mirror.frontend_seconds,
-        "ingested": dict(mirror.ingested),
-        "finished": mirror.finished,
-        "stream": mirror._stream.save(),
-        "recent": [_seen(entry) for entry in mirror._recent.values()],
-        "running": [[identity, *live] for identity, live in mirror._running.items()],
-        "next_index": mirror._next_index,
-        "lengths": mirror._lengths.save(),
-        "finished_at_calibration": mirror._finished_at_calibration,
-        "calibrated_seconds": mirror.calibrated_seconds,
-        "calibration_failures": dict(mirror.calibration_failures),
-        "speed_changes": mirror.speed_changes,
-        "last_change": mirror.last_change,
-        "online": mirror._online.save(),
-        "pace": mirror._pace.save(),
-        "arrivals": mirror._arrivals.save(),
+        "fork_seconds": time_seconds,
+        "reached_seconds": mirror.time_seconds,
+        "fold": _save_fold(fold),
+        "timeline": mirror.timeline.save(),
+        "evidence": mirror.evidence.save(),
     }
-    return Saved(document, dict(fleet.state._asdict()))
+    return Saved(document, dict(fold.fleet.state._asdict()))
 
 
 def restore(saved: Saved, settings: MirrorSettings, fleet: FleetSettings) -> Mirror:
@@ -59,41 +42,65 @@ def restore(saved: Saved, settings: MirrorSettings, fleet: FleetSettings) -> Mir
     Step times go on from where calibration had taken them; everything else that is configured must be the same.
     """
     document = saved.document
-    old = FleetSettings.model_validate(document["settings"])
     configured = FleetSettings.model_validate(document["configured"])
     # Step times move with calibration, the footprint with the grid: neither is part of the state.
     same = configured.model_copy(update={"step_time": fleet.step_time, "footprint": fleet.footprint})
     if same != fleet:
         raise CheckpointError("the fleet's settings have changed since")
     mirror = Mirror(settings, fleet)
-    current = old.model_copy(update={"footprint": fleet.footprint})
-    mirror.pods.restore(document["pods"])
-    mirror.fleet = Fleet(current, start_seconds=document["now_seconds"], state=FleetState(**saved.arrays))
-    mirror.fidelity.restore(document["fidelity"])
-    mirror.windows.restore(document["windows"])
-    mirror.gauges.restore(document["gauges"])
-    mirror.judge.restore(document["judge"])
-    mirror.scores = tuple(WindowScore(*score) for score in document["scores"])
-    mirror.calibration = _calibration_of(document["calibration"])
-    mirror.calibrated = document["calibrated"]
-    mirror.frontend_seconds = document["frontend_seconds"]
-    mirror.ingested = Counter(document["ingested"])
-    mirror.finished = document["finished"]
-    mirror._stream.restore(document["stream"])
-    mirror._recent = {entry.seen.id: entry for entry in map(_seen_of, document["recent"])}
-    mirror._running = {identity: Live(*live) for identity, *live in document["running"]}
-    mirror._next_index = document["next_index"]
-    mirror._lengths.restore(document["lengths"])
-    mirror._finished_at_calibration = document["finished_at_calibration"]
-    mirror.calibrated_seconds = document["calibrated_seconds"]
-    mirror.calibration_failures = Counter(document["calibration_failures"])
-    mirror.speed_changes = document["speed_changes"]
-    mirror.last_change = Change(*document["last_change"]) if document["last_change"] else None
-    mirror._online.restore(document["online"])
-    mirror._pace = Pace(current.step_time)
-    mirror._pace.restore(document["pace"])
-    mirror._arrivals.restore(document["arrivals"])
+    fold = _restore_fold(Fold(settings, fleet), document["fold"], FleetState(**saved.arrays), fleet)
+    mirror.timeline.restore(document["timeline"])
+    mirror.evidence.restore(document["evidence"])
+    mirror.resume(fold, document["fork_seconds"], document["reached_seconds"])
     return mirror
+
+
+def _save_fold(fold: Fold) -> dict[str, Any]:
+    return {
+        "settings": fold.fleet.settings.model_dump(mode="json"),
+        "now_seconds": fold.fleet.now_seconds,
+        "pods": fold.pods.save(),
+        "calibration": None if fold.calibration is None else fold.calibration.save(),
+        "calibrated": fold.calibrated,
+        "frontend_seconds": fold.frontend_seconds,
+        "finished": fold.finished,
+        "recent": [_seen(entry) for entry in fold.recent.values()],
+        "running": [[identity, *live] for identity, live in fold.running.items()],
+        "next_index": fold.next_index,
+        "lengths": fold.lengths.save(),
+        "finished_at_calibration": fold.finished_at_calibration,
+        "calibrated_seconds": fold.calibrated_seconds,
+        "calibration_failures": fold.calibration_failures,
+        "speed_changes": fold.speed_changes,
+        "last_change": fold.last_change,
+        "online": fold.online.save(),
+        "pace": fold.pace.save(),
+        "arrivals": fold.arrivals.save(),
+    }
+
+
+def _restore_fold(fold: Fold, saved: dict[str, Any], state: FleetState, fleet: FleetSettings) -> Fold:
+    settings = FleetSettings.model_validate(saved["settings"]).model_copy(update={"footprint": fleet.footprint})
+    fold.fleet = Fleet(settings, start_seconds=saved["now_seconds"], state=state)
+    fold.pods.restore(saved["pods"])
+    fold.calibration = None if saved["calibration"] is None else Calibration.restored(saved["calibration"])
+    fold.calibrated = saved["calibrated"]
+    fold.frontend_seconds = saved["frontend_seconds"]
+    fold.finished = saved["finished"]
+    fold.recent = {entry.seen.id: entry for entry in map(_seen_of, saved["recent"])}
+    fold.running = {identity: Live(*live) for identity, *live in saved["running"]}
+    fold.next_index = saved["next_index"]
+    fold.lengths.restore(saved["lengths"])
+    fold.finished_at_calibration = saved["finished_at_calibration"]
+    fold.calibrated_seconds = saved["calibrated_seconds"]
+    fold.calibration_failures = saved["calibration_failures"]
+    fold.speed_changes = saved["speed_changes"]
+    fold.last_change = Change(*saved["last_change"]) if saved["last_change"] else None
+    fold.online.restore(saved["online"])
+    fold.pace = Pace(settings.step_time)
+    fold.pace.restore(saved["pace"])
+    fold.arrivals.restore(saved["arrivals"])
+    return fold
 
 
 def _seen(entry: Seen) -> list[Any]:
@@ -104,24 +111,3 @@ def _seen(entry: Seen) -> list[Any]:
 def _seen_of(entry: list[Any]) -> Seen:
     seen, finished = entry
     return Seen(RequestSeen.model_validate(seen), RequestFinished.model_validate(finished) if finished else None)
-
-
-def _calibration(calibration: Calibration | None) -> dict[str, Any] | None:
-    if calibration is None:
-        return None
-    return {
-        "step_time": calibration.step_time.model_dump(mode="json"),
-        "frontend_seconds": calibration.frontend_seconds,
-        "requests": calibration.requests,
-        "mean_ttft_ratio": calibration.mean_ttft_ratio,
-        "mean_e2e_ratio": calibration.mean_e2e_ratio,
-        "coefficients": {name: list(found) for name, found in calibration.coefficients.items()},
-    }
-
-
-def _calibration_of(document: dict[str, Any] | None) -> Calibration | None:
-    if document is None:
-        return None
-    coefficients = {name: Coefficient(*found) for name, found in document["coefficients"].items()}
-    step_time = StepTime.model_validate(document["step_time"])
-    return Calibration(**{**document, "step_time": step_time, "coefficients": coefficients})

@@ -1,12 +1,11 @@
-"""Which replica stands for which pod, as pods come, restart, fall silent and go.
+"""Which replica stands for which pod, as pods start, restart, fall silent and stop.
 
 Pods are known from the stream (`RequestSeen.pod`) and from metrics (`EngineSample.pod`); everything happens in event
-time, so the fleet stays a function of the log. Metrics come late: what one says takes effect `METRICS_DELAY_SECONDS`
-after its time, when all that were taken before it have come too.
+time, so the fleet stays a function of the log.
 
 The first pods take the places of the configured replicas; more pods join as new ones. A pod is heard when a request
 reaches or leaves it, and with every sample. One that is silent for `pod_silent_seconds` while the others are heard
-`HEARD_AROUND` times each leaves: it gets no more requests and is gone once those it has have ended. So does a
+`HEARD_AROUND` times each is drained: it gets no more requests and has stopped once those it has have ended. So is a
 configured replica that no pod claims. A pod that restarted begins anew with a cold cache.
 """
 
@@ -20,13 +19,12 @@ from typing import Any, Final, NamedTuple
 from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.telemetry import EngineSample
 
-METRICS_DELAY_SECONDS: Final = 30.0  # twice a usual scrape interval
 HEARD_AROUND: Final = 20  # requests spread evenly miss a pod for so many rounds once in e^20
 RESTART_SECONDS: Final = 5.0  # by which a process's start must differ: nodes' clocks do too
 
 
 class PodSeen(NamedTuple):
-    """What one engine's metrics say of its pod. `time_seconds` is when it takes effect. Unknown numbers are -inf."""
+    """What one engine's metrics say of its pod. Unknown numbers are -inf."""
 
     time_seconds: float
     pod: str
@@ -39,7 +37,7 @@ class PodSeen(NamedTuple):
         """From a sample that names its pod."""
         counters = [count for count in (sample.prompt_tokens, sample.generation_tokens) if count is not None]
         return PodSeen(
-            sample.time_seconds + METRICS_DELAY_SECONDS,
+            sample.time_seconds,
             sample.pod,
             sample.engine,
             -math.inf if sample.started_seconds is None else sample.started_seconds,
@@ -76,7 +74,7 @@ class Pods:
         self._silent_seconds = silent_seconds
         self._most_replicas = most_replicas
         self._pods: OrderedDict[str, _Pod] = OrderedDict()  # the longest silent first
-        self._leaving: dict[str, _Pod] = {}
+        self._draining: dict[str, _Pod] = {}
         self._spare = list(range(configured))  # that no pod has claimed
         self._heard_count = 0
         self._first_named_seconds = math.nan
@@ -84,7 +82,7 @@ class Pods:
 
     def replica_of(self, pod: str, rank: str | None = None) -> int | None:
         """The replica that stands for a pod's engine (its first, unless told otherwise); None for one not known."""
-        found = self._pods.get(pod) or self._leaving.get(pod)
+        found = self._pods.get(pod) or self._draining.get(pod)
         engines = found.engines if found else {}
         return next((engine.replica for known, engine in engines.items() if rank in (None, known)), None)
 
@@ -119,7 +117,7 @@ class Pods:
     def sighted(self, fleet: Fleet, seen: PodSeen) -> Restart | None:
         """Take in what metrics say of a pod. Tells if it restarted."""
         known = self._pods.get(seen.pod)
-        if known and seen.rank in known.engines and known.engines[seen.rank].sampled_seconds >= _taken(seen):
+        if known and seen.rank in known.engines and known.engines[seen.rank].sampled_seconds >= seen.time_seconds:
             return None  # told before
         pod = self._hear(fleet, seen.time_seconds, seen.pod, seen.rank)
         if pod is None:
@@ -137,18 +135,18 @@ class Pods:
         elif math.isfinite(seen.tokens) and seen.tokens < engine.tokens:
             restart = Restart(engine.replica, engine.sampled_seconds)
         engine.started_seconds = max(engine.started_seconds, seen.started_seconds)
-        engine.sampled_seconds = _taken(seen)
+        engine.sampled_seconds = seen.time_seconds
         engine.tokens = seen.tokens
         return restart
 
-    def leave_the_silent(self, fleet: Fleet, time_seconds: float) -> None:
-        """Let go of pods that are silent while others are heard, and forget those that are gone."""
+    def drain_the_silent(self, fleet: Fleet, time_seconds: float) -> None:
+        """Drain pods that are silent while others are heard, and forget those that have stopped."""
         around = HEARD_AROUND * len(self._pods)
         while self._pods:
             name, pod = next(iter(self._pods.items()))
             if self._heard_count - pod.heard_count < around or self._spoke_within(time_seconds, pod.heard_seconds):
                 break
-            self._leaving[name] = self._pods.pop(name)
+            self._draining[name] = self._pods.pop(name)
             for engine in pod.engines.values():
                 fleet.dismiss(engine.replica)
         if (
@@ -159,9 +157,9 @@ class Pods:
             for replica in self._spare:
                 fleet.dismiss(replica)
             self._spare = []
-        for name in [name for name, pod in self._leaving.items() if fleet.are_gone(_replicas(pod))]:
-            for replica in _replicas(self._leaving.pop(name)):
-                del self._pod_of[replica]
+        if self._draining:
+            fleet.retire()
+            self._forget_the_stopped(fleet)
 
     def copy(self) -> Pods:
         """An independent one."""
@@ -173,7 +171,7 @@ class Pods:
         """As JSON types."""
         return {
             "pods": [[name, asdict(pod)] for name, pod in self._pods.items()],
-            "leaving": [[name, asdict(pod)] for name, pod in self._leaving.items()],
+            "draining": [[name, asdict(pod)] for name, pod in self._draining.items()],
             "spare": list(self._spare),
             "heard_count": self._heard_count,
             "first_named_seconds": self._first_named_seconds,
@@ -182,13 +180,22 @@ class Pods:
     def restore(self, saved: dict[str, Any]) -> None:
         """What `save` gave."""
         self._pods = OrderedDict((name, _pod_of(pod)) for name, pod in saved["pods"])
-        self._leaving = {name: _pod_of(pod) for name, pod in saved["leaving"]}
+        self._draining = {name: _pod_of(pod) for name, pod in saved["draining"]}
         self._spare = list(saved["spare"])
         self._heard_count = saved["heard_count"]
         self._first_named_seconds = saved["first_named_seconds"]
         self._pod_of = {
-            replica: name for name, pod in [*self._pods.items(), *self._leaving.items()] for replica in _replicas(pod)
+            replica: name for name, pod in [*self._pods.items(), *self._draining.items()] for replica in _replicas(pod)
         }
+
+    def _forget_the_stopped(self, fleet: Fleet) -> None:
+        """Engines whose replicas have stopped: each place may be another pod's by the time its own speaks again."""
+        for name, pod in list(self._draining.items()):
+            for rank, engine in list(pod.engines.items()):
+                if not fleet.has(engine.replica):
+                    del pod.engines[rank], self._pod_of[engine.replica]
+            if not pod.engines:
+                del self._draining[name]
 
     def _spoke_within(self, time_seconds: float, heard_seconds: float) -> bool:
         return not time_seconds - heard_seconds > self._silent_seconds
@@ -196,8 +203,10 @@ class Pods:
     def _hear(self, fleet: Fleet, time_seconds: float, name: str, rank: str) -> _Pod | None:
         """The pod, which joins if it is new. None where there are too many."""
         pod = self._pods.get(name)
-        if pod is None and name in self._leaving:
-            pod = self._pods[name] = self._leaving.pop(name)
+        if self._draining:
+            self._forget_the_stopped(fleet)
+        if pod is None and name in self._draining:
+            pod = self._pods[name] = self._draining.pop(name)
             for replica in _replicas(pod):
                 fleet.recall(replica)
         if pod is None:
@@ -226,10 +235,6 @@ class Pods:
         pod.engines[rank] = _Engine(replica)
         self._pod_of[replica] = name
         return True
-
-
-def _taken(seen: PodSeen) -> float:
-    return seen.time_seconds - METRICS_DELAY_SECONDS
 
 
 def _replicas(pod: _Pod) -> list[int]:

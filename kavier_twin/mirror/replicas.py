@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import numpy as np
+from pydantic import Field
 
 from kavier_twin.mirror.mirror import Mirror
 from kavier_twin.simulation import state as layout
+from kavier_twin.simulation.plain import Figure
+from kavier_twin.simulation.replica_state import ReplicaState, replica_state
 from kavier_twin.simulation.state import FleetState
 
 REQUESTS_SHOWN: Final = 256  # of a replica, in its own order
@@ -23,47 +26,47 @@ _STATES: Final = {
 
 @dataclass(frozen=True)
 class Replica:
-    """One replica now; counters since it joined."""
+    """A mirrored replica; counters since it joined."""
 
-    replica: int
-    pod: str  # that it stands for; empty where none has claimed it
-    state: str  # serving, draining
-    requests_running: int
-    requests_waiting: int
-    kv_cache_usage_ratio: float
-    prefix_cache_hit_ratio: float  # NaN before its first request
-    requests_finished: int
-    output_tokens: int
-    preemptions: int
+    replica: Annotated[int, Field(examples=[0])]
+    pod: Annotated[str, Field(description="That it stands for; empty: none has claimed it.", examples=["vllm-0"])]
+    state: Annotated[ReplicaState, Field(examples=["ready"])]
+    requests_running: Annotated[int, Field(examples=[12])]
+    requests_waiting: Annotated[int, Field(examples=[3])]
+    kv_cache_usage_ratio: Annotated[Figure, Field(examples=[0.71])]
+    prefix_cache_hit_ratio: Annotated[Figure, Field(description="Null: no request yet.", examples=[0.44])]
+    requests_finished: Annotated[int, Field(examples=[1830])]
+    output_tokens: Annotated[int, Field(examples=[240113])]
+    preemptions: Annotated[int, Field(examples=[0])]
 
 
 @dataclass(frozen=True)
 class LiveRequest:
     """A request in a replica."""
 
-    state: str  # prefill, decode, waiting, preempted, loading
-    age_seconds: float
-    prompt_tokens: int
-    output_tokens: int  # so far
-    cached_tokens: int  # prefix hits at its admission
-    blocks: int
-    preemptions: int
+    state: Annotated[str, Field(description="prefill, decode, waiting, preempted or loading.", examples=["decode"])]
+    age_seconds: Annotated[float, Field(examples=[1.25])]
+    prompt_tokens: Annotated[int, Field(examples=[812])]
+    output_tokens: Annotated[int, Field(description="So far.", examples=[57])]
+    cached_tokens: Annotated[int, Field(description="Prefix hits at its admission.", examples=[512])]
+    blocks: Annotated[int, Field(examples=[28])]
+    preemptions: Annotated[int, Field(examples=[0])]
 
 
 @dataclass(frozen=True)
 class ReplicaDetail:
-    """A replica with its cache and its batch. Blocks without the null block, as vLLM counts what it can use."""
+    """A mirrored replica with its cache and its batch."""
 
     summary: Replica
-    block_tokens: int
-    blocks: int
-    blocks_in_use: int
-    blocks_cached: int  # not in use, their content can still be found
-    blocks_empty: int
-    evictions: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    requests: tuple[LiveRequest, ...]  # running first, then waiting, as the engine orders them; the first 256
+    block_tokens: Annotated[int, Field(description="Tokens of a block.", examples=[16])]
+    blocks: Annotated[int, Field(description="Without vLLM's null block.", examples=[2999])]
+    blocks_in_use: Annotated[int, Field(description="Held by requests.", examples=[2130])]
+    blocks_cached: Annotated[int, Field(description="Not held; their content can still be found.", examples=[869])]
+    blocks_empty: Annotated[int, Field(examples=[0])]
+    evictions: Annotated[int, Field(description="Blocks that lost their content since it joined.", examples=[14031])]
+    max_num_seqs: Annotated[int, Field(examples=[256])]
+    max_num_batched_tokens: Annotated[int, Field(examples=[8192])]
+    requests: Annotated[tuple[LiveRequest, ...], Field(description="Running first, then waiting; the first 256.")]
 
 
 def replicas(mirror: Mirror) -> tuple[Replica, ...]:
@@ -103,7 +106,7 @@ def _replica(mirror: Mirror, number: int) -> Replica:
     return Replica(
         replica=number,
         pod=mirror.pods.name_of(number),
-        state="draining" if replica["leaving"] or not replica["accepting"] else "serving",
+        state=replica_state(replica),
         requests_running=int(replica["running"]),
         requests_waiting=int(replica["waiting"] + replica["loading"]),
         kv_cache_usage_ratio=(usable - int(replica["free_blocks"])) / usable,

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from connectors.traces import Trace, TraceError, read_trace
 from connectors.traces.table import RequestTable
-from kavier_twin.errors import UserError
+from kavier_twin.errors import UserError, problems_of
 from kavier_twin.hardware.fleet_file import FleetFile, Hardware, fleet_with_carbon_read, with_carbon_read
 from kavier_twin.hardware.roofline import step_time
 from kavier_twin.mirror.calibration.requests import (
@@ -226,5 +226,5 @@ def _checked(model: type[Model], values: Any, where: str) -> Model:
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
-        problems = [f"  {'.'.join(map(str, e['loc'])) or '(top)'}: {e['msg']}" for e in error.errors()]
-        raise UserError("\n".join([f"{where}: {len(problems)} problem(s)", *problems])) from None
+        problems = problems_of(error, known=lambda place: model.model_fields if len(place) == 1 else ())
+        raise UserError("\n  ".join([f"{where}: {len(problems)} problem(s)", *problems])) from None

@@ -1,10 +1,9 @@
 """What really happened, as the KPIs that a forecast foresees.
 
 Requests come from what the mirror applied, in event order; which of them are live is the mirror's to say. `measure`
-gives the KPIs of a stretch of time by the definitions of `forecast.measure`: a latency counts where its interval ended,
-and what is still under way at the end counts with its age where that raises the quantile. A request that the mirror
-gave up, as its end record never came, counts in rates and means of load with the mirror's figures, and in no latency:
-nobody observed one. What requests do not tell comes from `readings` of engines and GPUs.
+gives the KPIs of a stretch of time by the definitions of `simulation.request_kpis`, which forecasts follow too. A
+request that the mirror gave up, as its end record never came, counts in rates and means of load with the mirror's
+figures, and in no latency: nobody observed one. What requests do not tell comes from `readings` of engines and GPUs.
 """
 
 from __future__ import annotations
@@ -16,12 +15,11 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kavier_twin.forecast.kpis import quantile_with_ages
-from kavier_twin.forecast.rows import Rows
-from kavier_twin.forecast.slo import Metric
-from kavier_twin.scores.readings import Observed, Readings
+from kavier_twin.scores.readings import Observed, Readings, Rows
 from kavier_twin.simulation.footprint import Footprint
+from kavier_twin.simulation.kpi_table import Metric
 from kavier_twin.simulation.power import JOULES_PER_KWH
+from kavier_twin.simulation.request_kpis import Requests, latency_kpis, load_kpis
 
 Floats = npt.NDArray[np.float64]
 
@@ -74,7 +72,7 @@ class Reality:
 
     def give_up(self, identity: str, assumed: Outcome) -> None:
         """A request is taken to have ended so, without a record."""
-        del self._live[identity]
+        self._live.pop(identity, None)
         self._given_up[identity] = assumed
 
     def drop(self, identity: str) -> None:
@@ -110,10 +108,18 @@ class Reality:
         self._rows = Rows.of(arrays["requests"])
         self.readings.restore(document["readings"], arrays)
 
-    def complete(self, until_seconds: float) -> bool:
-        """Whether every request that arrived until then is over, and engines were read since: nothing changes."""
+    def complete(self, until_seconds: float, patience_seconds: float = 0.0) -> bool:
+        """Whether every request that arrived until then is over, and engines were read since: nothing changes.
+
+        A request that was given up may still turn out to have been a long one: its record has `patience_seconds` to
+        come after all.
+        """
+        waits = any(
+            one.arrival <= until_seconds and self.until_seconds < one.finish + patience_seconds
+            for one in self._given_up.values()
+        )
         known = self.until_seconds >= until_seconds and all(arrival > until_seconds for arrival in self._live.values())
-        return known and self.readings.complete(until_seconds)
+        return known and not waits and self.readings.complete(until_seconds)
 
     def measure(
         self, start_seconds: float, stop_seconds: float, footprint: Footprint | None = None
@@ -126,48 +132,25 @@ class Reality:
         rows = _touching(self._rows.values, start_seconds, stop_seconds)
         assumed = np.array(list(self._given_up.values())).reshape(-1, len(Outcome._fields))
         everything = np.concatenate([rows, _touching(assumed, start_seconds, stop_seconds)])
-        arrival, scheduled, first, finish, prompt, output, cached = rows.T
         live = np.array([time for time in self._live.values() if time <= stop_seconds])
         seconds = max(stop_seconds - start_seconds, 1e-12)
-
-        def until(event: Floats, also_live: Floats) -> tuple[Floats, Floats]:
-            told = np.isfinite(event)
-            came = told & (event > start_seconds) & (event <= stop_seconds)
-            ages = stop_seconds - np.concatenate([arrival[told & (event > stop_seconds)], also_live])
-            return (event - arrival)[came], ages
-
-        none = np.zeros(0)
-        ttft, e2e = until(first, none), until(finish, live)
-        tpot = _tpot(first, finish, output, start_seconds, stop_seconds)
-        found: dict[Metric, float] = {
-            "ttft_p50_seconds": quantile_with_ages(*ttft, 0.50),
-            "ttft_p99_seconds": quantile_with_ages(*ttft, 0.99),
-            "tpot_p99_seconds": quantile_with_ages(tpot, none, 0.99),
-            "e2e_p95_seconds": quantile_with_ages(*e2e, 0.95),
-        }
+        found = latency_kpis(_requests(rows, live), start_seconds, stop_seconds)
+        found |= load_kpis(_requests(everything, live), start_seconds, stop_seconds)
+        scheduled, first, prompt, cached = rows[:, 1], rows[:, 2], rows[:, 4], rows[:, 6]
         told = np.isfinite(cached)
         if told.any():
             began = np.where(np.isfinite(scheduled), scheduled, first)
             inside = told & (began > start_seconds) & (began <= stop_seconds)
             asked = float(prompt[inside].sum())
             found["prefix_cache_hit_ratio"] = float(cached[inside].sum()) / asked if asked else math.nan
-        if np.isfinite(scheduled).any():
-            found["queue_p95_seconds"] = quantile_with_ages(*until(scheduled, none), 0.95)
-        told_waits = rows.size and np.isfinite(scheduled).all()
-        arrival, scheduled, first, finish, prompt, output, _ = everything.T
-        ended = (finish > start_seconds) & (finish <= stop_seconds)
-        found["requests_per_second"] = float(ended.sum()) / seconds
-        tokens = output * _share(first, finish, start_seconds, stop_seconds)
-        found["output_tokens_per_second"] = float(tokens.sum()) / seconds
-        if told_waits:
-            found["waiting_mean"] = _overlap(arrival, scheduled, start_seconds, stop_seconds) / seconds
-            found["running_mean"] = _overlap(scheduled, finish, start_seconds, stop_seconds) / seconds
         read = self.readings.measure(start_seconds, stop_seconds)
         found = {**read.kpis, **found}
         if footprint is not None:
+            first, finish, prompt = everything[:, 2], everything[:, 3], everything[:, 4]
             began = np.where(np.isfinite(first), first, finish)
             prompts = float(prompt[(began > start_seconds) & (began <= stop_seconds)].sum())
-            found |= _impact(footprint, read, start_seconds, stop_seconds, prompts + float(tokens.sum()))
+            tokens = prompts + seconds * found["output_tokens_per_second"]
+            found |= _impact(footprint, read, start_seconds, stop_seconds, tokens)
         return found
 
 
@@ -176,11 +159,19 @@ def _touching(rows: Floats, start: float, stop: float) -> Floats:
     return rows[(rows[:, 0] <= stop) & (rows[:, 3] > start)]
 
 
-def _tpot(first: Floats, finish: Floats, output: Floats, start: float, stop: float) -> Floats:
-    """Seconds per output token after the first, of each request that ended in between and had several."""
-    told = np.isfinite(first) & (output > 1.0) & (finish > start) & (finish <= stop)
-    found: Floats = (finish - first)[told] / (output - 1.0)[told]
-    return found
+def _requests(rows: Floats, live: Floats) -> Requests:
+    """Ended requests, and the arrivals of those of which nothing else is known."""
+    unknown, never = np.full(live.size, np.nan), np.full(live.size, np.inf)
+    arrival, scheduled, first_token, finish, _, output, _ = rows.T
+    arrival = np.concatenate([arrival, live])
+    return Requests(
+        arrival,
+        arrival,
+        np.concatenate([scheduled, unknown]),
+        np.concatenate([first_token, unknown]),
+        np.concatenate([finish, never]),
+        np.concatenate([output, unknown]),
+    )
 
 
 def _impact(footprint: Footprint, read: Observed, start: float, stop: float, tokens: float) -> dict[Metric, float]:
@@ -191,25 +182,10 @@ def _impact(footprint: Footprint, read: Observed, start: float, stop: float, tok
         zero = footprint.time_zero.timestamp()
         joules = footprint.pue * read.watts * (stop - start)
         grams = footprint.carbon.mean_gco2_per_kwh(zero + start, zero + stop) * joules / JOULES_PER_KWH
-        found["power_mean_watts"] = footprint.pue * read.watts
+        found["power_watts"] = footprint.pue * read.watts
         found["energy_joules_per_million_tokens"] = joules / millions
         found["carbon_grams_per_million_tokens"] = grams / millions
     if footprint.price_per_gpu_hour is not None and not math.isnan(read.replicas):
         gpu_hours = footprint.gpus_per_replica * read.replicas * (stop - start) / 3600.0
         found["cost_per_million_tokens"] = footprint.price_per_gpu_hour * gpu_hours / millions
     return found
-
-
-def _share(begin: Floats, end: Floats, start: float, stop: float) -> Floats:
-    """How much of each interval lies in (start, stop]; one without length lies where it ends."""
-    begin = np.where(np.isfinite(begin), begin, end)
-    length = end - begin
-    inside = np.minimum(end, stop) - np.maximum(begin, start)
-    point = ((end > start) & (end <= stop)).astype(np.float64)
-    return np.where(length > 0.0, np.clip(inside / np.where(length > 0.0, length, 1.0), 0.0, 1.0), point)
-
-
-def _overlap(begin: Floats, end: Floats, start: float, stop: float) -> float:
-    """Seconds of all intervals in (start, stop] together."""
-    told = np.isfinite(begin) & np.isfinite(end)
-    return float(np.maximum(np.minimum(end[told], stop) - np.maximum(begin[told], start), 0.0).sum())

@@ -15,13 +15,13 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kavier_twin.forecast.rows import Rows
-from kavier_twin.forecast.slo import Metric
+from kavier_twin.simulation.kpi_table import GAUGES, KPIS, RATIO, Metric, share
 
 Floats = npt.NDArray[np.float64]
 
 LONGEST_GAP_SECONDS: Final = 90.0  # three of the longest scrape intervals that are common
 LEAST_KNOWN: Final = 0.8
+_FIRST_ROWS: Final = 64
 
 
 class EngineReading(NamedTuple):
@@ -124,13 +124,13 @@ class Readings:
         kpis: dict[Metric, float] = {}
         engines = _Stretch(self._series[EngineReading].values(), start_seconds, stop_seconds)
         if engines.known:
-            kpis = {
-                "running_mean": engines.gauge(0) / engines.seconds,
-                "waiting_mean": engines.gauge(1) / engines.seconds,
-                "kv_usage_mean_ratio": engines.gauge(2) / engines.known_seconds,
-                "preemptions": engines.risen(0),
-                "itl_p99_seconds": engines.itl_quantile(0.99),
-            }
+            for column, name in enumerate(GAUGES):
+                # The sum over the engines, or of a ratio the mean.
+                seconds = engines.known_seconds if KPIS[name].unit == RATIO else engines.seconds
+                kpis[name] = engines.gauge(column) / seconds
+            kpis["preemptions"] = engines.risen(0)
+            for metric, statistic in KPIS["itl_seconds"].metrics.items():
+                kpis[metric] = engines.itl_quantile(share(statistic))
         kpis = {metric: value for metric, value in kpis.items() if not math.isnan(value)}
         size = _Stretch(self._series[SizeReading].values(), start_seconds, stop_seconds)
         replicas = size.gauge(0) / size.known_seconds if size.known else math.nan
@@ -142,6 +142,50 @@ class Readings:
             counted = gpus.risen(0) / gpus.seconds
             watts = counted if counted > 0.0 else gpus.gauge(0) / gpus.seconds
         return Observed(kpis, watts, replicas)
+
+
+class Rows:
+    """Rows of so many numbers."""
+
+    def __init__(self, width: int) -> None:
+        self._table = np.zeros((_FIRST_ROWS, width))
+        self._count = 0
+
+    @classmethod
+    def of(cls, values: Floats) -> Rows:
+        """These rows."""
+        found = cls(values.shape[1])
+        found._table, found._count = values.copy(), values.shape[0]
+        return found
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def values(self) -> Floats:
+        """[rows, width]; not to be kept beyond the next change."""
+        return self._table[: self._count]
+
+    def append(self, row: Sequence[float]) -> None:
+        """One more at the end."""
+        if self._count == self._table.shape[0]:
+            self._table = np.concatenate([self._table, np.zeros((self._count + _FIRST_ROWS, self._table.shape[1]))])
+        self._table[self._count] = row
+        self._count += 1
+
+    def insert(self, place: int, row: Sequence[float]) -> None:
+        """One more before the row at this place."""
+        self.append(row)
+        self._table[place + 1 : self._count] = self._table[place : self._count - 1].copy()
+        self._table[place] = row
+
+    def keep(self, kept: npt.NDArray[np.bool_]) -> None:
+        """Only those rows."""
+        if kept.all():
+            return
+        found = self.values[kept]
+        spare = np.zeros((max(_FIRST_ROWS, found.shape[0] // 4), found.shape[1]))
+        self._table, self._count = np.concatenate([found, spare]), found.shape[0]
 
 
 class _Series:

@@ -11,17 +11,20 @@ import math
 from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Annotated, Any, Final, NamedTuple, Protocol
 
 import numpy as np
+from pydantic import Field
 
 from kavier_twin.forecast.result import Forecast, Row
-from kavier_twin.forecast.slo import Metric, Slo
+from kavier_twin.forecast.slo import Slo
 from kavier_twin.scores.conformal import Widening
 from kavier_twin.scores.correction import Correction
 from kavier_twin.scores.observed import Floats, Reality
 from kavier_twin.scores.serving import Foretold, interval, movement, served
 from kavier_twin.simulation.footprint import Footprint
+from kavier_twin.simulation.kpi_table import Metric
+from kavier_twin.simulation.plain import Figure
 
 # Of a first breach within the longest horizon: from here on a forecast is an alert, as by
 # deploy/prometheus/kavier-twin.rules.yaml. Chosen for nine of ten breaches to be foreseen and four of five alerts to be
@@ -81,89 +84,117 @@ class Settled(NamedTuple):
     moments: list[Moment]
 
 
+ForecastCount = Annotated[int, Field(examples=[120])]
+HorizonSeconds = Annotated[float, Field(examples=[300])]
+Kpi = Annotated[Metric, Field(examples=["ttft_p99_seconds"])]
+SloName = Annotated[str, Field(examples=["fast"])]
+
+
 @dataclass(frozen=True)
 class KpiScore:
-    """How well one KPI was foreseen over one horizon. Errors are means of absolute differences, in the KPI's unit."""
+    """How well one KPI was forecast over one horizon. Errors are mean absolute ones, in the KPI's unit."""
 
-    kpi: Metric
-    horizon_seconds: float
-    forecasts: int
-    error: float  # of the medians as simulated
-    persistence_error: float  # of the forecasts for which persistence is known
-    error_to_persistence_ratio: float  # below 1: better. Of those forecasts only
-    served_error: float  # of the corrected medians
-    served_error_to_persistence_ratio: float
-    coverage_ratio: float  # of the intervals as simulated
-    widened_coverage_ratio: float
-    width: float  # mean, as simulated
-    widened_width: float
+    kpi: Kpi
+    horizon_seconds: HorizonSeconds
+    forecasts: Annotated[int, Field(description="Judged.", examples=[120])]
+    error: Annotated[Figure, Field(description="Of the medians as simulated.", examples=[0.08])]
+    persistence_error: Annotated[
+        Figure, Field(description="Of saying that it stays as it was, where that is known.", examples=[0.11])
+    ]
+    error_to_persistence_ratio: Annotated[Figure, Field(description="Below 1 is better.", examples=[0.73])]
+    served_error: Annotated[Figure, Field(description="Of medians corrected by what was observed.", examples=[0.07])]
+    served_error_to_persistence_ratio: Annotated[Figure, Field(examples=[0.64])]
+    coverage_ratio: Annotated[
+        Figure, Field(description="Intervals, as simulated, that held what came.", examples=[0.7])
+    ]
+    widened_coverage_ratio: Annotated[
+        Figure, Field(description="The same, widened by what was observed.", examples=[0.9])
+    ]
+    width: Annotated[Figure, Field(description="Mean, as simulated.", examples=[0.2])]
+    widened_width: Annotated[Figure, Field(examples=[0.4])]
 
 
-class Bin(NamedTuple):
-    """Forecasts with probabilities of about the same size: how often it happened beside how often it was said to."""
+@dataclass(frozen=True)
+class Bin:
+    """Forecasts with breach probabilities of about the same size."""
 
-    lower: float  # end of the bin, a tenth wide
-    forecasts: int
-    probability: float  # mean
-    breached_ratio: float
+    lower: Annotated[float, Field(description="End of the bin, a tenth wide.", examples=[0.3])]
+    forecasts: Annotated[int, Field(examples=[14])]
+    probability: Annotated[float, Field(description="Mean.", examples=[0.34])]
+    breached_ratio: Annotated[float, Field(description="How often it came.", examples=[0.36])]
 
 
 @dataclass(frozen=True)
 class BreachScore:
-    """How true breach probabilities of one objective over one horizon were. Brier: mean squared error, 0 is perfect."""
+    """How true the breach probabilities of one objective over one horizon were."""
 
-    slo: str
-    horizon_seconds: float
-    forecasts: int
-    breached: int
-    brier: float
-    simulated_brier: float  # of the share of scenarios
-    persistence_brier: float  # of saying: as it is now
-    reliability: tuple[Bin, ...]  # ascending, without empty ones
+    slo: SloName
+    horizon_seconds: HorizonSeconds
+    forecasts: ForecastCount
+    breached: Annotated[int, Field(description="Forecasts whose breach came.", examples=[9])]
+    brier: Annotated[Figure, Field(description="Mean squared error, 0 is perfect.", examples=[0.04])]
+    simulated_brier: Annotated[Figure, Field(description="Of the share of scenarios.", examples=[0.05])]
+    persistence_brier: Annotated[Figure, Field(description="Of saying that it stays as it is.", examples=[0.07])]
+    reliability: Annotated[tuple[Bin, ...], Field(description="Ascending, without empty bins.")]
 
 
 @dataclass(frozen=True)
 class AlertScore:
-    """Alerts of one objective beside its breaches. An alert or a breach is one however many forecasts it lasts.
+    """Alerts of one objective compared with its breaches. Either is one however many forecasts it lasts."""
 
-    Precision: alerts that were followed by a breach within the longest horizon, of all. Recall: breaches before which
-    there was an alert, of all. NaN where there was none.
-    """
+    slo: SloName
+    alerts: Annotated[int, Field(examples=[4])]
+    breaches: Annotated[int, Field(examples=[3])]
+    precision: Annotated[
+        Figure, Field(description="Alerts that a breach followed within the longest horizon, of all.", examples=[0.75])
+    ]
+    recall: Annotated[Figure, Field(description="Breaches that an alert came before, of all.", examples=[1.0])]
+    lead_seconds: Annotated[
+        tuple[float, ...], Field(description="From alert to breach, of each.", examples=[[340, 420, 610]])
+    ]
+    median_lead_seconds: Annotated[Figure, Field(examples=[420])]
+    most_lead_seconds: Annotated[
+        tuple[float, ...],
+        Field(
+            description="Of the same breaches: what an alert would give that began right after the breach before.",
+            examples=[[900, 420, 1800]],
+        ),
+    ] = ()
 
-    slo: str
-    alerts: int
-    breaches: int
-    precision: float
-    recall: float
-    lead_seconds: tuple[float, ...]  # of each breach foreseen, from the alert's begin to the breach's
-    median_lead_seconds: float
-    most_lead_seconds: tuple[float, ...] = ()  # of the same: an alert's since the last breach, or the first forecast
 
+@dataclass(frozen=True)
+class Interval:
+    """Of the last forecast: as simulated, and as served: corrected and widened."""
 
-class Interval(NamedTuple):
-    """Of the last forecast: one KPI over one horizon, as simulated and as served, by what was observed before."""
-
-    kpi: Metric
-    horizon_seconds: float
-    low: float
-    median: float
-    high: float
-    wide_low: float
-    served: float
-    wide_high: float
+    kpi: Kpi
+    horizon_seconds: HorizonSeconds
+    low: Annotated[Figure, Field(examples=[0.6])]
+    median: Annotated[Figure, Field(examples=[0.7])]
+    high: Annotated[Figure, Field(examples=[0.8])]
+    wide_low: Annotated[Figure, Field(examples=[0.5])]
+    served: Annotated[Figure, Field(description="The corrected median.", examples=[0.72])]
+    wide_high: Annotated[Figure, Field(examples=[0.9])]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """All that is known of how good a pool's forecasts are."""
+    """How good a pool's forecasts have been."""
 
     kpis: tuple[KpiScore, ...] = ()
     breaches: tuple[BreachScore, ...] = ()
     alerts: tuple[AlertScore, ...] = ()
     intervals: tuple[Interval, ...] = ()
-    pending: int = 0  # forecasts whose time has not come, by horizon
-    unscored: Mapping[str, int] = field(default_factory=dict)  # reason -> forecasts that could not be judged
-    unobserved: Mapping[Metric, int] = field(default_factory=dict)  # KPI -> forecasts judged of which nothing told it
+    pending: Annotated[int, Field(description="Forecasts, by horizon, whose time has not come.", examples=[12])] = 0
+    unscored: Annotated[
+        Mapping[str, int], Field(description="Not judged, by reason.", examples=[{"interrupted": 3}])
+    ] = field(default_factory=dict)
+    unobserved: Annotated[
+        Mapping[Metric, int],
+        Field(
+            description="By KPI: forecasts of whose time no telemetry told it, so that it was not judged.",
+            examples=[{"power_watts": 120}],
+        ),
+    ] = field(default_factory=dict)
 
 
 class _Measure(Protocol):
@@ -322,7 +353,7 @@ class Scorer:
                 continue
             now = measure(time - window, time)
             for name, probability in odds.items():
-                if self._slos[name].metric in now:
+                if name in self._slos and self._slos[name].metric in now:
                     breached = self._slos[name].breached(now[self._slos[name].metric])
                     settled.moments.append(Moment(time, name, probability, breached))
         self.remember(settled)
@@ -363,7 +394,7 @@ class Scorer:
     def _known(self, until_seconds: float, now_seconds: float) -> bool:
         if now_seconds < until_seconds:
             return False
-        return now_seconds >= until_seconds + SETTLE_SECONDS or self.reality.complete(until_seconds)
+        return now_seconds >= until_seconds + SETTLE_SECONDS or self.reality.complete(until_seconds, SETTLE_SECONDS)
 
     def _judge(self, one: Foreseen, measure: _Measure, settled: Settled) -> None:
         start, stop = one.time_seconds, one.time_seconds + one.horizon_seconds

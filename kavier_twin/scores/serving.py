@@ -16,9 +16,10 @@ from typing import NamedTuple
 from scipy import special
 
 from kavier_twin.forecast.result import Forecast, Quantiles, Row
-from kavier_twin.forecast.slo import Metric, Slo
+from kavier_twin.forecast.slo import Slo
 from kavier_twin.forecast.statistics import share_interval
 from kavier_twin.scores.conformal import COVERAGE, INTERVAL_END
+from kavier_twin.simulation.kpi_table import Metric
 
 
 class Foretold(NamedTuple):

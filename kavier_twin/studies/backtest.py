@@ -91,12 +91,12 @@ def backtest(
         samples = recorded_samples(scenario.trace)
         fleet = fleet.model_copy(update={"step_time": CRUDE_STEP_TIME})
         settings = MirrorSettings(
-            lateness_seconds=0.0,
+            ordering_seconds=0.0,
             calibrate_after_requests=_CALIBRATE_AFTER,
             recalibrate_every_requests=_CALIBRATE_EVERY,
         )
     else:
-        settings = MirrorSettings(lateness_seconds=0.0, calibrate_after_requests=sys.maxsize)  # the engine is known
+        settings = MirrorSettings(ordering_seconds=0.0, calibrate_after_requests=sys.maxsize)  # the engine is known
         shaped = reshaped(records, shape) if shape else records
         records, readings = simulated_reality(shaped, fleet, scenario.frontend_seconds)
     first, last = (records[0].time_seconds, records[-1].time_seconds) if records else (0.0, 0.0)
@@ -105,9 +105,8 @@ def backtest(
             f"{scenario.trace.path}: {last - first:g} s of requests are too short for a horizon of "
             f"{min(forecast.horizons_seconds):g} s; give shorter --horizons"
         )
-    mirror = Mirror(settings, fleet, calibrated=not measured)
-    if not measured:
-        mirror.frontend_seconds = scenario.frontend_seconds
+    frontend_seconds = 0.0 if measured else scenario.frontend_seconds
+    mirror = Mirror(settings, fleet, calibrated=not measured, frontend_seconds=frontend_seconds)
     forecaster = Forecaster(forecast.model_copy(update={"policies": (Policy(name=TODAY),), "slos": tuple(slos)}))
     scorer = Scorer(slos)
     now = first + min(warm_up_seconds, 0.25 * (last - first))

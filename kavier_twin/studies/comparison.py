@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import yaml
 from pydantic import ValidationError
 
-from kavier_twin.errors import UserError
+from kavier_twin.errors import UserError, problems_of
 from kavier_twin.forecast.executors import ThreadExecutor
-from kavier_twin.simulation.fleet import simulate
 from kavier_twin.simulation.impact import impact_of_run
 from kavier_twin.simulation.kpis import Counters, Kpis, kpis
 from kavier_twin.simulation.policies import (
@@ -24,6 +24,7 @@ from kavier_twin.simulation.policies import (
     hypothetical_reasons,
     vllm_flags,
 )
+from kavier_twin.simulation.runs import simulate
 from kavier_twin.simulation.settings import FleetSettings
 from kavier_twin.simulation.workload import Workload
 
@@ -104,6 +105,7 @@ def _measure(settings: FleetSettings, workload: Workload) -> Kpis:
         None,
         Counters.of(fleet.state, fleet.now_seconds),
         start_seconds=start,
+        frontend_seconds=float(np.min(workload.delivered - workload.arrival)),
         impact=impact_of_run(fleet, start),
     )
 
@@ -111,7 +113,7 @@ def _measure(settings: FleetSettings, workload: Workload) -> Kpis:
 def _point(factor: float, settings: FleetSettings, result: Kpis) -> Point:
     engine = settings.engine
     tokens = (engine.num_gpu_blocks - 1) * engine.block_size
-    return Point(factor, engine.num_gpu_blocks, tokens, result.cache_hit_ratio, result.rejected)
+    return Point(factor, engine.num_gpu_blocks, tokens, result.cache_hit_ratio, result.requests_rejected)
 
 
 # --- the file of policies -----------------------------------------------------------------------------------------
@@ -134,7 +136,7 @@ def read_policies(path: Path, base: FleetSettings) -> tuple[Policy, ...]:
         try:
             policy = Policy.model_validate(entry)
         except ValidationError as error:
-            problems += [f"{where}: {_field(e['loc'])}: {e['msg']}" for e in error.errors()]
+            problems += [f"{where}: {problem}" for problem in problems_of(error, _field)]
             continue
         where += f" ({policy.name})"
         if any(policy.name == other.name for other in policies):

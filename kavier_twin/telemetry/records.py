@@ -216,6 +216,18 @@ class EngineSample(Record):
     request_prompt_tokens: Histogram | None = None
     request_generation_tokens: Histogram | None = None
     step_tokens: Histogram | None = None  # one observation for every engine step that put out tokens
+    sleep_state: dict[str, Amount] = {}  # 1 under the state that the engine is in: awake, weights_offloaded, ...
+    spec_decode_drafts: Amount | None = None
+    spec_decode_draft_tokens: Amount | None = None
+    spec_decode_accepted_tokens: Amount | None = None
+    kv_offload_load_bytes: Amount | None = None  # from the host tier to the GPU
+    kv_offload_load_seconds: Amount | None = None
+    kv_offload_store_bytes: Amount | None = None
+    kv_offload_store_seconds: Amount | None = None
+    kv_block_lifetime_seconds: Histogram | None = None  # of a sample of the blocks, from allocation to eviction
+    kv_block_idle_before_evict_seconds: Histogram | None = None
+    kv_block_reuse_gap_seconds: Histogram | None = None
+    vllm_version: str | None = None
 
 
 class GpuSample(Record):

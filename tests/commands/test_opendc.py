@@ -43,7 +43,7 @@ def test_fragments_of_a_task_sum_to_its_duration(run: tuple) -> None:
 def test_a_task_is_a_request_that_was_served(run: tuple) -> None:
     document, lines, tasks, _ = run
     served = {line["index"]: line for line in lines if line["finish_seconds"] is not None}
-    assert 0 < document["rejected"] == len(lines) - len(served)
+    assert 0 < document["requests_rejected"] == len(lines) - len(served)
     assert {task["id"] for task in tasks} == set(served)
     for task in tasks:
         line = served[task["id"]]

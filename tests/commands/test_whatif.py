@@ -92,7 +92,7 @@ def test_refusals_are_told(
     ("given", "says"),
     [
         (["--policy", "nonsense"], "expected NAME=VALUE"),
-        (["--load", "0"], "--load: Input should be greater than 0"),
+        (["--load", "0"], "--load: is 0.0; it should be greater than 0"),
         (["--token-file", "/nowhere"], "--token-file /nowhere: cannot be read"),
         (["--url", "not a url"], "correct --url"),
     ],

@@ -15,10 +15,10 @@ import pytest
 
 from connectors.prometheus.http import Access
 from connectors.prometheus.source import PrometheusSource, Selection
-from connectors.secret import Secret
+from connectors.secret import SecretPlace
 from connectors.traces import read_trace
 from connectors.traces.recording import read_metrics
-from kavier_twin.mirror.from_metrics import finished_requests
+from kavier_twin.mirror.phantoms import finished_requests
 from kavier_twin.telemetry import EngineSample, GpuSample, RequestRecord, TelemetryRecord
 from prometheus_server import Pages, RealPrometheus, openmetrics
 from real_parts import openssl
@@ -222,7 +222,7 @@ def test_behind_tls_and_a_password(tmp_path: Path, scrapes: list[tuple[float, st
     url = server.url.replace("http:", "https:")
     (tmp_path / "password").write_text("open sesame\n")
     (tmp_path / "wrong").write_text("open barley")
-    right, wrong = Secret(file=tmp_path / "password"), Secret(file=tmp_path / "wrong")
+    right, wrong = SecretPlace(file=tmp_path / "password"), SecretPlace(file=tmp_path / "wrong")
     past = time.time() - scrapes[0][0] + 60.0
 
     def source(access: Access) -> PrometheusSource:

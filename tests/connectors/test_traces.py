@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from connectors.traces import FORMATS, Trace, TraceError, base, read_trace
-from connectors.traces.recording import read_kv_events, read_metrics, read_steps, token_times
+from connectors.traces.recording import read_kv_events, read_metrics, read_steps
 from kavier_twin.telemetry import CarbonSample, EngineSample, RequestFinished, RequestRecord, RequestSeen
 
 MOONCAKE = {"timestamp": 1500, "input_length": 1000, "output_length": 5, "hash_ids": [7, 8]}
@@ -282,14 +282,12 @@ def test_llmservingsim(tmp_path: Path) -> None:
 
 
 def test_side_files_of_a_recording(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write(tmp_path / "requests.jsonl", RECORDING, "{", RECORDING | {"id": "x", "token_times": [True]})
     write(tmp_path / "steps.jsonl.gz", {"step": 0}, {"step": 1})
     write(tmp_path / "metrics.jsonl.gz", {"t": 5.0, "text": "a 1"}, {"t": "5", "text": "a"}, {"t": 6, "text": 3})
     write(tmp_path / "kv_events.jsonl.gz", {"seq": 0})
-    assert token_times(tmp_path) == {"s0-0": [1.25, 1.5, 2.0]}
-    assert "2 malformed lines left out, the first is line 2" in caplog.text
     assert read_steps(tmp_path / "steps.jsonl.gz") == [{"step": 0}, {"step": 1}]
     assert list(read_metrics(tmp_path)) == [(5.0, "a 1")]
+    assert "2 malformed lines left out, the first is line 2" in caplog.text
     assert list(read_kv_events(tmp_path)) == [{"seq": 0}]
     (tmp_path / "steps.jsonl.gz").unlink()
     with pytest.raises(TraceError, match=r"expected a recording's steps\.jsonl"):
@@ -646,8 +644,6 @@ def test_real_recordings(shared_data: Path) -> None:
         trace = read_trace(directory)
         assert trace.format == "recording"
         assert (len(trace.records), trace.rejected_count) == (trace.settings["requests"], 0)
-        times = token_times(directory)
-        assert times.keys() == {record.id for record in trace.records}
         assert all(record.e2e_seconds is not None for record in trace.records)
         assert read_steps(directory)
         assert all("vllm:" in text for _, text in read_metrics(directory))

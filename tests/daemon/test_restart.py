@@ -78,7 +78,7 @@ def last_state(directory: Path) -> tuple[str, dict]:
         digest.update(saved.arrays[name].tobytes())
     document = saved.document["pools"]["default"]["mirror"]
     return digest.hexdigest(), {
-        name: document[name] for name in ("ingested", "finished", "fidelity", "calibration", "pace")
+        name: document[name] for name in ("ingested", "finished", "windows", "calibration", "pace")
     }
 
 

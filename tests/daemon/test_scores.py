@@ -26,7 +26,7 @@ from kavier_twin.scores.keeper import ScoreKeeper
 from kavier_twin.scores.scorer import Settled
 from kavier_twin.scores.store import KEEP_SECONDS, ScoreStore, read_judged
 from kavier_twin.serve.metrics.exporter import registry_of
-from kavier_twin.serve.view import TwinView
+from kavier_twin.serve.models import TwinView
 from kavier_twin.simulation.footprint import Footprint, PowerModel
 from kavier_twin.telemetry import EngineSample, GpuSample, RequestFinished
 
@@ -119,6 +119,22 @@ def test_an_older_checkpoint_undoes_what_was_judged_since(tmp_path: Path) -> Non
     assert again.scores == keeper.scores
 
 
+def test_objectives_and_horizons_may_change_at_a_restart(tmp_path: Path) -> None:
+    """Open forecasts of an objective that is gone are scored without it."""
+    path = tmp_path / "scores.sqlite3"
+    keeper = ScoreKeeper("chat", SETTINGS, ScoreStore(path))
+    go_on(keeper, 0, 150)
+    other = SETTINGS.model_copy(update={"slos": (Slo(name="other", metric="e2e_p95_seconds", threshold=1.0),)})
+    again = ScoreKeeper("chat", other, ScoreStore(path))
+    again.resume(1, as_read(keeper.save(1)))
+    for second in range(150, 300):
+        again.follow(request(second), second + 1.0)
+    quantiles = {0.05: 1.0, 0.5: 1.1, 0.95: 1.2}
+    again.judge(forecast_of(300.0, row("today", 45.0, quantiles, 0.0)), "today")
+    assert again.scores.kpis[0].forecasts == 15
+    assert {score.slo for score in again.scores.breaches} == {"slow"}  # from before
+
+
 def test_a_pool_that_begins_anew_keeps_what_was_judged(tmp_path: Path) -> None:
     """Also at the next restart, from a checkpoint whose number is lower than that which the rows were written for."""
     path = tmp_path / "scores.sqlite3"
@@ -197,7 +213,7 @@ def test_metrics_show_both_intervals() -> None:
             # Said to be 1.3 to 1.4: never so. Widened intervals learn it.
             keeper.judge(forecast(float(second), 1.35, 0.7), "today")
     registry = registry_of(lambda: {"chat": TwinView(pool="chat", version="", unix_seconds=0.0, scores=keeper.scores)})
-    of = {"pool": "chat", "kpi": "e2e_p95_seconds", "horizon": "30"}
+    of = {"pool": "chat", "kpi": "e2e_seconds", "statistic": "p95", "horizon": "30"}
 
     def value(name: str, **labels: str) -> float | None:
         return registry.get_sample_value(f"kavier_twin_{name}", {**of, **labels})
@@ -245,7 +261,7 @@ def test_intervals_come_from_the_policy_in_force() -> None:
 def test_engines_and_gpus_judge_what_requests_do_not_tell(tmp_path: Path) -> None:
     """Also across a restart; and what nothing tells is told as not observed."""
     keeper = ScoreKeeper("chat", SETTINGS, ScoreStore(tmp_path / "scores.sqlite3"))
-    kpis = {"kv_usage_mean_ratio": 0.3, "power_mean_watts": 640.0, "itl_p99_seconds": 0.02}
+    kpis = {"kv_cache_usage_ratio": 0.3, "power_watts": 640.0, "itl_p99_seconds": 0.02}
     for second in range(300):
         keeper.follow(request(second), second + 1.0)
         if second % 15 == 0:
@@ -261,7 +277,7 @@ def test_engines_and_gpus_judge_what_requests_do_not_tell(tmp_path: Path) -> Non
         if second == 150:
             keeper = resumed(tmp_path / "scores.sqlite3", 1, keeper.save(1))
     scores = {score.kpi: score for score in keeper.scores.kpis if score.horizon_seconds == 30.0}
-    assert scores["kv_usage_mean_ratio"].error == pytest.approx(0.05)
-    assert scores["power_mean_watts"].error == pytest.approx(640.0 - 1.54 * 400.0)
-    assert scores["kv_usage_mean_ratio"].forecasts == scores["e2e_p95_seconds"].forecasts  # none lost in the restart
+    assert scores["kv_cache_usage_ratio"].error == pytest.approx(0.05)
+    assert scores["power_watts"].error == pytest.approx(640.0 - 1.54 * 400.0)
+    assert scores["kv_cache_usage_ratio"].forecasts == scores["e2e_p95_seconds"].forecasts  # none lost in the restart
     assert keeper.scores.unobserved == {"itl_p99_seconds": keeper.scores.unobserved["itl_p99_seconds"]}

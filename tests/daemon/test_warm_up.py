@@ -10,10 +10,10 @@ from types import ModuleType
 
 import pytest
 
-from connectors.memory import MemorySource
 from daemon.test_daemon import events, get, recorded, running, until
 from kavier_twin.daemon import warm_up
 from kavier_twin.daemon.warm_up import compiled, remove_old_caches
+from memory_source import MemorySource
 
 DAY_SECONDS = 86_400.0
 

@@ -15,8 +15,9 @@ from kavier_twin.forecast.scenarios import Scenarios
 from kavier_twin.forecast.sweep import Scenario, draw
 from kavier_twin.mirror.snapshot import Snapshot
 from kavier_twin.simulation.closed_loop import simulate_sessions
-from kavier_twin.simulation.fleet import Fleet, simulate
+from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.policies import Override
+from kavier_twin.simulation.runs import simulate
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
 from kavier_twin.simulation.state import FREE, Records
 from kavier_twin.simulation.turns import Turns

@@ -53,7 +53,7 @@ def test_horizons_are_put_in_order() -> None:
         ({"workers": 0}, "greater than or equal to 1"),
         ({"policies": ({"name": "a", "overrides": {"max_num_seqs": 1}},)}, "without overrides"),
         ({"policies": ({"name": "a"}, {"name": "a"})}, "more than once: a"),
-        ({"slos": ({"name": "a", "metric": "running_mean", "threshold": 1},) * 2}, "more than once: a"),
+        ({"slos": ({"name": "a", "metric": "requests_running", "threshold": 1},) * 2}, "more than once: a"),
         ({"recent": 1}, "Extra inputs"),
     ],
 )

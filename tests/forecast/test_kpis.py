@@ -29,10 +29,10 @@ def test_a_request_on_its_own() -> None:
     assert kpis["itl_p99_seconds"] == pytest.approx(step, rel=0.02)
     assert kpis["queue_p95_seconds"] == 0.0
     assert kpis["prefix_cache_hit_ratio"] == 0.0
-    assert kpis["running_mean"] == pytest.approx(kpis["e2e_p95_seconds"] / 10.0)
+    assert kpis["requests_running"] == pytest.approx(kpis["e2e_p95_seconds"] / 10.0)
     assert kpis["output_tokens_per_second"] == pytest.approx(1.1)
     assert kpis["requests_per_second"] == pytest.approx(0.1)
-    assert kpis["rejected_requests"] == kpis["preemptions"] == 0.0
+    assert kpis["requests_rejected"] == kpis["preemptions"] == 0.0
 
 
 def test_energy_from_now_to_the_horizon() -> None:
@@ -47,8 +47,8 @@ def test_energy_from_now_to_the_horizon() -> None:
     before = Counters.of(told.state, 20.0)
     told.run(40.0)
     kpis = measure(told, before, told.collect(), 0.0)
-    assert 100.0 < kpis["power_mean_watts"] < 200.0
-    assert kpis["energy_joules_per_million_tokens"] == pytest.approx(20.0 * kpis["power_mean_watts"] * 1e6 / 200)
+    assert 100.0 < kpis["power_watts"] < 200.0
+    assert kpis["energy_joules_per_million_tokens"] == pytest.approx(20.0 * kpis["power_watts"] * 1e6 / 200)
     assert kpis["carbon_grams_per_million_tokens"] == pytest.approx(kpis["energy_joules_per_million_tokens"] / 1e4)
     assert kpis["cost_per_million_tokens"] == pytest.approx(0.02 * 1e6 / 200)
     untold = Fleet(settings.model_copy(update={"footprint": None}))
@@ -56,7 +56,7 @@ def test_energy_from_now_to_the_horizon() -> None:
     before = Counters.of(untold.state, 0.0)
     untold.run(10.0)
     kpis = measure(untold, before, untold.collect(), 0.0)
-    assert np.isnan(kpis["power_mean_watts"])
+    assert np.isnan(kpis["power_watts"])
     assert np.isnan(kpis["cost_per_million_tokens"])
 
 
@@ -109,6 +109,6 @@ def test_refused_requests_have_no_latency_but_are_counted() -> None:
     before = Counters.of(refused.state, 0.0)
     refused.run(5.0)
     kpis = measure(refused, before, refused.collect(), 0.0)
-    assert kpis["rejected_requests"] == 2.0
+    assert kpis["requests_rejected"] == 2.0
     assert np.isnan(kpis["ttft_p50_seconds"])
     assert kpis["requests_per_second"] == 0.0

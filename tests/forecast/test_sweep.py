@@ -14,10 +14,11 @@ from forecast.streams import between, chat_stream, empty_snapshot, fleet_setting
 from kavier_twin.forecast.executors import Cancelled, ThreadExecutor, never
 from kavier_twin.forecast.result import Forecast, Row
 from kavier_twin.forecast.settings import ForecastSettings
-from kavier_twin.forecast.slo import METRICS, Slo
+from kavier_twin.forecast.slo import Slo
 from kavier_twin.forecast.sweep import OutOfTime, sweep, sweep_within, trending
 from kavier_twin.mirror.snapshot import Snapshot
 from kavier_twin.simulation.fleet import Fleet
+from kavier_twin.simulation.kpi_table import METRICS
 from kavier_twin.simulation.policies import DEFAULT_POLICIES, Policy
 from kavier_twin.simulation.workload import Workload
 

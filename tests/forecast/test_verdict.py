@@ -7,9 +7,10 @@ import pytest
 
 from forecast.streams import fleet_settings
 from kavier_twin.forecast.settings import Objective
-from kavier_twin.forecast.slo import METRICS, Slo
+from kavier_twin.forecast.slo import Slo
 from kavier_twin.forecast.sweep import row_of
 from kavier_twin.forecast.verdict import Floats, Ranking, verdict
+from kavier_twin.simulation.kpi_table import METRICS
 from kavier_twin.simulation.policies import Policy
 
 SMALLER = Policy(name="smaller", overrides={"max_num_seqs": 8, "prefix_caching": False})
@@ -23,7 +24,7 @@ def seen(latency: list[float], cost: float = 1.0, rejected: float = 0.0) -> Floa
     values = np.ones((len(latency), HORIZONS, len(METRICS)))
     values[..., METRICS.index("e2e_p95_seconds")] = np.array(latency)[:, None]
     values[..., METRICS.index("cost_per_million_tokens")] = cost
-    values[..., METRICS.index("rejected_requests")] = rejected
+    values[..., METRICS.index("requests_rejected")] = rejected
     return values
 
 

@@ -51,7 +51,7 @@ def test_more_load_is_more_work_and_more_replicas_share_it(snapshot: Snapshot) -
     assert [(case.name, case.load) for case in found.cases] == [("today", 1.0), ("today_at_load", 3.0), ("asked", 3.0)]
     now, loaded, asked = (case.kpis for case in found.cases)
     assert loaded["requests_per_second"].p50 > 2.0 * now["requests_per_second"].p50  # type: ignore[operator]
-    assert loaded["running_mean"].p50 > 2.0 * now["running_mean"].p50  # type: ignore[operator]
+    assert loaded["requests_running"].p50 > 2.0 * now["requests_running"].p50  # type: ignore[operator]
     assert asked["itl_p99_seconds"].p50 < loaded["itl_p99_seconds"].p50  # type: ignore[operator]
     assert not found.deployable
     assert "replicas=2" in found.hypothetical_reasons[0]

@@ -73,7 +73,7 @@ def test_watts_and_gpus_come_from_the_card(tmp_path: Path) -> None:
 def test_no_gpu_no_watts(tmp_path: Path) -> None:
     bare = "engine: {num_gpu_blocks: 77}\nstep_time: {fixed: 0.5}\n"
     assert read_fleet(fleet_file(tmp_path, bare)).footprint is None
-    with pytest.raises(UserError, match=r"footprint\.power: Field required"):
+    with pytest.raises(UserError, match=r"footprint\.power: missing"):
         read_fleet(fleet_file(tmp_path, bare + "footprint: {pue: 1.2}\n"))
 
 
@@ -84,7 +84,7 @@ def test_no_gpu_no_watts(tmp_path: Path) -> None:
         ("{gpu: L4, model: nonsense}", "hardware.model: .*'nonsense'.*config.json"),
         ("{gpu: L4, model: Llama-3.1-8B, tensor_parallel_size: 3}", "hardware: .*32 heads, not a multiple of 3"),
         ("{gpu: RTX 4090, model: Llama-3.1-70B}", "does not fit on 1 x NVIDIA GeForce RTX 4090.*tensor_parallel_size"),
-        ("{gpu: L4}", "hardware.model: Field required"),
+        ("{gpu: L4}", "hardware.model: missing; add it"),
     ],
 )
 def test_mistakes_are_told_at_their_place_and_nothing_else(tmp_path: Path, hardware: str, told: str) -> None:
@@ -132,7 +132,7 @@ def test_the_draw_lies_where_it_was_published() -> None:
         fleet.run(seconds)
         found = impact_of_run(fleet, 0.0)
         assert found is not None
-        return found.power_mean_watts
+        return found.power_watts
 
     assert watts(1, 100, 3_000, 10.0) == pytest.approx(300.0, rel=0.05)
     assert 350.0 < watts(128, 100, 3_000, 10.0) < 600.0

@@ -75,7 +75,7 @@ FLEET = FleetSettings(engine=EngineSettings(num_gpu_blocks=1_000), step_time=Ste
 
 
 def mirror_of(events: list[RequestSeen]) -> Mirror:
-    mirror = Mirror(MirrorSettings(lateness_seconds=0.0), FLEET)
+    mirror = Mirror(MirrorSettings(ordering_seconds=0.0), FLEET)
     for event in events:
         mirror.ingest(event)
     mirror.advance(100.0)
@@ -94,7 +94,7 @@ def test_the_mirror_counts_arrivals_in_event_time_and_forks_apart() -> None:
     snapshot = mirror.snapshot()
     assert snapshot is not None
     assert snapshot.arrivals.fine.tolist() == [1, 1, 0, 0, 0, 0, 0, 0, 0]
-    mirror.fork()._arrivals.add(99.0)
+    mirror.fork().fold.arrivals.add(99.0)
     later = mirror.snapshot()
     assert later is not None
     assert later.arrivals.fine.tolist() == snapshot.arrivals.fine.tolist()

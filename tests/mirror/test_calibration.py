@@ -13,7 +13,7 @@ from kavier_twin.mirror.calibration.requests import (
     single_engine,
     with_frontend,
 )
-from kavier_twin.simulation.fleet import simulate
+from kavier_twin.simulation.runs import simulate
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
 from kavier_twin.simulation.workload import make_workload
 

@@ -62,7 +62,7 @@ def test_stops_and_restarts_leave_no_trace(events: list[RequestSeen | RequestFin
         mirror = mirror_state.restore(saved, SETTINGS, FLEET)
     assert digest(mirror) == digest(whole)
     assert mirror.ingested == whole.ingested
-    assert mirror.fidelity.scores() == whole.fidelity.scores()
+    assert mirror.windows.save() == whole.windows.save()
     assert mirror.calibration == whole.calibration
     assert mirror.pace == whole.pace
     assert len(list(tmp_path.iterdir())) == 3
@@ -73,12 +73,11 @@ def test_looking_at_the_present_leaves_no_trace(events: list[RequestSeen | Reque
     for at in range(0, len(events), 25):
         follow(plain, events[at : at + 25])
         follow(watched, events[at : at + 25])
-        present = watched.fork()
-        present.advance(watched.newest_seconds + 20.0)
+        present = watched.present(watched.newest_seconds + 20.0)
         assert present.time_seconds > watched.time_seconds
         assert present.snapshot() is not None
     assert digest(plain) == digest(watched)
-    assert plain.fidelity.scores() == watched.fidelity.scores()
+    assert plain.windows.save() == watched.windows.save()
     assert plain.ingested == watched.ingested
 
 

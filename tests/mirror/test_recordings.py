@@ -10,7 +10,7 @@ import pytest
 from kavier_twin.mirror.calibration.requests import with_frontend
 from kavier_twin.recordings.pinned import replay_pinned
 from kavier_twin.recordings.scenario import Scenario, load_scenario
-from kavier_twin.simulation.fleet import simulate
+from kavier_twin.simulation.runs import simulate
 
 RECORDINGS = Path(__file__).parents[1] / "data" / "recordings"
 

@@ -32,17 +32,17 @@ def test_gauges_are_integrated_and_summed_over_engines() -> None:
         if time >= 30:
             found.add("b", engine(time, running=4.0))  # joined in the middle
     kpis, _, replicas = found.measure(0.0, 60.0)
-    assert kpis["running_mean"] == pytest.approx(30.0 + 2.0)
-    assert kpis["kv_usage_mean_ratio"] == pytest.approx(0.5)
+    assert kpis["requests_running"] == pytest.approx(30.0 + 2.0)
+    assert kpis["kv_cache_usage_ratio"] == pytest.approx(0.5)
     assert replicas == pytest.approx(1.5)
-    assert found.measure(15.0, 25.0).kpis["running_mean"] == pytest.approx(20.0)
+    assert found.measure(15.0, 25.0).kpis["requests_running"] == pytest.approx(20.0)
 
 
 def test_what_nobody_read_is_not_observed() -> None:
     found = Readings()
     for time in (0.0, 10.0, 20.0, 30.0 + LONGEST_GAP_SECONDS, 40.0 + LONGEST_GAP_SECONDS):
         found.add("a", engine(time))
-    assert "running_mean" in found.measure(0.0, 20.0).kpis
+    assert "requests_running" in found.measure(0.0, 20.0).kpis
     assert found.measure(0.0, 40.0 + LONGEST_GAP_SECONDS).kpis == {}  # silent in between
     assert found.measure(200.0, 300.0).kpis == {}
     nothing = Readings().measure(0.0, 10.0)
@@ -105,11 +105,11 @@ def test_watts_energy_carbon_and_cost_at_the_site() -> None:
         for replica in ("0", "1"):
             reality.readings.add(replica, engine(float(time)))
     kpis = reality.measure(0.0, 100.0, SITE)
-    assert kpis["power_mean_watts"] == pytest.approx(1.5 * 600.0)
+    assert kpis["power_watts"] == pytest.approx(1.5 * 600.0)
     assert kpis["energy_joules_per_million_tokens"] == pytest.approx(9e4 * 100.0)
     assert kpis["carbon_grams_per_million_tokens"] == pytest.approx(9e4 / 1e4 * 100.0)  # 0.1 g a kilojoule
     assert kpis["cost_per_million_tokens"] == pytest.approx(4 * 100.0 * 0.001 * 100.0)
-    assert not {"power_mean_watts", "cost_per_million_tokens"} & reality.measure(0.0, 100.0).keys()
+    assert not {"power_watts", "cost_per_million_tokens"} & reality.measure(0.0, 100.0).keys()
 
 
 def test_without_samples_watts_are_not_observed_and_the_mirror_tells_the_size() -> None:
@@ -118,6 +118,6 @@ def test_without_samples_watts_are_not_observed_and_the_mirror_tells_the_size() 
     for time in range(0, 101, 10):
         reality.readings.add("mirror", SizeReading(float(time), 3.0))
     kpis = reality.measure(0.0, 100.0, SITE)
-    assert "power_mean_watts" not in kpis
+    assert "power_watts" not in kpis
     assert kpis["cost_per_million_tokens"] == pytest.approx(3 * 2 * 0.1 / 111e-6)
     assert kpis["tpot_p99_seconds"] == pytest.approx(0.05)

@@ -62,12 +62,14 @@ def test_a_request_given_up_counts_in_rates_and_in_no_latency() -> None:
     found.arrive("lost", 5.0)
     found.give_up("lost", Outcome(5.0, 5.0, 6.0, 15.0, 100, 90, math.nan))
     assert found.complete(20.0)
+    assert not found.complete(20.0, patience_seconds=120.0)  # a record may still come
     kpis, without = found.measure(0.0, 20.0), reality({float(t): 1.0 for t in range(20)}).measure(0.0, 20.0)
     assert kpis["requests_per_second"] == pytest.approx(without["requests_per_second"] + 1 / 20)
     assert kpis["output_tokens_per_second"] == pytest.approx(without["output_tokens_per_second"] + 90 / 20)
     assert kpis["e2e_p95_seconds"] == without["e2e_p95_seconds"]
     assert kpis["ttft_p99_seconds"] == without["ttft_p99_seconds"]
     found.end("lost", Outcome(5.0, math.nan, 5.1, 6.0, 100, 11, 50))
+    assert found.complete(20.0, patience_seconds=120.0)
     after = found.measure(0.0, 20.0)
     assert after["output_tokens_per_second"] == pytest.approx(without["output_tokens_per_second"] + 11 / 20)
     assert after["requests_per_second"] == kpis["requests_per_second"]
@@ -88,8 +90,8 @@ def test_reality_with_queue_times() -> None:
     found.end("a", Outcome(0.0, 2.0, 3.0, 8.0, 10.0, 5.0, 0.0))
     found.end("b", Outcome(1.0, 4.0, 5.0, 6.0, 10.0, 5.0, 0.0))
     kpis = found.measure(0.0, 10.0)
-    assert kpis["running_mean"] == pytest.approx((6.0 + 2.0) / 10.0)
-    assert kpis["waiting_mean"] == pytest.approx((2.0 + 3.0) / 10.0)
+    assert kpis["requests_running"] == pytest.approx((6.0 + 2.0) / 10.0)
+    assert kpis["requests_waiting"] == pytest.approx((2.0 + 3.0) / 10.0)
 
 
 def test_a_forecast_is_judged_when_its_time_has_come() -> None:

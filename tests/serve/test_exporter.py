@@ -9,16 +9,30 @@ from prometheus_client.openmetrics.exposition import generate_latest as generate
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
 
-from kavier_twin.serve.metrics.exporter import KPIS, registry_of
-from kavier_twin.serve.view import TwinView
+from kavier_twin.scores.scorer import Interval, KpiScore, Scores
+from kavier_twin.serve.metrics.exporter import registry_of
+from kavier_twin.serve.models import TwinView
+from kavier_twin.simulation.kpi_table import KPIS
 from real_parts import promtool
 from serve.views import empty_view, full_view
 
-UNITS = ("seconds", "ratio", "total", "records", "blocks", "requests", "scenarios", "per_second", "info", "watts")
+UNITS = (
+    "seconds",
+    "ratio",
+    "total",
+    "records",
+    "blocks",
+    "replicas",
+    "requests",
+    "scenarios",
+    "per_second",
+    "info",
+    "watts",
+)
 UNITS += ("joules_per_million_tokens", "grams_per_million_tokens", "cost_per_million_tokens")
 # Counts of things in their own unit, and flags.
 WITHOUT_UNIT = ("source_up", "_running", "_waiting", "_preemptions", "_rejected", "_calibrated", "_best_policy")
-WITHOUT_UNIT += ("_trusted", "_stale", "_breaches", "_contradictions")
+WITHOUT_UNIT += ("_trusted", "_stale", "_breaches", "_contradictions", "_notes")
 
 
 def text_of(view: TwinView) -> str:
@@ -103,10 +117,13 @@ def test_energy_carbon_and_cost() -> None:
     assert "kavier_twin_cost_info" not in text_of(replace(view, currency=""))
 
 
-def test_mirrored_beside_observed() -> None:
+def test_mirrored_and_observed() -> None:
     view = full_view()
     assert value(view, "kavier_twin_mirrored_ttft_seconds", statistic="p99") == 1.1
     assert value(view, "kavier_twin_observed_ttft_seconds", statistic="p99") == 1.0
+    assert value(view, "kavier_twin_mirrored_e2e_seconds", statistic="mean") is None  # not in the last five minutes
+    assert value(view, "kavier_twin_mirrored_replicas", state="ready") == 1.0
+    assert value(view, "kavier_twin_mirrored_replicas", state="draining") == 1.0
     assert value(view, "kavier_twin_mirrored_requests_waiting") == 1.0
     assert value(view, "kavier_twin_observed_requests_waiting") is None  # not known: no sample
 
@@ -201,3 +218,15 @@ def test_sweeps_and_what_their_verdict_is_worth() -> None:
     assert value(view, "kavier_twin_best_policy_gain_probability_ratio", **best, switch="yes") == 0.2
     assert value(view, "kavier_twin_best_policy_gain_ratio", **best, switch="no", objective="cost") == -0.1
     assert value(view, "kavier_twin_best_policy_avoided_breaches", **best, switch="yes") == -0.25
+
+
+def test_scores_name_kpis_as_all_other_metrics_do() -> None:
+    kpi = KpiScore("ttft_p99_seconds", 60.0, 40, 0.09, 0.1, 0.9, 0.08, 0.8, 0.6, 0.9, 0.2, 0.4)
+    interval = Interval("requests_waiting", 60.0, 1.0, 2.0, 3.0, 0.5, 2.1, 4.0)
+    view = replace(full_view(), scores=Scores(kpis=(kpi,), intervals=(interval,), unobserved={"power_watts": 7}))
+    ttft = {"kpi": "ttft_seconds", "statistic": "p99"}
+    assert value(view, "kavier_twin_score_forecasts", **ttft, horizon="60") == 40.0
+    assert value(view, "kavier_twin_score_absolute_error", **ttft, horizon="60", method="served") == 0.08
+    waiting = {"kpi": "requests_waiting", "statistic": "", "horizon": "60"}
+    assert value(view, "kavier_twin_prediction_bound", **waiting, interval="widened", bound="median") == 2.1
+    assert value(view, "kavier_twin_score_unobserved_forecasts_total", kpi="power_watts", statistic="") == 7.0

@@ -12,7 +12,7 @@ from kavier_twin.serve.access import Access
 from kavier_twin.serve.app import RefusedError, Twin
 from kavier_twin.serve.http import HttpServer
 from kavier_twin.serve.limits import Limits
-from kavier_twin.serve.view import TwinView
+from kavier_twin.serve.models import TwinView
 from kavier_twin.simulation.policies import DEFAULT_POLICIES, PolicyError, apply_overrides
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
 from serve.views import full_view

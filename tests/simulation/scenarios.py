@@ -372,12 +372,17 @@ class Player:
         self.fleet = Fleet(self.scenario.fleet, stepping=self.stepping)
         self.given = {}
         for switch in self.scenario.switches:
-            if switch.kind == "join":
-                self.fleet.join(switch.time)
-            elif switch.kind == "policy":
-                self.fleet.switch_policy(dict(switch.overrides), switch.time)
-            else:
-                getattr(self.fleet, switch.kind)(switch.replica, switch.time)
+            match switch.kind:
+                case "join":
+                    self.fleet.at(switch.time, Fleet.add)
+                case "policy":
+                    self.fleet.at(switch.time, Fleet.apply, dict(switch.overrides))
+                case "drain":
+                    self.fleet.at(switch.time, Fleet.accept, switch.replica, False)
+                case "leave":
+                    self.fleet.at(switch.time, Fleet.let_go, switch.replica)
+                case _:
+                    self.fleet.at(switch.time, Fleet.crash, switch.replica)
         first = self.scenario.stops[0].time
         rows = self.scenario.rows
         self._later = next((at for at, row in enumerate(rows) if row.arrival >= first), len(rows))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kavier_twin.simulation.fleet import simulate, simulate_parts
+from kavier_twin.simulation.runs import simulate, simulate_parts
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
 from kavier_twin.simulation.workload import make_workload, take_rows
 

@@ -99,7 +99,7 @@ def test_traffic_through_the_tap_and_kafka_is_mirrored_and_its_text_is_nowhere(
 pool: chat
 fleet: {{engine: {{num_gpu_blocks: 300}}}}
 sources: [{{type: kafka, brokers: ["{real_kafka.address}"], topics: [{topic}], start: earliest, group: null}}]
-mirror: {{lateness_seconds: 1}}
+mirror: {{late_seconds: 60}}
 forecast: {{scenarios: 2, horizons_seconds: [5], policies: [{{name: today}}], every_seconds: 1000}}
 http: {{port: 0}}
 """)

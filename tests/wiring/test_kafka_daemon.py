@@ -98,7 +98,7 @@ http: {{port: 0}}
     assert daemon.view.warming_up
     daemon.start()
     try:
-        until(lambda: not daemon.view.not_ready(), "ready")
+        until(lambda: not daemon.view.not_ready, "ready")
         assert daemon.view.finished_requests >= 59
         assert daemon.view.records["accepted"] == 120
         assert daemon.pools["default"].mirror.pods.names() == {0: "vllm-0", 1: "vllm-1", 2: "vllm-2"}

@@ -54,7 +54,7 @@ http: {{port: 0}}
         view = daemon.view
         assert view.source == "metrics"
         assert view.calibrated
-        hits = view.value("prefix_cache_hit_ratio")
+        hits = view.score("prefix_cache_hit_ratio")
         assert hits is not None
         assert abs(hits.error) < 0.01
         assert view.power is not None

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from copy import copy, deepcopy
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -69,6 +70,12 @@ class Online:
         self._rows: deque[Row] = deque(maxlen=KEPT_ROWS)
         self._cusum = Cusum()
 
+    def fork(self) -> Online:
+        """An independent copy."""
+        twin = copy(self)
+        twin._rows, twin._cusum = self._rows.copy(), deepcopy(self._cusum)
+        return twin
+
     def save(self) -> dict[str, Any]:
         """As JSON types."""
         return {"rows": list(self._rows), "cusum": self._cusum.save()}
@@ -78,11 +85,6 @@ class Online:
         for time, wait, ttft, decode, prefill_work, decode_work in saved["rows"]:
             self._rows.append(Row(time, wait, ttft, decode, tuple(prefill_work), tuple(decode_work)))
         self._cusum.restore(saved["cusum"])
-
-    def forget(self) -> None:
-        """Begin anew, as with other coefficients that were not fitted here."""
-        self._rows.clear()
-        self._cusum = Cusum()
 
     def observe(self, row: Row, step_time: StepTime) -> Change | None:
         """A request ended that was simulated with these coefficients. Returns a change of speed that it tells."""

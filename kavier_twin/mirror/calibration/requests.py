@@ -12,15 +12,15 @@ With a prior (the catalogue's roofline) the data moves only the coefficients it 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from kavier_twin.mirror.calibration.fit import Fit, fit
-from kavier_twin.simulation.fleet import simulate
+from kavier_twin.simulation.runs import simulate
 from kavier_twin.simulation.settings import COEFFICIENTS, EngineSettings, FleetSettings, StepTime
 from kavier_twin.simulation.state import Records
 from kavier_twin.simulation.workload import Workload
@@ -67,6 +67,24 @@ class Calibration:
     mean_ttft_ratio: float  # predicted / observed
     mean_e2e_ratio: float
     coefficients: dict[str, Coefficient] = field(default_factory=dict)
+
+    def save(self) -> dict[str, Any]:
+        """As JSON types."""
+        return {
+            "step_time": self.step_time.model_dump(mode="json"),
+            "frontend_seconds": self.frontend_seconds,
+            "requests": self.requests,
+            "mean_ttft_ratio": self.mean_ttft_ratio,
+            "mean_e2e_ratio": self.mean_e2e_ratio,
+            "coefficients": {name: list(found) for name, found in self.coefficients.items()},
+        }
+
+    @classmethod
+    def restored(cls, saved: Mapping[str, Any]) -> Calibration:
+        """What `save` gave."""
+        coefficients = {name: Coefficient(*found) for name, found in saved["coefficients"].items()}
+        step_time = StepTime.model_validate(saved["step_time"])
+        return cls(**{**saved, "step_time": step_time, "coefficients": coefficients})
 
     @property
     def undetermined(self) -> tuple[str, ...]:

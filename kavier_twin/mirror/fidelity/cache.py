@@ -91,6 +91,7 @@ class CacheWatch:
             # Without a later batch, as of an idle engine, nobody knows whether all have come that belong to this time.
             if now >= self._due_seconds.get(engine, -math.inf) and watched.knows(now + self._tolerance_seconds):
                 self._due_seconds[engine] = now + EVERY_SECONDS
+                watched.view.bound(fleet.settings.engine.num_gpu_blocks)
                 self._compare(fleet.state, replica_of(*engine), engine, now)
             elif replica_of(*engine) is None and watched.newest_seconds < now - FORGET_SECONDS:
                 del self._watched[engine]

@@ -11,9 +11,9 @@ from collections import deque
 from copy import copy
 from typing import Any, Final, NamedTuple
 
+from kavier_twin.simulation.kpi_table import GAUGES
 from kavier_twin.telemetry import EngineSample
 
-GAUGES: Final = ("requests_running", "requests_waiting", "kv_cache_usage_ratio")
 KEPT_SECONDS: Final = 300
 WAITING_SAMPLES: Final = 10_000
 # Sums of multiples of this are exact, so that the order in which samples come does not show in them.
@@ -79,7 +79,7 @@ class Gauges:
             )
             if mirrored is None:
                 continue
-            reported = (sample.requests_running, sample.requests_waiting, sample.kv_cache_usage_ratio)
+            reported = [getattr(sample, name) for name in GAUGES]
             pairs += [
                 Pair(kpi, sample.time_seconds, ours, _grains(theirs))
                 for kpi, ours, theirs in zip(GAUGES, mirrored, reported, strict=True)

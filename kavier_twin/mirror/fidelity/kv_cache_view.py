@@ -53,6 +53,8 @@ class KvCacheView:
         self.exact = False
         self.links: dict[int, Link] = {}  # by hash
         self._copies: Counter[tuple[int, int, str]] = Counter()  # (hash, group, medium) -> copies
+        self._reports = False  # whether a request asked for reports
+        self._never_copies = False
 
     def apply(self, batch: KvEventBatch) -> None:
         """Take in a batch of this engine; batches come in the order of the source."""
@@ -63,8 +65,10 @@ class KvCacheView:
         for event in batch.events:
             if isinstance(event, KvBlocksStored):
                 self._link(event)
+                reported = self._never_copies or self._is_a_report(event)
                 for block in event.block_hashes:
-                    self._copies[block, event.group, event.medium] += 1
+                    key = (block, event.group, event.medium)
+                    self._copies[key] = 1 if reported else self._copies[key] + 1
             elif isinstance(event, KvBlocksRemoved):
                 for block in event.block_hashes:
                     self._remove((block, event.group, event.medium))
@@ -72,6 +76,13 @@ class KvCacheView:
                 self._copies = Counter({key: n for key, n in self._copies.items() if key[2] != "GPU"})
                 self.links.clear()
                 self.exact = True
+
+    def bound(self, blocks: int) -> None:
+        """Tell how many blocks the GPU has. If more are counted, stored blocks were reported again, not copied."""
+        counted = sum(n for (_, group, medium), n in self._copies.items() if (group, medium) == (0, "GPU"))
+        if counted > blocks:
+            self._never_copies = True
+            self._copies = Counter(dict.fromkeys(self._copies, 1))
 
     def fork(self) -> KvCacheView:
         """An independent copy."""
@@ -107,16 +118,32 @@ class KvCacheView:
     def save(self) -> dict[str, Any]:
         """As JSON types."""
         copies = [[*key, count] for key, count in self._copies.items()]
-        return {"exact": self.exact, "copies": copies, "links": [[block, *link] for block, link in self.links.items()]}
+        links = [[block, *link] for block, link in self.links.items()]
+        return {"exact": self.exact, "copies": copies, "links": links, "reports": [self._reports, self._never_copies]}
 
     @classmethod
     def restored(cls, saved: dict[str, Any]) -> KvCacheView:
         """What `save` gave."""
         view = cls()
         view.exact = saved["exact"]
+        view._reports, view._never_copies = saved.get("reports", (False, False))
         view._copies = Counter({(block, group, medium): count for block, group, medium, count in saved["copies"]})
         view.links = {block: Link(key, parent) for block, key, parent in saved["links"]}
         return view
+
+    def _is_a_report(self, event: KvBlocksStored) -> bool:
+        """Whether nothing was stored: a request with `kv_cache_report_mode` "full" tells what it found in the cache.
+
+        Such a report holds what was found from the prompt's first block on and nothing else (vLLM's
+        v1/core/block_pool.py, `emit_cached_block_events`). Copies come in events of other forms: of the last block of a
+        prompt that is cached whole, behind those before it, or of a prompt that is computed again and differs further
+        on. Only a single block can be either, and is taken for a copy until a report of several was seen.
+        """
+        keys = [(block, event.group, event.medium) for block in event.block_hashes]
+        if event.parent_hash is not None or not keys or not all(key in self._copies for key in keys):
+            return False
+        self._reports = self._reports or len(keys) > 1
+        return self._reports
 
     def _link(self, event: KvBlocksStored) -> None:
         if (event.group, event.medium) != (0, "GPU"):

@@ -14,42 +14,10 @@ from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from kavier_twin.mirror.fidelity.windows import RATIOS, WINDOWS, WindowScore
+from kavier_twin.mirror.fidelity.windows import WINDOWS, WindowScore
+from kavier_twin.simulation.kpi_table import KPIS
 
-MAX_ERROR: Final = {  # relative to the observed; of ratios in points of 1
-    "ttft_seconds": 0.25,
-    "tpot_seconds": 0.2,
-    "e2e_seconds": 0.2,
-    "queue_seconds": 0.5,
-    "prefix_cache_hit_ratio": 0.03,
-    "kv_cache_usage_ratio": 0.1,
-    "requests_running": 0.25,
-    "requests_waiting": 0.5,
-    "requests_per_second": 0.1,
-    "output_tokens_per_second": 0.1,
-    "power_watts": 0.15,
-}
-# Differences up to this are nobody's concern, however large beside a small observed value; in the KPI's unit.
-NEGLIGIBLE: Final = {
-    "ttft_seconds": 0.01,
-    "tpot_seconds": 0.001,
-    "queue_seconds": 0.02,
-    "requests_running": 1.0,
-    "requests_waiting": 1.0,
-}
-# What is not observed is judged by what moves with it.
-STAND_INS: Final = {
-    "itl_seconds": "tpot_seconds",
-    "queue_seconds": "ttft_seconds",
-    "requests_running": "e2e_seconds",  # Little's law
-    "requests_waiting": "queue_seconds",
-    "kv_cache_usage_ratio": "requests_running",
-    "preemptions": "kv_cache_usage_ratio",
-    "requests_rejected": "requests_per_second",
-    "energy_joules_per_million_tokens": "power_watts",
-    "carbon_grams_per_million_tokens": "power_watts",
-    "cost_per_million_tokens": "output_tokens_per_second",
-}
+MAX_ERROR: Final = {name: kpi.max_error for name, kpi in KPIS.items() if kpi.max_error is not None}
 REGAINED_BELOW: Final = 0.8  # of the bound
 _TAIL_OBSERVATIONS: Final = 10  # that must lie beyond a quantile for it to be judged
 
@@ -81,10 +49,12 @@ DEFAULT_TRUST: Final = TrustSettings()
 
 @dataclass(frozen=True)
 class Trust:
-    """Whether a KPI is trusted, and if not, why."""
+    """Whether a KPI is to be trusted now."""
 
-    trusted: bool
-    reason: str = ""
+    trusted: Annotated[bool, Field(examples=[False])]
+    reason: Annotated[
+        str, Field(description="Why not; empty where it is.", examples=["fewer than 30 observations"])
+    ] = ""
 
 
 class Judge:
@@ -113,7 +83,7 @@ class Judge:
         judged = {}
         for kpi in MAX_ERROR.keys() & by_kpi.keys():
             worst = max(self._judged(by_kpi[kpi]), key=_concern, default=None)
-            judged[kpi] = self._of(kpi, worst, max(score.count for score in by_kpi[kpi]))
+            judged[kpi] = self._of(kpi, worst, max(score.observations for score in by_kpi[kpi]))
         self.trust = self._all(judged)
 
     def _of(self, kpi: str, worst: WindowScore | None, count: int) -> Trust:
@@ -130,7 +100,7 @@ class Judge:
         """Every statistic over the shortest window that saw enough of it."""
         found: dict[str, WindowScore] = {}
         for score in sorted(scores, key=lambda score: WINDOWS[score.window]):
-            if score.count >= self._needed(score.statistic):
+            if score.observations >= self._needed(score.statistic):
                 found.setdefault(score.statistic, score)
         return list(found.values())
 
@@ -141,24 +111,24 @@ class Judge:
     def _all(self, judged: dict[str, Trust]) -> dict[str, Trust]:
         """With what was not observed judged by its stand-in."""
         found: dict[str, Trust] = {}
-        for kpi in (*MAX_ERROR, *STAND_INS):
+        for kpi in KPIS:
             known = kpi
-            while known not in judged and known in STAND_INS:
-                known = STAND_INS[known]
+            while known not in judged and KPIS[known].stand_in:
+                known = KPIS[known].stand_in
             found[kpi] = judged.get(known, Trust(False, f"{known}: nothing observed yet"))
         return found
 
 
 def _concern(score: WindowScore) -> float:
     """The size of an error, as far as it matters."""
-    if abs(score.predicted - score.observed) <= NEGLIGIBLE.get(score.kpi, 0.0):
+    if abs(score.predicted - score.observed) <= KPIS[score.kpi].negligible:
         return 0.0
     return math.inf if math.isnan(score.error) else abs(score.error)
 
 
 def _told(score: WindowScore, bound: float) -> str:
     name = f"{score.kpi} {score.statistic}".strip()
-    unit = " points" if score.kpi in RATIOS else " %"
+    unit = " points" if KPIS[score.kpi].error == "difference" else " %"
     return (
         f"{name}: {100 * score.error:+.0f}{unit} off over the last {score.window} (predicted {score.predicted:.3g}, "
         f"observed {score.observed:.3g}; trusted up to {100 * bound:.0f}{unit})"

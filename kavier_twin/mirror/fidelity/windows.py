@@ -1,4 +1,4 @@
-"""Predicted beside observed over windows of event time, per KPI, in bounded memory whatever the rate.
+"""Predictions compared with what was observed, over windows of event time, per KPI, in bounded memory.
 
 A window is made of buckets, of a minute unless told otherwise. They hold sums and, for latencies, counts in bins whose
 edges grow by 2 %, so that a quantile is exact to 1 % (DDSketch; Masson, Rim, Lee 2019).
@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Annotated, Any, Final, NamedTuple
 
-LATENCIES: Final = {  # KPI -> its quantiles over requests, beside the mean
-    "ttft_seconds": (0.5, 0.99),
-    "tpot_seconds": (0.5, 0.99),
-    "e2e_seconds": (0.95,),
-    "queue_seconds": (0.95,),
-}
-RATIOS: Final = ("prefix_cache_hit_ratio", "kv_cache_usage_ratio")
-RATES: Final = ("requests_per_second", "output_tokens_per_second")
+from pydantic import Field
+
+from kavier_twin.simulation.kpi_table import KPIS, LATENCIES, RATES, share
+from kavier_twin.simulation.plain import Figure
+
 WINDOWS: Final = {"5m": 300.0, "1h": 3600.0}  # seconds of event time
 BUCKET_SECONDS: Final = 60.0
 
@@ -32,19 +29,23 @@ _PREDICTED, _OBSERVED = 0, 1
 
 @dataclass(frozen=True)
 class WindowScore:
-    """One statistic of a KPI over a window, predicted beside observed.
+    """One statistic of a KPI over a window of event time, predictions made before the end was known."""
 
-    `statistic` is "mean", "p50", ... for a latency and empty otherwise. `error` is relative to the observed, or the
-    plain difference for a ratio. `count`: requests, or samples of a gauge.
-    """
+    kpi: Annotated[str, Field(examples=["ttft_seconds"])]
+    statistic: Annotated[str, Field(description="mean, p50, ... of a latency; else empty.", examples=["mean"])]
+    window: Annotated[str, Field(examples=["5m"])]
+    observations: Annotated[int, Field(description="Requests, or samples of the engines' gauges.", examples=[412])]
+    predicted: Annotated[Figure, Field(examples=[0.12])]
+    observed: Annotated[Figure, Field(examples=[0.11])]
+    error: Annotated[
+        Figure,
+        Field(description="(predicted - observed) / observed; predicted - observed for ratios.", examples=[0.09]),
+    ]
 
-    kpi: str
-    statistic: str
-    window: str
-    count: int
-    predicted: float
-    observed: float
-    error: float
+
+def find_score(scores: Iterable[WindowScore], kpi: str, statistic: str = "") -> WindowScore | None:
+    """That of a KPI over the shortest window that has it."""
+    return next((score for score in scores if (score.kpi, score.statistic) == (kpi, statistic)), None)
 
 
 class Stretch(NamedTuple):
@@ -60,12 +61,17 @@ class _Sums:
 
     count: int = 0
     weight: float = 0.0
+    exact: int = 0  # pairs whose values are equal
     sums: list[float] = field(default_factory=lambda: [0.0, 0.0])
     bins: tuple[Counter[int], Counter[int]] = field(default_factory=lambda: (Counter(), Counter()))
+
+    def save(self) -> list[Any]:
+        return [self.count, self.weight, self.exact, self.sums, *(list(side.items()) for side in self.bins)]
 
     def take(self, other: _Sums) -> _Sums:
         self.count += other.count
         self.weight += other.weight
+        self.exact += other.exact
         for side in (_PREDICTED, _OBSERVED):
             self.sums[side] += other.sums[side]
             self.bins[side].update(other.bins[side])
@@ -96,8 +102,8 @@ class Windows:
         return {
             "since_seconds": self._since_seconds,
             "buckets": [
-                [number, [[kpi, s.count, s.weight, s.sums, *(list(b.items()) for b in s.bins)] for kpi, s in b.items()]]
-                for number, b in self._buckets.items()
+                [number, [[kpi, *sums.save()] for kpi, sums in bucket.items()]]
+                for number, bucket in self._buckets.items()
             ],
         }
 
@@ -106,8 +112,8 @@ class Windows:
         self._since_seconds = saved["since_seconds"]
         for number, entries in saved["buckets"]:
             self._buckets[number] = {
-                kpi: _Sums(count, weight, list(sums), (Counter(dict(predicted)), Counter(dict(observed))))
-                for kpi, count, weight, sums, predicted, observed in entries
+                kpi: _Sums(count, weight, exact, list(sums), (Counter(dict(predicted)), Counter(dict(observed))))
+                for kpi, count, weight, exact, sums, predicted, observed in entries
             }
         self._own = set(self._buckets)
 
@@ -123,6 +129,7 @@ class Windows:
             return
         sums.count += 1
         sums.weight += weight
+        sums.exact += predicted == observed
         for side, value in ((_PREDICTED, predicted), (_OBSERVED, observed)):
             sums.sums[side] += value
             if kpi in LATENCIES:
@@ -156,6 +163,15 @@ class Windows:
                 if sums.count:
                     found += _scores(kpi, window, sums, covered)
         return tuple(found)
+
+    def exact_ratio(self, kpi: str, now_seconds: float) -> float:
+        """Share of the last hour's pairs of which both values are equal; NaN without any."""
+        if not self._buckets:
+            return math.nan
+        first, last = self._bucket(now_seconds - _KEPT_SECONDS), self._bucket(now_seconds)
+        found = [b[kpi] for number, b in self._buckets.items() if first <= number <= last and kpi in b]
+        count = sum(sums.count for sums in found)
+        return sum(sums.exact for sums in found) / count if count else math.nan
 
     def course(self, now_seconds: float) -> tuple[Stretch, ...]:
         """The last hour bucket by bucket, oldest first. The last one is under way: it ends now, and has no rates."""
@@ -218,22 +234,22 @@ def _scores(kpi: str, window: str, sums: _Sums, covered_seconds: float) -> list[
     predicted, observed = (total / denominator for total in sums.sums)
     mean = "mean" if kpi in LATENCIES else ""
     found = [WindowScore(kpi, mean, window, sums.count, predicted, observed, _error(kpi, predicted, observed))]
-    for share in LATENCIES.get(kpi, ()):
-        predicted, observed = (_quantile(bins, share) for bins in sums.bins)
+    for statistic in KPIS[kpi].statistics:
+        predicted, observed = (_quantile(bins, share(statistic)) for bins in sums.bins)
         error = _error(kpi, predicted, observed)
-        found.append(WindowScore(kpi, f"p{100 * share:g}", window, sums.count, predicted, observed, error))
+        found.append(WindowScore(kpi, statistic, window, sums.count, predicted, observed, error))
     return found
 
 
 def _error(kpi: str, predicted: float, observed: float) -> float:
-    if kpi in RATIOS:
+    if KPIS[kpi].error == "difference":
         return predicted - observed
     return (predicted - observed) / observed if observed > 0.0 else math.nan
 
 
-def _quantile(bins: Counter[int], share: float) -> float:
+def _quantile(bins: Counter[int], of: float) -> float:
     """The nearest rank's bin, at its geometric centre."""
-    rank = math.ceil(share * bins.total())
+    rank = math.ceil(of * bins.total())
     for number in sorted(bins):
         rank -= bins[number]
         if rank <= 0:

@@ -1,4 +1,4 @@
-"""Real and mirrored KV caches side by side, as metrics."""
+"""Mirrored KV caches compared with real ones, as metrics."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Final
 from prometheus_client.metrics_core import Metric
 
 from kavier_twin.serve.metrics.families import gauge
-from kavier_twin.serve.view import CacheBeside
+from kavier_twin.serve.models import CacheAgreement
 
 _LABELS: Final = ["pool", "pod", "engine"]
 
 
-def cache_metrics(pool: str, caches: tuple[CacheBeside, ...]) -> Iterator[Metric]:
+def cache_metrics(pool: str, caches: tuple[CacheAgreement, ...]) -> Iterator[Metric]:
     """Of each engine whose KV events are read."""
     agreement = gauge(
         "kv_cache_agreement_ratio",

@@ -9,8 +9,9 @@ simulated scenarios, so the 0.1 and 0.9 of a p99 are the ends of its interval. T
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import Final, NamedTuple
+from typing import Final
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import InfoMetricFamily, SummaryMetricFamily
@@ -20,53 +21,18 @@ from prometheus_client.registry import Collector
 from kavier_twin import __version__
 from kavier_twin.serve.metrics.cache import cache_metrics
 from kavier_twin.serve.metrics.calibration import calibration_metrics
+from kavier_twin.serve.metrics.engines import engine_metrics
 from kavier_twin.serve.metrics.families import PREFIX, add, breach_flag, counter, flag, gauge, policy_labels, pool_gauge
 from kavier_twin.serve.metrics.fidelity import fidelity_metrics
 from kavier_twin.serve.metrics.load import load_metrics
 from kavier_twin.serve.metrics.power import power_metrics
 from kavier_twin.serve.metrics.score import score_metrics
 from kavier_twin.serve.metrics.sweep import sweep_metrics
-from kavier_twin.serve.view import Outlook, TwinView
+from kavier_twin.serve.models import Outlook, TwinView
+from kavier_twin.simulation.kpi_table import GAUGES, KPIS, Kpi
+from kavier_twin.simulation.replica_state import ReplicaState
 
-
-class Kpi(NamedTuple):
-    """A KPI's metric: its name without prefix, whether it has statistics over requests, and what it says."""
-
-    metric: str
-    has_statistic: bool
-    says: str
-
-
-KPIS: Final = {
-    "ttft_seconds": Kpi("ttft_seconds", True, "time to first token in seconds"),
-    "itl_seconds": Kpi("itl_seconds", True, "inter-token latency in seconds"),
-    "tpot_seconds": Kpi("tpot_seconds", True, "time per output token after the first, in seconds"),
-    "e2e_seconds": Kpi("e2e_seconds", True, "end-to-end latency in seconds"),
-    "queue_seconds": Kpi("queue_seconds", True, "time between arrival and first scheduling in seconds"),
-    "prefix_cache_hit_ratio": Kpi("prefix_cache_hit_ratio", False, "prompt tokens found in the prefix cache, 0 to 1"),
-    "kv_cache_usage_ratio": Kpi("kv_cache_usage_ratio", False, "KV cache blocks in use, 0 to 1"),
-    "requests_running": Kpi("requests_running", False, "requests in the running batch"),
-    "requests_waiting": Kpi("requests_waiting", False, "requests waiting to be scheduled"),
-    "preemptions": Kpi("preemptions", False, "preemptions of requests"),
-    "requests_rejected": Kpi("requests_rejected", False, "requests that the engines refuse"),
-    "requests_per_second": Kpi("requests_per_second", False, "requests finished per second"),
-    "output_tokens_per_second": Kpi("output_tokens_per_second", False, "tokens generated per second"),
-    "power_watts": Kpi("power_watts", False, "mean power of the GPUs in watts, times PUE"),
-    "energy_joules_per_million_tokens": Kpi(
-        "energy_joules_per_million_tokens", False, "joules per million tokens of prompts and outputs, times PUE"
-    ),
-    "carbon_grams_per_million_tokens": Kpi(
-        "carbon_grams_per_million_tokens", False, "grams of CO2 emitted per million tokens of prompts and outputs"
-    ),
-    "cost_per_million_tokens": Kpi(
-        "cost_per_million_tokens",
-        False,
-        "price of the GPU time per million tokens of prompts and outputs, in the currency of the settings",
-    ),
-}
-"""Every KPI that is exported, by its name in the view."""
-
-_MOMENT: Final = frozenset({"requests_running", "requests_waiting", "kv_cache_usage_ratio"})
+_WINDOW: Final = "5m"  # over which KPIs are shown as mirrored and as observed
 
 
 class TwinCollector(Collector):
@@ -110,6 +76,7 @@ def _metrics(view: TwinView) -> Iterator[Metric]:
         currency = InfoMetricFamily(f"{PREFIX}_cost", "The currency of costs (ISO 4217), always 1.", labels=["pool"])
         currency.add_metric([view.pool], {"currency": view.currency})
         yield currency
+    yield from engine_metrics(view.pool, view.engines)
     yield from _stream(view)
     yield from _mirror(view)
     yield from _fidelity(view)
@@ -162,6 +129,13 @@ def _stream(view: TwinView) -> Iterator[Metric]:
         "notes of the status name them.",
         view.pool,
         view.engine_contradictions,
+    )
+    yield pool_gauge(
+        "notes",
+        "Notes of the status: what a reader of the pool's figures must know, such as series that engines do not expose "
+        "and features that are not modelled.",
+        view.pool,
+        len(view.notes),
     )
     newest = gauge(
         "source_last_record_timestamp_seconds",
@@ -243,15 +217,28 @@ def _mirror(view: TwinView) -> Iterator[Metric]:
         view.pool,
         view.event_seconds,
     )
+    states = Counter(replica.state for replica in view.replicas)
+    replicas = gauge("mirrored_replicas", "Mirrored replicas by state: ready, draining.", ["pool", "state"])
+    for state in (ReplicaState.READY, ReplicaState.DRAINING):
+        add(replicas, [view.pool, state], states[state])
+    yield replicas
     for name, kpi in KPIS.items():
-        entries = [entry for entry in view.beside if entry.kpi == name]
-        labels = ["pool", "statistic"] if kpi.has_statistic else ["pool"]
-        window = "now" if name in _MOMENT else "over the last requests finished (500 at most)"
-        for side, whose in (("mirrored", "as mirrored"), ("observed", "as the stream reports")):
-            family = gauge(f"{side}_{kpi.metric}", f"{_sentence(kpi.says)}, {whose} {window}.", labels=labels)
-            for entry in entries:
-                add(family, _labels(kpi, [view.pool], entry.statistic), getattr(entry, side))
-            yield family
+        if kpi.max_error is None:  # nothing observes it
+            continue
+        found = [("", entry.mirrored, entry.observed) for entry in view.gauges if entry.kpi == name]
+        if name not in GAUGES:
+            scores = (score for score in view.errors if (score.kpi, score.window) == (name, _WINDOW))
+            found = [(score.statistic, score.predicted, score.observed) for score in scores]
+        labels = ["pool", "statistic"] if kpi.statistics else ["pool"]
+        when = "now" if name in GAUGES else "over the last five minutes of event time"
+        families = [
+            gauge(f"{side}_{name}", f"{kpi.help} {whose}, {when}.", labels=labels)
+            for side, whose in (("mirrored", "As mirrored"), ("observed", "As observed"))
+        ]
+        for statistic, *values in found:
+            for family, value in zip(families, values, strict=True):
+                add(family, _labels(kpi, [view.pool], statistic), value)
+        yield from families
 
 
 def _fidelity(view: TwinView) -> Iterator[Metric]:
@@ -289,8 +276,7 @@ def _fidelity(view: TwinView) -> Iterator[Metric]:
     )
     yield pool_gauge(
         "fidelity_exact_cache_ratio",
-        "Requests whose prefix cache hit was mirrored to the token, 0 to 1, over the last requests finished (500 at "
-        "most).",
+        "Requests whose prefix cache hit was mirrored to the token, 0 to 1, over the last hour of event time.",
         view.pool,
         view.exact_cache_ratio,
     )
@@ -341,11 +327,11 @@ def _forecasts(view: TwinView) -> Iterator[Metric]:
 def _predictions(pool: str, source: str, outlook: Outlook) -> Iterator[Metric]:
     for name, kpi in KPIS.items():
         labels = ["pool", "policy", "in_force", "horizon", "trusted", "source"]
-        labels += ["statistic"] if kpi.has_statistic else []
+        labels += ["statistic"] if kpi.statistics else []
         family = SummaryMetricFamily(
-            f"{PREFIX}_predicted_{kpi.metric}",
-            f"{_sentence(kpi.says)}, as foreseen over the horizon (seconds from the forecast's start); the quantile is "
-            "over the simulated scenarios.",
+            f"{PREFIX}_predicted_{name}",
+            f"{kpi.help} Predicted from the start of the forecast to the horizon (seconds); quantiles are over the "
+            "simulated scenarios.",
             labels=labels,
         )
         for policy in outlook.policies:
@@ -393,8 +379,4 @@ def _predictions(pool: str, source: str, outlook: Outlook) -> Iterator[Metric]:
 
 
 def _labels(kpi: Kpi, values: list[str], statistic: str) -> list[str]:
-    return [*values, statistic] if kpi.has_statistic else values
-
-
-def _sentence(text: str) -> str:
-    return text[0].upper() + text[1:]
+    return [*values, statistic] if kpi.statistics else values

@@ -8,7 +8,7 @@ from typing import Final
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-from kavier_twin.serve.view import Horizon, PolicyOutlook
+from kavier_twin.serve.models import Horizon, PolicyOutlook
 
 PREFIX: Final = "kavier_twin"
 

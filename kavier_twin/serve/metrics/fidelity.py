@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from prometheus_client.metrics_core import Metric
 
 from kavier_twin.serve.metrics.families import add, gauge, pool_gauge
-from kavier_twin.serve.view import TwinView
+from kavier_twin.serve.models import TwinView
 
 
 def fidelity_metrics(view: TwinView) -> Iterator[Metric]:

@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from prometheus_client.metrics_core import Metric
 
 from kavier_twin.serve.metrics.families import add, counter, gauge
-from kavier_twin.serve.view import PowerBeside
+from kavier_twin.serve.models import GpuPower
 
 
-def power_metrics(pool: str, power: PowerBeside | None) -> Iterator[Metric]:
+def power_metrics(pool: str, power: GpuPower | None) -> Iterator[Metric]:
     """Of a pool whose power model is told. Nothing of a GPU's idle neighbours or of PUE is in these watts."""
     watts = gauge(
         "gpu_power_watts",
-        "Mean watts of one GPU over the last ten minutes of event time: observed by DCGM, and mirrored by the power "
-        "model that was in use before they were observed.",
+        "Mean watts of one GPU over the last ten minutes of event time: as the GPU exporter tells, and mirrored by the "
+        "power model that was in use before they were observed.",
         ["pool", "side"],
     )
     error = gauge("gpu_power_error_ratio", "(Mirrored - observed) / observed mean watts of one GPU.", ["pool"])

@@ -1,4 +1,4 @@
-"""How good the forecasts have been, as Prometheus metrics. KPIs are named as in the settings of objectives."""
+"""How good the forecasts have been, as Prometheus metrics."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from prometheus_client.metrics_core import Metric
 
 from kavier_twin.scores.scorer import Scores
 from kavier_twin.serve.metrics.families import add, counter, gauge, pool_gauge
+from kavier_twin.simulation.kpi_table import STATISTICS
 
 
 def score_metrics(pool: str, scores: Scores) -> Iterator[Metric]:
     """All of them; a figure that is not known has no sample."""
-    kpi = ["pool", "kpi", "horizon"]
+    kpi = ["pool", "kpi", "statistic", "horizon"]
     judged = gauge("score_forecasts", "Forecasts judged that the scores of this KPI and horizon are of.", kpi)
     error = gauge(
         "score_absolute_error",
@@ -39,7 +40,7 @@ def score_metrics(pool: str, scores: Scores) -> Iterator[Metric]:
         [*kpi, "interval", "bound"],
     )
     for one in scores.kpis:
-        labels = [pool, one.kpi, f"{one.horizon_seconds:g}"]
+        labels = [pool, *STATISTICS[one.kpi], f"{one.horizon_seconds:g}"]
         add(judged, labels, one.forecasts)
         add(error, [*labels, "forecast"], one.error)
         add(error, [*labels, "served"], one.served_error)
@@ -49,7 +50,7 @@ def score_metrics(pool: str, scores: Scores) -> Iterator[Metric]:
         add(coverage, [*labels, "simulated"], one.coverage_ratio)
         add(coverage, [*labels, "widened"], one.widened_coverage_ratio)
     for interval in scores.intervals:
-        labels = [pool, interval.kpi, f"{interval.horizon_seconds:g}"]
+        labels = [pool, *STATISTICS[interval.kpi], f"{interval.horizon_seconds:g}"]
         add(bound, [*labels, "simulated", "low"], interval.low)
         add(bound, [*labels, "simulated", "median"], interval.median)
         add(bound, [*labels, "simulated", "high"], interval.high)
@@ -69,8 +70,8 @@ def score_metrics(pool: str, scores: Scores) -> Iterator[Metric]:
     yield counter(
         "score_unobserved_forecasts",
         "Forecasts, by KPI, of whose time no telemetry told the KPI since the start, so that it was not judged.",
-        ["pool", "kpi"],
-        [([pool, kpi], count) for kpi, count in sorted(scores.unobserved.items())],
+        ["pool", "kpi", "statistic"],
+        [([pool, *STATISTICS[metric]], count) for metric, count in sorted(scores.unobserved.items())],
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from prometheus_client.metrics_core import Metric
 
 from kavier_twin.serve.metrics.families import add, breach_flag, counter, gauge, policy_labels
-from kavier_twin.serve.view import Best, Outlook, TwinView
+from kavier_twin.serve.models import Best, Outlook, TwinView
 
 
 def sweep_metrics(view: TwinView) -> Iterator[Metric]:

@@ -20,7 +20,7 @@ from kavier_twin.catalog.deployment import Deployment
 from kavier_twin.catalog.errors import CatalogError
 from kavier_twin.catalog.model import QUANTIZATIONS, QuantizationName
 from kavier_twin.catalog.models import find_model
-from kavier_twin.errors import UserError
+from kavier_twin.errors import UserError, problems_of
 from kavier_twin.simulation.closed_loop import simulate_closed_loop
 from kavier_twin.simulation.settings import FleetSettings
 from kavier_twin.simulation.state import Records
@@ -124,8 +124,7 @@ def read_rows(path: Path) -> tuple[list[Row], list[str]]:
         try:
             rows.append(Row.model_validate(line))
         except ValidationError as error:
-            first = error.errors()[0]
-            wrong.append(f"line {number}, {'.'.join(map(str, first['loc']))}: {first['msg']}")
+            wrong.append(f"line {number}, {problems_of(error)[0]}")
     if not rows:
         raise UserError(f"{path}: no valid row" + (f" ({wrong[0]})" if wrong else "; add some"))
     return rows, [f"{len(wrong)} malformed rows left out, the first is {wrong[0]}."] if wrong else []

@@ -14,11 +14,11 @@ from connectors.traces import Trace, TraceError, read_trace
 from connectors.traces.recording import read_steps
 from kavier_twin.catalog.deployment import Deployment
 from kavier_twin.catalog.errors import CatalogError
-from kavier_twin.errors import UserError
+from kavier_twin.errors import UserError, problems_of
 from kavier_twin.mirror.calibration.requests import CalibrationError, Observed, calibrate, single_engine, with_frontend
 from kavier_twin.recordings.machine_clock import NEIGHBOURHOOD_SECONDS, MachineClock, machine_clock
 from kavier_twin.recordings.scenario import observed_of
-from kavier_twin.simulation.fleet import simulate
+from kavier_twin.simulation.runs import simulate
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings
 from kavier_twin.simulation.state import FINISHED, Records
 from kavier_twin.studies.accuracy.result import HIT_RATIO, Latencies, Pair, SetResult, Trial, request_pairs
@@ -121,8 +121,7 @@ def _server(path: Path, trace: Trace) -> tuple[Server, list[str]]:
             kv_cache_dtype="fp8" if str(engine.get("kv_cache_dtype")).startswith("fp8") else "auto",
         )
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{path}: engine.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise UserError(f"{path}: engine.{problems_of(error)[0]}") from None
     share = engine.get("gpu_memory_utilization")
     return Server(
         model=model if isinstance(model, str) else None,

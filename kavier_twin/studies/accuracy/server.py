@@ -14,7 +14,7 @@ from kavier_twin.catalog.deployment import Deployment, check
 from kavier_twin.catalog.errors import CatalogError
 from kavier_twin.catalog.gpu import find_gpu, gpus
 from kavier_twin.catalog.models import find_model
-from kavier_twin.errors import UserError
+from kavier_twin.errors import UserError, problems_of
 from kavier_twin.hardware.fleet_file import Hardware
 from kavier_twin.hardware.operators import SiliconUnavailable, silicon_step_time
 from kavier_twin.hardware.roofline import step_time
@@ -108,8 +108,7 @@ def engine_settings(told: Mapping[str, Any], where: str) -> EngineSettings:
     try:
         return EngineSettings(**told_settings(told))
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{where}: engine.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise UserError(f"{where}: engine.{problems_of(error)[0]}") from None
 
 
 def gpus_named_in(text: str) -> list[str]:

@@ -20,7 +20,7 @@ from kavier_twin.catalog.errors import CatalogError
 from kavier_twin.errors import UserError
 from kavier_twin.mirror.calibration.fit import fit
 from kavier_twin.mirror.calibration.requests import at_least
-from kavier_twin.simulation.fleet import simulate
+from kavier_twin.simulation.runs import simulate
 from kavier_twin.simulation.settings import FleetSettings, StepTime
 from kavier_twin.simulation.state import Records
 from kavier_twin.simulation.workload import make_workload

@@ -16,9 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kavier_twin.catalog.deployment import Deployment
 from kavier_twin.catalog.errors import CatalogError
-from kavier_twin.errors import UserError
+from kavier_twin.errors import UserError, problems_of
 from kavier_twin.mirror.calibration.requests import calibrate_means, with_frontend
-from kavier_twin.simulation.fleet import simulate
+from kavier_twin.simulation.runs import simulate
 from kavier_twin.simulation.settings import FleetSettings, StepTime
 from kavier_twin.simulation.state import Records
 from kavier_twin.simulation.workload import Workload, make_workload
@@ -98,8 +98,7 @@ def read_stages(path: Path) -> StagesFile:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{path}: {'.'.join(map(str, first['loc'])) or 'content'}: {first['msg']}") from None
+        raise UserError(f"{path}: {problems_of(error)[0]}") from None
 
 
 def run_stages(path: Path, name: str, tell: Callable[[str], None]) -> SetResult:

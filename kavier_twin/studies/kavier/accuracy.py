@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kavier_twin.errors import UserError
-from kavier_twin.simulation.fleet import simulate
+from kavier_twin.simulation.runs import simulate
 from kavier_twin.simulation.workload import make_workload
 from kavier_twin.studies.kavier.model import GPUS, PARAMETERS, decode_seconds, prefill_seconds
 from kavier_twin.studies.kavier.paper import Floats, column, engine, read_table

@@ -10,8 +10,8 @@ from rich.table import Table
 
 from kavier_twin.errors import UserError
 from kavier_twin.recordings.scenario import load_scenario
-from kavier_twin.simulation.fleet import simulate
 from kavier_twin.simulation.kpis import Counters, Kpis, kpis
+from kavier_twin.simulation.runs import simulate
 from kavier_twin.simulation.settings import FleetSettings
 from kavier_twin.simulation.workload import Workload
 from kavier_twin.studies.kavier.model import GPUS, PARAMETERS, decode_seconds, kavier_times, recompute_seconds
@@ -80,7 +80,8 @@ def _on_trace(console: Console, trace: Path) -> None:
             f"{hours[1] / hours[0]:.1f}",
             f"{hours[2]:,.1f}",
             f"{hours[2] / hours[0]:.1f}",
-            f"{busy / HOUR_SECONDS:.2f}" + (f" ({result.rejected} rejected)" if result.rejected else ""),
+            f"{busy / HOUR_SECONDS:.2f}"
+            + (f" ({result.requests_rejected} rejected)" if result.requests_rejected else ""),
         )
     console.print(table)
     console.print(

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from kavier_twin.errors import UserError
 from kavier_twin.recordings.scenario import load_scenario
-from kavier_twin.simulation.fleet import simulate
+from kavier_twin.simulation.runs import simulate
 from kavier_twin.simulation.settings import FleetSettings
 from kavier_twin.simulation.state import FINISHED
 from kavier_twin.simulation.workload import Workload

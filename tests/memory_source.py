@@ -1,4 +1,4 @@
-"""A source that is filled by hand, for tests."""
+"""A source that a test fills by hand."""
 
 from __future__ import annotations
 
