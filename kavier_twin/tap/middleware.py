@@ -119,8 +119,6 @@ class _Exchange:
             raise
         finally:
             try:
-                if self._received_whole:
-                    self._watch.began()
                 self._watch.ended(outcome)
             except Exception as error:
                 self._tap.fault(error)
@@ -137,18 +135,12 @@ class _Exchange:
                 self._watch.body(message.get("body", b""))
                 if not message.get("more_body") and not self._received_whole:
                     self._received_whole = True
-                    asyncio.get_running_loop().call_soon(self._begin)  # the engine reads it first
+                    self._watch.began()
             elif not self._sent_whole:
                 self._client_gone = True
         except Exception as error:
             self._tap.fault(error)
         return message
-
-    def _begin(self) -> None:
-        try:
-            self._watch.began()
-        except Exception as error:
-            self._tap.fault(error)
 
     async def _send_watched(self, message: Any) -> None:
         came_seconds = time.perf_counter()

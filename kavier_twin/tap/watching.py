@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from collections.abc import Callable, Iterable
@@ -13,13 +14,14 @@ from kavier_twin.tap.exchanges import End, EngineAt, Passed, Request
 from kavier_twin.tap.paths import generates, kind_of
 
 HandOver = Callable[[Request | Passed | EngineAt], None]
+_HAND_OVER_SECONDS: Final = 0.002  # after the engine has the request, so that its first bytes do not wait for it
 _COUNTED: Final = re.compile(rb'"(?:completion|output)_tokens":\s*[1-9]')  # an answer's usage, whatever its path
 
 
 class Watch:
     """One exchange. What happens to it is told in this order; nothing that it does waits or raises.
 
-    `began`: the whole body is with the engine. Times of the answer are on the clock of `time.perf_counter`.
+    `began`: the engine has the whole body. Times of the answer are on the clock of `time.perf_counter`.
     """
 
     def __init__(self, hand_over: HandOver, bodies: Bodies, scope: Any) -> None:
@@ -33,6 +35,7 @@ class Watch:
         self._may_generate = is_post and not self.recorded
         self._generates = False
         self._request: Request | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._status = 0
         self._answer: Answer | None = None
 
@@ -42,9 +45,14 @@ class Watch:
             self._body.add(data)
 
     def began(self) -> None:
-        """The engine has the request: hand it over."""
-        if self._body is None or self._request is not None:
+        """The engine has the request. It is handed over in a moment, while the engine works."""
+        if self._body is not None and self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(_HAND_OVER_SECONDS, self._begin)
+
+    def _begin(self) -> None:
+        if self._body is None or self._timer is None or self._request is not None:
             return
+        self._timer.cancel()
         fields = dict(self._scope["headers"])
         self._request = Request.of(self._scope["path"], self._body, fields, self._arrived_unix_seconds, will_end=True)
         if self._request is not None:
@@ -69,12 +77,14 @@ class Watch:
         """A piece of the answer's body."""
         if self._answer is not None:
             self._answer.take(data, came_seconds)
+            self._begin()
         elif self._may_generate and _COUNTED.search(data):
             self._generates, self._may_generate = True, False
 
     def ended(self, outcome: str, added_seconds: float | None = None) -> None:
         """It is over."""
         dropped = end = None
+        self._begin()
         if self._body is not None:
             if self._body.dropped is not None and self._status < 400 and outcome != "unreachable":
                 dropped = self._body.dropped

@@ -6,8 +6,10 @@ checked as far as this one goes; the check's description says how and why. A com
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import gzip
+import importlib
 import importlib.util
 import io
 import json
@@ -33,6 +35,7 @@ from deploy.helm_chart import CHART, ROOT, only, render
 from documentation.commands import Command, documented, fences, of_the_help
 from kafka_broker import SCRAM_PASSWORD, USER, Broker, OurBroker
 from kavier_twin import __version__
+from kavier_twin.commands import tap
 from kavier_twin.commands.main import COMMANDS, main
 from real_parts import curl, helm, shell
 
@@ -431,6 +434,19 @@ def docker(command: Command, here: Here) -> None:
 
 
 # How each is checked, by what it begins with (a regular expression); the first that fits.
+def serves_with_the_tap(command: Command, here: Here) -> None:
+    """The options hold, and the class is one. tests/tap/test_middleware.py loads it into a server as vLLM does."""
+    given, *words = shlex.split(command.text)
+    name, _, options = given.partition("=")
+    module, _, attribute = words[words.index("--middleware") + 1].rpartition(".")
+    imported = importlib.import_module(module)
+    assert name == imported.OPTIONS
+    assert isinstance(getattr(imported, attribute), type)
+    parser = argparse.ArgumentParser()
+    tap.add_parser(parser.add_subparsers())
+    assert tap._records(parser.parse_args(["tap", "--hand-over", "3", *shlex.split(options)])).kafka
+
+
 CHECKS: list[tuple[str, Check]] = [
     (r"(\.venv/bin/)?kavier-twin demo( --once.*)?$", demo),
     (r"kavier-twin( \w+)? --(help|version)$", ran),
@@ -448,6 +464,7 @@ CHECKS: list[tuple[str, Check]] = [
     (r"(\.venv/bin/)?pip install", installs),
     (r"(UPDATE_GOLDEN=1 |\.venv/bin/)?(pytest|ruff|mypy|lint-imports|bash|python3 -m venv|\.)( |$)", of_ci),
     (r"curl", ran_by_curl),
+    (r"KAVIER_TWIN_TAP=", serves_with_the_tap),
     (r"mkdir", made),
     (r"docker", docker),
     (r"helm (install|upgrade)", rendered),
