@@ -106,7 +106,7 @@ def test_a_forecast_raises_an_alert_that_reaches_alertmanager(live: Live) -> Non
     assert alert["labels"]["severity"] in {"critical", "warning"}
     assert alert["labels"]["slo"] == SLO.name
     assert re.fullmatch(r"((1|2)m )?\d+(\.\d+)?s", alert["annotations"]["lead_time"])
-    assert f"nder today's policy pool demo breaches SLO {SLO.name} " in alert["annotations"]["description"]
+    assert f"nder the current policy, pool demo breaches SLO {SLO.name} " in alert["annotations"]["description"]
     assert "<error" not in json.dumps(alert["annotations"])
 
 

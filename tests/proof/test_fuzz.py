@@ -117,7 +117,10 @@ class Writer:
 
 @pytest.mark.slow
 def test_records_of_any_kind() -> None:
-    writer, twin = Writer(effort.dice()), PoolTwin(FLEET, MirrorSettings(recalibrate_every_requests=2_000))
+    writer, twin = (
+        Writer(effort.dice()),
+        PoolTwin(FLEET, MirrorSettings(recalibrate_every_requests=2_000, late_seconds=10.0)),
+    )
     rejected: Counter[str] = Counter()
     offered = 0
     batch = []

@@ -50,7 +50,14 @@ dead_letters: dead.jsonl
     daemon.start()
     try:
         until(lambda: daemon.view.finished_requests == 50, "all requests are followed")
-        assert daemon.view.records == {"accepted": 100, "duplicate": 0, "late": 0, "future_time": 0, "rejected": 1}
+        assert daemon.view.records == {
+            "accepted": 100,
+            "completed": 0,
+            "duplicate": 0,
+            "late": 0,
+            "future_time": 0,
+            "rejected": 1,
+        }
         name = f'pool="default",source="kafka:{topic}"'
         wanted = (
             f"kavier_twin_source_up{{{name}}} 1.0",
