@@ -128,7 +128,7 @@ class Daemon:
             checkpoints=Checkpoints(**settings.checkpoints.model_dump()) if settings.checkpoints else None,
             stale_after_seconds=settings.stale_after_seconds,
             warm_up=warm_up_seconds > 0.0,
-            prepare=make_ready,
+            prepare=lambda: make_ready(pool.fleet.engine for pool in pools),
         )
 
     def _listen(self, http: HttpConfig) -> HttpServer:

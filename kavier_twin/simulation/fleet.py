@@ -19,12 +19,8 @@ from numpy.lib import recfunctions as rfn
 
 from kavier_twin.simulation import build, future
 from kavier_twin.simulation import state as layout
-from kavier_twin.simulation.kernels import fleet as kernels
-from kavier_twin.simulation.kernels import flow as flow_kernels
-from kavier_twin.simulation.kernels import replica as replica_kernels
-from kavier_twin.simulation.kernels import requests as request_kernels
-from kavier_twin.simulation.kernels import reshape
-from kavier_twin.simulation.kernels.eviction import switch
+from kavier_twin.simulation.compiler.libraries import load
+from kavier_twin.simulation.kernels import entries as kernels
 from kavier_twin.simulation.policies import Override, apply_overrides
 from kavier_twin.simulation.power import Reading
 from kavier_twin.simulation.settings import FleetSettings
@@ -217,6 +213,7 @@ class Fleet:
 
     def _catch_up(self, time_seconds: float) -> None:
         """Deliver the arrivals before this time and bring every replica up to it."""
+        load(*build.kernels_of(self.settings.engine))
         if self._arrivals is not None:
             stop = int(np.searchsorted(self._arrivals.delivered, time_seconds, side="left"))
             if stop > self._next_row:
@@ -226,27 +223,28 @@ class Fleet:
                 self._arrivals, self._next_row = None, 0
         if self._sessions is not None:
             self._deliver_sessions(self._sessions, time_seconds)
-        kernels.advance_all(self.state, float(time_seconds))  # compiled for one type of time
+        kernels.advance_all(self.state, time_seconds)
         ended = time_seconds if time_seconds < math.inf else float(self.state.replicas["now"].max())
         self.now_seconds = max(self.now_seconds, ended)
 
     def deliver(self, workload: Workload, start: int, stop: int) -> npt.NDArray[np.int32]:
         """Route and push rows [start, stop) now, growing the arrays where needed. Returns [rows, 2] (replica, slot)."""
+        load(*build.kernels_of(self.settings.engine))
         places = np.full((workload.index.size, 2), -1, np.int32)
         row = start
         while row < stop:
-            row, status, _ = kernels.arrive(self.state, workload, row, stop, places)
-            if status == kernels.NO_REPLICA:
+            row, status = kernels.arrive(self.state, workload, row, stop, places)
+            if status == layout.NO_REPLICA:
                 self._lose(workload, row)
                 row += 1
-            elif status != request_kernels.OK:
+            elif status != layout.OK:
                 self.grow(status)
         return places[start:stop]
 
     def _deliver_sessions(self, sessions: SessionLoad, until_seconds: float) -> None:
         row, status = sessions.deliver(self.state, until_seconds)
-        while status != request_kernels.OK:
-            if status == kernels.NO_REPLICA:
+        while status != layout.OK:
+            if status == layout.NO_REPLICA:
                 self._lose(sessions.workload, row)
             else:
                 self.grow(status)
@@ -256,9 +254,9 @@ class Fleet:
 
     def grow(self, status: int) -> None:
         """Make room for what a kernel found no room for: `status` is what it returned."""
-        if status == request_kernels.GROW_SLOTS:
+        if status == layout.GROW_SLOTS:
             self.state = build.with_more_slots(self.state)
-        elif status == request_kernels.GROW_ARENA:
+        elif status == layout.GROW_ARENA:
             self.state = build.with_more_arena(self.state)
         else:
             self._set_aside()
@@ -272,15 +270,16 @@ class Fleet:
 
         `chain` (keys) and `covered` tell the content of prompt and output, as in `learn_chain`.
         """
+        load(*build.kernels_of(self.settings.engine))
         number, slot = live.replica, live.slot
-        while replica_kernels.set_output(self.state, number, slot, output_tokens, True) != request_kernels.OK:
-            self.grow(request_kernels.GROW_ARENA)
+        while kernels.set_output(self.state, number, slot, output_tokens, True) != layout.OK:
+            self.grow(layout.GROW_ARENA)
         self._take_back(live, output_tokens)
         if chain is not None:
-            while replica_kernels.learn_chain(self.state, number, slot, chain, covered) != request_kernels.OK:
-                self.grow(request_kernels.GROW_ARENA)
+            while kernels.learn_chain(self.state, number, slot, chain, covered) != layout.OK:
+                self.grow(layout.GROW_ARENA)
         self._room_for_outcomes()
-        replica_kernels.finish_now(self.state, number, slot, self.now_seconds)
+        kernels.finish_now(self.state, number, slot, self.now_seconds)
         return self.state.outcomes[int(self.state.fleet["outcomes"][0]) - 1].copy()
 
     def _take_back(self, live: Live, output_tokens: int) -> None:
@@ -300,15 +299,19 @@ class Fleet:
 
     def set_output(self, live: Live, output_tokens: int) -> None:
         """Change how many tokens a live request is expected to generate, at least what it has and what is in flight."""
-        while (
-            replica_kernels.set_output(self.state, live.replica, live.slot, output_tokens, False) != request_kernels.OK
-        ):
-            self.grow(request_kernels.GROW_ARENA)
+        load(*build.kernels_of(self.settings.engine))
+        while kernels.set_output(self.state, live.replica, live.slot, output_tokens, False) != layout.OK:
+            self.grow(layout.GROW_ARENA)
+
+    def hold(self, replica: int, until_seconds: float) -> None:
+        """Reality turned out to be behind this replica: it waits until then before it schedules again."""
+        hold_until = self.state.replicas["hold_until"]
+        hold_until[replica] = max(hold_until[replica], until_seconds)
 
     def _room_for_outcomes(self) -> None:
         fleet = self.state.fleet[0]
         if fleet["outcomes"] + fleet["live"] + 1 > self.state.outcomes.size:
-            self.grow(request_kernels.GROW_OUTCOMES)
+            self.grow(layout.GROW_OUTCOMES)
 
     # --- what an outside world tells about replicas -------------------------------------------------------------------
 
@@ -351,10 +354,11 @@ class Fleet:
 
         These are the ones whose index is in `again`; the others are gone without an outcome.
         """
+        load(*build.kernels_of(self.settings.engine))
         rows = build.rows_of_live(self.state, number, self.now_seconds)
         for live in self.live():
             if live.replica == number:
-                replica_kernels.abandon(self.state, number, live.slot, self.now_seconds)
+                kernels.abandon(self.state, number, live.slot, self.now_seconds)
         build.begin_anew(self.state, number, self._fresh())
         rows = take_rows(rows, np.flatnonzero(np.isin(rows.index, list(again))))
         rows = rows._replace(replica=np.full(rows.index.size, number, np.int64))
@@ -396,11 +400,12 @@ class Fleet:
             self.state.fleet["outcomes"] = 0
 
     def _sample(self) -> None:
-        running, waiting, used = kernels.live_requests(self.state)
-        usable = int((self.state.engines["num_blocks"] - 1)[self.state.replicas["alive"] == 1].sum())
+        replicas, blocks = self.state.replicas, self.state.engines["num_blocks"] - 1
+        used = int((blocks - replicas["free_blocks"]).sum())
+        usable = int(blocks[replicas["alive"] == 1].sum())
         self.samples.time_seconds.append(self.now_seconds)
-        self.samples.running.append(int(running))
-        self.samples.waiting.append(int(waiting))
+        self.samples.running.append(int(replicas["running"].sum()))
+        self.samples.waiting.append(int(replicas["waiting"].sum() + replicas["loading"].sum()))
         self.samples.kv_usage_ratio.append(used / usable if usable else 0.0)
         self.samples.readings.append(Reading.of(self.state, self.now_seconds))
 
@@ -491,13 +496,18 @@ class Fleet:
         self.deliver(again, 0, again.index.size)
 
     def _restart(self, number: int) -> None:
-        replica_kernels.settle(self.state, number)
-        replica_kernels.settle_tiers(self.state, number)
+        self._settle(number)
         again = self._abandon(number)
-        reshape.clear_cache(self.state, number)
+        kernels.clear_cache(self.state, number)
         build.clear_tiers(self.state, number, self.settings.engine)
         self.state = build.with_holders(self.state)
         self.deliver(again, 0, again.index.size)
+
+    def _settle(self, number: int) -> None:
+        """Complete what the replica has in flight, transfers between its tiers included."""
+        kernels.settle(self.state, number)
+        if self.settings.engine.host_tier is not None:
+            kernels.settle_tiers(self.state, number)
 
     def _abandon(self, number: int) -> Workload:
         """Take the replica's requests away, to start again elsewhere."""
@@ -505,7 +515,7 @@ class Fleet:
         self._accept(number, False)
         for live in self.live():
             if live.replica == number:
-                replica_kernels.abandon(self.state, number, live.slot, self.now_seconds)
+                kernels.abandon(self.state, number, live.slot, self.now_seconds)
         self.state.replicas["in_flight"][number] = 0
         self.requeued += again.index.size
         return again
@@ -529,6 +539,7 @@ class Fleet:
         does the same policy in a pool of another size, which knows nothing of the past either.
         """
         old, new = self.settings, apply_overrides(self.settings, overrides)
+        load(*build.kernels_of(new.engine))
         replicas = range(self.state.replicas.size)
         disruptive = new.engine.async_scheduling != old.engine.async_scheduling or (
             new.engine.block_size != old.engine.block_size or new.engine.num_gpu_blocks != old.engine.num_gpu_blocks
@@ -543,17 +554,16 @@ class Fleet:
         for number in replicas:
             if disruptive or new_tiers:
                 self._room_for_outcomes()
-                replica_kernels.settle(self.state, number)
-                replica_kernels.settle_tiers(self.state, number)
+                self._settle(number)
             else:
-                flow_kernels.dissolve_flow(self.state, number)
+                kernels.dissolve_flow(self.state, number)
             if reorder and old.engine.eviction != "lru":
-                switch.unload(self.state, number)
+                kernels.unload_policy(self.state, number)
         if new.engine.block_size != old.engine.block_size:
             for number in replicas:
                 while self.state.replicas["running"][number] > 0:
-                    reshape.preempt_last(self.state, number)
-                reshape.clear_cache(self.state, number)
+                    kernels.preempt_last(self.state, number)
+                kernels.clear_cache(self.state, number)
         if new.engine.num_gpu_blocks != old.engine.num_gpu_blocks:
             self.state = build.with_pool(self.state, new.engine.num_gpu_blocks)
         for number in replicas:
@@ -562,7 +572,7 @@ class Fleet:
             )
             self.state.replicas["parked"][number] = 0
             self.state.quiet_until[number] = -np.inf
-            reshape.reorder_queue(self.state, number)
+            kernels.reorder_queue(self.state, number)
         if new.engine.block_size != old.engine.block_size:
             self.state = build.with_block_size(self.state, new.engine.block_size)
             self.state.requests["known"] = self.state.requests["covered"] // new.engine.block_size
@@ -571,7 +581,8 @@ class Fleet:
         if new_tiers or new.engine.block_size != old.engine.block_size:
             for live in self.live():  # smaller blocks need longer block tables, tiers room for marks
                 self.set_output(live, int(self.state.requests["output"][live.replica, live.slot]))
-                request_kernels.clear_marks(self.state, live.replica, live.slot)
+                if new.engine.host_tier is not None:
+                    kernels.clear_marks(self.state, live.replica, live.slot)
         if reorder:
             self.state = build.with_eviction(self.state, new.engine, self.now_seconds)
         self.state.fleet["router"] = build.ROUTERS[new.router]

@@ -21,7 +21,6 @@ from typing import Final
 import numpy as np
 
 from kavier_twin.simulation.fleet import Fleet, Live
-from kavier_twin.simulation.kernels import replica as replica_kernels
 from kavier_twin.simulation.kpis import Counters
 from kavier_twin.simulation.policies import Override, apply_overrides
 from kavier_twin.simulation.settings import FleetSettings, StepTime
@@ -474,7 +473,7 @@ class Mirror:
                 )
         if excess > 0.0:
             hold_until = self.time_seconds + min(excess, self.settings.longest_hold_seconds)
-            replica_kernels.hold(self.fleet.state, live.replica, hold_until)
+            self.fleet.hold(live.replica, hold_until)
 
     def _drop_the_lost(self) -> None:
         """Requests whose finish record never came must not fill the fleet for ever."""

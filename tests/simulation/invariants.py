@@ -17,7 +17,7 @@ from kavier_twin.simulation import state as layout
 from kavier_twin.simulation.build import chunk_tables
 from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.kernels.blocks import find
-from kavier_twin.simulation.kernels.holders import count_all
+from kavier_twin.simulation.kernels.entries import count_all
 from kavier_twin.simulation.kernels.keys import private_key
 from kavier_twin.simulation.state import FleetState, Records
 

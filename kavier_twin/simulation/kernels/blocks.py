@@ -7,8 +7,8 @@ the head, no de-duplication, the first registered copy answers a lookup.
 
 import numpy as np
 
-from kavier_twin.simulation.kernels.compile import small_kernel
-from kavier_twin.simulation.kernels.holders import ask_for_copies, discount_copy
+from kavier_twin.simulation.compiler.kernel import small_kernel
+from kavier_twin.simulation.kernels.holders import ask_for_copies, count_copy, discount_copy
 from kavier_twin.simulation.kernels.keys import spread
 from kavier_twin.simulation.kernels.prefetch import prefetch
 from kavier_twin.simulation.state import PRIVATE, UNHASHED
@@ -71,6 +71,13 @@ def insert(blocks, buckets, block, key):
     blocks[block].key = key
     blocks[block].chain = buckets[bucket]
     buckets[bucket] = block
+
+
+@small_kernel
+def enter(blocks, buckets, holders, block, key):
+    """Make `block` findable under `key`, and count the copy."""
+    insert(blocks, buckets, block, key)
+    count_copy(holders, key)
 
 
 @small_kernel

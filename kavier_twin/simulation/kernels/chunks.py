@@ -8,9 +8,9 @@ instead, which gives the same order).
 
 import numpy as np
 
-from kavier_twin.simulation.kernels.compile import inlined_kernel, kernel
+from kavier_twin.simulation.compiler.kernel import inlined_kernel, kernel
 from kavier_twin.simulation.kernels.keys import mix
-from kavier_twin.simulation.state import FREQUENT, RINGS, VACANT
+from kavier_twin.simulation.state import FREQUENT, VACANT
 
 _HALF = np.uint64(32)
 
@@ -136,26 +136,3 @@ def count_offer(tracker, key, limit, kept):
     chunk = put(tracker, key, 0)
     tracker[chunk].refs = 1
     return kept
-
-
-@kernel
-def clear(cache):
-    """An empty table: every chunk vacant, in order."""
-    for ring in range(RINGS):
-        cache[ring].ring = ring
-        cache[ring].prev = ring
-        cache[ring].next = ring
-        cache[ring].refs = 0
-        cache[ring].bucket = 0
-    for chunk in range(RINGS, cache.size):
-        cache[chunk].key = np.uint64(0)
-        cache[chunk].chain = 0
-        cache[chunk].ring = VACANT
-        cache[chunk].refs = 0
-        cache[chunk].bucket = 0
-        last = cache[VACANT].prev
-        cache[chunk].prev = last
-        cache[chunk].next = VACANT
-        cache[last].next = chunk
-        cache[VACANT].prev = chunk
-        cache[VACANT].refs += 1

@@ -8,13 +8,12 @@ IEEE TSE 1979) bound each process by the others' lookahead. With one replica tha
 
 import numpy as np
 
-from kavier_twin.simulation.kernels.compile import kernel
-from kavier_twin.simulation.kernels.fleet import NO_REPLICA, arrive, arrive_one, refresh_all
+from kavier_twin.simulation.compiler.kernel import kernel
+from kavier_twin.simulation.kernels.fleet import arrive, arrive_one, refresh_all
 from kavier_twin.simulation.kernels.flow import next_end, tokens_now
-from kavier_twin.simulation.kernels.reference import by_reference
 from kavier_twin.simulation.kernels.replica import advance, advance_until_end
-from kavier_twin.simulation.kernels.requests import OK
 from kavier_twin.simulation.kernels.scheduler import shortest_step
+from kavier_twin.simulation.state import NO_REPLICA, OK
 
 # What `progress` holds.
 NEXT_ROW = 0  # the next request that a user will send
@@ -84,7 +83,6 @@ def run_closed_loop(state, workload, think, frontend_seconds, pending, progress,
     written when the request before it ended, `think[row]` seconds later; it reaches the router `frontend_seconds` after
     that. `places` is for `arrive`. Returns a status: any but OK names what must grow before calling again.
     """
-    state, workload = by_reference(state), by_reference(workload)
     while True:
         _send_next(state, workload, think, frontend_seconds, pending, progress)
         row, due = np.int64(-1), np.inf
@@ -101,7 +99,7 @@ def run_closed_loop(state, workload, think, frontend_seconds, pending, progress,
         if due <= first:
             if row < 0:
                 return OK
-            _, status, _ = arrive(state, workload, row, row + 1, places)
+            _, status = arrive(state, workload, row, row + 1, places)
             if status != OK:
                 return status
             progress[FIRST] += 1
@@ -182,7 +180,6 @@ def _follower(loop, index):
 @kernel
 def hear_of_ends(state, workload, loop):
     """Turns after the requests that ended since the last time have a time now."""
-    state, workload, loop = by_reference(state), by_reference(workload), by_reference(loop)
     for at in range(loop.progress[HEARD], state.fleet[0].outcomes):
         row = _follower(loop, state.outcomes[at].index)
         if row >= 0:
@@ -241,7 +238,6 @@ def deliver_turns(state, workload, loop, until):
     Returns (row, status), status being OK, a name of what must grow before calling again, or NO_REPLICA for a row that
     none would take; that row is done with.
     """
-    state, workload, loop = by_reference(state), by_reference(workload), by_reference(loop)
     hear_of_ends(state, workload, loop)
     _await_all(state, loop)
     progress, status, row = loop.progress, OK, np.int64(-1)

@@ -2,16 +2,13 @@
 
 import numpy as np
 
-from kavier_twin.simulation.kernels.compile import kernel
+from kavier_twin.simulation.compiler.kernel import kernel
 from kavier_twin.simulation.kernels.eviction import belady
 from kavier_twin.simulation.kernels.flow import refresh
-from kavier_twin.simulation.kernels.reference import by_reference
 from kavier_twin.simulation.kernels.replica import advance
-from kavier_twin.simulation.kernels.requests import OK, push
+from kavier_twin.simulation.kernels.requests import push
 from kavier_twin.simulation.kernels.router import route
-from kavier_twin.simulation.state import BELADY
-
-NO_REPLICA = 4
+from kavier_twin.simulation.state import BELADY, NO_REPLICA, OK
 
 
 @kernel
@@ -47,39 +44,20 @@ def arrive_one(state, workload, row, places):
 
 @kernel
 def arrive(state, workload, start, stop, places):
-    """Deliver rows [start, stop) of a workload sorted by delivery.
-
-    `places[row]` gets (replica, slot) of each, slot -1 if it was rejected at once. Returns (rows delivered + start,
-    status, replica): a status other than OK names what must grow (on that replica) before going on.
-    """
-    state, workload = by_reference(state), by_reference(workload)
-    row, status, number = start, OK, np.int64(-1)
+    """Deliver rows [start, stop) of a workload sorted by delivery."""
+    row, status = start, OK
     while row < stop:
-        status, number = arrive_one(state, workload, row, places)
+        status, _ = arrive_one(state, workload, row, places)
         if status != OK:
             break
         row += 1
     refresh_all(state)
-    return row, status, number
+    return row, status
 
 
 @kernel
 def advance_all(state, until):
     """Run every replica up to `until` (infinity: until all their requests ended)."""
-    state = by_reference(state)
     for number in range(state.replicas.size):
         advance(state, number, until)
     refresh_all(state)
-
-
-@kernel
-def live_requests(state):
-    """(running, waiting, used blocks) of the whole fleet."""
-    state = by_reference(state)
-    running, waiting, used = 0, 0, 0
-    for number in range(state.replicas.size):
-        replica = state.replicas[number]
-        running += replica.running
-        waiting += replica.waiting + replica.loading
-        used += state.engines[number].num_blocks - 1 - replica.free_blocks
-    return running, waiting, np.int64(used)

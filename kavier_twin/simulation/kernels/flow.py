@@ -11,8 +11,7 @@ asks), the flow is dissolved: its requests become ordinary ones, and the ordinar
 
 import numpy as np
 
-from kavier_twin.simulation.kernels.compile import kernel
-from kavier_twin.simulation.kernels.reference import by_reference
+from kavier_twin.simulation.compiler.kernel import kernel
 
 
 @kernel
@@ -220,7 +219,6 @@ def _sort_entries(requests, entries, count):
 @kernel
 def dissolve_flow(state, number):
     """Make every request of the flow an ordinary one."""
-    state = by_reference(state)
     replica, requests, running = state.replicas[number], state.requests[number], state.running[number]
     if replica.flowing > 0:
         for place in range(replica.running):

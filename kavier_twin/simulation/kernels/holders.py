@@ -8,10 +8,9 @@ may be counted than there are, never less. Only fleets of several replicas with 
 
 import numpy as np
 
-from kavier_twin.simulation.kernels.compile import kernel, small_kernel
+from kavier_twin.simulation.compiler.kernel import kernel, small_kernel
 from kavier_twin.simulation.kernels.keys import spread
 from kavier_twin.simulation.kernels.prefetch import prefetch
-from kavier_twin.simulation.kernels.reference import by_reference
 from kavier_twin.simulation.state import FREE, PRIVATE, UNHASHED
 
 _UNHASHED = np.uint64(UNHASHED)
@@ -29,28 +28,28 @@ def is_counted(key):
 
 
 @small_kernel
-def _place(counts, key):
-    return np.int64((spread(key) >> _LEFT_OUT_BITS) & np.uint64(counts.size - 1))
+def _place(size, key):
+    return np.int64((spread(key) >> _LEFT_OUT_BITS) & np.uint64(size - 1))
 
 
 @small_kernel
 def copies(holders, key):
     """Copies of the counted block with this key in all caches, or more."""
-    return np.int64(holders[_place(holders, key)])
+    return np.int64(holders[_place(holders.size, key)])
 
 
 @small_kernel
 def ask_for_copies(holders, key):
     """It will be counted: ask for the memory."""
     if holders.size > 1 and is_counted(key):
-        prefetch(holders, _place(holders, key))
+        prefetch(holders, _place(holders.size, key))
 
 
 @small_kernel
 def count_copy(holders, key):
     """A cache holds one more block with this key."""
     if holders.size > 1 and is_counted(key):
-        place = _place(holders, key)
+        place = _place(holders.size, key)
         if holders[place] < _MANY:
             holders[place] += np.uint8(1)
 
@@ -59,7 +58,7 @@ def count_copy(holders, key):
 def discount_copy(holders, key):
     """A cache holds one block with this key less."""
     if holders.size > 1 and key != _PRIVATE and is_counted(key):
-        place = _place(holders, key)
+        place = _place(holders.size, key)
         if holders[place] < _MANY:
             holders[place] -= np.uint8(1)
 
@@ -78,7 +77,7 @@ def count_pending(state, number, slot, change):
         else:
             last = (block + 1) * size - 1
             key = arena[request.cells + last // hash_tokens] + np.uint64((last % hash_tokens) // size)
-        pending[_place(pending, key)] += np.uint16(change)
+        pending[_place(pending.size, key)] += np.uint16(change)
 
 
 @small_kernel
@@ -90,15 +89,12 @@ def counts_for(block):
 @small_kernel
 def may_come(pending, key):
     """Whether a live request may have the block with this key, one of those by which they are counted."""
-    return pending[_place(pending, key)] > 0
+    return pending[_place(pending.size, key)] > 0
 
 
 @kernel
 def count_all(state):
     """Count anew: router, replicas or caches have changed."""
-    state = by_reference(state)
-    if state.holders.size == 1:
-        return
     state.holders[:] = 0
     state.pending[:] = 0
     for number in range(state.replicas.size):

@@ -12,7 +12,7 @@ is an ordinary step.
 
 import numpy as np
 
-from kavier_twin.simulation.kernels.compile import kernel
+from kavier_twin.simulation.compiler.kernel import kernel
 from kavier_twin.simulation.kernels.flow import computed_now, next_end
 from kavier_twin.simulation.kernels.loads import may_go_on
 from kavier_twin.simulation.kernels.requests import account, add_blocks, block_key, register
@@ -51,9 +51,9 @@ def steps_within(first, slope, seconds):
         half = first - 0.5 * slope
         steps = (np.sqrt(half * half + 2.0 * slope * seconds) - half) / slope
     count = int(min(steps, float(_FAR)))
-    while span(first, slope, count) > seconds:
+    while span(first, slope, float(count)) > seconds:
         count -= 1
-    while count < _FAR and span(first, slope, count + 1) <= seconds:
+    while count < _FAR and span(first, slope, float(count + 1)) <= seconds:
         count += 1
     return count
 
@@ -160,7 +160,7 @@ def jump(state, number, until):
             return False
         # A block that a store still reads may have to be waited for.
         guarded = tier.oldest_store < tier.next_store
-    linear = linear_seconds(engine, flowing)
+    linear = linear_seconds(engine, float(flowing))
     first = (
         engine.fixed
         + engine.per_decode_sequence * flowing

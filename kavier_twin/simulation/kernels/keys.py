@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from kavier_twin.simulation.kernels.compile import kernel, small_kernel
+from kavier_twin.simulation.compiler.kernel import kernel, small_kernel
 
 _SUB_BITS = np.uint64(10)  # low bits of a key: which block under one hash of the trace
 _SUB_MASK = np.uint64(1023)

@@ -7,9 +7,9 @@ Follows vLLM 0.32 `distributed/kv_transfer/kv_connector/v1/offloading/scheduler.
 
 import numpy as np
 
-from kavier_twin.simulation.kernels import queue
+from kavier_twin.simulation.compiler.kernel import kernel, linked
+from kavier_twin.simulation.kernels import TIERS, queue
 from kavier_twin.simulation.kernels.chunks import disk_of, find, find_resident, host_of, move
-from kavier_twin.simulation.kernels.compile import kernel
 from kavier_twin.simulation.kernels.eviction.stranded import stranded_blocks
 from kavier_twin.simulation.kernels.requests import (
     add_blocks,
@@ -31,6 +31,7 @@ from kavier_twin.simulation.state import (
     REUSED,
     SEEN,
     WAITING,
+    FleetState,
 )
 
 NOTHING = 0
@@ -130,8 +131,8 @@ def _reserved_blocks(state, number):
     return total
 
 
-@kernel
-def begin_load(state, number, slot):
+@linked(TIERS)
+def begin_load(state: FleetState, number: int, slot: int) -> int:
     """Look into the tiers for the waiting request at hand; begin to load what they hold.
 
     Returns NOTHING (compute it), DEFERRED, BEGUN or NO_ROOM. The caller takes it out of the queue where it began.
@@ -158,7 +159,7 @@ def begin_load(state, number, slot):
     if needed + evictable + watermark > replica.free_blocks - _reserved_blocks(state, number):
         return NO_ROOM
     if engine.eviction != LRU and engine.prefix_caching and request.preemptions == 0 and not request.counted:
-        replica.stranded_tokens += size * stranded_blocks(request, blocks, buckets, arena, size, hits)
+        replica.stranded_tokens += size * stranded_blocks(state, number, request, hits)
     take_hits(state, number, request, hits)
     add_blocks(state, number, request, needed)
     request.computed = hits * size + tokens
@@ -213,8 +214,9 @@ def _join_loading(state, number, slot):
     requests[slot].arrived = 0
     requests[slot].load_done = np.inf
     place = replica.loading
-    if state.engines[number].priority_policy:
-        while place > 0 and queue.before(requests, True, slot, loading[place - 1]):
+    by_priority = state.engines[number].priority_policy
+    if by_priority:
+        while place > 0 and queue.before(requests, by_priority, slot, loading[place - 1]):
             loading[place] = loading[place - 1]
             place -= 1
     loading[place] = slot
@@ -264,15 +266,15 @@ def observe_loads(state, number, until):
             _unpin_load(state, number, loading[place])
 
 
-@kernel
-def observe(state, number, until, time):
+@linked(TIERS)
+def observe(state: FleetState, number: int, until: float, time: float) -> None:
     """At `time` the scheduler learns of the copies between GPU and host that were complete by `until`."""
     observe_copies(state, number, until, time)
     observe_loads(state, number, until)
 
 
-@kernel
-def look(state, number):
+@linked(TIERS)
+def look(state: FleetState, number: int) -> None:
     """What the scheduler learns about transfers as it begins to schedule."""
     replica, tier = state.replicas[number], state.tiers[number]
     if tier.resting:
@@ -297,8 +299,8 @@ def enter_loaded(state, number, slot):
     request.computed = min(request.computed, request.tokens - 1)
 
 
-@kernel
-def may_go_on(state, number):
+@linked(TIERS)
+def may_go_on(state: FleetState, number: int) -> bool:
     """Whether a request that holds blocks already may be scheduled: its load is complete."""
     replica, requests, loading = state.replicas[number], state.requests[number], state.tier_slots[number, 0]
     for place in range(replica.loading):

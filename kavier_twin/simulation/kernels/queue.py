@@ -4,7 +4,7 @@ fcfs orders by a sequence number (a preempted request gets one below all others:
 (priority, arrival, request id as text), vLLM 0.32 `v1/request.py` `Request.__lt__`.
 """
 
-from kavier_twin.simulation.kernels.compile import kernel
+from kavier_twin.simulation.compiler.kernel import kernel
 
 
 @kernel

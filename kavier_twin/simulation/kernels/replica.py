@@ -2,22 +2,19 @@
 
 import numpy as np
 
-from kavier_twin.simulation.kernels import queue
-from kavier_twin.simulation.kernels.blocks import insert, remove
+from kavier_twin.simulation.compiler.kernel import inlined_kernel, kernel, linked
+from kavier_twin.simulation.kernels import ENGINE, POLICIES, TIERS, queue
+from kavier_twin.simulation.kernels.blocks import enter, remove
 from kavier_twin.simulation.kernels.chunks import disk_of, host_of, rename
-from kavier_twin.simulation.kernels.compile import inlined_kernel, kernel
 from kavier_twin.simulation.kernels.eviction import ttl
 from kavier_twin.simulation.kernels.eviction.order import order_of
 from kavier_twin.simulation.kernels.eviction.stranded import stranded_blocks
 from kavier_twin.simulation.kernels.flow import dissolve_flow, leave, list_explicit, refresh
-from kavier_twin.simulation.kernels.holders import count_copy, count_pending, discount_copy
+from kavier_twin.simulation.kernels.holders import count_pending, discount_copy
 from kavier_twin.simulation.kernels.jump import jump
 from kavier_twin.simulation.kernels.keys import private_key
 from kavier_twin.simulation.kernels.loads import break_off, observe
-from kavier_twin.simulation.kernels.reference import by_reference
 from kavier_twin.simulation.kernels.requests import (
-    GROW_ARENA,
-    OK,
     account,
     add_blocks,
     block_key,
@@ -36,13 +33,13 @@ from kavier_twin.simulation.kernels.requests import (
 from kavier_twin.simulation.kernels.scheduler import complete, linear_seconds, schedule
 from kavier_twin.simulation.kernels.stores import chunk_key, rest
 from kavier_twin.simulation.kernels.transfers import observe_disk
-from kavier_twin.simulation.state import FINISHED, LOADING, LRU, PRIVATE, RUNNING, TTL
+from kavier_twin.simulation.state import FINISHED, GROW_ARENA, LOADING, LRU, OK, PRIVATE, RUNNING, TTL, FleetState
 
 _PRIVATE = np.uint64(PRIVATE)
 
 
-@kernel
-def _expire(state, number, time):
+@linked(POLICIES)
+def _expire(state: FleetState, number: int, time: float) -> None:
     ttl.expire(order_of(state, number), time)
 
 
@@ -75,8 +72,8 @@ def _next_event(state, number, until):
     return True
 
 
-@kernel
-def advance(state, number, until):
+@linked(ENGINE)
+def advance(state: FleetState, number: int, until: float) -> None:
     """Run a replica up to `until`: batches that end by then complete, batches that start before then are scheduled.
 
     An arrival at exactly `until` therefore still reaches the scheduling decision of that moment, as in vLLM.
@@ -89,8 +86,8 @@ def advance(state, number, until):
         _expire(state, number, until if until < np.inf else replica.now)
 
 
-@kernel
-def advance_until_end(state, number, until):
+@linked(ENGINE)
+def advance_until_end(state: FleetState, number: int, until: float) -> None:
     """Run a replica up to `until`, or to the moment one of its requests ends if that comes before."""
     ended = state.fleet[0].outcomes
     while state.fleet[0].outcomes == ended and _next_event(state, number, until):
@@ -102,7 +99,8 @@ def _refit(state, number, slot, chain_length, output):
     """Give a live request room for a longer hash chain or output. Returns OK or GROW_ARENA (then nothing changed)."""
     engine, arena, tier = state.engines[number], state.arena[number], state.tiers[number]
     request = state.requests[number][slot]
-    cells = cells_needed(engine, tier, chain_length, request.prompt + output)
+    # It may hold more blocks than that: those of tokens that were never real are only freed with it.
+    cells = cells_needed(engine, tier, chain_length, max(request.prompt + output, request.blocks * engine.block_size))
     size = max(request.cell_class, cell_class(cells))
     if size != request.cell_class or chain_length != request.chain_length:
         target = take_cells(state.replicas[number], arena, state.arena_free[number], size)
@@ -133,7 +131,6 @@ def set_output(state, number, slot, output, final):
 
     Never below what is delivered and in flight, unless it is `final`: the caller ends the request at once.
     """
-    state = by_reference(state)
     replica, request = state.replicas[number], state.requests[number][slot]
     if request.flowing:
         leave(state, number, slot)
@@ -161,7 +158,6 @@ def learn_chain(state, number, slot, chain, covered):
     `chain` is the whole chain of keys (`chain_keys`), of prompt and output. Returns OK or GROW_ARENA (then nothing
     changed).
     """
-    state = by_reference(state)
     engine, arena = state.engines[number], state.arena[number]
     blocks, buckets = state.blocks[number], state.buckets[number]
     request = state.requests[number][slot]
@@ -185,17 +181,22 @@ def learn_chain(state, number, slot, chain, covered):
             discount_copy(state.holders, blocks[block].key)
             remove(blocks, buckets, block)
         key = block_key(request, arena, at, engine.block_size)
-        insert(blocks, buckets, block, key)
-        count_copy(state.holders, key)
-    tier = state.tiers[number]
-    if tier.chunks > 0:
-        for chunk in range(first // tier.blocks_per_chunk, request.known // tier.blocks_per_chunk):
-            key = chunk_key(tier, request, arena, chunk, engine.block_size)
-            private = private_key(request.uid, (chunk + 1) * tier.blocks_per_chunk - 1)
-            rename(host_of(state, number), private, key)
-            if tier.disk_chunks > 0:
-                rename(disk_of(state, number), private, key)
+        enter(blocks, buckets, state.holders, block, key)
+    if state.tiers[number].chunks > 0:
+        _rename_chunks(state, number, slot, first)
     return OK
+
+
+@linked(TIERS)
+def _rename_chunks(state: FleetState, number: int, slot: int, first: int) -> None:
+    """The request's blocks from `first` on have keys that tell their content now, in the tiers too."""
+    tier, request, arena = state.tiers[number], state.requests[number][slot], state.arena[number]
+    for chunk in range(first // tier.blocks_per_chunk, request.known // tier.blocks_per_chunk):
+        key = chunk_key(tier, request, arena, chunk, state.engines[number].block_size)
+        private = private_key(request.uid, (chunk + 1) * tier.blocks_per_chunk - 1)
+        rename(host_of(state, number), private, key)
+        if tier.disk_chunks > 0:
+            rename(disk_of(state, number), private, key)
 
 
 @kernel
@@ -231,7 +232,6 @@ def finish_now(state, number, slot, time):
     catches up, all requests together; what then is still missing is completed for this request alone (a request still
     waiting is admitted on the spot), so that the cache holds what the real one holds.
     """
-    state = by_reference(state)
     replica, engine = state.replicas[number], state.engines[number]
     blocks, buckets, arena = state.blocks[number], state.buckets[number], state.arena[number]
     request = state.requests[number][slot]
@@ -259,7 +259,7 @@ def finish_now(state, number, slot, time):
         if engine.prefix_caching:
             hits, _, _ = lookup(request, blocks, buckets, arena, size)
             if engine.eviction != LRU and request.preemptions == 0:
-                replica.stranded_tokens += size * stranded_blocks(request, blocks, buckets, arena, size, hits)
+                replica.stranded_tokens += size * stranded_blocks(state, number, request, hits)
             take_hits(state, number, request, hits)
         if request.preemptions == 0:
             request.scheduled = time
@@ -285,13 +285,17 @@ def finish_now(state, number, slot, time):
 @kernel
 def recall_load(state, number, slot):
     """Back to the queue with a request that loads, its blocks freed; others are left as they are."""
+    if state.requests[number][slot].state == LOADING:
+        _recall(state, number, slot)
+
+
+@linked(TIERS)
+def _recall(state: FleetState, number: int, slot: int) -> None:
     replica, requests = state.replicas[number], state.requests[number]
-    if requests[slot].state == LOADING:
-        break_off(state, number, slot)
-        by_priority = state.engines[number].priority_policy
-        queue.enqueue(replica, requests, state.waiting[number], by_priority, slot)
-        replica.parked = 0
-        state.quiet_until[number] = -np.inf
+    break_off(state, number, slot)
+    queue.enqueue(replica, requests, state.waiting[number], state.engines[number].priority_policy, slot)
+    replica.parked = 0
+    state.quiet_until[number] = -np.inf
 
 
 @kernel
@@ -299,20 +303,17 @@ def _expected_finish(replica, engine, request, time):
     """When a request that is behind would end: its remaining tokens at the pace of a decode step of today's batch."""
     left = request.prompt + request.output - request.tokens
     running = max(1, replica.running)
-    step = engine.fixed + engine.per_decode_sequence * running + engine.linear_scale * linear_seconds(engine, running)
+    step = (
+        engine.fixed
+        + engine.per_decode_sequence * running
+        + engine.linear_scale * linear_seconds(engine, float(running))
+    )
     return time + left * step
-
-
-@kernel
-def hold(state, number, until):
-    """Reality turned out to be behind this replica: let it wait until then before it schedules again."""
-    state.replicas[number].hold_until = max(state.replicas[number].hold_until, until)
 
 
 @kernel
 def abandon(state, number, slot, time):
     """Drop a live request without a trace: it will start again elsewhere, or be reported lost by the caller."""
-    state = by_reference(state)
     account(state.replicas[number], state.engines[number], time)
     recall_load(state, number, slot)
     withdraw(state, number, slot)
@@ -323,7 +324,6 @@ def abandon(state, number, slot, time):
 @kernel
 def settle(state, number):
     """Complete the batches in flight without scheduling more, every request spelled out."""
-    state = by_reference(state)
     dissolve_flow(state, number)
     while state.replicas[number].in_flight > 0:
         complete(state, number)
@@ -332,7 +332,6 @@ def settle(state, number):
 @kernel
 def settle_tiers(state, number):
     """Let a settled replica's transfers be complete, and its requests that load go back to the queue."""
-    state = by_reference(state)
     replica, tier, loading = state.replicas[number], state.tiers[number], state.tier_slots[number, 0]
     if tier.chunks == 0:
         return

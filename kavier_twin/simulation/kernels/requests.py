@@ -6,39 +6,39 @@ list per size, so that a daemon's arena stays as large as its busiest moment.
 
 import numpy as np
 
-from kavier_twin.simulation.kernels import queue
+from kavier_twin.simulation.compiler.kernel import inlined_kernel, kernel, linked, small_kernel
+from kavier_twin.simulation.kernels import POLICIES, queue
 from kavier_twin.simulation.kernels.blocks import (
     allocate,
     ask_ahead,
     ask_for_bucket,
+    enter,
     find,
-    insert,
     release_table,
     touch,
 )
-from kavier_twin.simulation.kernels.compile import inlined_kernel, kernel, small_kernel
 from kavier_twin.simulation.kernels.eviction import dispatch
 from kavier_twin.simulation.kernels.eviction.order import order_of
 from kavier_twin.simulation.kernels.flow import leave
-from kavier_twin.simulation.kernels.holders import count_copy, count_pending
+from kavier_twin.simulation.kernels.holders import count_pending
 from kavier_twin.simulation.kernels.keys import private_key
-from kavier_twin.simulation.kernels.reference import by_reference
 from kavier_twin.simulation.state import (
     FINISHED,
     FREE,
+    GROW_ARENA,
+    GROW_OUTCOMES,
+    GROW_SLOTS,
     LRU,
+    OK,
     PREEMPTED,
     PRIVATE,
     REJECTED_LENGTH,
     RUNNING,
     UNHASHED,
     WAITING,
+    FleetState,
+    Request,
 )
-
-OK = 0
-GROW_SLOTS = 1
-GROW_ARENA = 2
-GROW_OUTCOMES = 3
 
 _PRIVATE = np.uint64(PRIVATE)
 _UNHASHED = np.uint64(UNHASHED)
@@ -136,23 +136,20 @@ def _register(request, blocks, buckets, holders, arena, block_size, full):
         for number in range(first, known):
             sub = 0 if single else within // block_size
             key = arena[cell] + np.uint64(sub)
-            insert(blocks, buckets, np.int64(arena[table + number]), key)
-            count_copy(holders, key)
+            enter(blocks, buckets, holders, np.int64(arena[table + number]), key)
             cell, within = next_key(cell, within, hash_tokens, block_size)
         first = known
     for number in range(first, full):
         block = np.int64(arena[table + number])
         if request.published:
-            key = private_key(request.uid, number)
-            insert(blocks, buckets, block, key)
-            count_copy(holders, key)
+            enter(blocks, buckets, holders, block, private_key(request.uid, number))
         else:
             blocks[block].key = _PRIVATE
     request.registered = full
 
 
-@kernel
-def _enter_by_policy(state, number, request, old, new):
+@linked(POLICIES)
+def _enter_by_policy(state: FleetState, number: int, request: Request, old: int, new: int) -> None:
     table = request.cells + request.chain_length
     dispatch.enter_blocks(order_of(state, number), request, state.arena[number], table, old, new)
 
@@ -183,9 +180,7 @@ def publish(request, blocks, buckets, holders, arena):
     for number in range(request.registered):
         block = np.int64(arena[table + number])
         if blocks[block].key == _PRIVATE:
-            key = private_key(request.uid, number)
-            insert(blocks, buckets, block, key)
-            count_copy(holders, key)
+            enter(blocks, buckets, holders, block, private_key(request.uid, number))
 
 
 @kernel
@@ -233,8 +228,8 @@ def _take_hits(replica, request, blocks, arena, hits):
         touch(replica, blocks, np.int64(arena[table + number]))
 
 
-@kernel
-def _take_hits_by_policy(state, number, request, hits):
+@linked(POLICIES)
+def _take_hits_by_policy(state: FleetState, number: int, request: Request, hits: int) -> None:
     table = request.cells + request.chain_length
     dispatch.hit_blocks(order_of(state, number), request, state.arena[number], table, hits)
 
@@ -256,8 +251,8 @@ def _add_blocks(replica, request, blocks, buckets, holders, arena, count):
     request.blocks += count
 
 
-@kernel
-def _add_blocks_by_policy(state, number, request, count):
+@linked(POLICIES)
+def _add_blocks_by_policy(state: FleetState, number: int, request: Request, count: int) -> None:
     end = request.cells + request.chain_length + request.blocks
     dispatch.allocate(order_of(state, number), state.arena[number], end, count)
     request.blocks += count
@@ -285,8 +280,8 @@ def _free_blocks(replica, request, blocks, arena):
     release_table(replica, blocks, arena, request.cells + request.chain_length, request.blocks)
 
 
-@kernel
-def _free_blocks_by_policy(state, number, request):
+@linked(POLICIES)
+def _free_blocks_by_policy(state: FleetState, number: int, request: Request) -> None:
     table = request.cells + request.chain_length
     dispatch.release_blocks(order_of(state, number), state.arena[number], table, request.blocks)
 
@@ -390,7 +385,6 @@ def cells_needed(engine, tier, chain_length, tokens):
 @kernel
 def clear_marks(state, number, slot):
     """No chunk is marked yet. Marks lie at the end of a request's piece, behind all else: see `stores.marks_cell`."""
-    state = by_reference(state)
     request, arena = state.requests[number][slot], state.arena[number]
     for cell in range(request.chain_length + request.blocks, 1 << np.int64(request.cell_class)):
         arena[request.cells + cell] = _ZERO

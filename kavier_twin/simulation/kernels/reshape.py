@@ -2,12 +2,11 @@
 
 import numpy as np
 
+from kavier_twin.simulation.compiler.kernel import kernel
 from kavier_twin.simulation.kernels import queue
-from kavier_twin.simulation.kernels.blocks import allocate, forget, insert
+from kavier_twin.simulation.kernels.blocks import allocate, enter, forget, insert
 from kavier_twin.simulation.kernels.chunks import disk_of, host_of, put
-from kavier_twin.simulation.kernels.compile import kernel
 from kavier_twin.simulation.kernels.flow import list_explicit
-from kavier_twin.simulation.kernels.reference import by_reference
 from kavier_twin.simulation.kernels.scheduler import preempt
 from kavier_twin.simulation.state import FREQUENT, RECENT
 
@@ -15,7 +14,6 @@ from kavier_twin.simulation.state import FREQUENT, RECENT
 @kernel
 def preempt_last(state, number):
     """Preempt the last running request (the replica is settled: nothing is in flight)."""
-    state = by_reference(state)
     replica = state.replicas[number]
     replica.running -= 1
     preempt(state, number, state.running[number][replica.running])
@@ -27,7 +25,6 @@ def preempt_last(state, number):
 @kernel
 def clear_cache(state, number):
     """Forget everything cached. Blocks in use keep their content for their own requests only."""
-    state = by_reference(state)
     replica, blocks, buckets = state.replicas[number], state.blocks[number], state.buckets[number]
     for block in range(1, state.engines[number].num_blocks):
         if blocks[block].refs == 0:
@@ -42,7 +39,6 @@ def resize_pool(state, number, blocks, buckets, new_count, names, working):
     blocks come to the head of the free list when it grows. `names` (zeroed) and `working` are working space, one cell
     for each old block.
     """
-    state = by_reference(state)
     replica, engine = state.replicas[number], state.engines[number]
     old_blocks, old_buckets = state.blocks[number], state.buckets[number]
     old_count = engine.num_blocks
@@ -95,9 +91,15 @@ def resize_pool(state, number, blocks, buckets, new_count, names, working):
 
 
 @kernel
+def enter_blocks(state, number, blocks, content):
+    """These blocks, which hold nothing, hold what these keys name."""
+    for at in range(blocks.size):
+        enter(state.blocks[number], state.buckets[number], state.holders, np.int64(blocks[at]), content[at])
+
+
+@kernel
 def carry_over(before, state, number):
     """Fill a replica's cold tiers with what still fits of what they held `before`, with no transfer under way."""
-    before, state = by_reference(before), by_reference(state)
     tier = state.tiers[number]
     tier.idle += _refill(host_of(before, number), host_of(state, number), tier.chunks)
     if before.tiers[number].disk_chunks > 0 and tier.disk_chunks > 0:
@@ -124,6 +126,5 @@ def _refill(old, new, room):
 @kernel
 def reorder_queue(state, number):
     """Restore the queue's order after the scheduling policy changed."""
-    state = by_reference(state)
     engine = state.engines[number]
     queue.reorder(state.replicas[number], state.requests[number], state.waiting[number], engine.priority_policy)

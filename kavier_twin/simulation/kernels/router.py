@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from kavier_twin.simulation.compiler.kernel import inlined_kernel, kernel, small_kernel
 from kavier_twin.simulation.kernels.blocks import ask_ahead, bucket_of, find
-from kavier_twin.simulation.kernels.compile import inlined_kernel, kernel, small_kernel
 from kavier_twin.simulation.kernels.flow import next_end
 from kavier_twin.simulation.kernels.holders import copies, counts_for, is_counted, may_come
 from kavier_twin.simulation.kernels.keys import mix

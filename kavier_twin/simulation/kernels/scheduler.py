@@ -7,8 +7,8 @@ without speculative decoding or encoders. KV connectors: `stores.py`, `loads.py`
 
 import numpy as np
 
-from kavier_twin.simulation.kernels import queue
-from kavier_twin.simulation.kernels.compile import kernel
+from kavier_twin.simulation.compiler.kernel import kernel, linked
+from kavier_twin.simulation.kernels import TIERS, queue
 from kavier_twin.simulation.kernels.eviction.stranded import stranded_blocks
 from kavier_twin.simulation.kernels.flow import dissolve_flow, join, list_explicit, next_end, retire
 from kavier_twin.simulation.kernels.loads import (
@@ -46,6 +46,7 @@ from kavier_twin.simulation.state import (
     PREEMPTED,
     REJECTED_KV_CAPACITY,
     RUNNING,
+    FleetState,
 )
 
 ADMISSIBLE = 0
@@ -313,7 +314,7 @@ def _admit_waiting(state, number, entries, count, budget):
                 continue
             break
         if engine.eviction != LRU and engine.prefix_caching and request.preemptions == 0:
-            replica.stranded_tokens += size * stranded_blocks(request, blocks, buckets, arena, size, hits)
+            replica.stranded_tokens += size * stranded_blocks(state, number, request, hits)
         take_hits(state, number, request, hits)
         add_blocks(state, number, request, needed)
         request.computed = hits * size
@@ -350,13 +351,14 @@ def _run(state, number, entries, count, slot, tokens):
     return _add_entry(entries, count, slot, tokens)
 
 
-@kernel
-def _admit_loaded(state, number, entries, count, budget):
+@linked(TIERS)
+def _admit_loaded(state: FleetState, number: int, batch: int, count: int, budget: int) -> tuple[int, int, bool]:
     """The requests that a tier has filled blocks for come before those that wait without any.
 
     Returns (entries, budget left, whether the others may be looked at).
     """
     replica, engine, requests = state.replicas[number], state.engines[number], state.requests[number]
+    entries = state.entries[number, batch]
     loading, size, place, arrived = state.tier_slots[number, 0], engine.block_size, 0, True
     while place < replica.loading:
         if budget == 0 or replica.running >= engine.max_num_seqs:
@@ -541,7 +543,7 @@ def schedule(state, number):
     if not preempted:
         others = True
         if replica.loading > 0:
-            count, budget, others = _admit_loaded(state, number, entries, count, budget)
+            count, budget, others = _admit_loaded(state, number, place, count, budget)
         if others:
             count = _admit_waiting(state, number, entries, count, budget)
     flowing = replica.flowing
@@ -577,7 +579,7 @@ def schedule(state, number):
         start = max(start, state.batches[number, replica.oldest].end)
     batch.polled = replica.now
     if tier.chunks > 0:
-        free_from = hand_over(state, number, entries, count, start)
+        free_from = hand_over(state, number, place, count, start)
         if free_from > start:
             start = free_from
             batch.polled = free_from
@@ -593,7 +595,7 @@ def schedule(state, number):
     batch.work[2] = decodes
     batch.work[3] = context
     batch.work[4] = attention
-    batch.work[5] = linear_seconds(engine, prefill_tokens + decodes) if count + flowing > 0 else 0.0
+    batch.work[5] = linear_seconds(engine, float(prefill_tokens + decodes)) if count + flowing > 0 else 0.0
     if count + flowing > 0:
         replica.steps += 1
         replica.computed_tokens += prefill_tokens + decodes

@@ -9,8 +9,9 @@ What a request did with each chunk is noted (`state.SEEN` ...) in cells at the e
 
 import numpy as np
 
+from kavier_twin.simulation.compiler.kernel import kernel, linked
+from kavier_twin.simulation.kernels import TIERS
 from kavier_twin.simulation.kernels.chunks import count_offer, find, find_resident, host_of, move, offers_of
-from kavier_twin.simulation.kernels.compile import kernel
 from kavier_twin.simulation.kernels.keys import private_key
 from kavier_twin.simulation.kernels.requests import give_back
 from kavier_twin.simulation.kernels.tier_eviction import enter, learn_miss, make_room, renew
@@ -21,7 +22,7 @@ from kavier_twin.simulation.kernels.transfers import (
     store_uid,
     submit_stores,
 )
-from kavier_twin.simulation.state import INSERTED, MISSED, OFFERED, REUSED, SEEN
+from kavier_twin.simulation.state import INSERTED, MISSED, OFFERED, REUSED, SEEN, FleetState
 
 NO_FENCE = -1  # else twice the number of the store that reads a block, plus one once its request has ended
 DROPPED = -1  # no room could be made: vLLM's allocation failure
@@ -245,13 +246,14 @@ def _await_stores(state, number, entries, count, least):
         tier.awaited_store = max(tier.awaited_store, awaited)
 
 
-@kernel
-def hand_over(state, number, entries, count, start):
-    """What the connector does with the batch just scheduled, to begin at `start`. Returns when it may begin.
+@linked(TIERS)
+def hand_over(state: FleetState, number: int, place: int, count: int, start: float) -> float:
+    """What the connector does with the batch scheduled in `place`, to begin at `start`. Returns when it may begin.
 
     What the batch computes is offered, then what requests left behind that ended before.
     """
     replica, tier, host = state.replicas[number], state.tiers[number], host_of(state, number)
+    entries = state.entries[number, place]
     submit_stores(replica, tier, host, start, tier.next_store)
     _fence_ended(state, number)
     _await_stores(state, number, entries, count, tier.oldest_store)
@@ -267,8 +269,8 @@ def hand_over(state, number, entries, count, start):
     return max(start, store_done(tier, host, tier.awaited_store))
 
 
-@kernel
-def rest(state, number):
+@linked(TIERS)
+def rest(state: FleetState, number: int) -> None:
     """Nothing is in flight and nothing can be scheduled: look for completed transfers from now on."""
     replica, tier = state.replicas[number], state.tiers[number]
     _fence_ended(state, number)

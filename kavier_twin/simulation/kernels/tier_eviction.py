@@ -4,8 +4,8 @@ Follows vLLM 0.32 `v1/kv_offload/cpu/policies/lru.py` and `arc.py`. ARC: Megiddo
 Overhead Replacement Cache", FAST 2003; vLLM's adapts once a request and evicts in batches.
 """
 
+from kavier_twin.simulation.compiler.kernel import kernel
 from kavier_twin.simulation.kernels.chunks import drop, find, move, put
-from kavier_twin.simulation.kernels.compile import kernel
 from kavier_twin.simulation.state import FREQUENT, GHOST_FREQUENT, GHOST_RECENT, INSERTED, RECENT, REUSED
 
 

@@ -12,9 +12,10 @@ A transfer's chunks are linked, and its first chunk carries what describes it.
 
 import numpy as np
 
+from kavier_twin.simulation.compiler.kernel import kernel, linked
+from kavier_twin.simulation.kernels import TIERS
 from kavier_twin.simulation.kernels.chunks import disk_of, drop, find, host_of, move, put
-from kavier_twin.simulation.kernels.compile import kernel
-from kavier_twin.simulation.state import RECENT, VACANT
+from kavier_twin.simulation.state import RECENT, VACANT, FleetState
 
 
 @kernel
@@ -52,8 +53,8 @@ def submit_stores(replica, tier, host, start, before):
         tier.stores_last = job
 
 
-@kernel
-def submit_loads(state, number, start):
+@linked(TIERS)
+def submit_loads(state: FleetState, number: int, start: float) -> None:
     """Submit the loads begun by the batch just scheduled, which ends at `start`."""
     replica, tier, requests = state.replicas[number], state.tiers[number], state.requests[number]
     loading = state.tier_slots[number, 0]
@@ -197,8 +198,8 @@ def store_uid(tier, host, number):
     return np.int64(-1)
 
 
-@kernel
-def next_done(state, number):
+@linked(TIERS)
+def next_done(state: FleetState, number: int) -> float:
     """When the next transfer under way is complete, infinity if there is none."""
     replica, tier, host = state.replicas[number], state.tiers[number], host_of(state, number)
     requests, loading = state.requests[number], state.tier_slots[number, 0]

@@ -5,7 +5,7 @@ belong to T1 or T2 but stand in neither. An engine evicts when it allocates, bef
 so a ghost hit moves the target after the eviction that made room, not before it as in the paper.
 """
 
-from kavier_twin.simulation.kernels.compile import kernel
+from kavier_twin.simulation.compiler.kernel import kernel
 from kavier_twin.simulation.kernels.eviction import ghosts, lists
 
 _T1, _T2 = 0, 1

@@ -8,13 +8,13 @@ without its ancestors.
 
 import numpy as np
 
+from kavier_twin.simulation.compiler.kernel import kernel, linked
+from kavier_twin.simulation.kernels import POLICIES
 from kavier_twin.simulation.kernels.blocks import find
-from kavier_twin.simulation.kernels.compile import kernel
 from kavier_twin.simulation.kernels.eviction import heap
 from kavier_twin.simulation.kernels.eviction.order import order_of
 from kavier_twin.simulation.kernels.keys import mix
-from kavier_twin.simulation.kernels.reference import by_reference
-from kavier_twin.simulation.state import BELADY, PRIVATE, UNHASHED
+from kavier_twin.simulation.state import BELADY, PRIVATE, UNHASHED, FleetState, Workload
 
 _PRIVATE = np.uint64(PRIVATE)
 _UNHASHED = np.uint64(UNHASHED)
@@ -91,8 +91,8 @@ def entered(order, block, arrival, index):
         _move(order, first, arrival, index)
 
 
-@kernel
-def passed(state, row, workload, number):
+@linked(POLICIES)
+def passed(state: FleetState, row: int, workload: Workload, number: int) -> None:
     """A request went to replica `number` (-1: to none): on the others its blocks wait for the use after it."""
     for other in range(state.replicas.size):
         if other == number or not state.engines[other].prefix_caching or state.engines[other].eviction != BELADY:
@@ -111,7 +111,6 @@ def passed(state, row, workload, number):
 @kernel
 def learn(state, number, time):
     """The uses after `time` became known: what is cached is wanted at the first of them."""
-    state = by_reference(state)
     order = order_of(state, number)
     for block in range(1, order.blocks.size):
         key = order.blocks[block].key

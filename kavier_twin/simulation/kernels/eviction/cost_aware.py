@@ -5,7 +5,7 @@ and the cost is what computing the block again would take: its tokens' share of 
 over its context, which makes deep blocks dearer.
 """
 
-from kavier_twin.simulation.kernels.compile import kernel
+from kavier_twin.simulation.compiler.kernel import kernel
 
 
 @kernel

@@ -5,8 +5,8 @@ Free blocks without content stay in vLLM's free list and are taken first. A bloc
 
 import numpy as np
 
+from kavier_twin.simulation.compiler.kernel import kernel
 from kavier_twin.simulation.kernels.blocks import forget
-from kavier_twin.simulation.kernels.compile import kernel
 from kavier_twin.simulation.kernels.eviction import (
     arc,
     belady,

@@ -1,6 +1,6 @@
 """FIFO: what entered the cache first goes first."""
 
-from kavier_twin.simulation.kernels.compile import kernel
+from kavier_twin.simulation.compiler.kernel import kernel
 from kavier_twin.simulation.kernels.eviction.order import tick
 
 

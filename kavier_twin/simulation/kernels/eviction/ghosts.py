@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from kavier_twin.simulation.compiler.kernel import kernel
 from kavier_twin.simulation.kernels.blocks import find, insert, remove
-from kavier_twin.simulation.kernels.compile import kernel
 from kavier_twin.simulation.state import PRIVATE
 
 _PRIVATE = np.uint64(PRIVATE)

@@ -4,7 +4,7 @@
 their ancestors.
 """
 
-from kavier_twin.simulation.kernels.compile import kernel
+from kavier_twin.simulation.compiler.kernel import kernel
 from kavier_twin.simulation.kernels.eviction.order import tick
 
 

@@ -1,6 +1,6 @@
 """LFU: the least often hit goes first, among equals the least recently used. Counts live as long as the block."""
 
-from kavier_twin.simulation.kernels.compile import kernel
+from kavier_twin.simulation.compiler.kernel import kernel
 
 
 @kernel

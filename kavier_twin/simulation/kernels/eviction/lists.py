@@ -4,7 +4,7 @@ A block belongs to the queue `nodes[block].queue`, whether it stands in it (`lin
 those that belong.
 """
 
-from kavier_twin.simulation.kernels.compile import kernel
+from kavier_twin.simulation.compiler.kernel import kernel
 from kavier_twin.simulation.state import QUEUES
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from kavier_twin.simulation.kernels.compile import inlined_kernel, kernel
+from kavier_twin.simulation.compiler.kernel import inlined_kernel, kernel
 
 
 class Order(NamedTuple):

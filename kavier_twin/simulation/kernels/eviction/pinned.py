@@ -5,7 +5,7 @@ the pool at a time; pinned blocks go, in LRU order, only when nothing else can. 
 token range that TensorRT-LLM takes by hand (`KvCacheRetentionConfig`).
 """
 
-from kavier_twin.simulation.kernels.compile import kernel
+from kavier_twin.simulation.compiler.kernel import kernel
 from kavier_twin.simulation.kernels.eviction import lists
 
 _PLAIN, _PINNED = 0, 1

@@ -6,7 +6,7 @@ numbers and libCacheSim's defaults. While nothing was evicted yet, what does not
 one (libCacheSim). A block in use that comes to its turn leaves its queue and is the newest of it when released.
 """
 
-from kavier_twin.simulation.kernels.compile import kernel
+from kavier_twin.simulation.compiler.kernel import kernel
 from kavier_twin.simulation.kernels.eviction import ghosts, lists
 
 _SMALL, _MAIN = 0, 1

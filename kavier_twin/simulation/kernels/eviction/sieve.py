@@ -4,7 +4,7 @@ One queue in order of entry, and a hand that moves from the oldest to the newest
 is spared once. One in use leaves the queue when the hand finds it and is the newest again when it is released.
 """
 
-from kavier_twin.simulation.kernels.compile import kernel
+from kavier_twin.simulation.compiler.kernel import kernel
 from kavier_twin.simulation.kernels.eviction import lists
 
 

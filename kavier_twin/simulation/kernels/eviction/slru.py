@@ -5,7 +5,7 @@ default). A hit moves a block up one segment; one that is too full passes its le
 the least recently used of the lowest segment. Evictable blocks stand in the segments' lists; those in use count.
 """
 
-from kavier_twin.simulation.kernels.compile import kernel
+from kavier_twin.simulation.compiler.kernel import kernel
 from kavier_twin.simulation.kernels.eviction import lists
 from kavier_twin.simulation.state import QUEUES
 

@@ -2,19 +2,22 @@
 
 import numpy as np
 
+from kavier_twin.simulation.compiler.kernel import linked
+from kavier_twin.simulation.kernels import POLICIES
 from kavier_twin.simulation.kernels.blocks import find
-from kavier_twin.simulation.kernels.compile import kernel
+from kavier_twin.simulation.state import FleetState, Request
 
 
-@kernel
-def stranded_blocks(request, blocks, buckets, arena, block_size, hits):
+@linked(POLICIES)
+def stranded_blocks(state: FleetState, number: int, request: Request, hits: int) -> int:
     """Blocks of a new request's prompt that are in the cache behind the first `hits`, which alone can be used.
 
     vLLM's LRU evicts descendants first, as sequences are freed from the tail: there it hardly happens.
     """
-    count = 0
-    for number in range(hits + 1, min((request.tokens - 1) // block_size, request.known)):
-        last = (number + 1) * block_size - 1
+    count, block_size = 0, state.engines[number].block_size
+    blocks, buckets, arena = state.blocks[number], state.buckets[number], state.arena[number]
+    for block in range(hits + 1, min((request.tokens - 1) // block_size, request.known)):
+        last = (block + 1) * block_size - 1
         cell, within = request.cells + last // request.hash_tokens, last % request.hash_tokens
         if find(blocks, buckets, arena[cell] + np.uint64(within // block_size)) != 0:
             count += 1

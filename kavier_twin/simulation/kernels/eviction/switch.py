@@ -2,10 +2,9 @@
 
 import numpy as np
 
-from kavier_twin.simulation.kernels.compile import kernel
+from kavier_twin.simulation.compiler.kernel import kernel
 from kavier_twin.simulation.kernels.eviction import belady, dispatch
 from kavier_twin.simulation.kernels.eviction.order import order_of
-from kavier_twin.simulation.kernels.reference import by_reference
 from kavier_twin.simulation.state import LRU, UNHASHED
 
 _UNHASHED = np.uint64(UNHASHED)
@@ -14,7 +13,6 @@ _UNHASHED = np.uint64(UNHASHED)
 @kernel
 def unload(state, number):
     """Put every evictable block into the free list, in the order in which the policy would evict. LRU from now on."""
-    state = by_reference(state)
     order = order_of(state, number)
     blocks = order.blocks
     left = order.replica.free_blocks
@@ -38,7 +36,6 @@ def load(state, number, time):
 
     What happened to them before (hits, their place in their chain) is not known any more.
     """
-    state = by_reference(state)
     order = order_of(state, number)
     blocks = order.blocks
     block = blocks[0].next

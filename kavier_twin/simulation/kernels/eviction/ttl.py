@@ -3,8 +3,8 @@
 Prompt caches sold as a service work like that (Anthropic's: 5 minutes, refreshed by each use).
 """
 
+from kavier_twin.simulation.compiler.kernel import kernel
 from kavier_twin.simulation.kernels.blocks import forget
-from kavier_twin.simulation.kernels.compile import kernel
 from kavier_twin.simulation.kernels.eviction import lists
 
 

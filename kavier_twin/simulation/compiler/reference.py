@@ -22,7 +22,12 @@ class Reference(types.Type):
 
     def __init__(self, target: Any) -> None:
         self.target = target
-        super().__init__(name=f"Reference({target})")
+        super().__init__(name=f"Reference({target.instance_class.__name__})")
+
+    @property
+    def key(self) -> Any:
+        """The tuple's name does not tell its types, but what is compiled is named after it: the shorter the better."""
+        return self.target
 
 
 @register_model(Reference)
@@ -35,7 +40,7 @@ class _ReferenceModel(models.PrimitiveModel):
 class _Fields(AttributeTemplate):
     key = Reference
 
-    def generic_resolve(self, reference: Any, field: str) -> Any:  # type: ignore[override]
+    def generic_resolve(self, reference: Any, field: str) -> Any:
         names = reference.target.fields
         return reference.target.types[names.index(field)] if field in names else None
 
