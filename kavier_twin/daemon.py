@@ -28,7 +28,7 @@ from kavier_twin.live.discovered import contradictions, tells, told
 from kavier_twin.live.feed import UNNAMED_POOL, Feed
 from kavier_twin.live.freshness import STALE_AFTER_SECONDS, Freshness
 from kavier_twin.live.kept_policies import KeptPolicies
-from kavier_twin.live.kernels_ready import compiled, make_ready
+from kavier_twin.live.kernels_ready import compiled, counts, make_ready
 from kavier_twin.live.live_sources import LiveSource, MetricsSource
 from kavier_twin.live.pool import PoolTwin
 from kavier_twin.live.pool_control import PoolControl
@@ -148,8 +148,10 @@ class Daemon:
         """The figures published last, by pool."""
         if not self.preparing:
             return self._views
-        now, far = time.time(), compiled()
-        return {name: replace(view, unix_seconds=now, compiling=far) for name, view in self._views.items()}
+        now, far, kernels = time.time(), compiled(), counts()
+        return {
+            name: replace(view, unix_seconds=now, compiling=far, kernels=kernels) for name, view in self._views.items()
+        }
 
     @property
     def view(self) -> TwinView:
@@ -298,6 +300,7 @@ class Daemon:
                 view,
                 notes=(*view.notes, *(f"Engine configuration: {line}." for line in contrary)),
                 engine_contradictions=len(contrary),
+                kernels=counts(),
                 stale=reasons,
                 warming_up=self._warming_up,
                 checkpoint_unix_seconds=kept.written_unix_seconds if kept else None,

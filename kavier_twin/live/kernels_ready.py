@@ -15,7 +15,7 @@ from typing import Final
 
 from kavier_twin.forecast.drawing import DRAWING
 from kavier_twin.forecast.load_methods import prepare
-from kavier_twin.serve.view import Compiling
+from kavier_twin.serve.view import Compiling, KernelCounts
 from kavier_twin.simulation.build import kernels_of
 from kavier_twin.simulation.compiler import libraries
 from kavier_twin.simulation.kernels import ENGINE, FLEET
@@ -29,6 +29,11 @@ _OLD_SECONDS: Final = 30 * 86_400.0  # not used for so long, a library is remove
 def compiled() -> Compiling:
     """How many of the libraries of kernels that every twin needs are there."""
     return Compiling(sum(library.is_loaded for library in _NEEDED), len(_NEEDED))
+
+
+def counts() -> KernelCounts:
+    """What was and is compiled, when first needed or before."""
+    return KernelCounts(len(libraries.compiling()), len(libraries.compiled()))
 
 
 def make_ready(engines: Iterable[EngineSettings] = ()) -> None:

@@ -22,6 +22,7 @@ from kavier_twin.serve.cache_metrics import cache_metrics
 from kavier_twin.serve.calibration_metrics import calibration_metrics
 from kavier_twin.serve.families import PREFIX, add, breach_flag, counter, flag, gauge, policy_labels, pool_gauge
 from kavier_twin.serve.fidelity_metrics import fidelity_metrics
+from kavier_twin.serve.kernel_metrics import kernel_metrics
 from kavier_twin.serve.load_metrics import load_metrics
 from kavier_twin.serve.power_metrics import power_metrics
 from kavier_twin.serve.score_metrics import score_metrics
@@ -82,12 +83,14 @@ class TwinCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """All metrics of the current views, each once with the samples of all pools."""
         found: dict[str, Metric] = {}
-        for view in self._current().values():
+        views = self._current()
+        for view in views.values():
             for metric in _metrics(view):
                 found.setdefault(metric.name, metric)
                 if found[metric.name] is not metric:
                     found[metric.name].samples += metric.samples
         yield _build()
+        yield from kernel_metrics(next(iter(views.values())).kernels)
         yield from (metric for metric in found.values() if metric.samples)
 
 

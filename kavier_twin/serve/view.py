@@ -237,10 +237,18 @@ class History:
 
 @dataclass(frozen=True)
 class Compiling:
-    """How far the kernels are: nothing is mirrored before they are ready."""
+    """How many libraries of kernels are ready of those that every twin needs: nothing is mirrored before all are."""
 
     compiled: int
     kernels: int
+
+
+@dataclass(frozen=True)
+class KernelCounts:
+    """Libraries of kernels of this process."""
+
+    compiling: int = 0  # now
+    compiled: int = 0  # since the start
 
 
 @dataclass(frozen=True)
@@ -290,6 +298,7 @@ class TwinView:
     engine_contradictions: int = 0  # settings that engines tell otherwise than the settings file or each other
     warming_up: bool = False  # the past of the logs is being mirrored
     compiling: Compiling | None = None  # None: the kernels are ready
+    kernels: KernelCounts = KernelCounts()
 
     def not_ready(self) -> list[str]:
         """Why the figures are not there yet; empty when they are."""

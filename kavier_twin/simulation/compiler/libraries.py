@@ -48,6 +48,7 @@ _loaded: list[unit.Loaded] = []  # in this process
 _exports: dict[str, int] = {}  # by symbol the address of a linked kernel
 _slots: dict[str, list[ctypes.c_void_p]] = {}  # by symbol where that is wanted
 _compiling: list[str] = []  # names of libraries
+_compiled_here: list[str] = []
 
 
 class Library:
@@ -103,6 +104,16 @@ def load(*wanted: Library) -> None:
             library.is_loaded = True
 
 
+def compiling() -> tuple[str, ...]:
+    """The libraries that are being compiled for this process now."""
+    return tuple(_compiling)
+
+
+def compiled() -> tuple[str, ...]:
+    """Those that were, in order."""
+    return tuple(_compiled_here)
+
+
 def install(code: unit.Code, entries: Iterable[Kernel]) -> None:
     """Load compiled kernels into this process, and connect them with those of other libraries."""
     loaded = unit.Loaded(code)
@@ -141,26 +152,24 @@ def _codes(libraries: Sequence[Library]) -> list[unit.Code]:
     codes = {library: code for library, file in files.items() if (code := _read(file)) is not None}
     absent = [library for library in libraries if library not in codes]
     if absent:
-        codes |= _compiled(absent, files)
+        codes |= _compile_missing(absent, files)
     return [codes[library] for library in libraries]
 
 
 def _read(file: Path) -> unit.Code | None:
     try:
         code = pickle.loads(file.read_bytes())
-        os.utime(file)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except OSError:  # one that may only be read
-        pass
     except Exception as error:
         log.warning("%s cannot be read (%s: %s); its kernels are compiled again", file, type(error).__name__, error)
         return None
-    assert isinstance(code, unit.Code)
-    return code
+    with contextlib.suppress(OSError):  # it may only be read
+        os.utime(file)
+    return code if isinstance(code, unit.Code) else None
 
 
-def _compiled(libraries: Sequence[Library], files: Mapping[Library, Path]) -> dict[Library, unit.Code]:
+def _compile_missing(libraries: Sequence[Library], files: Mapping[Library, Path]) -> dict[Library, unit.Code]:
     """Compile these side by side, each in a process of its own, unless another process did meanwhile."""
     with contextlib.ExitStack() as stack:
         try:
@@ -183,6 +192,7 @@ def _compiled(libraries: Sequence[Library], files: Mapping[Library, Path]) -> di
                 for library, child in zip(absent, children, strict=True):
                     codes[library] = _outcome(library, files[library], child)
                     _compiling.remove(library.name)
+                    _compiled_here.append(library.name)
             finally:
                 _compiling.clear()
             log.info("kernels compiled: %s, in %.1f s", names, time.monotonic() - began)
@@ -191,7 +201,7 @@ def _compiled(libraries: Sequence[Library], files: Mapping[Library, Path]) -> di
 
 def _child(library: Library, file: Path) -> subprocess.Popen[bytes] | None:
     """A process that compiles the library into the file. It ends with this one, whose end closes its input."""
-    command = [sys.executable, "-m", __package__, library.module, library.name, str(file)]
+    command = [sys.executable, "-P", "-m", __package__, library.module, library.name, str(file)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     try:
         return subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)

@@ -21,8 +21,6 @@ FIRST = 1  # `pending[FIRST:LAST]` are the rows that are to arrive, in order of 
 LAST = 2
 SEEN = 3  # leading rows of `outcomes` whose users know that their request ended
 
-_ROUNDING = 1.0 - 1e-9  # many steps at once are summed in another order than one by one
-
 
 @kernel
 def _left(request):
@@ -50,7 +48,7 @@ def _earliest_end(state, number):
         batches = min(batches, _left(requests[state.waiting[number, place]]))
     for place in range(replica.loading):
         batches = min(batches, _left(requests[state.tier_slots[number, 0, place]]))
-    shortest = shortest_step(state.engines[number]) * _ROUNDING
+    shortest = shortest_step(state.engines[number])
     if replica.in_flight == 0:
         return replica.now + batches * shortest
     return state.batches[number, replica.oldest].end + (batches - 1) * shortest
@@ -201,7 +199,7 @@ def _await_end(state, loop, row, number, slot):
         return
     tokens = tokens_now(replica, request) if request.flowing else request.tokens
     batches = max(np.int64(1), np.int64(request.prompt + request.output - tokens))
-    shortest = shortest_step(state.engines[number]) * _ROUNDING
+    shortest = shortest_step(state.engines[number])
     if replica.in_flight == 0:
         end = replica.now + batches * shortest
     else:

@@ -9,7 +9,7 @@ may be counted than there are, never less. Only fleets of several replicas with 
 import numpy as np
 
 from kavier_twin.simulation.compiler.kernel import kernel, small_kernel
-from kavier_twin.simulation.kernels.keys import spread
+from kavier_twin.simulation.kernels.keys import key_of, spread
 from kavier_twin.simulation.kernels.prefetch import prefetch
 from kavier_twin.simulation.state import FREE, PRIVATE, UNHASHED
 
@@ -72,11 +72,10 @@ def count_pending(state, number, slot, change):
     request = state.requests[number, slot]
     hash_tokens = request.hash_tokens
     for block in range(0, request.known, _EVERY):
-        if hash_tokens == size:
-            key = arena[request.cells + block]
-        else:
-            last = (block + 1) * size - 1
-            key = arena[request.cells + last // hash_tokens] + np.uint64((last % hash_tokens) // size)
+        # The division is spared where one hash covers one block, which is the rule.
+        key = arena[request.cells + block]
+        if hash_tokens != size:
+            key = key_of(arena, request.cells, hash_tokens, block, size)
         pending[_place(pending.size, key)] += np.uint16(change)
 
 

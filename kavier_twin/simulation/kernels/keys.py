@@ -39,6 +39,13 @@ def chain_keys(hashes, starts):
 
 
 @small_kernel
+def key_of(chain, start, hash_tokens, block, block_size):
+    """Key of block number `block` of a request whose chain of hashes, `hash_tokens` tokens each, begins at `start`."""
+    last = (block + 1) * block_size - 1
+    return chain[start + last // hash_tokens] + np.uint64(last % hash_tokens // block_size)
+
+
+@small_kernel
 def private_key(uid, block):
     """Key of block number `block` of request `uid` where no hash of the trace identifies its content."""
     return mix(mix(np.uint64(uid)) + np.uint64(block)) | _TOP_BIT

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from kavier_twin.simulation.compiler.kernel import inlined_kernel, kernel, linked
+from kavier_twin.simulation.compiler.kernel import kernel, linked
 from kavier_twin.simulation.kernels import ENGINE, POLICIES, TIERS, queue
 from kavier_twin.simulation.kernels.blocks import enter, remove
 from kavier_twin.simulation.kernels.chunks import disk_of, host_of, rename
@@ -43,7 +43,7 @@ def _expire(state: FleetState, number: int, time: float) -> None:
     ttl.expire(order_of(state, number), time)
 
 
-@inlined_kernel
+@kernel
 def _next_event(state, number, until):
     """Schedule or complete one batch, or jump over many, of those that are due by `until`. Returns whether one was."""
     replica, engine = state.replicas[number], state.engines[number]

@@ -6,7 +6,7 @@ list per size, so that a daemon's arena stays as large as its busiest moment.
 
 import numpy as np
 
-from kavier_twin.simulation.compiler.kernel import inlined_kernel, kernel, linked, small_kernel
+from kavier_twin.simulation.compiler.kernel import kernel, linked, small_kernel
 from kavier_twin.simulation.kernels import POLICIES, queue
 from kavier_twin.simulation.kernels.blocks import (
     allocate,
@@ -21,7 +21,7 @@ from kavier_twin.simulation.kernels.eviction import dispatch
 from kavier_twin.simulation.kernels.eviction.order import order_of
 from kavier_twin.simulation.kernels.flow import leave
 from kavier_twin.simulation.kernels.holders import count_pending
-from kavier_twin.simulation.kernels.keys import private_key
+from kavier_twin.simulation.kernels.keys import key_of, private_key
 from kavier_twin.simulation.state import (
     FINISHED,
     FREE,
@@ -93,8 +93,7 @@ def account(replica, engine, time):
 def block_key(request, arena, block, block_size):
     """Key of the request's block number `block`: from its hash chain, or private where the chain ends."""
     if block < request.known:
-        cell, within = keys_from(request, block, block_size)
-        return arena[cell] + np.uint64(within // block_size)
+        return key_of(arena, request.cells, request.hash_tokens, block, block_size)
     if request.published:
         return private_key(request.uid, block)
     return _PRIVATE
@@ -121,10 +120,21 @@ def next_key(cell, within, hash_tokens, block_size):
     return cell, within
 
 
-@small_kernel
-def _register(request, blocks, buckets, holders, arena, block_size, full):
-    first = request.registered
+@linked(POLICIES)
+def _enter_by_policy(state: FleetState, number: int, request: Request, old: int, new: int) -> None:
     table = request.cells + request.chain_length
+    dispatch.enter_blocks(order_of(state, number), request, state.arena[number], table, old, new)
+
+
+@kernel
+def register(state, number, request, full):
+    """Enter the first `full` blocks into the prefix cache (vLLM `cache_full_blocks`)."""
+    old = request.registered
+    if full <= old:
+        return
+    blocks, buckets, holders, arena = state.blocks[number], state.buckets[number], state.holders, state.arena[number]
+    block_size = state.engines[number].block_size
+    first, table = np.int64(old), request.cells + request.chain_length
     known = min(full, request.known)
     if first < known:
         hash_tokens = request.hash_tokens
@@ -133,43 +143,20 @@ def _register(request, blocks, buckets, holders, arena, block_size, full):
         if single:
             for ahead in range(1, min(request.known - first, known - first + 1)):
                 ask_for_bucket(buckets, arena[cell + ahead])  # of the next block to come, too
-        for number in range(first, known):
+        for at in range(first, known):
             sub = 0 if single else within // block_size
-            key = arena[cell] + np.uint64(sub)
-            enter(blocks, buckets, holders, np.int64(arena[table + number]), key)
+            enter(blocks, buckets, holders, np.int64(arena[table + at]), arena[cell] + np.uint64(sub))
             cell, within = next_key(cell, within, hash_tokens, block_size)
         first = known
-    for number in range(first, full):
-        block = np.int64(arena[table + number])
+    for at in range(first, full):
+        block = np.int64(arena[table + at])
         if request.published:
-            enter(blocks, buckets, holders, block, private_key(request.uid, number))
+            enter(blocks, buckets, holders, block, private_key(request.uid, at))
         else:
             blocks[block].key = _PRIVATE
     request.registered = full
-
-
-@linked(POLICIES)
-def _enter_by_policy(state: FleetState, number: int, request: Request, old: int, new: int) -> None:
-    table = request.cells + request.chain_length
-    dispatch.enter_blocks(order_of(state, number), request, state.arena[number], table, old, new)
-
-
-@inlined_kernel
-def register(state, number, request, full):
-    """Enter the first `full` blocks into the prefix cache (vLLM `cache_full_blocks`)."""
-    old, new = request.registered, full
-    if new > old:
-        _register(
-            request,
-            state.blocks[number],
-            state.buckets[number],
-            state.holders,
-            state.arena[number],
-            state.engines[number].block_size,
-            new,
-        )
-        if state.engines[number].eviction != LRU:
-            _enter_by_policy(state, number, request, old, new)
+    if state.engines[number].eviction != LRU:
+        _enter_by_policy(state, number, request, old, full)
 
 
 @kernel
@@ -221,63 +208,41 @@ def lookup(request, blocks, buckets, arena, block_size):
     return most, evictable, _ZERO
 
 
-@small_kernel
-def _take_hits(replica, request, blocks, arena, hits):
-    table = request.cells + request.chain_length
-    for number in range(hits):
-        touch(replica, blocks, np.int64(arena[table + number]))
-
-
 @linked(POLICIES)
 def _take_hits_by_policy(state: FleetState, number: int, request: Request, hits: int) -> None:
     table = request.cells + request.chain_length
     dispatch.hit_blocks(order_of(state, number), request, state.arena[number], table, hits)
 
 
-@inlined_kernel
+@kernel
 def take_hits(state, number, request, hits):
     """Hold the first `hits` blocks, which `lookup` wrote into the block table."""
     if state.engines[number].eviction == LRU:
-        _take_hits(state.replicas[number], request, state.blocks[number], state.arena[number], hits)
+        table = request.cells + request.chain_length
+        for at in range(hits):
+            touch(state.replicas[number], state.blocks[number], np.int64(state.arena[number, table + at]))
     else:
         _take_hits_by_policy(state, number, request, hits)
     request.blocks = hits
     request.registered = hits
 
 
-@small_kernel
-def _add_blocks(replica, request, blocks, buckets, holders, arena, count):
-    allocate(replica, blocks, buckets, holders, arena, request.cells + request.chain_length + request.blocks, count)
-    request.blocks += count
-
-
 @linked(POLICIES)
 def _add_blocks_by_policy(state: FleetState, number: int, request: Request, count: int) -> None:
     end = request.cells + request.chain_length + request.blocks
     dispatch.allocate(order_of(state, number), state.arena[number], end, count)
-    request.blocks += count
 
 
-@inlined_kernel
+@kernel
 def add_blocks(state, number, request, count):
     """Allocate `count` blocks to the end of the block table."""
     if state.engines[number].eviction == LRU:
-        _add_blocks(
-            state.replicas[number],
-            request,
-            state.blocks[number],
-            state.buckets[number],
-            state.holders,
-            state.arena[number],
-            count,
-        )
+        end = request.cells + request.chain_length + request.blocks
+        blocks, buckets = state.blocks[number], state.buckets[number]
+        allocate(state.replicas[number], blocks, buckets, state.holders, state.arena[number], end, count)
     else:
         _add_blocks_by_policy(state, number, request, count)
-
-
-@small_kernel
-def _free_blocks(replica, request, blocks, arena):
-    release_table(replica, blocks, arena, request.cells + request.chain_length, request.blocks)
+    request.blocks += count
 
 
 @linked(POLICIES)
@@ -286,11 +251,12 @@ def _free_blocks_by_policy(state: FleetState, number: int, request: Request) -> 
     dispatch.release_blocks(order_of(state, number), state.arena[number], table, request.blocks)
 
 
-@inlined_kernel
+@kernel
 def free_blocks(state, number, request):
     """Return all blocks, the tail of the sequence first."""
     if state.engines[number].eviction == LRU:
-        _free_blocks(state.replicas[number], request, state.blocks[number], state.arena[number])
+        table = request.cells + request.chain_length
+        release_table(state.replicas[number], state.blocks[number], state.arena[number], table, request.blocks)
     else:
         _free_blocks_by_policy(state, number, request)
     request.blocks = 0

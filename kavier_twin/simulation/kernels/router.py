@@ -2,20 +2,20 @@
 
 import numpy as np
 
-from kavier_twin.simulation.compiler.kernel import inlined_kernel, kernel, small_kernel
+from kavier_twin.simulation.compiler.kernel import kernel, small_kernel
 from kavier_twin.simulation.kernels.blocks import ask_ahead, bucket_of, find
 from kavier_twin.simulation.kernels.flow import next_end
 from kavier_twin.simulation.kernels.holders import copies, counts_for, is_counted, may_come
-from kavier_twin.simulation.kernels.keys import mix
+from kavier_twin.simulation.kernels.keys import key_of, mix
 from kavier_twin.simulation.kernels.prefetch import prefetch
 from kavier_twin.simulation.kernels.replica import advance
+from kavier_twin.simulation.kernels.scheduler import shortest_step
 from kavier_twin.simulation.state import LEAST_LOADED, LRU, PREFIX_AWARE, SESSION_AFFINITY
 
-_ROUNDING = 1.0 - 1e-9  # many steps at once are summed in another order than one by one
 _TOO_BUSY = 1 << 30  # requests of a replica that is to get no more
 
 
-@inlined_kernel
+@kernel
 def _quiet_until(state, number):
     """A time before which no live request of the replica can end by itself, assuming the shortest possible steps."""
     replica, engine = state.replicas[number], state.engines[number]
@@ -26,8 +26,7 @@ def _quiet_until(state, number):
     end = state.batches[number, replica.oldest].end
     if replica.running > replica.flowing or replica.waiting + replica.loading > 0:
         return end
-    shortest = (engine.fixed + engine.per_decode_sequence + engine.per_context_token) * _ROUNDING
-    return end + (next_end(state, number) - replica.completed_batches - 1) * shortest
+    return end + (next_end(state, number) - replica.completed_batches - 1) * shortest_step(engine)
 
 
 @kernel
@@ -42,7 +41,7 @@ def _recount(state, number, time):
         state.loads[number] = _TOO_BUSY
 
 
-@inlined_kernel
+@kernel
 def load(state, number, time):
     """Live requests of a replica at `time`, `_TOO_BUSY` if it takes none."""
     if state.quiet_until[number] <= time:
@@ -50,7 +49,7 @@ def load(state, number, time):
     return np.int64(state.loads[number])
 
 
-@inlined_kernel
+@kernel
 def _least_loaded(state, time):
     best, least = -1, np.int64(_TOO_BUSY)
     for number in range(state.replicas.size):
@@ -60,7 +59,7 @@ def _least_loaded(state, time):
     return best
 
 
-@inlined_kernel
+@kernel
 def _by_turn(state):
     fleet = state.fleet[0]
     for _ in range(state.replicas.size):
@@ -71,7 +70,7 @@ def _by_turn(state):
     return -1
 
 
-@inlined_kernel
+@kernel
 def _by_session(state, session):
     """Rendezvous hashing: when a replica goes, only its own sessions move."""
     best, highest = -1, np.uint64(0)
@@ -86,8 +85,7 @@ def _by_session(state, session):
 @small_kernel
 def _key(workload, row, size, block):
     """Key of a block of a request's prompt."""
-    last, hash_tokens = (block + 1) * size - 1, workload.hash_tokens[row]
-    return workload.chain[workload.chain_starts[row] + last // hash_tokens] + np.uint64((last % hash_tokens) // size)
+    return key_of(workload.chain, workload.chain_starts[row], workload.hash_tokens[row], block, size)
 
 
 @kernel
@@ -220,7 +218,7 @@ def _by_prefix(state, workload, row, time):
     return best
 
 
-@inlined_kernel
+@kernel
 def route(state, workload, row, time):
     """The replica for this request, -1 if none accepts requests."""
     if workload.replica[row] >= 0:

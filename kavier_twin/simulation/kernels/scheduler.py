@@ -95,9 +95,12 @@ def linear_seconds(engine, tokens):
 
 @kernel
 def shortest_step(engine):
-    """No step that does anything is shorter: a single token."""
+    """No step that does anything is shorter: a single token, less what rounding may take.
+
+    Many steps at once are summed in another order than one by one.
+    """
     token = min(engine.per_prefill_token, engine.per_decode_sequence)
-    return engine.fixed + token + engine.linear_scale * linear_seconds(engine, 1.0)
+    return (engine.fixed + token + engine.linear_scale * linear_seconds(engine, 1.0)) * (1.0 - 1e-9)
 
 
 @kernel

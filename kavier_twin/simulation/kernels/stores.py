@@ -12,7 +12,7 @@ import numpy as np
 from kavier_twin.simulation.compiler.kernel import kernel, linked
 from kavier_twin.simulation.kernels import TIERS
 from kavier_twin.simulation.kernels.chunks import count_offer, find, find_resident, host_of, move, offers_of
-from kavier_twin.simulation.kernels.keys import private_key
+from kavier_twin.simulation.kernels.keys import key_of, private_key
 from kavier_twin.simulation.kernels.requests import give_back
 from kavier_twin.simulation.kernels.tier_eviction import enter, learn_miss, make_room, renew
 from kavier_twin.simulation.kernels.transfers import (
@@ -33,8 +33,7 @@ def chunk_key(tier, request, arena, chunk, block_size):
     """The key of a request's chunk: that of its last block, known by a hash of the trace or private."""
     block = (chunk + 1) * tier.blocks_per_chunk - 1
     if block < request.known:
-        last = (block + 1) * block_size - 1
-        return arena[request.cells + last // request.hash_tokens] + np.uint64(last % request.hash_tokens // block_size)
+        return key_of(arena, request.cells, request.hash_tokens, block, block_size)
     return private_key(request.uid, block)
 
 

@@ -13,7 +13,7 @@ from kavier_twin.simulation.kernels import POLICIES
 from kavier_twin.simulation.kernels.blocks import find
 from kavier_twin.simulation.kernels.eviction import heap
 from kavier_twin.simulation.kernels.eviction.order import order_of
-from kavier_twin.simulation.kernels.keys import mix
+from kavier_twin.simulation.kernels.keys import key_of, mix
 from kavier_twin.simulation.state import BELADY, PRIVATE, UNHASHED, FleetState, Workload
 
 _PRIVATE = np.uint64(PRIVATE)
@@ -99,10 +99,8 @@ def passed(state: FleetState, row: int, workload: Workload, number: int) -> None
             continue
         order = order_of(state, other)
         size, hash_tokens = state.engines[other].block_size, workload.hash_tokens[row]
-        for number_of_block in range(min(workload.covered[row], workload.prompt[row]) // size):
-            last = (number_of_block + 1) * size - 1
-            link = workload.chain_starts[row] + last // hash_tokens
-            key = workload.chain[link] + np.uint64((last % hash_tokens) // size)
+        for at in range(min(workload.covered[row], workload.prompt[row]) // size):
+            key = key_of(workload.chain, workload.chain_starts[row], hash_tokens, at, size)
             block = find(order.blocks, order.buckets, key)
             if block != 0:
                 _move(order, block, workload.arrival[row], workload.index[row])

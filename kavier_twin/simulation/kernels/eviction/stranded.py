@@ -1,10 +1,9 @@
 """Prefix integrity: what is cached but cannot be hit, because an ancestor is gone."""
 
-import numpy as np
-
 from kavier_twin.simulation.compiler.kernel import linked
 from kavier_twin.simulation.kernels import POLICIES
 from kavier_twin.simulation.kernels.blocks import find
+from kavier_twin.simulation.kernels.keys import key_of
 from kavier_twin.simulation.state import FleetState, Request
 
 
@@ -17,8 +16,6 @@ def stranded_blocks(state: FleetState, number: int, request: Request, hits: int)
     count, block_size = 0, state.engines[number].block_size
     blocks, buckets, arena = state.blocks[number], state.buckets[number], state.arena[number]
     for block in range(hits + 1, min((request.tokens - 1) // block_size, request.known)):
-        last = (block + 1) * block_size - 1
-        cell, within = request.cells + last // request.hash_tokens, last % request.hash_tokens
-        if find(blocks, buckets, arena[cell] + np.uint64(within // block_size)) != 0:
+        if find(blocks, buckets, key_of(arena, request.cells, request.hash_tokens, block, block_size)) != 0:
             count += 1
     return count
