@@ -11,7 +11,7 @@ import numpy.typing as npt
 from kavier_twin.simulation.compiler.kernel import entry, kernel
 from kavier_twin.simulation.compiler.libraries import Library
 from kavier_twin.simulation.compiler.reference import by_reference
-from kavier_twin.simulation.kernels.keys import mix
+from kavier_twin.simulation.kernels.cache.keys import mix
 
 DRAWING: Final = Library("drawing", __name__)
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.kernels import entries as kernels
-from kavier_twin.simulation.kernels.closed_loop import LAST, NEXT_ROW, SEEN
+from kavier_twin.simulation.kernels.fleet.closed_loop import LAST, NEXT_ROW, SEEN
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings
 from kavier_twin.simulation.state import OK, Records
 from kavier_twin.simulation.workload import Workload

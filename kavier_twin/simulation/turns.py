@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kavier_twin.simulation.kernels import closed_loop as layout
 from kavier_twin.simulation.kernels import entries as kernels
+from kavier_twin.simulation.kernels.fleet import closed_loop as layout
 from kavier_twin.simulation.state import COMING, FleetState, Loop, Workload
 
 

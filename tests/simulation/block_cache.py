@@ -9,11 +9,11 @@ from kavier_twin.simulation import build, future
 from kavier_twin.simulation import state as layout
 from kavier_twin.simulation.compiler.kernel import kernel
 from kavier_twin.simulation.compiler.reference import by_reference
-from kavier_twin.simulation.kernels.blocks import allocate as allocate_lru
-from kavier_twin.simulation.kernels.blocks import find, insert, touch
-from kavier_twin.simulation.kernels.blocks import release as release_lru
-from kavier_twin.simulation.kernels.eviction import dispatch
-from kavier_twin.simulation.kernels.eviction.order import order_of
+from kavier_twin.simulation.kernels.cache.blocks import allocate as allocate_lru
+from kavier_twin.simulation.kernels.cache.blocks import find, insert, touch
+from kavier_twin.simulation.kernels.cache.blocks import release as release_lru
+from kavier_twin.simulation.kernels.cache.eviction import dispatch
+from kavier_twin.simulation.kernels.cache.eviction.order import order_of
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
 
 FIRST_KEY = 1 << 40  # keys like those of chains: the low ten bits are free

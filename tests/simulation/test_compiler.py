@@ -125,7 +125,7 @@ def test_code_is_named_by_what_it_follows_from_not_by_where_that_lies(tmp_path: 
         return found
 
     assert digest() == ENGINE.digest
-    source = copied / "simulation/kernels/keys.py"
+    source = copied / "simulation/kernels/cache/keys.py"
     source.write_text(source.read_text() + "\n# another version\n")
     assert digest() != ENGINE.digest
 

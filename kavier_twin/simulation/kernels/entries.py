@@ -7,21 +7,11 @@ import numpy.typing as npt
 
 from kavier_twin.simulation.compiler.kernel import entry
 from kavier_twin.simulation.compiler.reference import by_reference
-from kavier_twin.simulation.kernels import (
-    ENGINE,
-    FLEET,
-    POLICIES,
-    TIERS,
-    closed_loop,
-    fleet,
-    flow,
-    holders,
-    keys,
-    replica,
-    requests,
-    reshape,
-)
-from kavier_twin.simulation.kernels.eviction import belady, switch
+from kavier_twin.simulation.kernels import ENGINE, FLEET, POLICIES, TIERS
+from kavier_twin.simulation.kernels.cache import holders, keys
+from kavier_twin.simulation.kernels.cache.eviction import belady, switch
+from kavier_twin.simulation.kernels.fleet import arrivals, closed_loop
+from kavier_twin.simulation.kernels.step import flow, replica, requests, reshape
 from kavier_twin.simulation.state import BLOCK, FUTURE, FleetState, Ints, Loop, Records, Workload
 
 # --- a fleet through time ---------------------------------------------------------------------------------------------
@@ -36,13 +26,13 @@ def arrive(
     `places[row]` gets (replica, slot) of each, slot -1 if it was rejected at once. Returns (rows delivered + start,
     status): a status other than OK names what must grow before going on, or is NO_REPLICA for a row that none takes.
     """
-    return fleet.arrive(by_reference(state), by_reference(workload), start, stop, places)
+    return arrivals.arrive(by_reference(state), by_reference(workload), start, stop, places)
 
 
 @entry(FLEET)
 def advance_all(state: FleetState, until: float) -> None:
     """Run every replica up to `until` (infinity: until all their requests ended)."""
-    fleet.advance_all(by_reference(state), until)
+    arrivals.advance_all(by_reference(state), until)
 
 
 @entry(ENGINE)
