@@ -1,4 +1,4 @@
-"""(k) From an empty cache of kernels to a twin that mirrors and forecasts, stage by stage, on all cores and on one.
+"""(m) From an empty cache of kernels to a twin that mirrors and forecasts, stage by stage, on all cores and on one.
 
 Each run is a process of its own with a cache of its own; "warm" is the second one with the same cache. CPU seconds
 include those of the processes that compile.
@@ -92,7 +92,7 @@ def main() -> None:
     for cores in sorted({1, min(2, len(os.sched_getaffinity(0)))}, reverse=True):
         with tempfile.TemporaryDirectory(prefix="cold-start-") as cache:
             rows += [_row(cores, cache, "cold"), _row(cores, cache, "warm")]
-    report("(k) cold start", rows, "wall (CPU) seconds; peak RSS before policies and tiers are loaded")
+    report("(m) cold start", rows, "wall (CPU) seconds; peak RSS before policies and tiers are loaded")
 
 
 def _row(cores: int, cache: str, start: str) -> dict[str, Any]:

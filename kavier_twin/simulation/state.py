@@ -57,7 +57,7 @@ REUSED: Final = 4  # it found the chunk there
 MISSED: Final = 8  # the eviction policy has learned that it was not there
 FROM_DISK: Final = 16  # the disk tier had it
 OFFERED: Final = 32  # part of the store being decided
-# --- eviction policies (kernels/cache/eviction/); those after LRU are grouped by what keeps their evictable blocks ---------
+# --- eviction policies (kernels/cache/eviction/); those after LRU are grouped by what keeps their evictable blocks ---
 LRU: Final = 0  # vLLM's, in the free list itself
 FIFO: Final = 1  # a heap
 LFU: Final = 2
@@ -432,9 +432,7 @@ class FleetState(NamedTuple):
     ]  # slots in state LOADING, as they are served; of those ended that the tiers do not know of
     quiet_until: Annotated[npt.NDArray[np.float64], "R"]  # `loads` cannot change by itself before
     loads: Annotated[Ints, "R"]  # live requests of each replica, as routers see them (`router.TOO_BUSY`: takes none)
-    holders: npt.NDArray[
-        np.uint8
-    ]  # [2^n] copies of blocks in all caches by a hash of their key (kernels/cache/holders.py)
+    holders: npt.NDArray[np.uint8]  # [2^n] copies of blocks in all caches, by hash of key (kernels/cache/holders.py)
     pending: npt.NDArray[np.uint16]  # [PENDING] live requests by a hash of their blocks' keys
     homes: Ints  # [HOMES] where prefix-aware routing last sent a session, by a hash of it: where it looks first
     outcomes: Annotated[Records, OUTCOME]  # requests that ended and were not collected yet
