@@ -378,7 +378,7 @@ def rows_of_live(state: FleetState, number: int, delivered_seconds: float) -> Wo
     return Workload(
         index=rows["index"].copy(),
         arrival=rows["arrival"].copy(),
-        delivered=np.full(rows.size, delivered_seconds),
+        delivered=np.full(rows.size, delivered_seconds, np.float64),
         prompt=rows["prompt"].astype(np.int64),
         output=rows["output"].astype(np.int64),
         priority=rows["priority"].copy(),

@@ -26,7 +26,7 @@ from kavier_twin.simulation.power import Reading
 from kavier_twin.simulation.settings import FleetSettings
 from kavier_twin.simulation.state import FleetState, Records
 from kavier_twin.simulation.turns import SessionLoad, Turns
-from kavier_twin.simulation.workload import Workload, concatenate, take_rows
+from kavier_twin.simulation.workload import Workload, concatenate, take_rows, writable
 
 Kind = Literal["join", "drain", "leave", "fail", "restart", "accept", "policy", "sample"]
 
@@ -121,7 +121,7 @@ class Fleet:
         if workload.delivered[0] < self.now_seconds:
             raise ValueError(f"arrival at {workload.delivered[0]} s lies before the fleet's clock {self.now_seconds} s")
         rest = self._pending()
-        self._arrivals = workload if rest is None else concatenate(rest, workload)
+        self._arrivals = writable(workload) if rest is None else concatenate(rest, workload)
         self._next_row = 0
         self.foresee(self._arrivals)
 

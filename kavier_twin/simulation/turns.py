@@ -10,6 +10,7 @@ import numpy.typing as npt
 from kavier_twin.simulation.kernels import entries as kernels
 from kavier_twin.simulation.kernels.fleet import closed_loop as layout
 from kavier_twin.simulation.state import COMING, FleetState, Loop, Workload
+from kavier_twin.simulation.workload import writable
 
 
 class Turns(NamedTuple):
@@ -40,12 +41,12 @@ class SessionLoad:
         # The kernels write arrivals; the caller's arrays stay as they are.
         arrival, delivered = workload.arrival.copy(), workload.delivered.copy()
         arrival[waiting] = delivered[waiting] = np.inf
-        self.workload = workload._replace(arrival=arrival, delivered=delivered)
+        self.workload = writable(workload)._replace(arrival=arrival, delivered=delivered)
         self.loop = Loop(
             first_index=first,
             follower=follower,
-            think_seconds=turns.think_seconds,
-            frontend_seconds=turns.frontend_seconds,
+            think_seconds=np.array(turns.think_seconds, np.float64),
+            frontend_seconds=float(turns.frontend_seconds),
             opens=np.flatnonzero(turns.after < 0),
             coming=np.zeros(2 * waiting.size + 1, COMING),
             progress=np.zeros(3, np.int64),

@@ -127,6 +127,15 @@ def take_rows(workload: Workload, rows: npt.NDArray[np.int64]) -> Workload:
     return Workload(chain=workload.chain[picks], chain_starts=chain_starts, **columns)
 
 
+def writable(workload: Workload) -> Workload:
+    """The workload with copies of the columns that may only be read, as Ray's are: kernels are compiled for the others.
+
+    They only write arrivals and deliveries.
+    """
+    columns = workload._asdict().items()
+    return workload._replace(**{name: column.copy() for name, column in columns if not column.flags.writeable})
+
+
 def concatenate(first: Workload, second: Workload) -> Workload:
     """One workload after the other. Raises ValueError if the second does not start where the first ends or later."""
     if first.delivered.size and second.delivered.size and second.delivered[0] < first.delivered[-1]:

@@ -127,7 +127,7 @@ def _enter_by_policy(state: FleetState, number: int, request: Request, old: int,
     dispatch.enter_blocks(order_of(state, number), request, state.arena[number], table, old, new)
 
 
-@kernel
+@small_kernel
 def register(state, number, request, full):
     """Enter the first `full` blocks into the prefix cache (vLLM `cache_full_blocks`)."""
     old = request.registered
@@ -215,7 +215,7 @@ def _take_hits_by_policy(state: FleetState, number: int, request: Request, hits:
     dispatch.hit_blocks(order_of(state, number), request, state.arena[number], table, hits)
 
 
-@kernel
+@small_kernel
 def take_hits(state, number, request, hits):
     """Hold the first `hits` blocks, which `lookup` wrote into the block table."""
     if state.engines[number].eviction == LRU:
@@ -234,7 +234,7 @@ def _add_blocks_by_policy(state: FleetState, number: int, request: Request, coun
     dispatch.allocate(order_of(state, number), state.arena[number], end, count)
 
 
-@kernel
+@small_kernel
 def add_blocks(state, number, request, count):
     """Allocate `count` blocks to the end of the block table."""
     if state.engines[number].eviction == LRU:
@@ -252,7 +252,7 @@ def _free_blocks_by_policy(state: FleetState, number: int, request: Request) -> 
     dispatch.release_blocks(order_of(state, number), state.arena[number], table, request.blocks)
 
 
-@kernel
+@small_kernel
 def free_blocks(state, number, request):
     """Return all blocks, the tail of the sequence first."""
     if state.engines[number].eviction == LRU:
