@@ -9,7 +9,7 @@ from kavier_twin.simulation.kernels.cache.keys import key_of, mix
 from kavier_twin.simulation.kernels.cache.prefetch import prefetch
 from kavier_twin.simulation.kernels.step.flow import next_end
 from kavier_twin.simulation.kernels.step.replica import advance
-from kavier_twin.simulation.kernels.step.scheduler import shortest_step
+from kavier_twin.simulation.kernels.step.scheduler import shortest_decode_step
 from kavier_twin.simulation.state import LEAST_LOADED, LRU, PREFIX_AWARE, SESSION_AFFINITY
 
 _TOO_BUSY = 1 << 30  # requests of a replica that is to get no more
@@ -26,7 +26,7 @@ def _quiet_until(state, number):
     end = state.batches[number, replica.oldest].end
     if replica.running > replica.flowing or replica.waiting + replica.loading > 0:
         return end
-    return end + (next_end(state, number) - replica.completed_batches - 1) * shortest_step(engine)
+    return end + (next_end(state, number) - replica.completed_batches - 1) * shortest_decode_step(engine)
 
 
 @kernel

@@ -54,6 +54,7 @@ ADMISSIBLE = 0
 NO_MEMORY = 1
 NO_BUDGET = 2  # chunked prefill is off and the prompt does not fit what is left of the step's budget
 
+_ROUNDING = 1.0 - 1e-9  # many steps at once are summed in another order than one by one
 _ITL_SCALE = 1.0 / np.log(ITL_BIN_RATIO)
 
 
@@ -96,12 +97,15 @@ def linear_seconds(engine, tokens):
 
 @kernel
 def shortest_step(engine):
-    """No step that does anything is shorter: a single token, less what rounding may take.
-
-    Many steps at once are summed in another order than one by one.
-    """
+    """No step that does anything is shorter: a single token."""
     token = min(engine.per_prefill_token, engine.per_decode_sequence)
-    return (engine.fixed + token + engine.linear_scale * linear_seconds(engine, 1.0)) * (1.0 - 1e-9)
+    return (engine.fixed + token + engine.linear_scale * linear_seconds(engine, 1.0)) * _ROUNDING
+
+
+@kernel
+def shortest_decode_step(engine):
+    """No step that decodes is shorter: one sequence of one token."""
+    return (engine.fixed + engine.per_decode_sequence + engine.per_context_token) * _ROUNDING
 
 
 @kernel
