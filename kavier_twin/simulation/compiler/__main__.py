@@ -19,4 +19,4 @@ if __name__ == "__main__":
     Thread(target=_end_with_parent, daemon=True).start()
     module, name, file = sys.argv[1:]
     import_module(module)
-    libraries.write(libraries.named(name), Path(file))
+    libraries.keep(libraries.named(name).compile(), Path(file))

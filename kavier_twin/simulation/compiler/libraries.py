@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _SIMULATION: Final = Path(__file__).parents[1]
+_POLL_SECONDS: Final = 0.05  # between looks at the processes that compile
 
 _libraries: dict[str, Library] = {}  # by name
 _lock = threading.RLock()
@@ -99,7 +100,7 @@ def load(*wanted: Library) -> None:
             one for one in _libraries.values() if one in wanted or (one.module in modules and not one.on_demand)
         ]
         missing = [library for library in together if not library.is_loaded]
-        for library, code in zip(missing, _codes(missing), strict=True):
+        for library, code in _codes(missing):
             install(code, library.entries)
             library.is_loaded = True
 
@@ -147,13 +148,18 @@ def cached() -> list[unit.Code]:
     return [code for file in sorted(cache_folder().glob("*.kernels")) if (code := _read(file)) is not None]
 
 
-def _codes(libraries: Sequence[Library]) -> list[unit.Code]:
+def _codes(libraries: Sequence[Library]) -> Generator[tuple[Library, unit.Code], None, None]:
+    """Each with its code, as soon as it is there."""
     files = {library: cached_file(library) for library in libraries}
-    codes = {library: code for library, file in files.items() if (code := _read(file)) is not None}
-    absent = [library for library in libraries if library not in codes]
+    absent = []
+    for library, file in files.items():
+        code = _read(file)
+        if code is None:
+            absent.append(library)
+        else:
+            yield library, code
     if absent:
-        codes |= _compile_missing(absent, files)
-    return [codes[library] for library in libraries]
+        yield from _compiled_beside(absent, files)
 
 
 def _read(file: Path) -> unit.Code | None:
@@ -169,7 +175,9 @@ def _read(file: Path) -> unit.Code | None:
     return code if isinstance(code, unit.Code) else None
 
 
-def _compile_missing(libraries: Sequence[Library], files: Mapping[Library, Path]) -> dict[Library, unit.Code]:
+def _compiled_beside(
+    libraries: Sequence[Library], files: Mapping[Library, Path]
+) -> Generator[tuple[Library, unit.Code], None, None]:
     """Compile these side by side, each in a process of its own, unless another process did meanwhile."""
     with contextlib.ExitStack() as stack:
         try:
@@ -180,23 +188,26 @@ def _compile_missing(libraries: Sequence[Library], files: Mapping[Library, Path]
             log.warning("compiled kernels cannot be kept in %s (%s)", cache_folder(), error.strerror)
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             files = {library: folder / library.name for library in libraries}
-        codes = {library: code for library in libraries if (code := _read(files[library])) is not None}
-        absent = [library for library in libraries if library not in codes]
-        if absent:
-            names = ", ".join(library.name for library in absent)
-            log.info("compiling kernels: %s", names)
-            began = time.monotonic()
-            _compiling.extend(library.name for library in absent)
-            try:
-                children = [_child(library, files[library]) for library in absent]
-                for library, child in zip(absent, children, strict=True):
-                    codes[library] = _outcome(library, files[library], child)
-                    _compiling.remove(library.name)
-                    _compiled_here.append(library.name)
-            finally:
-                _compiling.clear()
-            log.info("kernels compiled: %s, in %.1f s", names, time.monotonic() - began)
-        return codes
+        found = {library: code for library in libraries if (code := _read(files[library])) is not None}
+        yield from found.items()
+        absent = [library for library in libraries if library not in found]
+        if not absent:
+            return
+        names = ", ".join(library.name for library in absent)
+        log.info("compiling kernels: %s", names)
+        began = time.monotonic()
+        _compiling.extend(library.name for library in absent)
+        stack.callback(_compiling.clear)
+        children = {library: _child(library, files[library]) for library in absent}
+        while children:
+            ended = [library for library, child in children.items() if child is None or child.poll() is not None]
+            for library in ended:
+                code = _outcome(library, files[library], children.pop(library))
+                _compiling.remove(library.name)
+                _compiled_here.append(library.name)
+                yield library, code
+            time.sleep(0.0 if ended else _POLL_SECONDS)
+        log.info("kernels compiled: %s, in %.1f s", names, time.monotonic() - began)
 
 
 def _child(library: Library, file: Path) -> subprocess.Popen[bytes] | None:
@@ -218,13 +229,16 @@ def _outcome(library: Library, file: Path, child: subprocess.Popen[bytes] | None
         if code is not None:
             return code
         log.warning("the process that compiles the kernels %s ended with status %d", library.name, status)
-    return library.compile()
+    code = library.compile()
+    with contextlib.suppress(OSError):  # it is there for this process
+        keep(code, file)
+    return code
 
 
-def write(library: Library, file: Path) -> None:
-    """Compile a library in this process and keep it in the file."""
+def keep(code: unit.Code, file: Path) -> None:
+    """Write a library's code to its file, whole or not at all."""
     unfinished = file.with_name(f"{file.name}.{os.getpid()}")
-    unfinished.write_bytes(pickle.dumps(library.compile()))
+    unfinished.write_bytes(pickle.dumps(code))
     unfinished.replace(file)
 
 
