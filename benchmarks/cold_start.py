@@ -38,7 +38,7 @@ def measure() -> None:
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     stage("import", _import)
-    from kavier_twin.live.kernels_ready import make_ready  # importing is a stage of its own
+    from kavier_twin.daemon.warm_up import make_ready  # importing is a stage of its own
     from kavier_twin.simulation.compiler import libraries
     from kavier_twin.simulation.kernels import POLICIES, TIERS
 
@@ -53,19 +53,18 @@ def measure() -> None:
 
 
 def _import() -> None:
-    import kavier_twin.daemon  # noqa: F401
+    import kavier_twin.daemon.daemon  # noqa: F401
 
 
 def _mirror() -> Any:
-    from kavier_twin.config import CRUDE_STEP_TIME
-    from kavier_twin.live.replay_source import ReplaySource
-    from kavier_twin.offline.recording import read_recording, recorded_engine
-    from kavier_twin.simulation.settings import FleetSettings
-    from kavier_twin.twin.mirror import Mirror, MirrorSettings
+    from kavier_twin.mirror.mirror import Mirror, MirrorSettings
+    from kavier_twin.recordings.recording import read_recording, recorded_engine
+    from kavier_twin.recordings.replay_source import ReplaySource
+    from kavier_twin.simulation.settings import CRUDE_STEP_TIME, FleetSettings
 
     trace, _ = read_recording(None)
     fleet = FleetSettings(engine=recorded_engine(trace), step_time=CRUDE_STEP_TIME)
-    mirror = Mirror(MirrorSettings(lateness_seconds=0.0, calibrate_after_requests=30), fleet)
+    mirror = Mirror(MirrorSettings(ordering_seconds=0.0, calibrate_after_requests=30), fleet)
     source = ReplaySource(trace.records[:_REQUESTS], speed=1e12)
     while not source.exhausted:
         for record in source.poll(10_000):
@@ -79,7 +78,7 @@ def _forecast(mirror: Any) -> None:
 
     snapshot = mirror.snapshot()
     assert snapshot is not None
-    Forecaster(ForecastSettings(horizons_seconds=(5.0,), futures=1, workers=1)).run(snapshot)
+    Forecaster(ForecastSettings(horizons_seconds=(5.0,), scenarios=1, workers=1)).run(snapshot)
 
 
 def _cpu_seconds() -> float:

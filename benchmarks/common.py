@@ -14,8 +14,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from kavier_twin.offline.scenario import DEFAULT_FLEET
-from kavier_twin.simulation.fleet import Fleet, simulate
+from kavier_twin.recordings.scenario import DEFAULT_FLEET
+from kavier_twin.simulation.fleet import Fleet
+from kavier_twin.simulation.runs import simulate
 from kavier_twin.simulation.settings import FleetSettings
 from kavier_twin.simulation.workload import Workload, make_workload
 

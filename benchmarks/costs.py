@@ -10,7 +10,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from benchmarks.common import BLOCK_TOKENS, compile_kernels, report, run_to_end, shared_prefix_workload, timed
-from kavier_twin.offline.scenario import DEFAULT_FLEET
+from kavier_twin.recordings.scenario import DEFAULT_FLEET
 
 REQUESTS = 4_000
 

@@ -19,7 +19,7 @@ import numpy as np
 from benchmarks.common import compile_kernels, report, run_to_end
 from benchmarks.mooncake import DEFAULT_PATH
 from connectors.traces import read_trace
-from kavier_twin.offline.scenario import DEFAULT_FLEET
+from kavier_twin.recordings.scenario import DEFAULT_FLEET
 from kavier_twin.simulation.policies import apply_overrides
 from kavier_twin.simulation.workload import Workload, workload_of
 

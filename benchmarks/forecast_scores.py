@@ -22,11 +22,11 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from benchmarks.common import report
-from kavier_twin.forecast.scores import AlertScore
 from kavier_twin.forecast.settings import ForecastSettings
 from kavier_twin.forecast.slo import Slo
-from kavier_twin.offline.backtest import Backtest, backtest
-from kavier_twin.offline.scenario import Scenario, load_scenario
+from kavier_twin.recordings.scenario import Scenario, load_scenario
+from kavier_twin.scores.scorer import AlertScore
+from kavier_twin.studies.backtest import Backtest, backtest
 from kavier_twin.telemetry import RequestRecord
 
 HORIZONS_SECONDS: Final = (60.0, 300.0, 900.0)
@@ -198,7 +198,7 @@ def main() -> None:
 
 def _run(case: Case, traces: dict[str, Path]) -> Backtest:
     settings = ForecastSettings(
-        every_seconds=EVERY_SECONDS, horizons_seconds=HORIZONS_SECONDS, futures=FUTURES, workers=1
+        every_seconds=EVERY_SECONDS, horizons_seconds=HORIZONS_SECONDS, scenarios=FUTURES, workers=1
     )
     return backtest(_scenario(case, traces), settings, SLOS, shape=SHAPES[case.shape], warm_up_seconds=300.0)
 

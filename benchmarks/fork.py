@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from benchmarks.common import report, timed
-from kavier_twin.offline.scenario import DEFAULT_FLEET
+from kavier_twin.recordings.scenario import DEFAULT_FLEET
 from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.policies import apply_overrides
 from kavier_twin.simulation.state import UNHASHED, state_bytes

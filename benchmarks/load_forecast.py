@@ -2,7 +2,7 @@
 
 `python -m benchmarks.load_forecast TRACE ...`: from a minute of each trace after the other, the mean rate over the next
 horizon as forecast, and as it came. Coverage: how often the number of requests that came lies in the middle 90 % of
-those of 100 futures.
+those of 100 scenarios.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import numpy.typing as npt
 from benchmarks.common import report
 from connectors.traces import read_trace
 from kavier_twin.forecast.load import LoadForecaster
-from kavier_twin.offline.scenario import DEFAULT_FLEET
+from kavier_twin.mirror.arrival_counts import RateHistory
+from kavier_twin.mirror.snapshot import Snapshot
+from kavier_twin.recordings.scenario import DEFAULT_FLEET
 from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.workload import make_workload
-from kavier_twin.twin.rate_history import RateHistory
-from kavier_twin.twin.snapshot import Snapshot
 
 HORIZONS_SECONDS = (60.0, 300.0, 900.0)
 FIRST_SECONDS, EVERY_SECONDS = 600.0, 60.0

@@ -12,9 +12,9 @@ import time
 from collections.abc import Iterator
 
 from benchmarks.common import compile_kernels, report, shared_prefix_workload
-from kavier_twin.offline.scenario import DEFAULT_FLEET
-from kavier_twin.simulation.fleet import simulate_parts
+from kavier_twin.recordings.scenario import DEFAULT_FLEET
 from kavier_twin.simulation.kpis import Counters, kpis
+from kavier_twin.simulation.runs import simulate_parts
 from kavier_twin.simulation.workload import Workload
 
 REQUESTS = 1_000_000
@@ -40,9 +40,9 @@ def measure() -> None:
     cpu = time.process_time()
     fleet, outcomes = simulate_parts(DEFAULT_FLEET, parts())
     result = kpis(outcomes, None, Counters.of(fleet.state, fleet.now_seconds), start_seconds=0.0)
-    if result.finished != REQUESTS:
+    if result.requests_finished != REQUESTS:
         raise RuntimeError("the benchmark's workload was not served whole: it measures something else")
-    print(_peak_bytes(), before, time.process_time() - cpu, result.ttft.mean)
+    print(_peak_bytes(), before, time.process_time() - cpu, result.ttft_seconds.mean)
 
 
 def _peak_bytes() -> int:

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import compile_kernels, report, shared_prefix_workload
-from kavier_twin.offline.scenario import DEFAULT_FLEET
-from kavier_twin.simulation.fleet import simulate
+from kavier_twin.mirror.mirror import Mirror, MirrorSettings
+from kavier_twin.recordings.scenario import DEFAULT_FLEET
 from kavier_twin.simulation.policies import apply_overrides
+from kavier_twin.simulation.runs import simulate
 from kavier_twin.simulation.settings import FleetSettings
 from kavier_twin.telemetry import RequestFinished, RequestSeen
-from kavier_twin.twin.mirror import Mirror, MirrorSettings
 
 SECONDS = 60.0
 BATCH_RECORDS = 500
@@ -82,7 +82,7 @@ def _measure(rate_per_second: float, replicas: int) -> dict[str, Any]:
         "first half": first / (SECONDS / 2),
         "later": later / (SECONDS / 2),
         "us a request": (first + later) / (len(stream) / 2) * 1e6,
-        "exact prefix hits": mirror.fidelity.exact_cache_ratio(),
+        "exact prefix hits": mirror.windows.exact_ratio("prefix_cache_hit_ratio", mirror.time_seconds),
     }
 
 

@@ -19,11 +19,10 @@ import numpy as np
 
 from benchmarks.common import report
 from connectors.traces import read_trace
-from kavier_twin.config import CRUDE_STEP_TIME
-from kavier_twin.offline.scenario import _engine
-from kavier_twin.simulation.settings import FleetSettings
+from kavier_twin.mirror.mirror import Mirror, MirrorSettings
+from kavier_twin.recordings.scenario import _engine
+from kavier_twin.simulation.settings import CRUDE_STEP_TIME, FleetSettings
 from kavier_twin.telemetry import RequestFinished, RequestRecord, RequestSeen
-from kavier_twin.twin.mirror import Mirror, MirrorSettings
 
 RECORDINGS = Path(__file__).parents[1] / "tests" / "data" / "recordings"
 NAMES = ("chat-400", "chat-400-nocache", "ramp-300", "shift-300")
@@ -69,7 +68,7 @@ def follow(name: str, late_seconds: float = 0.0, never: float = 0.0) -> tuple[Wa
     for _, _, event in told(records, late_seconds, never):
         mirror.ingest(event)
         mirror.advance()
-    mirror.advance(mirror.newest_seconds + mirror.settings.lateness_seconds)
+    mirror.advance(mirror.newest_seconds + mirror.settings.ordering_seconds)
     return mirror, records[0].time_seconds, max(r.time_seconds for r in records)
 
 

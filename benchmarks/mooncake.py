@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.common import compile_kernels, report, run_to_end, timed
 from connectors.traces import read_trace
-from kavier_twin.offline.scenario import DEFAULT_FLEET
+from kavier_twin.recordings.scenario import DEFAULT_FLEET
 from kavier_twin.simulation.policies import apply_overrides
 from kavier_twin.simulation.workload import workload_of
 

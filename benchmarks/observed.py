@@ -23,11 +23,12 @@ from connectors.prometheus.engines import engine_samples
 from connectors.prometheus.readings import parse_exposition
 from connectors.traces import read_trace
 from connectors.traces.recording import read_kv_events, read_metrics
+from kavier_twin.mirror.fidelity.cache import TOLERANCE_SECONDS, CacheWatch
+from kavier_twin.mirror.fidelity.windows import WindowScore, find_score
+from kavier_twin.mirror.from_metrics import MetricsStream, mirror_settings
+from kavier_twin.mirror.mirror import Mirror, MirrorSettings
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
 from kavier_twin.telemetry import KvEventBatch, RequestFinished, RequestSeen
-from kavier_twin.twin.cache_watch import TOLERANCE_SECONDS, CacheWatch
-from kavier_twin.twin.metrics_stream import MetricsStream, mirror_settings
-from kavier_twin.twin.mirror import Mirror, MirrorSettings
 
 NAMES = ("chat-400", "shift-300", "ramp-300")
 
@@ -100,19 +101,25 @@ def late_start(recording: Recording) -> dict[str, object]:
     """Error of the hit ratio in the first minute, in points of 1."""
     half = recording.records[-1].time_seconds / 2
     errors = [
-        mirror_beside_events(recording, CacheWatch(fill=fill), half, half + 60.0)[0].fidelity.scores()["hit_ratio"]
+        _score(mirror_beside_events(recording, CacheWatch(fill=fill), half, half + 60.0)[0], "prefix_cache_hit_ratio")
         for fill in (False, True)
     ]
     return {
         "recording": recording.path.name,
-        "observed hit ratio": errors[0].observed_mean,
-        "error, cold": errors[0].error_ratio,
-        "error, filled": errors[1].error_ratio,
+        "observed hit ratio": errors[0].observed,
+        "error, cold": errors[0].error,
+        "error, filled": errors[1].error,
     }
 
 
+def _score(mirror: Mirror, kpi: str, statistic: str = "") -> WindowScore:
+    found = find_score(mirror.windows.scores(mirror.time_seconds), kpi, statistic)
+    assert found is not None
+    return found
+
+
 def metrics_only(recording: Recording, every: int) -> dict[str, object]:
-    """Errors of the means, of the last 500 requests made up."""
+    """Errors of the means over the last five minutes."""
     mirror = Mirror(mirror_settings(MirrorSettings()), recording.fleet)
     stream = MetricsStream("default", recording.engine)
     for at, text in read_metrics(recording.path)[::every]:
@@ -128,7 +135,7 @@ def metrics_only(recording: Recording, every: int) -> dict[str, object]:
             stream.take(sample)
         stream.lead(mirror)
         mirror.advance()
-    scores, counters = mirror.fidelity.scores(), mirror.counters()
+    counters = mirror.counters()
     requests = len(recording.records)
     inside = sum(record.e2e_seconds or 0.0 for record in recording.records)  # running and waiting, by Little's law
     return {
@@ -136,9 +143,9 @@ def metrics_only(recording: Recording, every: int) -> dict[str, object]:
         "scrapes every s": 2 * every,
         "requests": mirror.finished / requests - 1.0,
         "prompt tokens": counters.query_tokens / sum(record.prompt_tokens for record in recording.records) - 1.0,
-        "TTFT": scores["ttft_seconds"].error_ratio,
-        "e2e": scores["e2e_seconds"].error_ratio,
-        "hit ratio (points)": scores["hit_ratio"].error_ratio,
+        "TTFT": _score(mirror, "ttft_seconds", "mean").error,
+        "e2e": _score(mirror, "e2e_seconds", "mean").error,
+        "hit ratio (points)": _score(mirror, "prefix_cache_hit_ratio").error,
         "running and waiting": (counters.running_seconds + counters.waiting_seconds) / inside - 1.0,
     }
 

@@ -8,9 +8,9 @@ user waits for: arrays built, simulated, KPIs computed.
 from __future__ import annotations
 
 from benchmarks.common import compile_kernels, report, run_to_end, shared_prefix_workload, timed
-from kavier_twin.offline.scenario import DEFAULT_FLEET
-from kavier_twin.simulation.fleet import simulate
+from kavier_twin.recordings.scenario import DEFAULT_FLEET
 from kavier_twin.simulation.kpis import Counters, kpis
+from kavier_twin.simulation.runs import simulate
 
 REQUESTS, RATE = 5_000, 4.0
 TARGET = 1.3

@@ -1,4 +1,4 @@
-"""(h) A forecast: 100 replicas, 50 requests/s, 30 minutes, 16 policies, 8 futures, from a fork of a warm fleet.
+"""(h) A forecast: 100 replicas, 50 requests/s, 30 minutes, 16 policies, 8 scenarios, from a fork of a warm fleet.
 
 Chat sessions on the default engine: one of a few system prompts, turns that hold all that was said before. The fleet
 has served them for ten minutes. Then the sweep itself, its parts, and a what-if of one policy on the same state.
@@ -20,18 +20,18 @@ import numpy as np
 from benchmarks.common import BLOCK_TOKENS, compile_kernels, report
 from kavier_twin.forecast import sweep as sweep_module
 from kavier_twin.forecast.executors import ThreadExecutor
-from kavier_twin.forecast.futures import Futures
-from kavier_twin.forecast.measure import measure
+from kavier_twin.forecast.kpis import measure
+from kavier_twin.forecast.scenarios import Scenarios
 from kavier_twin.forecast.settings import ForecastSettings
 from kavier_twin.forecast.slo import DEFAULT_SLOS
 from kavier_twin.forecast.sweep import draw, sweep
 from kavier_twin.forecast.whatif import Question, answer
-from kavier_twin.offline.scenario import DEFAULT_FLEET
+from kavier_twin.mirror.snapshot import Snapshot
+from kavier_twin.recordings.scenario import DEFAULT_FLEET
 from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.kpis import Counters
 from kavier_twin.simulation.policies import DEFAULT_POLICIES, Policy
 from kavier_twin.simulation.workload import Workload, make_workload, take_rows
-from kavier_twin.twin.snapshot import Snapshot
 
 REPLICAS, RATE_PER_SECOND, FUTURES = 100, 50.0, 8
 SYSTEMS, SYSTEM_TOKENS = 50, 256
@@ -135,7 +135,7 @@ def split() -> Iterator[dict[str, float]]:
         return run
 
     parts = [
-        ("futures", Futures, "draw"),
+        ("scenarios", Scenarios, "draw"),
         ("forks, policies", Fleet, "fork"),
         ("forks, policies", Fleet, "apply"),
         ("simulation", Fleet, "run"),
@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=REPLICAS)
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--policies", type=int, default=len(POLICIES))
-    parser.add_argument("--futures", type=int, default=FUTURES)
+    parser.add_argument("--scenarios", type=int, default=FUTURES)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--parts", action="store_true", help="one policy's parts alone")
     args = parser.parse_args()
@@ -164,9 +164,12 @@ def main() -> None:
     horizons = tuple(60.0 * args.minutes * share for share in HORIZON_SHARES)
     executor = ThreadExecutor(args.workers)
     settings = ForecastSettings(
-        horizons_seconds=horizons, futures=args.futures, least_futures=args.futures, policies=POLICIES[: args.policies]
+        horizons_seconds=horizons,
+        scenarios=args.scenarios,
+        least_scenarios=args.scenarios,
+        policies=POLICIES[: args.policies],
     )
-    short = settings.model_copy(update={"horizons_seconds": (1.0,), "futures": 1})
+    short = settings.model_copy(update={"horizons_seconds": (1.0,), "scenarios": 1})
     sweep(snapshot, short, executor)  # the rest of the kernels
 
     rows: list[dict[str, Any]] = []
@@ -174,12 +177,12 @@ def main() -> None:
     def tell(part: str, cpu: float, wall: float, target: float | str = "") -> None:
         rows.append({"part": part, "CPU s": cpu, "wall s": wall, "target wall s": target})
 
-    future, cpu, wall = seconds_of(lambda: next(draw(snapshot, horizons[-1], [0], 0)))
-    tell(f"one future ({future.workload.index.size} requests)", cpu, wall)
-    fleet, cpu, wall = seconds_of(future.present.fork)
+    scenario, cpu, wall = seconds_of(lambda: next(draw(snapshot, horizons[-1], [0], 0)))
+    tell(f"one scenario ({scenario.workload.index.size} requests)", cpu, wall)
+    fleet, cpu, wall = seconds_of(scenario.present.fork)
     tell("one fork", cpu, wall)
     before = Counters.of(fleet.state, fleet.now_seconds)
-    fleet.feed_sessions(future.workload, future.turns)
+    fleet.feed_sessions(scenario.workload, scenario.turns)
     _, cpu, wall = seconds_of(lambda: fleet.run(WARM_SECONDS + horizons[-1]))
     tell("one simulation", cpu, wall)
     outcomes = fleet.collect()
@@ -191,7 +194,7 @@ def main() -> None:
     if not args.parts:
         with split() as of_parts:
             _, cpu, wall = seconds_of(lambda: sweep(snapshot, settings, executor))
-        tell(f"sweep, {args.policies} policies, {args.futures} futures", cpu, wall, TARGET_SECONDS)
+        tell(f"sweep, {args.policies} policies, {args.scenarios} scenarios", cpu, wall, TARGET_SECONDS)
         for part, seconds in of_parts.items():
             rows.append({"part": f"  of it {part}", "CPU s": seconds, "wall s": "", "target wall s": ""})
     size = f"{args.replicas} replicas, {args.workers} threads, {args.minutes:g} minutes"

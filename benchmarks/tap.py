@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def _measure(port: int, copying_port: int, records: Path) -> list[dict[str, Any]]:
-    command = [sys.executable, "-m", "kavier_twin.cli", "tap", "--upstream", f"http://127.0.0.1:{port}"]
+    command = [sys.executable, "-m", "kavier_twin.commands.main", "tap", "--upstream", f"http://127.0.0.1:{port}"]
     tap = subprocess.Popen(
         [*command, "--port", "0", "--metrics-port", "0", "--output", str(records)], stdout=subprocess.PIPE, text=True
     )

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from benchmarks.common import compile_kernels, report, run_to_end, shared_prefix_workload, timed
-from kavier_twin.offline.scenario import DEFAULT_FLEET
+from kavier_twin.recordings.scenario import DEFAULT_FLEET
 from kavier_twin.simulation.policies import apply_overrides
 
 REQUESTS = 100_000

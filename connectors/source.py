@@ -42,6 +42,14 @@ class Source(Protocol):
 
 
 @runtime_checkable
+class Noting(Protocol):
+    """A source that reads something beside what it is there for, and says why where it cannot."""
+
+    def power_notes(self) -> list[str]:
+        """Why no GPU's power is read, a line each; empty where it is, or is not asked for."""
+
+
+@runtime_checkable
 class Seekable(Protocol):
     """A source that can go on where it stood: what a checkpoint needs."""
 

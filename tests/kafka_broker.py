@@ -154,7 +154,7 @@ class MockBroker(Broker):
 
         self._cluster = Producer({"bootstrap.servers": "ignored:1", "test.mock.num.brokers": 1})
         found = next(iter(self._cluster.list_topics(timeout=10).brokers.values()))
-        super().__init__(f"{found.host}:{found.port}", "librdkafka's mock cluster, as Java or Maven is missing")
+        super().__init__(f"{found.host}:{found.port}", "librdkafka's mock cluster, as Apache Kafka cannot be had")
         self.client_options = {"api_version": (2, 1)}  # it announces versions of requests that it does not serve
 
 
@@ -184,7 +184,7 @@ def _find(directory: Path) -> Broker | None:
 
 
 def _jars() -> Path | None:
-    """Apache Kafka's jars, fetched once."""
+    """Apache Kafka's jars, fetched once; None where they cannot be had."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kavier-twin"
     jars = cache / f"kafka-{KAFKA_VERSION}"
     if jars.is_dir():
@@ -197,7 +197,8 @@ def _jars() -> Path | None:
         command = ["mvn", "-q", "-B", _COPY, "-DincludeScope=runtime", f"-DoutputDirectory={work}/jars"]
         done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False, timeout=900)
         if done.returncode != 0:
-            raise RuntimeError(f"Maven could not fetch Apache Kafka: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+            print(f"Maven could not fetch Apache Kafka: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+            return None
         try:
             (Path(work) / "jars").rename(jars)
         except OSError:

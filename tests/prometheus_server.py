@@ -1,4 +1,4 @@
-"""A real Prometheus server, a real Alertmanager, and recorded `/metrics` for it to read."""
+"""A real Prometheus server, a VictoriaMetrics, an Alertmanager, and recorded `/metrics` for it to read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import urllib3
 import yaml
 
-from real_parts import alertmanager, prometheus, promtool
+from real_parts import alertmanager, prometheus, promtool, victoria_metrics
 from waiting import wait_until
 
 
@@ -79,6 +79,37 @@ class RealPrometheus:
             self._process = None
 
 
+class RealVictoriaMetrics:
+    """A single-node VictoriaMetrics, which scrapes as Prometheus does, as a child process."""
+
+    def __init__(self, directory: Path, scrape_configs: Iterable[Mapping[str, Any]]) -> None:
+        self._directory = directory
+        self._settings = directory / "scrape.yml"
+        self._settings.write_text(yaml.safe_dump({"scrape_configs": list(scrape_configs)}))
+        self.address = free_address()
+        self.url = f"http://{self.address}"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Raises AssertionError where it does not listen within 30 s."""
+        command = [
+            victoria_metrics(),
+            f"-promscrape.config={self._settings}",
+            f"-storageDataPath={self._directory / 'data'}",
+            f"-httpListenAddr={self.address}",
+        ]
+        with (self._directory / "log").open("ab") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        host, port = self.address.split(":")
+        wait_until(lambda: _listens(host, int(port)), 30.0)
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait(30)
+            self._process = None
+
+
 class RealAlertmanager:
     """Prometheus' Alertmanager as a child process."""
 
@@ -119,7 +150,10 @@ def free_address() -> str:
 
 
 class Pages:
-    """An HTTP server that answers every GET with what `page` gives for its path: status, content type and body."""
+    """An HTTP server that answers every GET with what `page` gives for its path: status, content type and body.
+
+    A redirect's body is where it points to.
+    """
 
     def __init__(self, page: Callable[[str, Mapping[str, str]], tuple[int, str, bytes]]) -> None:
         class Handler(BaseHTTPRequestHandler):
@@ -132,6 +166,8 @@ class Pages:
                 self.send_response(status)
                 self.send_header("Content-Type", kind)
                 self.send_header("Content-Length", str(len(body)))
+                if 300 <= status < 400 and body:
+                    self.send_header("Location", body.decode())
                 self.end_headers()
                 self.wfile.write(body)
 

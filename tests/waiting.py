@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+PATIENCE_SECONDS = 60.0  # before a test fails: the machine may have much else to do
 
-def until(condition: Callable[[], Any], what: str, *, patience_seconds: float = 60.0) -> Any:
+
+def until(condition: Callable[[], Any], what: str, *, patience_seconds: float = PATIENCE_SECONDS) -> Any:
     """What `condition` gives once it gives something."""
     deadline = time.monotonic() + patience_seconds
     while time.monotonic() < deadline:
@@ -19,6 +21,6 @@ def until(condition: Callable[[], Any], what: str, *, patience_seconds: float = 
     pytest.fail(f"waited in vain: {what}")
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 10.0) -> None:
+def wait_until(condition: Callable[[], Any], seconds: float = PATIENCE_SECONDS) -> None:
     """`until`, where the condition tells what is waited for."""
     until(condition, "it did not come to pass", patience_seconds=seconds)

@@ -44,14 +44,14 @@ def connection(settings: KafkaSettings, api_version: tuple[int, ...] | None) -> 
             "ssl_cafile": str(tls.ca) if tls.ca else None,
             "ssl_certfile": str(tls.certificate) if tls.certificate else None,
             "ssl_keyfile": str(tls.key) if tls.key else None,
-            "ssl_password": tls.key_password.secret.read() if tls.key_password else None,
+            "ssl_password": tls.key_password.read() if tls.key_password else None,
             "ssl_check_hostname": tls.verify_hostname,
         }
     if sasl:
         options |= {
             "sasl_mechanism": sasl.mechanism,
             "sasl_plain_username": sasl.username,
-            "sasl_plain_password": sasl.password.secret.read(),
+            "sasl_plain_password": sasl.password.read(),
         }
     return options
 

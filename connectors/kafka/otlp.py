@@ -1,7 +1,8 @@
 """vLLM's spans of requests, as an OpenTelemetry Collector writes them to Kafka: OTLP as JSON or as protobuf.
 
 A span `llm_request` is a whole request without hashes. It starts with the arrival; its attributes (vLLM 0.32,
-tracing/utils.py and v1/engine/output_processor.py) are seconds since then, and tokens. Other spans are passed over.
+tracing/utils.py and v1/engine/output_processor.py) are seconds since then, and tokens, under the names of vLLM 0.32 or
+of today's conventions. Other spans are passed over.
 Encodings: https://opentelemetry.io/docs/specs/otlp/, trace/v1/trace.proto.
 """
 
@@ -18,15 +19,25 @@ from kavier_twin.telemetry import RequestRecord
 
 SPAN_NAME: Final = "llm_request"
 _POD: Final = "k8s.pod.name"  # of the resource, where the Collector's k8sattributes processor adds it
+# Attribute -> field. Of two names for one field the later counts: those of OpenTelemetry's conventions of today
+# (https://opentelemetry.io/docs/specs/semconv/registry/attributes/gen-ai/) come after those of vLLM 0.32.
 _FIELDS: Final = {
+    "gen_ai.response.id": "id",
     "gen_ai.request.id": "id",
     "gen_ai.request.max_tokens": "max_tokens",
     "gen_ai.usage.prompt_tokens": "prompt_tokens",
+    "gen_ai.usage.input_tokens": "prompt_tokens",
     "gen_ai.usage.completion_tokens": "output_tokens",
+    "gen_ai.usage.output_tokens": "output_tokens",
+    "gen_ai.usage.cached_tokens": "cached_tokens",
+    "gen_ai.usage.cache_read.input_tokens": "cached_tokens",
     "gen_ai.latency.time_to_first_token": "ttft_seconds",
+    "gen_ai.response.time_to_first_chunk": "ttft_seconds",
     "gen_ai.latency.e2e": "e2e_seconds",
     "gen_ai.latency.time_in_queue": "queue_seconds",
-    "gen_ai.response.model": "model",  # defined, but vLLM 0.32 does not set it
+    "gen_ai.request.model": "model",
+    "gen_ai.response.model": "model",
+    "gen_ai.response.finish_reasons": "finish_reason",
 }
 
 
@@ -38,6 +49,7 @@ class Span:
     end_nanoseconds: int
     attributes: Mapping[str, Any]
     pod: str | None
+    span_id: str = ""
 
 
 def record_of(span: Span, pool: str) -> RequestRecord:
@@ -45,6 +57,8 @@ def record_of(span: Span, pool: str) -> RequestRecord:
     if span.start_nanoseconds <= 0:
         raise Malformed("missing-field", "startTimeUnixNano")
     fields = {field: span.attributes[name] for name, field in _FIELDS.items() if name in span.attributes}
+    if span.span_id:
+        fields.setdefault("id", span.span_id)
     if "e2e_seconds" not in fields and span.end_nanoseconds > 0:
         fields["e2e_seconds"] = (span.end_nanoseconds - span.start_nanoseconds) / 1e9
     return request(time_seconds=span.start_nanoseconds / 1e9, pool=pool, pod=span.pod, **fields)
@@ -70,7 +84,10 @@ def json_spans(document: Mapping[str, Any]) -> Iterator[Span | Malformed]:
 def _json_span(span: Mapping[str, Any], pod: str | None) -> Span | Malformed:
     try:
         start, end = _whole(span.get("startTimeUnixNano", 0)), _whole(span.get("endTimeUnixNano", 0))
-        return Span(start, end, _json_attributes(span, _FIELDS.keys()), pod)
+        span_id = span.get("spanId")
+        return Span(
+            start, end, _json_attributes(span, _FIELDS.keys()), pod, span_id if isinstance(span_id, str) else ""
+        )
     except Malformed as what:
         return what
 
@@ -88,6 +105,10 @@ def _json_attributes(holder: Mapping[str, Any], wanted: Any) -> dict[str, Any]:
             found[key] = finite(value["doubleValue"], key)
         elif "stringValue" in value:
             found[key] = value["stringValue"]
+        elif isinstance(value.get("arrayValue"), dict):  # of reasons to finish, one for each answer
+            entries = _objects(value["arrayValue"], "values")
+            if entries and "stringValue" in entries[0]:
+                found[key] = entries[0]["stringValue"]
     return found
 
 
@@ -128,7 +149,8 @@ def protobuf_spans(message: bytes) -> Iterator[Span | Malformed]:
             for span in scope_spans.spans:
                 if span.name == SPAN_NAME:
                     attributes = _attributes(span.attributes, _FIELDS.keys())
-                    yield Span(span.start_time_unix_nano, span.end_time_unix_nano, attributes, pod)
+                    times = span.start_time_unix_nano, span.end_time_unix_nano
+                    yield Span(*times, attributes, pod, span.span_id.hex())
 
 
 def _attributes(attributes: Any, wanted: Any) -> dict[str, Any]:
@@ -138,6 +160,8 @@ def _attributes(attributes: Any, wanted: Any) -> dict[str, Any]:
             kind = attribute.value.WhichOneof("value")
             if kind in ("string_value", "int_value", "double_value"):
                 found[attribute.key] = getattr(attribute.value, kind)
+            elif kind == "array_value" and attribute.value.array_value.values:
+                found[attribute.key] = attribute.value.array_value.values[0].string_value
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from ipaddress import ip_address
 from itertools import pairwise
 from typing import Any, Final
 
@@ -38,7 +39,8 @@ class KvEventsSource(BackgroundSource):
     rejected "missed-batch" and the next record says that it does not continue.
 
     An engine whose cache does not change sends nothing: silence is no trouble, a lost connection is. Publishers are
-    told apart by topic and data-parallel rank; a topic `kv@<pod>@<model>` names the pod, otherwise it is `pod`.
+    told apart by topic and data-parallel rank. The pod is `pod`, or what a topic `kv@<pod>@<model>` says; of engines
+    that connect the topic's word comes first, unless it is an address (llm-d's `kv@<address>:<port>@<model>`).
     """
 
     def __init__(
@@ -168,13 +170,19 @@ class KvEventsSource(BackgroundSource):
             KvEventBatch(
                 time_seconds=batch.time_seconds,
                 pool=self._pool,
-                pod=_pod_of(topic) or self._pod,
+                pod=self._pod_of(topic),
                 engine=str(batch.rank),
                 sequence=sequence,
                 continues=continues,
                 events=batch.events,
             )
         )
+
+    def _pod_of(self, topic: bytes) -> str:
+        named = _pod_named(topic)
+        if self._bind and named and not _is_address(named):
+            return named
+        return self._pod or named
 
     def _key(self, topic: bytes, batch: Batch) -> tuple[bytes, int]:
         """Replay sockets of older engines leave the topic out; it is needed only where several engines connect."""
@@ -262,7 +270,17 @@ def _gap(replayed: list[tuple[bytes, int, Batch]]) -> int | None:
     return next((before + 1 for before, number in pairwise(numbers) if number > before + 1), None)
 
 
-def _pod_of(topic: bytes) -> str:
-    """llm-d's convention `kv@<pod>@<model>`."""
+def _pod_named(topic: bytes) -> str:
+    """llm-d's convention `kv@<pod>@<model>`; the pod may have its namespace before it."""
     parts = topic.decode(errors="replace").split("@")
-    return parts[1] if len(parts) >= 3 and parts[0] == "kv" else ""
+    return parts[1].rpartition("/")[2] if len(parts) >= 3 and parts[0] == "kv" else ""
+
+
+def _is_address(pod: str) -> bool:
+    """Whether a name is an IP address, with a port or without."""
+    host = pod.rpartition(":")[0] if pod.count(":") == 1 or pod.startswith("[") else pod
+    try:
+        ip_address(host.strip("[]"))
+    except ValueError:
+        return False
+    return True

@@ -11,8 +11,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-import msgpack
-
 from kavier_twin.telemetry import KvBlocksRemoved, KvBlocksStored, KvCacheCleared, KvEvent
 
 STORED: Final = (
@@ -44,10 +42,17 @@ class Batch(NamedTuple):
 
 def decode_batch(payload: bytes) -> Batch:
     """Raises WireError."""
+    import msgpack  # an extra
+
     try:
         batch = msgpack.unpackb(payload, strict_map_key=False)
     except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
         raise WireError(f"not msgpack: {error}") from None
+    return batch_of(batch)
+
+
+def batch_of(batch: Any) -> Batch:
+    """A batch as unpacked, or as read from JSON. Raises WireError."""
     if not isinstance(batch, list) or len(batch) < 2 or not isinstance(batch[1], list):
         raise WireError("expected [time, events, rank]")
     time, rank = batch[0], batch[2] if len(batch) > 2 else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from connectors.prometheus.http import FetchError, HttpClient
@@ -24,13 +24,20 @@ class PrometheusApi:
     """Queries of one server, which may be anything that speaks this API. All raise FetchError."""
 
     def __init__(self, url: str, http: HttpClient, timeout_seconds: float) -> None:
-        self._url = url.rstrip("/")
+        base, _, query = url.partition("?")
+        self._url, self._query = base.rstrip("/").removesuffix("/api/v1"), f"?{query}" if query else ""
         self._http = http
         self._timeout = f"{timeout_seconds:g}s"
 
     def now(self) -> float:
-        """The server's own clock, by which it stamps its scrapes."""
+        """The server's own clock, by which it stamps its scrapes.
+
+        VictoriaMetrics answers with a vector of one sample. Its time stamp is the clock; its value lags behind
+        (`-search.latencyOffset`).
+        """
         data = self._ask("query", query="time()")
+        if isinstance(data, dict) and data.get("resultType") == "vector":
+            return self._shaped(data, "vector", lambda rows: float(rows[0]["value"][0]))
         return self._shaped(data, "scalar", lambda result: float(result[0]))
 
     def instant(self, expression: str, time_seconds: float | None = None) -> list[Series]:
@@ -51,7 +58,7 @@ class PrometheusApi:
 
     def _ask(self, path: str, **fields: str) -> Any:
         """The `data` of a successful answer."""
-        body = self._http.post(f"{self._url}/api/v1/{path}", {**fields, "timeout": self._timeout})
+        body = self._http.post(f"{self._url}/api/v1/{path}{self._query}", {**fields, "timeout": self._timeout})
         try:
             answer = json.loads(body)
             if answer["status"] != "success":
@@ -69,6 +76,11 @@ class PrometheusApi:
             return read(data["result"])
         except (ValueError, KeyError, TypeError, IndexError):
             raise FetchError("bad-answer", f"{self._url}: not the shape of a {kind}") from None
+
+
+def matchers(labels: Mapping[str, str]) -> str:
+    """PromQL label matchers, each with a comma before it. JSON's escapes are PromQL's."""
+    return "".join(f",{name}={json.dumps(value, ensure_ascii=False)}" for name, value in labels.items())
 
 
 def _series(row: Any, samples: Any) -> Series:

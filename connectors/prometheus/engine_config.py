@@ -1,7 +1,7 @@
 """How an engine is configured, from what it says of itself; and where its words contradict each other or ours.
 
-Three places tell: the metric `vllm:cache_config_info`, `/v1/models`, and `/server_info?config_format=json`, which
-exists only on servers in development mode. The scheduler's limits are told by the last alone.
+Four places tell: the metric `vllm:cache_config_info`, `/v1/models`, `/version`, and `/server_info?config_format=json`,
+which exists only on servers in development mode. The scheduler's limits are told by the last alone.
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from threading import Lock
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 log = logging.getLogger(__name__)
 
 TWIN: Final = "the twin's settings"
 MAX_PLACES: Final = 1_000
+_ROUNDING: Final = 0.02  # of kv_cache_max_concurrency, which is rounded
+_ROUNDED_DOWN: Final = (
+    0.9  # a capacity in whole requests is at most so much smaller than in blocks, unless those are few
+)
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,14 @@ class EngineConfig:
     tensor_parallel_size: int | None = None
     data_parallel_size: int | None = None
     dtype: str | None = None
+    vllm_version: str | None = None
+    capacity_note: str = ""  # why `num_gpu_blocks` is not what the engine calls so
 
     def told(self) -> dict[str, object]:
         """What is known."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        told = {name: value for name, value in asdict(self).items() if value is not None}
+        del told["capacity_note"]
+        return told
 
 
 def from_cache_config(series: Iterable[Mapping[str, str]]) -> dict[str, EngineConfig]:
@@ -67,15 +75,76 @@ def _cache_config(labels: Mapping[str, str], engines: int) -> EngineConfig:
         own = tokens // block_size if tokens and block_size else share
         # The tokens are rounded down by vLLM: within a block of an equal share they tell the same.
         blocks = share if abs(own - share) <= 1 else own
+    capacity = _capacity(labels, block_size, blocks, tokens)
     return EngineConfig(
-        block_size=block_size,
-        num_gpu_blocks=blocks,
+        block_size=capacity.block_size,
+        num_gpu_blocks=capacity.blocks,
         prefix_caching=_truth(labels.get("enable_prefix_caching")),
         kv_cache_dtype=_cache_dtype(labels.get("cache_dtype")),
         gpu_memory_utilization=_number(labels.get("gpu_memory_utilization")),
         prefix_caching_hash_algo=_text(labels.get("prefix_caching_hash_algo")),
         sliding_window=_whole(labels.get("sliding_window")),
+        capacity_note=capacity.note,
     )
+
+
+class _Capacity(NamedTuple):
+    """A KV cache in blocks of so many tokens, which may differ from what the engine calls a block."""
+
+    block_size: int | None
+    blocks: int | None
+    note: str = ""
+
+
+def _capacity(labels: Mapping[str, Any], block_size: int | None, blocks: int | None, tokens: int | None) -> _Capacity:
+    """What an engine's cache holds.
+
+    `kv_cache_size_tokens` says it (vLLM's v1/core/kv_cache_utils.py: requests of `max_model_len` that fit at once,
+    times that length). `num_gpu_blocks` times `block_size` is the same only where all layers share one kind of block:
+    in hybrid and sliding-window models the size is the smallest of several, and a block holds a few of the layers.
+    """
+    if not block_size or not blocks:
+        return _Capacity(block_size, blocks)
+    if not tokens:
+        if _whole(labels.get("mamba_block_size")):
+            return _Capacity(
+                block_size,
+                None,
+                f"a hybrid model does not tell its capacity, which is not num_gpu_blocks {blocks} times block_size "
+                f"{block_size}; set fleet.engine.num_gpu_blocks",
+            )
+        return _Capacity(block_size, blocks)
+    for size in (
+        block_size,
+        _whole(labels.get("effective_attention_block_size")),
+    ):  # the latter: of context parallelism
+        if size and _fits(blocks, size, tokens, _longest(labels, tokens)):
+            return _Capacity(size, blocks)
+    return _Capacity(
+        block_size,
+        max(2, tokens // block_size),
+        f"num_gpu_blocks {blocks} times block_size {block_size} is not kv_cache_size_tokens {tokens}, as in a model "
+        f"with several kinds of layers: taken for {tokens} tokens; if that is wrong, set fleet.engine.num_gpu_blocks "
+        "and block_size",
+    )
+
+
+def _longest(labels: Mapping[str, Any], tokens: int) -> int | None:
+    """The `max_model_len` that a capacity was counted with, to about a per cent."""
+    concurrency = _number(labels.get("kv_cache_max_concurrency"))
+    return round(tokens / concurrency) if concurrency else None
+
+
+def _fits(blocks: int, size: int, tokens: int, longest: int | None) -> bool:
+    """Whether a cache of equal blocks would be counted as so many tokens: the last block of a request is not full."""
+    if longest:
+        per_request = -(-longest // size)
+        return any(
+            abs(blocks * longest / count - tokens) <= max(size, _ROUNDING * tokens)
+            for count in (per_request - 1, per_request, per_request + 1)
+            if count > 0
+        )
+    return _ROUNDED_DOWN * blocks * size <= tokens <= blocks * size + size
 
 
 def from_models(answer: Any) -> EngineConfig:
@@ -91,9 +160,11 @@ def from_server_info(answer: Any) -> EngineConfig:
     cache, scheduler = _part(config, "cache_config"), _part(config, "scheduler_config")
     model, parallel = _part(config, "model_config"), _part(config, "parallel_config")
     ranks = _whole(parallel.get("data_parallel_size"))
+    blocks = _whole(cache.get("num_gpu_blocks")) if ranks in (None, 1) else None  # a sum otherwise
+    capacity = _capacity(cache, _whole(cache.get("block_size")), blocks, _whole(cache.get("kv_cache_size_tokens")))
     return EngineConfig(
-        block_size=_whole(cache.get("block_size")),
-        num_gpu_blocks=_whole(cache.get("num_gpu_blocks")) if ranks in (None, 1) else None,  # a sum otherwise
+        block_size=capacity.block_size,
+        num_gpu_blocks=capacity.blocks,
         prefix_caching=_truth(cache.get("enable_prefix_caching")),
         kv_cache_dtype=_cache_dtype(cache.get("cache_dtype")),
         max_model_len=_whole(model.get("max_model_len")),
@@ -111,6 +182,7 @@ def from_server_info(answer: Any) -> EngineConfig:
         tensor_parallel_size=_whole(parallel.get("tensor_parallel_size")),
         data_parallel_size=ranks,
         dtype=_text(model.get("dtype")),
+        capacity_note=capacity.note,
     )
 
 
@@ -123,6 +195,7 @@ class EngineConfigs:
 
     def __init__(self, configured: Mapping[str, object]) -> None:
         self._said: dict[str, dict[str, object]] = {TWIN: dict(configured)}
+        self._notes: dict[str, str] = {}
         self._told: frozenset[str] = frozenset()
         self._lock = Lock()
 
@@ -132,11 +205,16 @@ class EngineConfigs:
         A contradiction not seen before is logged.
         """
         with self._lock:
+            if config.capacity_note and self._notes.get(where) != config.capacity_note:
+                log.warning("engine configuration: %s: %s", where, config.capacity_note)
+            self._notes[where] = config.capacity_note
             if self._said.get(where) == config.told():
                 return
             self._said.pop(where, None)
             if len(self._said) > MAX_PLACES:  # pods come and go for months
-                self._said.pop(next(place for place in self._said if place != TWIN))
+                gone = next(place for place in self._said if place != TWIN)
+                self._notes.pop(gone, None)
+                self._said.pop(gone)
             self._said[where] = config.told()
             contradictions = self._contradictions()
             for contradiction in contradictions:
@@ -153,6 +231,15 @@ class EngineConfigs:
             if where != TWIN:
                 found = {**said, **found}
         return EngineConfig(**found)
+
+    def notes(self) -> list[str]:
+        """What is peculiar about the engines' capacity, each once, with the places that it is true of."""
+        with self._lock:
+            places: dict[str, list[str]] = {}
+            for where, note in self._notes.items():
+                if note:
+                    places.setdefault(note, []).append(where)
+        return [f"{where[0]}{f' and {len(where) - 1} more' if where[1:] else ''}: {n}" for n, where in places.items()]
 
     def contradictions(self) -> list[str]:
         """One line for each setting and place that differs from the first that told the setting."""

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from connectors.prometheus.names import Place, place_of
+from connectors.prometheus.names import Place, is_bare, model_of, place_of, rank_of
 from connectors.prometheus.readings import Reading, Reject
 from kavier_twin.telemetry import EngineSample, Histogram
 from kavier_twin.telemetry.records import FARTHEST_SECONDS
 
 
 def engine_samples(
-    readings: Iterable[Reading], reject: Reject, *, time_seconds: float, pool: str, namespace: str, pod: str
+    readings: Iterable[Reading],
+    reject: Reject,
+    *,
+    time_seconds: float,
+    pool: str,
+    namespace: str,
+    pod: str,
+    spot: str = "",
+    prefix: str = "",
 ) -> list[EngineSample]:
     """A sample of each engine (data-parallel rank and served model) among the readings.
+
+    `spot` tells this server from others in the same pod, `prefix` is one more that stands for `vllm:`. Where models
+    share a rank, all but the first have their name in `engine`: `0@model`.
 
     What the server counts for all its engines together (its start aside, which is every engine's) goes to the first,
     so that sums over engines are right. Series that differ in labels unknown here are added. Where a server reports
@@ -25,9 +36,11 @@ def engine_samples(
     """
     engines: dict[tuple[str, str], _Engine] = {}
     started: list[tuple[int, float]] = []
-    for reading in readings:
-        place = place_of(reading.name)
-        if place is None or _is_a_routers(reading):
+    known = [(place, reading) for reading in readings if (place := place_of(reading.name, prefix)) is not None]
+    if not _are_an_engines(known, prefix):
+        return []
+    for place, reading in known:
+        if _is_a_routers(reading):
             continue
         limit = reading.labels.get("le") if place.part == "bucket" else None
         if not _good(place, reading.value) or (place.part == "bucket" and not _is_limit(limit)):
@@ -35,28 +48,34 @@ def engine_samples(
         elif place.part == "started":
             started.append((place.age, reading.value))
         else:
-            key = (reading.labels.get("engine", ""), reading.labels.get("model_name", ""))
+            key = (rank_of(reading.labels), model_of(reading.labels))
             engines.setdefault(key, _Engine()).take(place, reading)
-    shared = [key for key in engines if key[0] == ""]
-    named = sorted((key for key in engines if key[0] != ""), key=_by_rank)
+    for rank, model in list(engines):
+        if not model and (alike := [key for key in engines if key[0] == rank and key[1]]):
+            engines[min(alike)].add(engines.pop((rank, model)))
+    shared = [key for key in engines if not key[0]]
+    named = sorted((key for key in engines if key[0]), key=_by_rank)
     for key in shared if named else []:
         first = next((other for other in named if other[1] == key[1]), named[0])
         engines[first].add(engines.pop(key))
     # The oldest of what was created first: a counter may be made long after its process.
     start = min(started)[1] if started else None
-    return [
-        EngineSample(
+    found: dict[str, EngineSample] = {}
+    for (rank, model), engine in sorted(engines.items(), key=lambda item: _by_rank(item[0])):
+        name = f"{rank}@{spot}" if spot else rank
+        if name in found:
+            name = f"{name}@{model}"
+        found[name] = EngineSample(
             time_seconds=time_seconds,
             pool=pool,
             namespace=namespace,
             pod=pod,
-            engine=rank,
+            engine=name,
             model=model or None,
             started_seconds=start,
             **engine.fields(reject),
         )
-        for (rank, model), engine in sorted(engines.items(), key=lambda item: _by_rank(item[0]))
-    ]
+    return list(found.values())
 
 
 @dataclass
@@ -134,9 +153,15 @@ class _Parts:
         return Histogram(buckets=finite, sum=sum(self.sums), count=sum(self.counts))
 
 
+def _are_an_engines(known: Sequence[tuple[Place, Reading]], prefix: str) -> bool:
+    """Names without a prefix, such as `prompt_tokens_total`, are an engine's where its running requests are told."""
+    named = [(place, reading) for place, reading in known if place.part != "started"]
+    return any(place.field == "requests_running" or not is_bare(reading.name, prefix) for place, reading in named)
+
+
 def _is_a_routers(reading: Reading) -> bool:
     """The router of vLLM's production-stack uses names of the engine's, with a label `server` and without a model."""
-    return "server" in reading.labels and "model_name" not in reading.labels
+    return "server" in reading.labels and not model_of(reading.labels)
 
 
 def _good(place: Place, value: float) -> bool:

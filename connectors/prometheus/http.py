@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urljoin
 
 import urllib3
 
-from connectors.secret import Secret, SecretError
+from connectors.secret import SecretError, SecretPlace
 
 _CHUNK_BYTES: Final = 2**16
 _FORM: Final = "application/x-www-form-urlencoded"
+_REDIRECTS: Final = frozenset({301, 302, 307, 308})  # under which the same request may be made again
+_MOST_REDIRECTS: Final = 5
+_TOO_MUCH: Final = ("too many", "too large", "too long", "exceed", "maximum", "max_", "max-")
 
 
 class FetchError(Exception):
@@ -24,17 +27,29 @@ class FetchError(Exception):
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
 
+    @property
+    def asks_for_less(self) -> bool:
+        """Whether the server, or our own limit, refused what was asked for because it was too much."""
+        if self.reason in ("http-413", "http-422", "too-large"):
+            return True
+        answered = self.reason.startswith("http-") or self.reason == "query-refused"
+        return answered and any(word in str(self).lower() for word in _TOO_MUCH)
+
 
 @dataclass(frozen=True)
 class Access:
-    """How to be let in, and how long to wait. `ca_file` replaces the system's certificate authorities."""
+    """How to be let in, and how long to wait. `ca_file` replaces the system's certificate authorities.
 
-    bearer_token: Secret | None = None
+    `headers` go with every request.
+    """
+
+    bearer_token: SecretPlace | None = None
     user: str | None = None
-    password: Secret | None = None
+    password: SecretPlace | None = None
     ca_file: Path | None = None
     certificate_file: Path | None = None
     key_file: Path | None = None
+    headers: Mapping[str, str | SecretPlace] = field(default_factory=dict)
     verify_tls: bool = True
     timeout_seconds: float = 10.0
     max_bytes: int = 128 * 2**20
@@ -65,8 +80,31 @@ class HttpClient:
         self._pool.clear()
 
     def _request(self, method: str, url: str, fields: Mapping[str, str] | None) -> bytes:
+        deadline = time.monotonic() + self._access.timeout_seconds
+        asked = url
+        for _ in range(_MOST_REDIRECTS):
+            status, location, body = self._answer(method, asked, fields, deadline)
+            if 200 <= status < 300:
+                return body
+            if not 300 <= status < 400 or status == 304:
+                said = body[:300].decode(errors="replace").strip()
+                raise FetchError(f"http-{status}", f"{_shown(url)}: {said}{_hint(status, said)}")
+            if not location:
+                raise FetchError(f"http-{status}", f"{_shown(url)}: a redirect that does not say where to")
+            target = urljoin(asked, location)
+            # Followed within the server alone: elsewhere the redirect would carry the token and headers along.
+            if status not in _REDIRECTS or _server(target) != _server(asked):
+                raise FetchError(
+                    f"http-{status}", f"{_shown(url)} redirects to {_shown(target)}; if that is right, set it as url"
+                )
+            asked = target
+        raise FetchError("too-many-redirects", f"{_shown(url)} redirects again and again, last to {_shown(asked)}")
+
+    def _answer(
+        self, method: str, url: str, fields: Mapping[str, str] | None, deadline: float
+    ) -> tuple[int, str, bytes]:
+        """Status, where a redirect points to, and the body."""
         seconds = self._access.timeout_seconds
-        deadline = time.monotonic() + seconds
         response = None
         try:
             response = self._pool.request(
@@ -76,10 +114,10 @@ class HttpClient:
                 headers=self._headers() | ({} if fields is None else {"content-type": _FORM}),
                 timeout=urllib3.Timeout(connect=seconds, read=seconds),
                 retries=False,
-                redirect=False,  # a redirect could carry the token to another server
+                redirect=False,
                 preload_content=False,
             )
-            body = self._read(response, deadline)
+            return response.status, response.headers.get("location", ""), self._read(response, deadline)
         except SecretError as error:
             raise FetchError("no-secret", str(error)) from None
         except urllib3.exceptions.SSLError as error:
@@ -93,9 +131,6 @@ class HttpClient:
         finally:
             if response is not None:
                 response.release_conn()
-        if not 200 <= response.status < 300:
-            raise FetchError(f"http-{response.status}", f"{_shown(url)}: {body[:300].decode(errors='replace').strip()}")
-        return body
 
     def _headers(self) -> dict[str, str]:
         headers = dict(urllib3.make_headers(accept_encoding="gzip", user_agent="kavier-twin"))
@@ -104,6 +139,11 @@ class HttpClient:
         elif self._access.user is not None:
             password = self._access.password.read() if self._access.password else ""
             headers |= urllib3.make_headers(basic_auth=f"{self._access.user}:{password}")
+        for name, value in self._access.headers.items():
+            headers[name] = value.read() if isinstance(value, SecretPlace) else value
+        for name, value in headers.items():
+            if any(character in value for character in "\r\n\0"):  # the HTTP library would show the value
+                raise SecretError(f"the header {name} holds a line break; correct it")
         return headers
 
     def _read(self, response: urllib3.BaseHTTPResponse, deadline: float) -> bytes:
@@ -119,6 +159,25 @@ class HttpClient:
                 response.close()
                 raise FetchError("timeout", f"the answer did not end within {self._access.timeout_seconds:g} s")
         return bytes(body)
+
+
+def _server(url: str) -> tuple[str | None, str | None, int | None]:
+    parts = urllib3.util.parse_url(url)
+    return parts.scheme, parts.host, parts.port or {"http": 80, "https": 443}.get(parts.scheme or "")
+
+
+def _hint(status: int, said: str) -> str:
+    """The setting that mends what the server asks for, where it says so."""
+    text = said.lower()
+    if "org id" in text or "orgid" in text or "tenant" in text:
+        return "; name the tenant by headers, as in headers: {X-Scope-OrgID: team-a}"
+    if status == 400 and "query parameter must be provided" in text:
+        return "; put it at the end of url, as in ?namespace=llm"
+    if status in (401, 403):
+        return "; set bearer_token, or user and password"
+    if status == 404:
+        return "; correct the path of url"
+    return ""
 
 
 def _shown(url: str) -> str:

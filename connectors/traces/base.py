@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, ClassVar, TypeVar, cast
 from pydantic import ValidationError
 
 from connectors.traces.table import RequestTable
+from kavier_twin.errors import refusal
 from kavier_twin.telemetry import RequestRecord, RequestSeen, TelemetryRecord
 
 MAX_LINE_BYTES = 16 * 2**20
@@ -277,10 +278,10 @@ def describe(error: ValidationError) -> Malformed:
     """The first thing that a record's validation found, without the value."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     where = ".".join(str(part) for part in first["loc"])
-    reason = REASONS.get(first["type"], "bad-value")
-    if reason == "unknown-kind":  # the message would quote the value
-        return Malformed(reason, "kind names no record")
-    return Malformed(reason, f"{where}: {first['msg']}" if where else first["msg"])
+    code = REASONS.get(first["type"], "bad-value")
+    if code == "unknown-kind":  # the message would quote the value
+        return Malformed(code, "kind names no record")
+    return Malformed(code, f"{where}: {refusal(first)}" if where else refusal(first))
 
 
 def request(**fields: Any) -> RequestRecord:

@@ -63,20 +63,6 @@ class RecordingReader(JsonReader):
         )
 
 
-def token_times(path: str | Path) -> dict[str, list[float]]:
-    """By request id, when its tokens arrived (seconds since the start of the recording).
-
-    The server may stream several tokens at once, so there can be fewer times than output tokens.
-    """
-    times: dict[str, list[float]] = {}
-
-    def take(row: dict[str, Any]) -> None:
-        times.setdefault(_id(row), _times(row))
-
-    _each_object(path, "requests.jsonl", take)
-    return times
-
-
 def read_steps(path: str | Path) -> list[dict[str, Any]]:
     """The engine's own log, one dict a step (steps.jsonl.gz)."""
     steps: list[dict[str, Any]] = []

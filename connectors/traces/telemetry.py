@@ -52,18 +52,28 @@ class TelemetryReader(Reader):
     def requests(
         self, rows: Iterable[tuple[int, TelemetryRecord]], reject: Callable[[int, Malformed], None]
     ) -> Iterator[RequestRecord]:
-        """Arrivals are joined with their ends by id, in any order; what finds no partner is rejected."""
+        """Arrivals are joined with their ends by id, in any order; what finds no partner is rejected.
+
+        Of several records of one kind and id the fullest counts, as a producer may send a second one that completes
+        the first.
+        """
         begun: dict[str, tuple[int, RequestSeen]] = {}
         ended: dict[str, tuple[int, RequestFinished]] = {}
         for line, record in rows:
             if isinstance(record, CarbonSample | EngineSample | GpuSample | KvEventBatch):
                 continue
-            if record.id in (ended if isinstance(record, RequestFinished) else begun):
-                reject(line, Malformed("duplicate-id", "an earlier line has the same kind and id"))
-            elif isinstance(record, RequestFinished):
-                ended[record.id] = (line, record)
+            if isinstance(record, RequestFinished):
+                end = ended.get(record.id)
+                if end is None or record.completes(end[1]):
+                    ended[record.id] = (line, record)
+                elif not end[1].completes(record):
+                    reject(line, Malformed("duplicate-id", "an earlier line has the same kind and id"))
             else:
-                begun[record.id] = (line, record)
+                start = begun.get(record.id)
+                if start is None or record.completes(start[1]):
+                    begun[record.id] = (line, record)
+                elif not start[1].completes(record):
+                    reject(line, Malformed("duplicate-id", "an earlier line has the same kind and id"))
         records: list[RequestRecord] = []
         for id, (line, seen) in begun.items():
             if isinstance(seen, RequestRecord):

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from kavier_twin.catalog.errors import CatalogError
 from kavier_twin.catalog.gpu import ComputeType
 from kavier_twin.catalog.model import Dtype, Experts, LatentAttention, ModelShape, Quantization
+from kavier_twin.errors import problems_of
 
 # The first name that the file has counts. A dot goes into a nested object.
 ALIASES: dict[str, tuple[str, ...]] = {
@@ -180,8 +181,7 @@ def read_config(raw: Mapping[str, Any], origin: str) -> ModelShape:
     try:
         return _shape(config, layer_types)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise CatalogError(f"{origin}: {'.'.join(map(str, first['loc'])) or 'model'}: {first['msg']}") from None
+        raise CatalogError(f"{origin}: {problems_of(error)[0]}") from None
 
 
 def _shape(config: _Config, layer_types: list[str]) -> ModelShape:

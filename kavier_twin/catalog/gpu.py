@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from kavier_twin.catalog.errors import CatalogError
+from kavier_twin.errors import problems_of
 
 ComputeType = Literal["fp16", "bf16", "fp8", "int8", "fp4"]
 PositiveNumber = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
@@ -41,7 +42,7 @@ class Gpu(BaseModel):
     `memory_bytes` is what is soldered on, `usable_memory_bytes` what the driver reports as the device's total, of
     which vLLM takes its share. `idle_watts` are those of a card that holds an engine with nothing to do, `max_watts`
     the board's limit. Link speeds are those of one direction. The shares and bends are the roofline's
-    (kavier_twin/simulation/roofline.py) and go before its defaults where somebody measured them on the card. `sources`
+    (kavier_twin/hardware/roofline.py) and go before its defaults where somebody measured them on the card. `sources`
     names each field's source.
     """
 
@@ -103,9 +104,7 @@ def read_gpu(text: str, origin: str) -> Gpu:
     except yaml.YAMLError as error:
         raise CatalogError(f"{origin}: not YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise CatalogError(f"{origin}: {field + ': ' if field else ''}{first['msg']}") from None
+        raise CatalogError(f"{origin}: {problems_of(error)[0]}") from None
 
 
 @cache

@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kavier_twin.accuracy.find import Skipped, find
-from kavier_twin.accuracy.report import HEADER, rows, write_report
-from kavier_twin.accuracy.result import SetResult
 from kavier_twin.errors import UserError
+from kavier_twin.studies.accuracy.find import Skipped, find
+from kavier_twin.studies.accuracy.report import HEADER, rows, write_report
+from kavier_twin.studies.accuracy.result import SetResult
 
 _DESCRIPTION = """Predict every measured data set of a folder, from the catalogue alone and after calibrating on its
 first part, and report how far off the predictions are.

@@ -17,12 +17,12 @@ from rich.progress import Progress
 from connectors.traces import FORMATS
 from kavier_twin.commands.backtest_plots import write_plots
 from kavier_twin.commands.score_tables import print_scores, wide_console
-from kavier_twin.errors import UserError
+from kavier_twin.commands.slo_file import read_slos
+from kavier_twin.errors import UserError, problems_of
 from kavier_twin.forecast.forecaster import ForecastSettings
-from kavier_twin.offline.backtest import Backtest, backtest
-from kavier_twin.offline.scenario import load_scenario
+from kavier_twin.recordings.scenario import load_scenario
 from kavier_twin.simulation.plain import plain
-from kavier_twin.slo_file import read_slos
+from kavier_twin.studies.backtest import Backtest, backtest
 
 _DESCRIPTION = """Run the whole twin over a trace in fast time: at every step it knows what was known then, forecasts,
 and is judged by what came. A recording tells how long its requests took; of any other trace reality is the simulation
@@ -55,8 +55,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--horizons", default="60,300,900", metavar="SECONDS,...", help="how far ahead (default 60,300,900)"
     )
-    parser.add_argument("--futures", type=int, default=8, metavar="N", help="simulated for each forecast (default 8)")
-    parser.add_argument("--seed", type=int, default=0, help="of the futures (default 0)")
+    parser.add_argument("--scenarios", type=int, default=8, metavar="N", help="simulated for each forecast (default 8)")
+    parser.add_argument("--seed", type=int, default=0, help="of the scenarios (default 0)")
     parser.add_argument(
         "--warm-up", type=float, default=300.0, metavar="SECONDS", help="before the first forecast (default 300)"
     )
@@ -78,13 +78,13 @@ def run(args: argparse.Namespace) -> int:
         settings = ForecastSettings(
             every_seconds=args.every,
             horizons_seconds=tuple(_numbers(args.horizons, "--horizons")),
-            futures=args.futures,
+            scenarios=args.scenarios,
             seed=args.seed,
         )
     except ValidationError as error:
-        first = error.errors()[0]
-        option = {"every_seconds": "every", "horizons_seconds": "horizons"}.get(str(first["loc"][0]), first["loc"][0])
-        raise UserError(f"--{option}: {first['msg']}") from None
+        options = {"every_seconds": "every", "horizons_seconds": "horizons"}
+        problem, *_ = problems_of(error, lambda place: f"--{options.get(str(place[0]), place[0])}")
+        raise UserError(problem) from None
     shape = _shape(args.shape)
     if not (math.isfinite(args.warm_up) and args.warm_up >= 0.0):
         raise UserError(f"--warm-up {args.warm_up}: expected seconds, 0 or more")

@@ -10,11 +10,12 @@ from typing import Any, Final
 
 import numpy as np
 
-from kavier_twin.commands.figures import NAMES, figure, unit
+from kavier_twin.commands.figures import figure, scale_of
 from kavier_twin.errors import UserError
-from kavier_twin.forecast.scores import ALERT_PROBABILITY, Moment, ScoredKpi
-from kavier_twin.forecast.slo import Metric, Slo
-from kavier_twin.offline.backtest import Backtest
+from kavier_twin.forecast.slo import Slo
+from kavier_twin.scores.scorer import ALERT_PROBABILITY, Moment, ScoredKpi
+from kavier_twin.simulation.kpi_table import Metric, label_of
+from kavier_twin.studies.backtest import Backtest
 
 # Of Okabe and Ito's palette, told apart by colour-blind readers.
 _FORESEEN: Final = "#0072B2"
@@ -52,14 +53,15 @@ def _fan(new: Callable[..., Any], kpi: Metric, rows: Sequence[ScoredKpi], slos: 
     horizons = sorted({row.horizon_seconds for row in rows})
     picture = new(figsize=(10.0, 0.8 + 2.4 * len(horizons)), layout="constrained")
     panels = np.atleast_1d(picture.subplots(len(horizons), 1, sharex=True))
-    factor, sign = unit(kpi, max(abs(row.observed) for row in rows))
+    scale = scale_of(kpi, max(abs(row.observed) for row in rows))
+    factor, sign = scale.factor, scale.sign
     clock = _Clock([time for row in rows for time in (row.time_seconds, row.time_seconds + row.horizon_seconds)])
     for axes, horizon in zip(panels, horizons, strict=True):
         table = np.array([[row.time_seconds, *row[3:10]] for row in rows if row.horizon_seconds == horizon])
         low, median, high, wide_low, wide_high, persisted, observed = factor * table[:, 1:].T
         end = clock.of(table[:, 0] + horizon)
         axes.fill_between(end, wide_low, wide_high, color=_FORESEEN, alpha=0.15, lw=0, label="90 % interval, widened")
-        axes.fill_between(end, low, high, color=_FORESEEN, alpha=0.4, lw=0, label="90 % interval of the futures")
+        axes.fill_between(end, low, high, color=_FORESEEN, alpha=0.4, lw=0, label="90 % interval of the scenarios")
         axes.plot(end, median, color=_FORESEEN, lw=1.2, label="median foreseen")
         axes.plot(end, persisted, color="grey", lw=1.0, ls=":", label="persistence")
         axes.plot(end, observed, color=_CAME, lw=1.2, marker=".", ms=4, label="what came")
@@ -73,7 +75,7 @@ def _fan(new: Callable[..., Any], kpi: Metric, rows: Sequence[ScoredKpi], slos: 
         axes.set_ylabel(f"{horizon:g} s ahead{f', {sign.strip()}' if sign.strip() else ''}")
         axes.grid(alpha=0.25)
     panels[-1].set_xlabel(f"end of the time foreseen, {clock.unit}")
-    picture.suptitle(NAMES[kpi])
+    picture.suptitle(label_of(kpi))
     picture.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize="small")
     return picture
 
@@ -83,7 +85,8 @@ def _timeline(new: Callable[..., Any], found: Backtest, slo: Slo, moments: Seque
     rows = [row for row in found.kpis if row.kpi == slo.metric]
     shortest = min((row.horizon_seconds for row in rows), default=0.0)
     rows = [row for row in rows if row.horizon_seconds == shortest]
-    factor, sign = unit(slo.metric, max([abs(row.observed) for row in rows] + [abs(slo.threshold)]))
+    scale = scale_of(slo.metric, max([abs(row.observed) for row in rows] + [abs(slo.threshold)]))
+    factor, sign = scale.factor, scale.sign
     clock = _Clock([moment.time_seconds for moment in moments])
     times = clock.of(np.array([moment.time_seconds for moment in moments]))
     broken = np.array([moment.breached for moment in moments])
@@ -97,12 +100,12 @@ def _timeline(new: Callable[..., Any], found: Backtest, slo: Slo, moments: Seque
     above.plot(ends, [factor * row.observed for row in rows], color=_CAME, lw=1.2, marker=".", ms=4, label="what came")
     side = "at least" if slo.higher_is_better else "at most"
     above.axhline(factor * slo.threshold, color=_BROKEN, lw=1.0, ls="--", label="objective")
-    above.set_ylabel(f"{NAMES[slo.metric]}{f', {sign.strip()}' if sign.strip() else ''}\n(over {shortest:g} s)")
+    above.set_ylabel(f"{label_of(slo.metric)}{f', {sign.strip()}' if sign.strip() else ''}\n(over {shortest:g} s)")
     beneath.step(times, odds, where="post", color=_FORESEEN, lw=1.4, label="odds of a breach ahead")
     _shade(beneath, times, odds >= ALERT_PROBABILITY, _ALERT, "alert", top=0.08)
     beneath.axhline(ALERT_PROBABILITY, color="grey", lw=1.0, ls="--")
     beneath.set(ylabel="odds", ylim=(-0.03, 1.03), xlabel=clock.unit)
-    told = f"{slo.name}: {NAMES[slo.metric]} {side} {figure(slo.metric, slo.threshold)}"
+    told = f"{slo.name}: {label_of(slo.metric)} {side} {figure(slo.metric, slo.threshold)}"
     picture.suptitle(f"{told}{_counted(found, slo)}")
     handles = [axes.get_legend_handles_labels() for axes in (above, beneath)]
     lines, labels = (first + second for first, second in zip(*handles, strict=True))

@@ -14,9 +14,9 @@ from connectors.series import HIGHEST_WATTS, WATTS_COLUMN, SeriesError, read_ser
 from connectors.traces import FORMATS
 from kavier_twin.commands.simulate import simulate_scenario
 from kavier_twin.errors import UserError
-from kavier_twin.offline.scenario import load_scenario, read_footprint
-from kavier_twin.twin.calibration import CalibrationError
-from kavier_twin.twin.power_calibration import PowerCalibration, calibrate_power, observe_power
+from kavier_twin.mirror.calibration.power import PowerCalibration, calibrate_power, observe_power
+from kavier_twin.mirror.calibration.requests import CalibrationError
+from kavier_twin.recordings.scenario import load_scenario, read_footprint
 
 _EPILOG = """examples:
   kavier-twin calibrate-power trace.jsonl --watts watts.csv --fleet fleet.yaml > power.yaml

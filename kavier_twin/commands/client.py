@@ -10,7 +10,7 @@ from typing import Final
 
 import urllib3
 
-from connectors.secret import Secret, SecretError
+from connectors.secret import SecretError, SecretPlace
 from kavier_twin.errors import UserError
 
 TOKEN_VARIABLE: Final = "KAVIER_TWIN_TOKEN"
@@ -70,7 +70,7 @@ def _token(file: Path | None) -> str:
     if file is None:
         return os.environ.get(TOKEN_VARIABLE, "").strip()
     try:
-        return Secret(file=file).read()
+        return SecretPlace(file=file).read()
     except SecretError as error:
         raise UserError(f"--token-file {error}") from None
 

@@ -18,10 +18,10 @@ from rich.table import Table
 
 from connectors.traces import FORMATS
 from kavier_twin.errors import UserError
-from kavier_twin.offline.comparison import Compared, Point, as_document, compare, read_policies
-from kavier_twin.offline.scenario import Scenario, load_scenario
+from kavier_twin.mirror.calibration.requests import with_frontend
+from kavier_twin.recordings.scenario import Scenario, load_scenario
 from kavier_twin.simulation.policies import DEFAULT_POLICIES, POLICY_NAMES
-from kavier_twin.twin.calibration import with_frontend
+from kavier_twin.studies.comparison import Compared, Point, as_document, compare, read_policies
 
 DEFAULT_FACTORS: Final = "0.25,0.5,1,2,4"
 
@@ -182,7 +182,7 @@ def _print(console: Console, scenario: Scenario, compared: Sequence[Compared], p
     )
     impact = compared[0].kpis.impact
     priced = impact is not None and math.isfinite(impact.cost_per_million_tokens)
-    rejecting = any(one.kpis.rejected for one in compared)
+    rejecting = any(one.kpis.requests_rejected for one in compared)
     table = Table()
     table.add_column("policy", no_wrap=True)
     for name in ("hit ratio", "TTFT p50 s", "TTFT p99 s", "output tok/s"):
@@ -199,14 +199,14 @@ def _print(console: Console, scenario: Scenario, compared: Sequence[Compared], p
         row = [
             one.policy.name,
             f"{result.cache_hit_ratio:.4f}",
-            _number(result.ttft.p50, ".3f"),
-            _number(result.ttft.p99, ".3f"),
+            _number(result.ttft_seconds.p50, ".3f"),
+            _number(result.ttft_seconds.p99, ".3f"),
             f"{result.output_tokens_per_second:,.1f}",
         ]
         if result.impact is not None:
             row.append(_number(result.impact.energy_watt_hours_per_million_tokens, ",.1f"))
             row += [_number(result.impact.cost_per_million_tokens, ",.3f")] if priced else []
-        row += [f"{result.rejected:,}"] if rejecting else []
+        row += [f"{result.requests_rejected:,}"] if rejecting else []
         table.add_row(*row, "hypothetical" if one.hypothetical else "yes")
     console.print(table)
     for one in compared:

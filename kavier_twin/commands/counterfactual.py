@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from kavier_twin.offline.counterfactual import Counterfactual, predict, read_recording
+from kavier_twin.studies.counterfactual import Counterfactual, predict, read_recording
 
 _DESCRIPTION = """Two recordings of the same users on the same server under different settings. From each alone predict
 the other: prefix-cache hit ratio, mean TTFT and mean end-to-end latency.

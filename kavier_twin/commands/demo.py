@@ -18,23 +18,25 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from connectors.secret import SecretPlace
 from kavier_twin.commands.client import TOKEN_VARIABLE
-from kavier_twin.config import CRUDE_STEP_TIME
-from kavier_twin.daemon import Daemon
-from kavier_twin.errors import UserError
+from kavier_twin.commands.figures import figure, spread
+from kavier_twin.commands.process import StopSignals, leave
+from kavier_twin.daemon.daemon import Daemon
+from kavier_twin.daemon.feed import Feed
+from kavier_twin.daemon.http_settings import DEFAULT_HOST, DEFAULT_PORT, HttpConfig
+from kavier_twin.daemon.pool import PoolTwin
+from kavier_twin.daemon.warm_up import make_ready
+from kavier_twin.errors import UserError, set_up_logging
 from kavier_twin.forecast.forecaster import ForecastSettings
 from kavier_twin.forecast.slo import Slo
-from kavier_twin.http_settings import DEFAULT_HOST, DEFAULT_PORT, HttpConfig
-from kavier_twin.live.feed import Feed
-from kavier_twin.live.kernels_ready import make_ready
-from kavier_twin.live.live_sources import SecretPlace
-from kavier_twin.live.pool import PoolTwin
-from kavier_twin.live.replay_source import ReplaySource
-from kavier_twin.offline.recording import read_recording, recorded_engine, recorded_server
-from kavier_twin.process import StopSignals, leave, set_up_logging
-from kavier_twin.serve.view import Beside, Horizon, Outlook, PolicyOutlook, TwinView
-from kavier_twin.simulation.settings import FleetSettings
-from kavier_twin.twin.mirror import MirrorSettings
+from kavier_twin.mirror.fidelity.windows import WindowScore
+from kavier_twin.mirror.mirror import MirrorSettings
+from kavier_twin.recordings.recording import read_recording, recorded_engine, recorded_server
+from kavier_twin.recordings.replay_source import ReplaySource
+from kavier_twin.serve.models import Horizon, Outlook, PolicyOutlook, TwinView
+from kavier_twin.simulation.kpi_table import GAUGES, KPIS, RATIO, STATISTICS, Kpi, label_of
+from kavier_twin.simulation.settings import CRUDE_STEP_TIME, FleetSettings
 
 TOTAL_SECONDS: Final = 70.0  # that the demo is to take unless a speed is given, compilation included
 SHORTEST_REPLAY_SECONDS: Final = 25.0
@@ -42,7 +44,7 @@ PLAIN_EVERY_SECONDS: Final = 5.0
 POOL: Final = "demo"
 MIRROR: Final = MirrorSettings(
     pool=POOL,
-    lateness_seconds=0.5,
+    ordering_seconds=0.5,
     recent_seconds=60.0,
     calibrate_after_requests=60,
     recalibrate_every_requests=150,
@@ -51,7 +53,7 @@ MIRROR: Final = MirrorSettings(
 FORECAST: Final = ForecastSettings(
     every_seconds=3.0,
     horizons_seconds=(30.0, 60.0, 120.0),
-    futures=10,
+    scenarios=10,
     workers=2,
     slos=(
         Slo(name="ttft_p99_1s", metric="ttft_p99_seconds", threshold=1.0),
@@ -59,15 +61,7 @@ FORECAST: Final = ForecastSettings(
     ),
 )
 _SLOW_SECONDS: Final = 4.0  # kernels that come from the cache are ready before
-_NAMES: Final = {
-    "ttft_seconds": "time to first token",
-    "e2e_seconds": "end-to-end latency",
-    "queue_seconds": "queue time",
-    "prefix_cache_hit_ratio": "prefix-cache hit ratio",
-    "requests_running": "running now",
-    "requests_waiting": "waiting now",
-    "kv_cache_usage_ratio": "KV cache usage now",
-}
+_COMPARED: Final = 3  # KPIs of each policy: a terminal has no room for more
 
 
 _EXAMPLES = """examples:
@@ -231,7 +225,8 @@ class _Watch:
 
     def _screen(self) -> RenderableType:
         view = self._daemon.view
-        parts: list[RenderableType] = [Text(f"Recording at {self._clock()}", style="bold"), _trust(view), beside(view)]
+        title = Text(f"Recording at {self._clock()}", style="bold")
+        parts: list[RenderableType] = [title, _trust(view), comparison(view)]
         if view.outlook is not None:
             parts += [policies(view.outlook, brief=True), verdict(view.outlook)]
         else:
@@ -243,15 +238,11 @@ class _Watch:
     def _line(self) -> str:
         view = self._daemon.view
         parts = [f"{self._clock():>12}"]
-        for kpi, statistic, name in (
-            ("ttft_seconds", "mean", "TTFT"),
-            ("e2e_seconds", "mean", "e2e"),
-            ("prefix_cache_hit_ratio", "", "hits"),
-            ("requests_waiting", "", "waiting"),
-        ):
-            entry = view.value(kpi, statistic)
-            if entry is not None:
-                parts.append(f"{name} {_value(kpi, entry.mirrored)} (real {_value(kpi, entry.observed)})")
+        for kpi in KPIS.values():
+            score = view.score(kpi.name, "mean" if kpi.statistics else "")
+            if kpi.compared and score is not None:
+                mirrored, observed = figure(kpi.name, score.predicted), figure(kpi.name, score.observed)
+                parts.append(f"{kpi.label} {mirrored} (real {observed})")
         today = _today(view.outlook)
         if today is not None:
             horizon = today.horizons[0]
@@ -270,7 +261,7 @@ def _sum_up(console: Console, daemon: Daemon, tense: Outlook | None) -> None:
     view = daemon.view
     console.print()
     console.print(_trust(view))
-    console.print(beside(view))
+    console.print(comparison(view))
     if tense is not None and tense is not view.outlook:
         console.print(policies(tense, "Forecast at the tensest moment"))
         console.print(verdict(tense))
@@ -286,16 +277,20 @@ def _sum_up(console: Console, daemon: Daemon, tense: Outlook | None) -> None:
 # --- what it looks like -------------------------------------------------------------------------------------------
 
 
-def beside(view: TwinView) -> Table:
-    """Mirror beside reality."""
-    table = Table(title="Mirror beside reality", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+def comparison(view: TwinView) -> Table:
+    """Mirror and reality: every KPI over the shortest window that has it, and the gauges of now."""
+    table = Table(title="Mirror and reality", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     table.add_column("KPI")
-    for name, style in (("mirror", "cyan"), ("reality", "yellow"), ("error", ""), ("requests", "dim")):
+    for name, style in (("mirror", "cyan"), ("reality", "yellow"), ("error", ""), ("over", "dim")):
         table.add_column(name, justify="right", style=style)
-    for entry in view.beside:
-        name = _NAMES.get(entry.kpi, entry.kpi) + (f", {entry.statistic}" if entry.statistic else "")
-        mirrored, observed = _value(entry.kpi, entry.mirrored), _value(entry.kpi, entry.observed)
-        table.add_row(name, mirrored, observed, _error(entry), str(entry.requests or ""))
+    for score in view.errors:
+        if score.kpi not in GAUGES and view.score(score.kpi, score.statistic) is score:
+            name = KPIS[score.kpi].title + (f", {score.statistic}" if score.statistic else "")
+            values = (figure(score.kpi, value) for value in (score.predicted, score.observed))
+            table.add_row(name, *values, _error(score), f"{score.observations} requests in {score.window}")
+    for gauge in view.gauges:
+        values = (figure(gauge.kpi, value) for value in (gauge.mirrored, gauge.observed))
+        table.add_row(KPIS[gauge.kpi].title, *values, "", "now")
     return table
 
 
@@ -305,7 +300,7 @@ def policies(outlook: Outlook, when: str = "What is ahead", *, brief: bool = Fal
     seconds = [f"{horizon.seconds:g}" for horizon in horizons]
     table = Table(
         title=f"{when} ({outlook.event_seconds:.0f} s): the next {seconds[-1]} s by policy, best first",
-        caption=f"Median (10 – 90 %) of {outlook.futures} futures at {outlook.rate_per_second:.1f} requests/s, the "
+        caption=f"Median (10 – 90 %) of {outlook.scenarios} scenarios at {outlook.rate_per_second:.1f} requests/s, the "
         f"same for all policies. Breach odds in % within {' / '.join(seconds)} s.",
         title_justify="left",
         caption_justify="left",
@@ -313,8 +308,9 @@ def policies(outlook: Outlook, when: str = "What is ahead", *, brief: bool = Fal
         box=box.SIMPLE_HEAD,
     )
     table.add_column("policy", no_wrap=True)
-    for name in ("TTFT p99", "e2e p95", "hit ratio"):
-        table.add_column(name, justify="right", no_wrap=not brief)
+    kpis = [kpi for kpi in KPIS.values() if kpi.compared][:_COMPARED]
+    for kpi in kpis:
+        table.add_column(label_of(kpi.metric), justify="right", no_wrap=not brief)
     slos = list(horizons[-1].breach)
     for slo in slos:
         table.add_column(f"breach odds\n{slo}", justify="right")
@@ -325,11 +321,7 @@ def policies(outlook: Outlook, when: str = "What is ahead", *, brief: bool = Fal
             table.add_row(policy.name, policy.problem)
             continue
         last = policy.horizons[-1]
-        cells = [
-            _spread(last, "ttft_seconds", "p99"),
-            _spread(last, "e2e_seconds", "p95"),
-            _spread(last, "prefix_cache_hit_ratio", ""),
-        ]
+        cells = [_spread(last, kpi) for kpi in kpis]
         odds = [" / ".join(f"{100 * h.breach[slo]:.0f}" for h in policy.horizons) for slo in slos]
         if not brief:
             odds.append(" ".join(policy.flags) or ("as it is" if policy.deployable else "hypothetical"))
@@ -356,7 +348,7 @@ def _trust(view: TwinView) -> Text:
         return Text("Not calibrated yet: step times are a crude prior, figures are not to be trusted.", style="yellow")
     text = Text(
         f"Calibrated on {view.calibrated_on_requests} requests of this stream; {view.finished_requests} followed to "
-        f"their end; real steps last {view.pace_ratio:.2f} times what the coefficients say now.",
+        f"their end; real steps last {view.step_time_scale_ratio:.2f} times what the coefficients say now.",
         style="green",
     )
     if math.isfinite(view.exact_cache_ratio):
@@ -374,34 +366,12 @@ def _tension(outlook: Outlook | None) -> float:
     return sum(sum(horizon.breach.values()) for horizon in today.horizons) if today else 0.0
 
 
-def _value(kpi: str, value: float) -> str:
-    if not math.isfinite(value):
+def _error(score: WindowScore) -> str:
+    """Relative, of a ratio the difference."""
+    if not math.isfinite(score.error):
         return "–"
-    if kpi.endswith("_ratio"):
-        return f"{value:.1%}"
-    if kpi.endswith("_seconds"):
-        return f"{value:.2f} s" if value >= 1.0 else f"{1000 * value:.0f} ms"
-    return f"{value:.1f}".removesuffix(".0")
+    return f"{100 * score.error:+.1f} points" if KPIS[score.kpi].unit == RATIO else f"{score.error:+.1%}"
 
 
-def _error(entry: Beside) -> str:
-    if not math.isfinite(entry.error):
-        return "–"
-    if entry.kpi.endswith("_seconds"):
-        return f"{entry.error:+.1%}"
-    if entry.kpi.endswith("_ratio"):
-        return f"{100 * entry.error:+.1f} pts"
-    return f"{entry.error:+.0f}"
-
-
-def _spread(horizon: Horizon, kpi: str, statistic: str) -> str:
-    low, middle, high = (horizon.quantile(kpi, statistic, quantile) for quantile in (0.1, 0.5, 0.9))
-    if not math.isfinite(middle):
-        return "–"
-    if kpi.endswith("_ratio"):
-        return f"{middle:.1%} ({100 * low:.1f} – {100 * high:.1f})"
-    if kpi.endswith("_seconds") and high >= 1.0:
-        return f"{middle:.2f} s ({low:.2f} – {high:.2f})"
-    if kpi.endswith("_seconds"):
-        return f"{1000 * middle:.0f} ms ({1000 * low:.0f} – {1000 * high:.0f})"
-    return f"{middle:.1f} ({low:.1f} – {high:.1f})"
+def _spread(horizon: Horizon, kpi: Kpi) -> str:
+    return spread(kpi.name, *(horizon.quantile(*STATISTICS[kpi.metric], quantile) for quantile in (0.1, 0.5, 0.9)))

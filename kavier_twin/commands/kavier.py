@@ -10,10 +10,10 @@ from typing import Any, Final, get_args
 from rich.console import Console
 
 from kavier_twin.errors import UserError
-from kavier_twin.kavier_experiments.accuracy import accuracy
-from kavier_twin.kavier_experiments.kv_cache import kv_cache
-from kavier_twin.kavier_experiments.prefix import prefix
-from kavier_twin.simulation.kavier import Scope
+from kavier_twin.studies.kavier.accuracy import accuracy
+from kavier_twin.studies.kavier.kv_cache import kv_cache
+from kavier_twin.studies.kavier.model import Scope
+from kavier_twin.studies.kavier.prefix import prefix
 
 _EXPERIMENTS: Final = {
     "accuracy": "experiment 1: seconds of prefill and decode on an A10, beside the measured ones",

@@ -17,10 +17,10 @@ from prometheus_client.registry import Collector
 
 from connectors.prometheus.names import CACHE_CONFIG, COUNTERS, GAUGES
 from connectors.traces import Trace
-from kavier_twin.errors import UserError
-from kavier_twin.live.replay_source import ReplaySource
-from kavier_twin.offline.recording import read_recording, recorded_engine
-from kavier_twin.process import StopSignals, set_up_logging
+from kavier_twin.commands.process import StopSignals
+from kavier_twin.errors import UserError, set_up_logging
+from kavier_twin.recordings.recording import read_recording, recorded_engine
+from kavier_twin.recordings.replay_source import ReplaySource
 from kavier_twin.simulation.settings import EngineSettings
 from kavier_twin.telemetry import EngineSample, TelemetryRecord
 
@@ -162,6 +162,8 @@ class EnginePage(Collector):
             gauge.add_metric(list(labels.values()), getattr(sample, field) or 0.0)
             yield gauge
         for field, names in COUNTERS.items():
+            if getattr(sample, field) is None:
+                continue
             counter = CounterMetricFamily(names[0], f"Recorded {field}.", labels=list(labels))
             counter.add_metric(list(labels.values()), self._fleet.count(field))
             yield counter

@@ -7,10 +7,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kavier_twin.config import read_settings
-from kavier_twin.daemon import Daemon
-from kavier_twin.duration import seconds_of
-from kavier_twin.process import StopSignals, leave, set_up_logging
+from kavier_twin.commands.duration import seconds_of
+from kavier_twin.commands.process import StopSignals, leave
+from kavier_twin.daemon.config import read_settings
+from kavier_twin.daemon.daemon import Daemon
+from kavier_twin.errors import set_up_logging
 
 _EXAMPLE = """examples:
   kavier-twin run --check --config twin.yaml

@@ -11,8 +11,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from kavier_twin.commands.figures import NAMES, figure, place
-from kavier_twin.forecast.scores import ALERT_PROBABILITY, Bin, KpiScore, Scores
+from kavier_twin.commands.figures import figure, place
+from kavier_twin.scores.scorer import ALERT_PROBABILITY, Bin, KpiScore, Scores
+from kavier_twin.simulation.kpi_table import label_of
 
 _WIDE: Final = 100  # columns from which all figures have room
 
@@ -35,7 +36,7 @@ def print_scores(console: Console, scores: Scores) -> None:
         style="dim",
     )
     if scores.unobserved:
-        names = ", ".join(NAMES[metric] for metric in sorted(scores.unobserved, key=place))
+        names = ", ".join(label_of(metric) for metric in sorted(scores.unobserved, key=place))
         console.print(f"Not judged where no telemetry tells them, for some or all of the time: {names}.")
     unscored = ", ".join(f"{count} {reason}" for reason, count in scores.unscored.items())
     if scores.pending or unscored:
@@ -49,7 +50,7 @@ def _kpis(scores: Scores, *, wide: bool) -> Table:
     table = _table("KPIs foreseen", names, left=1)
     before = ""
     for one in sorted(scores.kpis, key=lambda score: (place(score.kpi), score.horizon_seconds)):
-        name = NAMES[one.kpi]
+        name = label_of(one.kpi)
         table.add_row(
             "" if name == before else name,
             f"{one.horizon_seconds:g} s",

@@ -14,8 +14,8 @@ from pydantic import TypeAdapter, ValidationError
 from kavier_twin.commands.client import add_token, add_url, ask
 from kavier_twin.commands.score_tables import print_scores, wide_console
 from kavier_twin.errors import UserError
-from kavier_twin.forecast.scores import Scorer, Scores
-from kavier_twin.live.score_store import FILE_NAME, read_judged
+from kavier_twin.scores.scorer import Scorer, Scores
+from kavier_twin.scores.store import FILE_NAME, read_judged
 from kavier_twin.simulation.plain import plain
 
 _SCORES: Final = TypeAdapter(Scores)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,21 +16,24 @@ from rich.console import Console
 from rich.table import Table
 
 from connectors.traces import FORMATS
+from kavier_twin.commands.closed_loop_option import FORM, ClosedLoop, parse_closed_loop
+from kavier_twin.commands.figures import figure
 from kavier_twin.errors import UserError
-from kavier_twin.offline.closed_loop_option import FORM, ClosedLoop, parse_closed_loop
-from kavier_twin.offline.export_opendc import write_opendc
-from kavier_twin.offline.scenario import CalibrateFrom, Scenario, load_scenario, read_footprint, without_trace
+from kavier_twin.recordings.pinned import replay_pinned
+from kavier_twin.recordings.scenario import CalibrateFrom, Scenario, load_scenario, read_footprint, without_trace
 from kavier_twin.simulation.closed_loop import simulate_closed_loop
-from kavier_twin.simulation.fleet import Fleet, simulate_parts
+from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.impact import Impact, impact_of_run
+from kavier_twin.simulation.kpi_table import GAUGES, KPIS, LATENCIES
 from kavier_twin.simulation.kpis import Counters, Distribution, Kpis, Slo, kpis
 from kavier_twin.simulation.policies import POLICY_NAMES, PolicyError, apply_overrides, parse_override
+from kavier_twin.simulation.runs import simulate_parts
 from kavier_twin.simulation.settings import FleetSettings
 from kavier_twin.simulation.state import FINISHED, REJECTED_KV_CAPACITY, REJECTED_LENGTH, Records
-from kavier_twin.twin.pinned import replay_pinned
+from kavier_twin.studies.export_opendc import write_opendc
 
 _SAMPLES = 200  # points of the series over time
-_SLOS = ("ttft_seconds", "tpot_seconds", "e2e_seconds")
+_SLOS = tuple(field.name for field in fields(Slo))
 
 _FITTED_ON = {"requests": "requests that ended", "steps": "logged steps", "metrics": "scrapes with decoding"}
 
@@ -145,6 +149,7 @@ def run(args: argparse.Namespace) -> int:
         None,
         Counters.of(fleet.state, fleet.now_seconds),
         start_seconds=start,
+        frontend_seconds=scenario.frontend_seconds,
         samples=fleet.samples if fleet.samples.time_seconds else None,
         slo=slo,
         impact=impact_of_run(fleet, start),
@@ -269,7 +274,7 @@ def _rejections(outcomes: Records) -> dict[str, int]:
 
 
 def _document(scenario: Scenario, fleet: Fleet, outcomes: Records, result: Kpis) -> dict[str, Any]:
-    calibration = scenario.calibration
+    calibration, samples = scenario.calibration, fleet.samples
     return {
         "trace": str(scenario.trace.path),
         "format": scenario.trace.format,
@@ -277,10 +282,8 @@ def _document(scenario: Scenario, fleet: Fleet, outcomes: Records, result: Kpis)
         **result.to_dict(),
         "rejections": _rejections(outcomes),
         "over_time": {
-            "time_seconds": fleet.samples.time_seconds,
-            "running": fleet.samples.running,
-            "waiting": fleet.samples.waiting,
-            "kv_usage_ratio": fleet.samples.kv_usage_ratio,
+            "time_seconds": samples.time_seconds,
+            **dict(zip(GAUGES, (samples.running, samples.waiting, samples.kv_usage_ratio), strict=True)),
         },
         "fleet": fleet.settings.model_dump(mode="json", exclude={"footprint": {"carbon": {"points"}}}),
         "calibration": None
@@ -318,31 +321,28 @@ def _print(console: Console, scenario: Scenario, fleet: FleetSettings, outcomes:
                 f"not determined by these: {', '.join(scenario.calibration.undetermined)}", style="dim", highlight=False
             )
     latencies = Table("seconds", "mean", "p50", "p90", "p95", "p99", title=None)
-    for name, values in (
-        ("TTFT", result.ttft),
-        ("ITL", result.itl),
-        ("TPOT", result.tpot),
-        ("e2e", result.e2e),
-        ("queue", result.queue),
-    ):
-        latencies.add_row(name, *_row(values))
+    for name in LATENCIES:
+        latencies.add_row(KPIS[name].label, *_row(getattr(result, name)))
     console.print(latencies)
     facts = Table(show_header=False)
-    facts.add_row("prefix-cache hit ratio", f"{result.prefix_cache_hit_ratio:.4f} of prompt tokens")
+    hits = "prefix_cache_hit_ratio"
+    facts.add_row(KPIS[hits].title, f"{figure(hits, result.prefix_cache_hit_ratio)} of prompt tokens")
     facts.add_row(
         "throughput",
         f"{result.output_tokens_per_second:,.1f} output tokens/s, "
         f"{result.prompt_tokens_per_second:,.1f} prompt tokens/s, {result.requests_per_second:.3f} requests/s",
     )
-    facts.add_row("running / waiting", f"{result.running_mean:.2f} / {result.waiting_mean:.2f} mean" + _peaks(result))
+    facts.add_row(
+        "running / waiting", f"{result.requests_running:.2f} / {result.requests_waiting:.2f} mean" + _peaks(result)
+    )
     facts.add_row(
         "KV usage",
-        f"{result.kv_usage_mean_ratio:.1%} mean"
-        + ("" if result.kv_usage_peak_ratio is None else f", {result.kv_usage_peak_ratio:.1%} peak"),
+        f"{result.kv_cache_usage_ratio:.1%} mean"
+        + ("" if result.kv_cache_usage_peak_ratio is None else f", {result.kv_cache_usage_peak_ratio:.1%} peak"),
     )
     facts.add_row("preemptions, evictions", f"{result.preemptions:,}, {result.evictions:,} blocks")
     facts.add_row("engine steps", f"{result.engine_steps:,} in {result.duration_seconds:,.1f} s")
-    if result.rejected:
+    if result.requests_rejected:
         facts.add_row(
             "rejected", ", ".join(f"{n} {why.replace('_', ' ')}" for why, n in _rejections(outcomes).items() if n)
         )
@@ -358,7 +358,7 @@ def _print(console: Console, scenario: Scenario, fleet: FleetSettings, outcomes:
 
 def _impact_rows(impact: Impact) -> Iterator[tuple[str, str]]:
     """Energy, carbon and cost for a person: what is not known is left out."""
-    yield "power", f"{impact.power_mean_watts:,.0f} W mean, PUE included"
+    yield "power", f"{impact.power_watts:,.0f} W mean, PUE included"
     yield (
         "energy",
         f"{impact.energy_watt_hours_per_million_tokens:,.1f} Wh ({impact.energy_joules_per_million_tokens:,.0f} J) per "
@@ -371,7 +371,11 @@ def _impact_rows(impact: Impact) -> Iterator[tuple[str, str]]:
 
 
 def _peaks(result: Kpis) -> str:
-    return "" if result.running_peak is None else f", {result.running_peak} / {result.waiting_peak} peak"
+    return (
+        ""
+        if result.requests_running_peak is None
+        else f", {result.requests_running_peak} / {result.requests_waiting_peak} peak"
+    )
 
 
 def _row(values: Distribution) -> list[str]:

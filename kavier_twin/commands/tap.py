@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import yaml
 from pydantic import ValidationError
 
 from connectors.kafka.settings import KafkaSettings
-from kavier_twin.duration import seconds_of
-from kavier_twin.errors import UserError
-from kavier_twin.process import StopSignals, set_up_logging
+from kavier_twin.commands.duration import seconds_of
+from kavier_twin.commands.process import StopSignals
+from kavier_twin.errors import UserError, dotted, problems_of, set_up_logging
 from kavier_twin.tap.hashing import ALGORITHMS
+
+if TYPE_CHECKING:
+    from kavier_twin.tap.worker import RecordSettings
 
 _EXAMPLE = """examples:
   kavier-twin tap --upstream http://vllm:8000 --kafka kafka:9092 --topic llm-requests --pool chat
@@ -58,7 +62,7 @@ def add_parser(commands: Any) -> None:
         "--tokenizer",
         type=Path,
         metavar="tokenizer.json",
-        help="tokenise in the tap what this file and the chat template beside it allow, rather than ask the engine",
+        help="tokenise in the tap with the model's file or folder and its chat template, rather than ask the engine",
     )
     parser.add_argument("--block-tokens", type=int, default=16, help="vLLM's --block-size (16)")
     parser.add_argument("--hash-algorithm", choices=ALGORITHMS, default="sha256", help="its hash algorithm (sha256)")
@@ -67,19 +71,37 @@ def add_parser(commands: Any) -> None:
         default=os.environ.get("PYTHONHASHSEED"),
         help="the engines' PYTHONHASHSEED, if they have one (the tap's own)",
     )
+    parser.add_argument("--hand-over", type=int, help=argparse.SUPPRESS)  # as the middleware starts it
     parser.add_argument("--grace", type=seconds_of, default=30.0, metavar="TIME", help="for answers at the end (30s)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Do it."""
+    from kavier_twin.tap import worker
+
+    if args.hand_over is not None:
+        worker.main(socket.socket(fileno=args.hand_over), lambda: _records(args))
+        return 0
+    from kavier_twin.tap import server
+
+    records = _records(args)
+    set_up_logging("info")
+    upstream = None if args.mirror else args.upstream
+    with StopSignals() as signals:
+        settings = server.TapSettings(args.host, args.port, upstream, args.upstream_ca, args.grace)
+        server.serve(settings, records, lambda: signals.received is not None)
+    return signals.exit_status
+
+
+def _records(args: argparse.Namespace) -> RecordSettings:
+    """What the options say of records. Raises UserError, with all that is wrong with the options."""
     problems = _problems(args)
     kafka = _kafka_options(args, problems) if args.kafka else None
     if problems:
         raise UserError("\n  ".join((f"{len(problems)} to mend, nothing was started:", *problems)))
-    from kavier_twin.tap import server, worker
+    from kavier_twin.tap import worker
 
-    set_up_logging("info")
-    records = worker.RecordSettings(
+    return worker.RecordSettings(
         pool=args.pool,
         pod=args.pod,
         block_tokens=args.block_tokens,
@@ -93,24 +115,26 @@ def run(args: argparse.Namespace) -> int:
         kafka=kafka,
         host=args.host,
         metrics_port=args.metrics_port,
+        shares_ports=args.hand_over is not None,
     )
-    upstream = None if args.mirror else args.upstream
-    with StopSignals() as signals:
-        settings = server.TapSettings(args.host, args.port, upstream, args.upstream_ca, args.grace)
-        server.serve(settings, records, lambda: signals.received is not None)
-    return signals.exit_status
 
 
 def _problems(args: argparse.Namespace) -> list[str]:
     """What is wrong with the options, each as `--option: what and the way out`."""
     found = []
-    if args.upstream is None and not args.mirror:
+    inside = args.hand_over is not None
+    if inside and args.mirror:
+        found.append("--mirror: a middleware sees the traffic itself; leave it out")
+    if args.upstream is None and not args.mirror and not inside:
         found.append("--upstream is missing: give the URL of the vLLM behind the tap, e.g. http://vllm:8000")
-    if args.upstream is None and args.mirror and args.tokenizer is None:
+    if args.upstream is None and args.mirror and args.tokenizer is None and not inside:
         found.append("--mirror needs what tokenises: give --upstream, --tokenizer or both")
     if args.upstream is not None and not _is_place(args.upstream):
         found.append("--upstream: give scheme, host and port only, e.g. http://vllm:8000")
-    for option, path in (("--upstream-ca", args.upstream_ca), ("--tokenizer", args.tokenizer)):
+    tokenizer = args.tokenizer
+    if tokenizer is not None and tokenizer.is_dir():
+        tokenizer = tokenizer / "tokenizer.json"
+    for option, path in (("--upstream-ca", args.upstream_ca), ("--tokenizer", tokenizer)):
         if path is not None and not path.is_file():
             found.append(f"{option} {path}: there is no such file; correct the path")
     if args.output is not None and not args.output.parent.is_dir():
@@ -132,13 +156,10 @@ def _problems(args: argparse.Namespace) -> list[str]:
         found.append("--kafka-security: there is no --kafka; leave it out")
     needed = (
         *(("kafka",) if args.kafka else ()),
-        "aiohttp",
-        "cbor2",
-        "httptools",
-        "jinja2",
-        "tokenizers",
-        "uvloop",
-        "xxhash",
+        *("aiohttp", "jinja2", "tokenizers"),
+        *(() if inside else ("httptools", "uvloop")),
+        *(("cbor2",) if args.hash_algorithm.endswith("_cbor") else ()),
+        *(("xxhash",) if args.hash_algorithm.startswith("xxhash") else ()),
     )
     if missing := [name for name in needed if find_spec(name) is None]:
         found.append(f"{', '.join(missing)}: not installed; install with: pip install 'kavier-twin[tap,kafka]'")
@@ -178,11 +199,10 @@ def _kafka_options(args: argparse.Namespace, problems: list[str]) -> dict[str, A
         settings = KafkaSettings.model_validate({"brokers": args.kafka.split(","), "topics": [args.topic], **security})
     except ValidationError as error:
         options = {"brokers": f"--kafka {args.kafka}", "topics": f"--topic {args.topic}"}
-        told = error.errors(include_url=False, include_input=False)
-        for each in (one for one in told if one["type"] != "too_short"):  # as a list is whose entries are all wrong
-            place = options.get(str(each["loc"][0]))
-            place = place or f"--kafka-security {args.kafka_security}: {'.'.join(map(str, each['loc']))}"
-            problems.append(f"{place}: {each['msg'].removeprefix('Value error, ')}")
+        problems += problems_of(
+            error,
+            lambda place: options.get(str(place[0])) or f"--kafka-security {args.kafka_security}: {dotted(place)}",
+        )
         return None
     if args.kafka_security is not None:
         settings = settings.with_paths_from(args.kafka_security.parent)

@@ -10,12 +10,12 @@ from rich import box
 from rich.table import Table
 
 from kavier_twin.commands.client import add_token, add_url, ask
-from kavier_twin.commands.figures import NAMES, spread
+from kavier_twin.commands.duration import seconds_of
+from kavier_twin.commands.figures import spread
 from kavier_twin.commands.score_tables import wide_console
-from kavier_twin.duration import seconds_of
-from kavier_twin.errors import UserError
-from kavier_twin.forecast.slo import METRICS
+from kavier_twin.errors import UserError, problems_of
 from kavier_twin.forecast.whatif import Answer, Case, Question
+from kavier_twin.simulation.kpi_table import METRICS, label_of
 from kavier_twin.simulation.policies import Override, PolicyError, parse_override
 
 _ANSWER_SECONDS: Final = 120.0  # others may be asked first
@@ -23,7 +23,7 @@ _EXAMPLE = """examples:
   kavier-twin whatif --token-file token --policy kv_cache_dtype=fp8 --replicas 6 --load 1.5x --horizon 15m
   kavier-twin whatif --url https://twin.example:9469 --token-file token --policy num_gpu_blocks=0.5x --json
 
-The daemon forks its live state, simulates today's policy and the one asked about in the same futures, and answers;
+The daemon forks its live state, simulates today's policy and the one asked about in the same scenarios, and answers;
 its mirror and its forecasts go on undisturbed. Nothing about the fleet is changed.
 exit status: 0 answered, 1 not answered (the message says why), 2 wrong use
 """
@@ -51,7 +51,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--horizon", type=seconds_of, default=900.0, metavar="TIME", help="how far to look, e.g. 15m (the default)"
     )
-    parser.add_argument("--futures", type=int, metavar="N", help="futures simulated for each policy")
+    parser.add_argument("--scenarios", type=int, metavar="N", help="scenarios simulated for each policy")
     parser.add_argument("--pool", help="the pool asked about, where there are several")
     add_token(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
@@ -81,13 +81,12 @@ def _question(args: argparse.Namespace) -> Question:
     if args.replicas is not None:
         overrides["replicas"] = args.replicas
     given = {"overrides": overrides, "load": args.load, "horizon_seconds": args.horizon, "pool": args.pool}
-    if args.futures is not None:
-        given["futures"] = args.futures
+    if args.scenarios is not None:
+        given["scenarios"] = args.scenarios
     try:
         return Question.model_validate(given)
     except ValidationError as error:
-        problems = "; ".join(f"{_option(e['loc'])}: {e['msg']}" for e in error.errors())
-        raise UserError(f"the question cannot be asked: {problems}") from None
+        raise UserError(f"the question cannot be asked: {'; '.join(problems_of(error, _option))}") from None
 
 
 def _option(place: tuple[str | int, ...]) -> str:
@@ -110,7 +109,7 @@ def _print(answer: Answer) -> None:
     console = wide_console()
     titles = {"today": "today's policy", "today_at_load": "today's policy", "asked": "what if"}
     table = Table(
-        title=f"pool {answer.pool}: the next {answer.horizon_seconds:g} s over {answer.futures} futures, median "
+        title=f"pool {answer.pool}: the next {answer.horizon_seconds:g} s over {answer.scenarios} scenarios, median "
         "(10th–90th percentile)",
         title_justify="left",
         title_style="bold",
@@ -123,7 +122,7 @@ def _print(answer: Answer) -> None:
     for metric in METRICS:
         spreads = [case.kpis[metric] for case in answer.cases]
         if any(one.p50 is not None for one in spreads):
-            table.add_row(NAMES[metric], *(spread(metric, one.p10, one.p50, one.p90) for one in spreads))
+            table.add_row(label_of(metric), *(spread(metric, one.p10, one.p50, one.p90) for one in spreads))
     table.add_section()
     for slo in answer.cases[0].breach_probability:
         table.add_row(f"breaks {slo}", *(f"{case.breach_probability[slo]:.0%}" for case in answer.cases))

@@ -1,6 +1,6 @@
-"""The compiled part of drawing a future: which recent request each new one resembles, and what it shares.
+"""The compiled part of drawing a scenario: which recent request each new one resembles, and what it shares.
 
-A node is a request of the stream's past or a drawn one: rows of the recent stream first, then the future's.
+A node is a request of the stream's past or a drawn one: rows of the recent stream first, then the scenario's.
 """
 
 from typing import Final, NamedTuple
@@ -36,7 +36,7 @@ class Examples(NamedTuple):
 
 
 class Nodes(NamedTuple):
-    """Requests of the past and the future, in order of arrival: [rows + drawn]."""
+    """Requests of the past and the scenario, in order of arrival: [rows + drawn]."""
 
     arrival: npt.NDArray[np.float64]  # seconds
     prompt: npt.NDArray[np.int64]

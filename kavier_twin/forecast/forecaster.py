@@ -8,18 +8,16 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
-from importlib import import_module
 from threading import Event
-from typing import Any
 
 from apscheduler.schedulers.background import BackgroundScheduler
 
-from kavier_twin.forecast.executors import Executor, ThreadExecutor
+from kavier_twin.forecast.executors import Executor, RayExecutor, ThreadExecutor
 from kavier_twin.forecast.load import LoadForecaster
 from kavier_twin.forecast.result import Forecast
 from kavier_twin.forecast.settings import ForecastSettings as ForecastSettings
 from kavier_twin.forecast.sweep import OutOfTime, sweep, sweep_within
-from kavier_twin.twin.snapshot import Snapshot
+from kavier_twin.mirror.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
 
@@ -32,9 +30,9 @@ class Forecaster:
         self.cycles = 0  # forecasts published
         self.failures = 0  # cycles that raised
         self.late = 0  # cycles that took longer than they come
-        self.futures = 0  # simulated in all cycles, of today's policy
+        self.scenarios = 0  # simulated in all cycles, of today's policy
         self.shed: Counter[str] = Counter()  # by policy: cycles that had no time for it
-        self.stopped: Counter[str] = Counter()  # by reason: why cycles simulated no more futures
+        self.stopped: Counter[str] = Counter()  # by reason: why cycles simulated no more scenarios
         self.load = LoadForecaster()
         self._executor = _executor(settings)
         self._scheduler: BackgroundScheduler | None = None
@@ -42,7 +40,7 @@ class Forecaster:
         self._told_shed: tuple[str, ...] = ()
 
     def run(self, snapshot: Snapshot) -> Forecast:
-        """The forecast from this snapshot, which stays as it is: all the futures needed, however long that takes."""
+        """The forecast from this snapshot, which stays as it is: all the scenarios needed, however long that takes."""
         began = time.perf_counter()
         arrivals = self.load.forecast(snapshot, self.settings.horizons_seconds[-1])
         forecast = sweep(snapshot, self.settings, self._executor, arrivals=arrivals)
@@ -98,14 +96,15 @@ class Forecaster:
     def _count(self, forecast: Forecast, seconds: float) -> None:
         self.cycles += 1
         self.late += seconds > self.settings.every_seconds
-        self.futures += forecast.futures
+        self.scenarios += forecast.scenarios
         self.shed.update(forecast.shed)
         self.stopped[forecast.stopped_because] += 1
         if forecast.shed != self._told_shed:
             self._told_shed = forecast.shed
             if forecast.shed:
                 log.warning(
-                    "pool %s: no time to simulate %s; give forecast.budget_seconds more, or fewer policies or futures",
+                    "pool %s: no time to simulate %s; "
+                    "raise forecast.budget_seconds, or give fewer policies or scenarios",
                     forecast.pool,
                     ", ".join(forecast.shed),
                 )
@@ -113,7 +112,5 @@ class Forecaster:
 
 def _executor(settings: ForecastSettings) -> Executor:
     if settings.executor == "ray":
-        ray: Any = import_module("kavier_twin.forecast.ray_executor")  # needs the extra `ray`
-        executor: Executor = ray.RayExecutor(settings.workers)
-        return executor
+        return RayExecutor(settings.workers)
     return ThreadExecutor(settings.workers)

@@ -2,9 +2,9 @@
 
 Several methods forecast the arrival rate; the one in use is whichever has been better over the recent past, which is
 tried out: from moments of the last hour or so, each forecasts what is known by now. What the chosen one got wrong there
-tells how uncertain the rate is. A future draws a path of the rate from that distribution, then arrivals at that rate,
-as bursty as those that came lately. Where the rate is climbing or falling nobody knows how far: in some futures it goes
-on.
+tells how uncertain the rate is. A scenario draws a path of the rate from that distribution, then arrivals at that rate,
+as bursty as those that came lately. Where the rate is climbing or falling nobody knows how far: in some scenarios it
+goes on.
 
 Methods are fitted, tried and chosen on schedule (event time), and fed with the newest counts at each forecast.
 """
@@ -16,9 +16,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
 from kavier_twin.forecast.load_methods import (
     DISPERSION_LIMITS,
@@ -32,7 +34,8 @@ from kavier_twin.forecast.load_methods import (
     relative_variance,
     trend,
 )
-from kavier_twin.twin.snapshot import COARSE_COUNT_SECONDS, COUNT_SECONDS, Snapshot
+from kavier_twin.mirror.snapshot import COARSE_COUNT_SECONDS, COUNT_SECONDS, Snapshot
+from kavier_twin.simulation.plain import Figure
 
 Floats = npt.NDArray[np.float64]
 
@@ -42,7 +45,7 @@ _ORIGINS_IN_HORIZON = 3  # of them
 _BLOCKS = 4  # parts of the horizon whose errors are told apart
 _FEWEST_STEPS = 4  # fewer say less than the recent requests themselves
 _FEWEST_TRAINING_STEPS = 12
-_FEWEST_TRIED_STEPS = 12  # less of a future is mostly chance
+_FEWEST_TRIED_STEPS = 12  # less of a scenario is mostly chance
 _SHORTEST_WINDOW_SECONDS = 1.0  # two requests in a millisecond are no rate of thousands a second
 _IMPOSSIBLE_REQUESTS = 14.0  # none where so many were due has odds of one in a million: exp(-14)
 _NEIGHBOURS = 6  # buckets on each side of a gap that tell how many were due
@@ -59,31 +62,38 @@ _PRIOR_RELATIVE_VARIANCE = 0.35**2 / 900.0  # per second ahead
 _PRIOR_TRIALS = 2
 _QUANTILE_Z = 1.2816  # of the 10 % and 90 % quantiles of a normal distribution
 _CHUNK = 1024
-_PAUSES = 1_000  # between recent arrivals that futures are made of; with fewer than a tenth, gamma-distributed ones
+_PAUSES = 1_000  # between recent arrivals that scenarios are made of; with fewer than a tenth, gamma-distributed ones
 _PAUSES_TOGETHER = 25  # drawn in a row: what comes bunched stays bunched
 _PAUSES_AROUND = 50  # on each side that tell the rate a pause belongs to
 
 
 @dataclass(frozen=True)
 class LoadAhead:
-    """The mean arrival rate over one horizon, requests per second."""
+    """The arrival rate over one horizon, requests per second."""
 
-    horizon_seconds: float
-    mean: float
-    p10: float  # quantiles of the rate at the horizon's end
-    p90: float
-    by_method: dict[str, float]
+    horizon_seconds: Annotated[float, Field(examples=[300])]
+    mean: Annotated[float, Field(examples=[4.2])]
+    p10: Annotated[float, Field(description="Of the rate at the horizon's end.", examples=[3.5])]
+    p90: Annotated[float, Field(description="Of the rate at the horizon's end.", examples=[5.0])]
+    by_method: Annotated[dict[str, float], Field(description="The mean by method.", examples=[{"persistence": 4.0}])]
 
 
 @dataclass(frozen=True)
 class LoadOutlook:
-    """What is shown of a load forecast."""
+    """How the load to come is forecast."""
 
-    method: str  # in use
-    errors: dict[str, float]  # see `LoadForecast`
-    dispersion_ratio: float
-    refitted_seconds: float
-    ahead: tuple[LoadAhead, ...]  # by horizon
+    method: Annotated[str, Field(description="In use: best over the recent past.", examples=["exponential_smoothing"])]
+    errors: Annotated[
+        dict[str, Figure],
+        Field(
+            description="Mean absolute scaled error by method; null: not tried yet.", examples=[{"persistence": 1.1}]
+        ),
+    ]
+    dispersion_ratio: Annotated[
+        float, Field(description="Variance over mean of arrival counts; 1: Poisson.", examples=[1.0])
+    ]
+    refitted_seconds: Annotated[Figure, Field(description="Event time of the last fit.", examples=[1767225600.5])]
+    ahead: Annotated[tuple[LoadAhead, ...], Field(description="By horizon.")]
 
 
 @dataclass(frozen=True)
@@ -91,7 +101,7 @@ class LoadForecast:
     """The arrival rate to come, requests per second, in steps of `STEP_SECONDS` from `time_seconds` on.
 
     Its logarithm is a random walk: `deviation` is the standard deviation of the rate, `mean` its mean, in each step.
-    In futures that are told to be trending its mean is `trend`, and the deviation is as large in proportion.
+    In scenarios that are told to be trending its mean is `trend`, and the deviation is as large in proportion.
     """
 
     time_seconds: float
@@ -103,7 +113,7 @@ class LoadForecast:
     errors: Mapping[str, float]  # mean absolute scaled error by method over the recent past; NaN: not tried yet
     others: Mapping[str, Floats]  # [steps] mean by method
     pauses: Floats = field(default_factory=lambda: np.zeros(0))  # between recent arrivals, in units of their mean
-    trend: Floats = field(default_factory=lambda: np.zeros(0))  # [steps] mean in futures that are trending
+    trend: Floats = field(default_factory=lambda: np.zeros(0))  # [steps] mean in scenarios that are trending
 
     def rate(self, horizon_seconds: float, method: str | None = None) -> float:
         """The mean over the next `horizon_seconds`, as forecast by the method in use or another."""

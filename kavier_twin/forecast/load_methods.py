@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from kavier_twin.twin.snapshot import COARSE_COUNT_SECONDS
+from kavier_twin.mirror.snapshot import COARSE_COUNT_SECONDS
 
 log = logging.getLogger(__name__)
 
@@ -169,7 +169,7 @@ def trend(history: History, steps: int) -> Floats:
 
     It does so ever less (a damped trend, Gardner and McKenzie 1985), and by no more than chance leaves of that (the
     slope is shrunk as by positive-part James-Stein). Not one of `METHODS`: where a climb ends is not known, so some
-    futures follow it and others do not.
+    scenarios follow it and others do not.
     """
     lately, _ = Persistence().predict(history, steps)
     recent = history.steps[-_TREND_STEPS:]

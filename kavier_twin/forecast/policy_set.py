@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Annotated, Final
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -59,13 +59,13 @@ class PolicySet(BaseModel):
 
 @dataclass(frozen=True)
 class PolicyInForce:
-    """A policy and how it would be deployed on the fleet as it is."""
+    """A policy that is forecast, and how it would be deployed on the fleet as it is."""
 
-    name: str
-    overrides: Mapping[str, Override]
-    flags: tuple[str, ...]  # of `vllm serve`
-    deployable: bool  # the flags deploy all of it
-    problem: str = ""  # why it cannot be applied
+    name: Annotated[str, Field(examples=["half_max_num_seqs"])]
+    overrides: Annotated[Mapping[str, Override], Field(examples=[{"max_num_seqs": "0.5x"}])]
+    flags: Annotated[tuple[str, ...], Field(description="Of `vllm serve`.", examples=[["--max-num-seqs 128"]])]
+    deployable: Annotated[bool, Field(description="Whether the flags deploy all of it.", examples=[True])]
+    problem: Annotated[str, Field(description="Why it cannot be applied; empty: it can.", examples=[""])] = ""
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,17 @@ class Policies:
     """Those that a pool is forecast under, and where they come from."""
 
     policies: tuple[PolicyInForce, ...]
-    configured: bool  # in the settings file; else set through the API
-    kept: bool  # a restart of the twin goes on with them
+    configured: Annotated[
+        bool, Field(description="In the settings file; false: set through this API.", examples=[False])
+    ]
+    kept: Annotated[
+        bool,
+        Field(
+            description="A restart of the twin goes on with them, as long as the settings file names the same as now; "
+            "false: it keeps no checkpoints, or could not write.",
+            examples=[True],
+        ),
+    ]
 
 
 def with_today(policies: tuple[Policy, ...]) -> tuple[Policy, ...]:

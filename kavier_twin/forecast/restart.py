@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
+
 from kavier_twin.forecast.settings import RollingRestart
 from kavier_twin.simulation.fleet import Fleet
+from kavier_twin.simulation.lifecycle import Replacement, Restart
 from kavier_twin.simulation.policies import Override, apply_overrides, vllm_flags
 from kavier_twin.simulation.settings import FleetSettings
 
@@ -27,18 +30,13 @@ def begin_restart(fleet: Fleet, overrides: Mapping[str, Override], restart: Roll
     added = changed.replicas - fleet.settings.replicas
     fleet.apply({name: value for name, value in overrides.items() if name != "replicas" or added < 0})
     now = fleet.now_seconds
-    for _ in range(added):
-        fleet.join(now + restart.startup_seconds)
+    if added > 0:
+        fleet.at(now + restart.startup_seconds, Fleet.add, added)
     if not flags:
         return
-    accepting = [number for number, accepts in enumerate(fleet.state.replicas["accepting"]) if accepts]
-    together = int(restart.max_unavailable_ratio * len(accepting))
-    if together == 0:  # a new one first
-        for place, number in enumerate(accepting):
-            started = now + (place + 1) * restart.startup_seconds
-            fleet.join(started)
-            fleet.leave(number, started)
-        return
-    each = restart.drain_seconds + restart.startup_seconds
-    for place, number in enumerate(accepting):
-        fleet.restart(number, now + place // together * each, restart.drain_seconds, restart.startup_seconds)
+    accepting = np.flatnonzero(fleet.state.replicas["accepting"]).tolist()
+    at_a_time = int(restart.max_unavailable_ratio * len(accepting))
+    if at_a_time == 0:
+        fleet.plan(Replacement(now + restart.startup_seconds, accepting, restart.startup_seconds))
+    else:
+        fleet.plan(Restart(now, accepting, at_a_time, restart.drain_seconds, restart.startup_seconds))

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from kavier_twin.forecast.load import LoadOutlook
-from kavier_twin.forecast.slo import Metric
-from kavier_twin.simulation.plain import plain
+from kavier_twin.simulation.kpi_table import Metric
+from kavier_twin.simulation.plain import Figure, plain
 
-StopReason = Literal["certain", "time", "all_futures"]
-"""Why no more futures were simulated: the best policy is known well enough, the budget ended, or there were enough."""
+StopReason = Literal["certain", "time", "all_scenarios"]
+"""Why no more scenarios were simulated: the best policy is known, the budget ended, or there were enough."""
 
 
 @dataclass(frozen=True)
 class Quantiles:
-    """A KPI over the futures simulated: quantile (0..1) -> value. NaN: no future had anything to observe."""
+    """A KPI over the scenarios simulated: quantile (0..1) -> value. NaN: no scenario had anything to observe."""
 
     values: Mapping[float, float]
 
@@ -33,17 +35,17 @@ class Row:
     policy: str
     horizon_seconds: float
     kpis: dict[Metric, Quantiles]
-    breach_probability: dict[str, float]  # by SLO: the share of futures that break it
+    breach_probability: dict[str, float]  # by SLO: the share of scenarios that break it
     breach_interval: dict[str, tuple[float, float]]  # by SLO: 90 % credible interval of that probability
-    futures: int  # of which all this is told
+    scenarios: int  # of which all this is told
 
 
 @dataclass(frozen=True)
 class FirstBreach:
-    """When an SLO is first broken, seconds from now: in the median future, and in the worst tenth of them.
+    """When an SLO is first broken, seconds from now: in the median scenario, and in the worst tenth of them.
 
     Found in windows as long as the shortest horizon. Infinite: not within the longest horizon. `probability`: the share
-    of the futures in which it is within that.
+    of the scenarios in which it is within that.
     """
 
     policy: str
@@ -63,15 +65,20 @@ class FailedPolicy:
 
 @dataclass(frozen=True)
 class Gain:
-    """What a policy gains over today's, on the same futures.
+    """What a policy gains over today's, on the same scenarios, at the longest horizon."""
 
-    `by_objective`: for "slo" fewer expected breaches, for others the share saved (0.1: a tenth less), at the longest
-    horizon. `probability` that it is truly better in the objective that decides; NaN for today's own.
-    """
-
-    by_objective: dict[str, float]
-    decided_by: str
-    probability: float
+    by_objective: Annotated[
+        dict[str, float],
+        Field(
+            description="Of slo: expected breaches avoided; of the rest: the share saved (0.1: a tenth less).",
+            examples=[{"slo": 1.25, "latency": 0.2}],
+        ),
+    ]
+    decided_by: Annotated[str, Field(description="The objective in which they differ.", examples=["slo"])]
+    probability: Annotated[
+        Figure,
+        Field(description="That it is truly better in that objective; null for today's own.", examples=[0.98]),
+    ]
 
 
 @dataclass(frozen=True)
@@ -86,7 +93,7 @@ class Switch:
 class Verdict:
     """The best policy, beside today's. Expected breaches are the breach probabilities summed over SLOs and horizons.
 
-    Latency and throughput are medians over the futures at the longest horizon. `deployable`: `vllm serve` has a flag
+    Latency and throughput are medians over the scenarios at the longest horizon. `deployable`: `vllm serve` has a flag
     for every setting that the policy changes. `switch` is None where today's is best, or no time was left.
     """
 
@@ -108,10 +115,10 @@ class Forecast:
     """The near future of one pool under every policy."""
 
     pool: str
-    time_seconds: float  # event time at which the future begins
+    time_seconds: float  # event time at which the scenario begins
     calibrated: bool
     rate_requests_per_second: float  # of the arrivals assumed, on average up to the longest horizon
-    futures: int
+    scenarios: int
     stopped_because: StopReason
     shed: tuple[str, ...]  # policies left out for want of time
     rows: tuple[Row, ...]  # by policy, then horizon

@@ -6,7 +6,7 @@ import os
 from importlib.util import find_spec
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator
 
 from kavier_twin.forecast.policy_set import refuse_doubles, with_today
 from kavier_twin.forecast.slo import DEFAULT_SLOS, Slo
@@ -43,8 +43,8 @@ class ForecastSettings(_Settings):
     """What is forecast, and how often.
 
     Earlier policies are more important: where a cycle's `budget_seconds` (default: 80 % of `every_seconds`) does not
-    suffice for all, the last ones are left out. `futures` are simulated at most; fewer, but `least_futures`, where the
-    best policy is known with probability `certainty` before.
+    suffice for all, the last ones are left out. `scenarios` are simulated at most; fewer, but `least_scenarios`, where
+    the best policy is known with probability `certainty` before.
     """
 
     every_seconds: Seconds = 30.0
@@ -56,17 +56,17 @@ class ForecastSettings(_Settings):
     horizons_seconds: Annotated[tuple[Seconds, ...], Field(min_length=1)] = (60.0, 300.0, 900.0)
     """How far ahead, each."""
 
-    futures: Count = 9
-    """Futures simulated for each policy, at most. Every third follows the trend of the load, for alerts."""
+    scenarios: Count = Field(default=9, validation_alias=AliasChoices("scenarios", "futures"))
+    """Scenarios simulated for each policy, at most. Every third follows the trend of the load, for alerts."""
 
-    least_futures: Count = 4
-    """Futures simulated before the ranking may end a forecast."""
+    least_scenarios: Count = Field(default=4, validation_alias=AliasChoices("least_scenarios", "least_futures"))
+    """Scenarios simulated before the ranking may end a forecast."""
 
     certainty: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
     """Probability of the ranking at which a forecast may end."""
 
     quantiles: tuple[Annotated[float, Field(gt=0.0, lt=1.0)], ...] = (0.05, 0.1, 0.5, 0.9, 0.95)
-    """Quantiles over the futures that are told of each KPI."""
+    """Quantiles over the scenarios that are told of each KPI."""
 
     workers: Count = Field(default_factory=lambda: os.cpu_count() or 1, examples=[2])
     """Simulations at once; the processor's cores unless given."""
@@ -75,7 +75,7 @@ class ForecastSettings(_Settings):
     """Where simulations run: in threads of the daemon, or on a Ray cluster."""
 
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of the futures drawn."""
+    """Of the scenarios drawn."""
 
     policies: tuple[Policy, ...] = Field(
         default=DEFAULT_POLICIES,

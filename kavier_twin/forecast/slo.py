@@ -2,34 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal, get_args
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
-Metric = Literal[
-    "ttft_p50_seconds",
-    "ttft_p99_seconds",
-    "itl_p99_seconds",
-    "tpot_p99_seconds",
-    "e2e_p95_seconds",
-    "queue_p95_seconds",
-    "prefix_cache_hit_ratio",
-    "kv_usage_mean_ratio",
-    "running_mean",
-    "waiting_mean",
-    "output_tokens_per_second",
-    "requests_per_second",
-    "preemptions",
-    "rejected_requests",
-    "power_mean_watts",
-    "energy_joules_per_million_tokens",
-    "carbon_grams_per_million_tokens",
-    "cost_per_million_tokens",
-]
-METRICS: Final[tuple[Metric, ...]] = get_args(Metric)
-_HIGHER_IS_BETTER: Final = frozenset({"prefix_cache_hit_ratio", "output_tokens_per_second", "requests_per_second"})
+from kavier_twin.simulation.kpi_table import Metric, kpi_of
 
 
 class Slo(BaseModel):
@@ -49,7 +28,7 @@ class Slo(BaseModel):
     @property
     def higher_is_better(self) -> bool:
         """Whether the objective is breached below its threshold."""
-        return self.metric in _HIGHER_IS_BETTER
+        return kpi_of(self.metric).higher_is_better
 
     def breaches(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
         """Which values of the metric break the objective. NaN, nothing observed, does not."""

@@ -1,4 +1,4 @@
-"""What a handful of futures tell."""
+"""What a handful of scenarios tell."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every policy on the same futures, from the same present."""
+"""Every policy on the same scenarios, from the same present."""
 
 from __future__ import annotations
 
@@ -14,35 +14,36 @@ import numpy as np
 import numpy.typing as npt
 
 from kavier_twin.forecast.executors import Cancelled, Executor, never
-from kavier_twin.forecast.futures import Futures, settle_lengths
+from kavier_twin.forecast.kpis import measure, trimmed
 from kavier_twin.forecast.load import LoadForecast, LoadForecaster
-from kavier_twin.forecast.measure import measure, trimmed
 from kavier_twin.forecast.restart import begin_restart, needs_restart
 from kavier_twin.forecast.result import FailedPolicy, FirstBreach, Forecast, Quantiles, Row, StopReason, Switch, Verdict
+from kavier_twin.forecast.scenarios import Scenarios, settle_lengths
 from kavier_twin.forecast.settings import ForecastSettings, RollingRestart
-from kavier_twin.forecast.slo import METRICS, Slo
+from kavier_twin.forecast.slo import Slo
 from kavier_twin.forecast.statistics import quantiles, share_interval
 from kavier_twin.forecast.verdict import Ranking, Table, verdict
+from kavier_twin.mirror.snapshot import Snapshot
 from kavier_twin.simulation.fleet import Fleet, Peaks
+from kavier_twin.simulation.kpi_table import METRICS
 from kavier_twin.simulation.kpis import Counters
 from kavier_twin.simulation.policies import Override, Policy, PolicyError, apply_overrides
 from kavier_twin.simulation.settings import FleetSettings
 from kavier_twin.simulation.state import Records
 from kavier_twin.simulation.turns import Turns
 from kavier_twin.simulation.workload import Workload
-from kavier_twin.twin.snapshot import Snapshot
 
 Floats = npt.NDArray[np.float64]
 
 _MOST_WINDOWS = 60  # in which a first breach is looked for
-_TREND_EVERY = 3  # of so many futures in a row the load of one goes on as it lately rose or fell
+_TREND_EVERY = 3  # of so many scenarios in a row the load of one goes on as it lately rose or fell
 
 
 class OutOfTime(Exception):
     """The sweep was cancelled before it had anything to tell."""
 
 
-class Future(NamedTuple):
+class Scenario(NamedTuple):
     """A present in which what is in flight has a length, and the requests to come. Read only: tasks share it."""
 
     present: Fleet
@@ -51,9 +52,9 @@ class Future(NamedTuple):
 
 
 class Task(NamedTuple):
-    """One policy in one future. `deadline_unix_seconds`: when its result is of no use any more."""
+    """One policy in one scenario. `deadline_unix_seconds`: when its result is of no use any more."""
 
-    future: Future
+    scenario: Scenario
     overrides: Mapping[str, Override]
     horizons_seconds: tuple[float, ...]
     slos: tuple[Slo, ...]
@@ -64,7 +65,7 @@ class Task(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What one policy did in one future."""
+    """What one policy did in one scenario."""
 
     kpis: Floats  # [horizons, METRICS]
     first_breach_seconds: Floats  # [slos] from now; infinite: none
@@ -78,9 +79,9 @@ def sweep(
     cancelled: Cancelled = never,
     arrivals: LoadForecast | None = None,
 ) -> Forecast:
-    """Simulate every policy in the same futures, one after the other, and read its KPIs at each horizon.
+    """Simulate every policy in the same scenarios, one after the other, and read its KPIs at each horizon.
 
-    All of `settings.futures`, unless the ranking is certain before: results depend on snapshot and settings only, not
+    All of `settings.scenarios`, unless the ranking is certain before: results depend on snapshot and settings only, not
     on the executor. Policies that cannot be applied are told in the result; the rest goes on. The snapshot stays as it
     is. `arrivals` are forecast from the snapshot if not given. Raises OutOfTime if cancelled.
     """
@@ -95,9 +96,9 @@ def sweep_within(
     cancelled: Cancelled = never,
     arrivals: LoadForecast | None = None,
 ) -> Forecast:
-    """The same in so many seconds of wall clock: fewer futures where they do not suffice, then fewer policies.
+    """The same in so many seconds of wall clock: fewer scenarios where they do not suffice, then fewer policies.
 
-    One future of today's policy is always simulated.
+    One scenario of today's policy is always simulated.
     """
     return _Sweep(snapshot, settings, executor, cancelled, arrivals).forecast(seconds)
 
@@ -110,21 +111,21 @@ def draw(
     load: float = 1.0,
     arrivals: LoadForecast | None = None,
     trends: bool = False,
-) -> Iterator[Future]:
-    """The futures of these numbers; a future has the same present under every load. `trends`: some are trending."""
-    futures = Futures(snapshot, horizon_seconds, load, arrivals)
+) -> Iterator[Scenario]:
+    """The scenarios of these numbers; a scenario has the same present under every load. `trends`: some are trending."""
+    scenarios = Scenarios(snapshot, horizon_seconds, load, arrivals)
     for number in numbers:
         present = snapshot.fleet.fork()
         settle_lengths(present, snapshot.recent, np.random.default_rng((seed, number, 1)))
-        present.collect()  # what ended before is not of the future
-        yield Future(present, *futures.draw((seed, number, 0), trends and trending(number)))
+        present.collect()  # what ended before is not of the scenario
+        yield Scenario(present, *scenarios.draw((seed, number, 0), trends and trending(number)))
 
 
 def trending(number: int) -> bool:
-    """Whether the load goes on as it lately rose or fell in the future of this number.
+    """Whether the load goes on as it lately rose or fell in the scenario of this number.
 
     How far a climb goes is not known, and a median that follows each is wrong at its end: KPIs are told of the other
-    futures, first breaches of all.
+    scenarios, first breaches of all.
     """
     return number % _TREND_EVERY == 1
 
@@ -133,14 +134,14 @@ def simulate(task: Task, cancelled: Cancelled = never) -> Seen | None:
     """KPIs at every horizon from one run, which goes on in slices; None if cancelled or past the deadline."""
     if task.known is not None:
         return task.known
-    fleet = task.future.present.fork()
+    fleet = task.scenario.present.fork()
     start = fleet.now_seconds
     before = at_window = Counters.of(fleet.state, start)
     if task.restart is None:
         fleet.apply(task.overrides)
     else:
         begin_restart(fleet, task.overrides, task.restart)
-    fleet.feed_sessions(task.future.workload, task.future.turns)
+    fleet.feed_sessions(task.scenario.workload, task.scenario.turns)
     fleet.forget_peaks()
     watched = {slo.metric for slo in task.slos}
     outcomes: list[Records] = []
@@ -165,7 +166,7 @@ def simulate(task: Task, cancelled: Cancelled = never) -> Seen | None:
 
 
 def row_of(policy: str, horizon: float, kpis: Floats, slos: Sequence[Slo], at: Sequence[float]) -> Row:
-    """A policy at one horizon, from KPIs [futures, METRICS], with quantiles `at`."""
+    """A policy at one horizon, from KPIs [scenarios, METRICS], with quantiles `at`."""
     breaches = {slo.name: int(slo.breaches(kpis[:, METRICS.index(slo.metric)]).sum()) for slo in slos}
     return Row(
         policy=policy,
@@ -173,7 +174,7 @@ def row_of(policy: str, horizon: float, kpis: Floats, slos: Sequence[Slo], at: S
         kpis={name: Quantiles(quantiles(kpis[:, number], at)) for number, name in enumerate(METRICS)},
         breach_probability={name: count / len(kpis) for name, count in breaches.items()},
         breach_interval={name: share_interval(count, len(kpis)) for name, count in breaches.items()},
-        futures=len(kpis),
+        scenarios=len(kpis),
     )
 
 
@@ -216,7 +217,7 @@ class _Sweep:
             time_seconds=self._snapshot.time_seconds,
             calibrated=self._snapshot.calibrated,
             rate_requests_per_second=self._arrivals.rate(self._settings.horizons_seconds[-1]),
-            futures=complete,
+            scenarios=complete,
             stopped_because=stopped_because,
             shed=tuple(policy.name for policy in self._policies if policy not in kept),
             rows=rows,
@@ -228,17 +229,17 @@ class _Sweep:
         )
 
     def _simulate(self) -> StopReason:
-        """Fill `_seen`, future by future."""
+        """Fill `_seen`, scenario by scenario."""
         began, simulated = time.time(), 0
         handed: deque[tuple[int, Policy]] = deque()
 
         def tasks() -> Iterator[Task]:
-            numbers = range(self._settings.futures)
-            for number, future in enumerate(self._draw(numbers)):
+            numbers = range(self._settings.scenarios)
+            for number, scenario in enumerate(self._draw(numbers)):
                 for policy in list(self._active):
                     handed.append((number, policy))
                     first = number == 0 and policy is self._today
-                    task = self._task(future, policy, math.inf if first else self._deadline)
+                    task = self._task(scenario, policy, math.inf if first else self._deadline)
                     yield task._replace(known=self._known(policy, number))
 
         with closing(self._executor.run(simulate, tasks(), self._cancelled)) as results:
@@ -252,21 +253,21 @@ class _Sweep:
                     return "time"
                 self._seen[policy.name].append(seen)
                 simulated += 1
-                if policy is self._active[-1] and number + 1 < self._settings.futures:
+                if policy is self._active[-1] and number + 1 < self._settings.scenarios:
                     reason = self._enough(number + 1, (time.time() - began) / simulated)
                     if reason is not None:
                         return reason
-        return "all_futures"
+        return "all_scenarios"
 
     def _known(self, policy: Policy, number: int) -> Seen | None:
-        """What a policy does in a future that today's has been seen in, if it changes only limits out of reach."""
+        """What a policy does in a scenario that today's has been seen in, if it changes only limits out of reach."""
         today = self._seen[self._today.name][number : number + 1]
         settings = self._snapshot.fleet.settings
         return today[0] if today and out_of_reach(settings, policy.overrides, today[0].peaks) else None
 
     def _enough(self, complete: int, task_seconds: float) -> StopReason | None:
-        """Whether to stop after so many futures, one policy in one of which took `task_seconds`; sheds policies."""
-        least = min(self._settings.least_futures, self._settings.futures)
+        """Whether to stop after so many scenarios, one policy in one of which took `task_seconds`; sheds policies."""
+        least = min(self._settings.least_scenarios, self._settings.scenarios)
         left = self._deadline - time.time()
         if complete >= least:
             table = _table({policy.name: self._seen[policy.name] for policy in self._active})
@@ -277,13 +278,13 @@ class _Sweep:
         del self._active[max(1, int(min(affordable, len(self._active)))) :]
         return None
 
-    def _draw(self, numbers: Sequence[int]) -> Iterator[Future]:
+    def _draw(self, numbers: Sequence[int]) -> Iterator[Scenario]:
         horizon, seed = self._settings.horizons_seconds[-1], self._settings.seed
         return draw(self._snapshot, horizon, numbers, seed, arrivals=self._arrivals, trends=True)
 
-    def _task(self, future: Future, policy: Policy, deadline: float, restart: RollingRestart | None = None) -> Task:
+    def _task(self, scenario: Scenario, policy: Policy, deadline: float, restart: RollingRestart | None = None) -> Task:
         return Task(
-            future=future,
+            scenario=scenario,
             overrides=policy.overrides,
             horizons_seconds=self._settings.horizons_seconds,
             slos=self._settings.slos,
@@ -320,7 +321,8 @@ class _Sweep:
         if not needs_restart(settings, best.overrides):
             return found
         tasks = (
-            self._task(future, best, self._deadline, self._settings.switch) for future in self._draw(range(complete))
+            self._task(scenario, best, self._deadline, self._settings.switch)
+            for scenario in self._draw(range(complete))
         )
         with closing(self._executor.run(simulate, tasks, self._cancelled)) as results:
             switching = [seen for seen in results if seen is not None]
@@ -359,9 +361,9 @@ def _table(seen: Mapping[str, Sequence[Seen]]) -> Table:
     return {policy: np.array([one.kpis for one in of_policy]) for policy, of_policy in seen.items()}
 
 
-def _usual(futures: int) -> list[int]:
+def _usual(scenarios: int) -> list[int]:
     """Those of so many whose load is not trending."""
-    return [number for number in range(futures) if not trending(number)]
+    return [number for number in range(scenarios) if not trending(number)]
 
 
 def _slices(horizons: Sequence[float]) -> list[float]:
@@ -371,11 +373,12 @@ def _slices(horizons: Sequence[float]) -> list[float]:
     return sorted({*map(float, windows), *horizons})
 
 
-def _notes(futures: int, at: Sequence[float]) -> list[str]:
+def _notes(scenarios: int, at: Sequence[float]) -> list[str]:
     needed = math.ceil(round(1.0 / min(*at, 1.0 - max(at)), 6)) - 1
-    if futures >= needed:
+    if scenarios >= needed:
         return []
     return [
-        f"{futures} future(s): quantiles beyond {1 / (futures + 1):.0%} and {futures / (futures + 1):.0%} are the "
-        f"lowest and highest seen; {needed} futures would tell those of {min(at):.0%} and {max(at):.0%}"
+        f"{scenarios} scenario(s): quantiles beyond {1 / (scenarios + 1):.0%} and "
+        f"{scenarios / (scenarios + 1):.0%} are the lowest and highest seen; {needed} scenarios would tell those of "
+        f"{min(at):.0%} and {max(at):.0%}"
     ]

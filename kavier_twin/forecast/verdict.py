@@ -10,20 +10,17 @@ import numpy.typing as npt
 
 from kavier_twin.forecast.result import Gain, Row, Verdict
 from kavier_twin.forecast.settings import Objective
-from kavier_twin.forecast.slo import METRICS, Metric, Slo
+from kavier_twin.forecast.slo import Slo
 from kavier_twin.forecast.statistics import mean_is_above
+from kavier_twin.simulation.kpi_table import KPIS, METRICS, Metric
 from kavier_twin.simulation.policies import Policy, apply_overrides, hypothetical_reasons, vllm_flags
 from kavier_twin.simulation.settings import FleetSettings
 
 Floats = npt.NDArray[np.float64]
 Table = Mapping[str, Floats]
-"""By policy: [futures, horizons, METRICS]. The same future is the same row under every policy."""
+"""By policy: [scenarios, horizons, METRICS]. The same scenario is the same row under every policy."""
 
-_LOSS: dict[Objective, Metric] = {
-    "latency": "e2e_p95_seconds",
-    "cost": "cost_per_million_tokens",
-    "energy": "energy_joules_per_million_tokens",
-}
+_LOSS = {kpi.objective: kpi.metric for kpi in KPIS.values() if kpi.objective}
 # What a change must gain to be worth the trouble, and below which two policies are as good as each other: expected
 # breaches for "slo", else a share.
 _NOTICEABLE: dict[Objective, float] = {"slo": 0.05, "latency": 0.01, "cost": 0.01, "energy": 0.01}
@@ -41,7 +38,7 @@ class Ranking:
         self._losses = {
             policy: [_losses(values, objective, slos) for objective in objectives] for policy, values in table.items()
         }
-        refused = {policy: float(_metric(values, "rejected_requests").mean()) for policy, values in table.items()}
+        refused = {policy: float(_metric(values, "requests_rejected").mean()) for policy, values in table.items()}
         self._allowed = [policy for policy in table if refused[policy] <= refused[today]]
         self.best = min(self._allowed, key=self._means)
         if not self._worth_it(self.best):
@@ -118,7 +115,7 @@ def _least(objective: Objective) -> float:
 
 
 def _losses(values: Floats, objective: Objective, slos: Sequence[Slo]) -> Floats:
-    """By future, less is better: breaches over SLOs and horizons, or the logarithm of a KPI at the longest horizon."""
+    """By scenario, less is better: breaches over SLOs and horizons, or the log of a KPI at the longest horizon."""
     if objective == "slo":
         found = np.zeros(values.shape[0])
         for slo in slos:
@@ -129,7 +126,7 @@ def _losses(values: Floats, objective: Objective, slos: Sequence[Slo]) -> Floats
 
 
 def _metric(values: Floats, metric: Metric) -> Floats:
-    """Of every future, at the longest horizon."""
+    """Of every scenario, at the longest horizon."""
     return values[:, -1, METRICS.index(metric)]
 
 
@@ -138,6 +135,6 @@ def _expected_breaches(rows: Sequence[Row], policy: str) -> float:
 
 
 def _at_longest(rows: Sequence[Row], policy: str, metric: Metric) -> float:
-    """The median over futures at the longest horizon."""
+    """The median over scenarios at the longest horizon."""
     row = max((row for row in rows if row.policy == policy), key=lambda row: row.horizon_seconds)
     return row.kpis[metric].p50

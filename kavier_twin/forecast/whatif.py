@@ -16,10 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from kavier_twin.forecast.executors import Executor, ThreadExecutor
 from kavier_twin.forecast.load import LoadForecast, LoadForecaster
 from kavier_twin.forecast.result import Row
-from kavier_twin.forecast.slo import Metric, Slo
+from kavier_twin.forecast.slo import Slo
 from kavier_twin.forecast.sweep import Task, draw, row_of, simulate, trending
+from kavier_twin.mirror.snapshot import Snapshot
+from kavier_twin.simulation.kpi_table import Metric
 from kavier_twin.simulation.policies import Override, apply_overrides, hypothetical_reasons, vllm_flags
-from kavier_twin.twin.snapshot import Snapshot
 
 Floats = npt.NDArray[np.float64]
 
@@ -46,9 +47,9 @@ class Question(BaseModel):
     horizon_seconds: Annotated[float, Field(gt=0.0, le=86_400.0, allow_inf_nan=False)] = Field(
         default=900.0, description="Seconds from now.", examples=[900.0]
     )
-    futures: Annotated[int, Field(ge=1, le=64)] = Field(default=8, description="Futures simulated at most.")
+    scenarios: Annotated[int, Field(ge=1, le=64)] = Field(default=8, description="Scenarios simulated at most.")
     budget_seconds: Annotated[float, Field(gt=0.0, le=60.0)] = Field(
-        default=2.0, description="Time to answer in; where it does not suffice, fewer futures are simulated, but one."
+        default=2.0, description="Time to answer in; where it does not suffice, fewer scenarios are simulated, but one."
     )
     seed: Annotated[int, Field(ge=0)] = Field(default=0, description="The same seed and state give the same answer.")
     pool: str | None = Field(
@@ -57,7 +58,7 @@ class Question(BaseModel):
 
 
 class Spread(BaseModel):
-    """A KPI over the futures; null: nothing was observed."""
+    """A KPI over the scenarios; null: nothing was observed."""
 
     p10: float | None = Field(examples=[0.4])
     p50: float | None = Field(examples=[0.5])
@@ -75,7 +76,7 @@ class Case(BaseModel):
     load: float = Field(examples=[1.5])
     kpis: dict[Metric, Spread] = Field(description="By KPI, in the unit that its name ends with.")
     breach_probability: dict[str, float] = Field(
-        description="By SLO: the share of futures that break it.", examples=[{"ttft_p99": 0.5}]
+        description="By SLO: the share of scenarios that break it.", examples=[{"ttft_p99": 0.5}]
     )
     breach_interval: dict[str, tuple[float, float]] = Field(
         description="By SLO: its 90 % credible interval.", examples=[{"ttft_p99": [0.3, 0.7]}]
@@ -83,13 +84,13 @@ class Case(BaseModel):
 
 
 class Answer(BaseModel):
-    """Today's policy beside the one asked about, on the same futures."""
+    """Today's policy beside the one asked about, on the same scenarios."""
 
     pool: str = Field(examples=["chat"])
     event_seconds: float = Field(description="Event time of the state asked.", examples=[1767225600.5])
     calibrated: bool = Field(examples=[True])
     horizon_seconds: float = Field(examples=[900.0])
-    futures: int = Field(examples=[2])
+    scenarios: int = Field(examples=[2])
     rate_requests_per_second: float = Field(description="Arrivals foreseen, before `load`.", examples=[4.2])
     deployable: bool = Field(description="Whether `vllm serve` has a flag for all that changes.", examples=[True])
     vllm_flags: tuple[str, ...] = Field(examples=[["--kv-cache-dtype fp8"]])
@@ -128,15 +129,15 @@ def answer(
 
     loads = list(dict.fromkeys(load for _, _, load in cases))
     horizon, seed = question.horizon_seconds, question.seed
-    numbers = list(islice((number for number in count() if not trending(number)), question.futures))
+    numbers = list(islice((number for number in count() if not trending(number)), question.scenarios))
     drawn = {load: draw(snapshot, horizon, numbers, seed, load, arrivals) for load in loads}
-    kpis: list[Floats] = []  # by future: [cases, METRICS]
-    while len(kpis) < question.futures and (
+    kpis: list[Floats] = []  # by scenario: [cases, METRICS]
+    while len(kpis) < question.scenarios and (
         not kpis or _time_for_more(len(kpis), time.perf_counter() - began, question)
     ):
-        future = {load: next(drawn[load]) for load in loads}
+        scenario = {load: next(drawn[load]) for load in loads}
         tasks = (
-            Task(future[load], overrides, (horizon,), (), snapshot.frontend_seconds) for _, overrides, load in cases
+            Task(scenario[load], overrides, (horizon,), (), snapshot.frontend_seconds) for _, overrides, load in cases
         )
         kpis.append(np.array([one.kpis[0] for one in executor.run(simulate, tasks) if one is not None]))
     return Answer(
@@ -144,7 +145,7 @@ def answer(
         event_seconds=snapshot.time_seconds,
         calibrated=snapshot.calibrated,
         horizon_seconds=question.horizon_seconds,
-        futures=len(kpis),
+        scenarios=len(kpis),
         rate_requests_per_second=arrivals.rate(question.horizon_seconds),
         deployable=not hypothetical_reasons(settings, changed),
         vllm_flags=tuple(vllm_flags(settings, changed)),
@@ -199,9 +200,9 @@ class WhatIf:
                 self.asked -= 1
 
 
-def _time_for_more(futures: int, seconds: float, question: Question) -> bool:
-    """Whether one more future ends within the budget, if it takes as long as those before."""
-    return seconds * (futures + 1) / futures <= question.budget_seconds
+def _time_for_more(scenarios: int, seconds: float, question: Question) -> bool:
+    """Whether one more scenario ends within the budget, if it takes as long as those before."""
+    return seconds * (scenarios + 1) / scenarios <= question.budget_seconds
 
 
 def _cases(question: Question) -> list[tuple[CaseName, dict[str, Override], float]]:

@@ -33,14 +33,24 @@ from starlette.types import ASGIApp
 from kavier_twin import __version__
 from kavier_twin.forecast.policy_set import SETTINGS, Policies, PolicySet
 from kavier_twin.forecast.whatif import Answer, Busy, NothingYet, Question
-from kavier_twin.serve import models, problems
+from kavier_twin.mirror.replicas import ReplicaDetail
+from kavier_twin.serve import problems
 from kavier_twin.serve.access import Access, guarded
-from kavier_twin.serve.envelope import Envelope, Limits
-from kavier_twin.serve.exporter import registry_of
+from kavier_twin.serve.limits import Envelope, Limits
+from kavier_twin.serve.metrics.exporter import registry_of
+from kavier_twin.serve.models import (
+    KpiTable,
+    PoolFidelity,
+    PoolForecast,
+    PoolHistory,
+    PoolPolicies,
+    Pools,
+    PoolScores,
+    State,
+    TwinView,
+)
 from kavier_twin.serve.problems import ProblemError
-from kavier_twin.serve.score_models import AllScores, PoolScores
-from kavier_twin.serve.view import TwinView
-from kavier_twin.twin.replicas import ReplicaDetail
+from kavier_twin.simulation.kpi_table import KPIS, STATISTICS
 
 STATIC: Final = files("kavier_twin.serve").joinpath("static")
 
@@ -148,7 +158,7 @@ def _plain(twin: Twin, access: Access) -> APIRouter:
         responses={503: {"description": "Not yet: a line for each pool and reason.", "content": {"text/plain": {}}}},
     )
     def ready() -> PlainTextResponse:
-        reasons = [f"pool {name}: {why}" for name, view in twin.current().items() for why in view.not_ready()]
+        reasons = [f"pool {name}: {why}" for name, view in twin.current().items() for why in view.not_ready]
         if not reasons:
             return PlainTextResponse("ready\n")
         return PlainTextResponse("".join(f"not ready: {why}\n" for why in reasons), HTTPStatus.SERVICE_UNAVAILABLE)
@@ -165,39 +175,43 @@ def _reading(twin: Twin, access: Access) -> APIRouter:
         dependencies=[] if access.open_reading else [Security(_BEARER)],
     )
 
+    @router.get("/kpis", summary="Every KPI: its unit, its statistics, how it is judged and shown")
+    def kpis() -> KpiTable:
+        return KpiTable.model_validate({"kpis": tuple(KPIS.values()), "metrics": STATISTICS})
+
     @router.get("/state", summary="The mirror, by pool and replica")
-    def state(pool: _Pool = None) -> models.State:
-        found = tuple(models.PoolState.model_validate(view) for view in _views(twin, pool))
-        return models.State(version=__version__, unix_seconds=time.time(), pools=found)
+    def state(pool: _Pool = None) -> State:
+        return State(version=__version__, unix_seconds=time.time(), pools=_views(twin, pool))
 
     @router.get("/state/{pool}/replicas/{replica}", summary="A replica with its cache and its batch")
     def replica(
         pool: Annotated[str, Path(description="The pool.")],
         replica: Annotated[int, Path(ge=0, lt=2**31, description="The replica's number, as in /v1/state.")],
-    ) -> models.ReplicaDetail:
+    ) -> ReplicaDetail:
         found = _pool(twin, pool).replica(replica)
         if found is None:
             raise ProblemError(HTTPStatus.NOT_FOUND, f"pool {pool} has no replica {replica}", field="replica")
-        return models.ReplicaDetail.model_validate(found)
+        return found
 
     @router.get("/fidelity", summary="How far to trust the figures")
-    def fidelity(pool: _Pool = None) -> models.Fidelity:
-        return models.Fidelity(pools=tuple(map(models.PoolFidelity.model_validate, _views(twin, pool))))
+    def fidelity(pool: _Pool = None) -> Pools[PoolFidelity]:
+        return Pools[PoolFidelity](pools=_views(twin, pool))
 
-    @router.get("/forecast", summary="What is foreseen, policy by policy")
-    def forecast(pool: _Pool = None) -> models.Forecasts:
-        return models.Forecasts(pools=tuple(map(models.PoolForecast.model_validate, _views(twin, pool))))
+    @router.get("/forecast", summary="What is forecast, policy by policy")
+    def forecast(pool: _Pool = None) -> Pools[PoolForecast]:
+        return Pools[PoolForecast](pools=_views(twin, pool))
 
     @router.get("/scores", summary="How good the forecasts have been")
-    def scores(pool: _Pool = None) -> AllScores:
-        return AllScores(pools=tuple(map(PoolScores.model_validate, _views(twin, pool))))
+    def scores(pool: _Pool = None) -> Pools[PoolScores]:
+        return Pools[PoolScores](pools=_views(twin, pool))
 
-    @router.get("/history", summary="The last hour, mirror beside reality")
-    def history(pool: _Pool = None) -> models.Histories:
-        return models.Histories(pools=tuple(map(_history, _views(twin, pool))))
+    @router.get("/history", summary="The last hour, mirrored and observed")
+    def history(pool: _Pool = None) -> Pools[PoolHistory]:
+        views = _views(twin, pool)
+        return Pools[PoolHistory](pools=tuple(PoolHistory(pool=view.pool, **vars(view.history)) for view in views))
 
     @router.get("/policies", summary="The policies that are forecast")
-    def policies(pool: _Pool = None) -> models.Policies:
+    def policies(pool: _Pool = None) -> Pools[PoolPolicies]:
         return _policies(twin, [view.pool for view in _views(twin, pool)])
 
     return router
@@ -213,7 +227,7 @@ def _changing(twin: Twin, access: Access, limits: Limits) -> APIRouter:
     )
 
     @router.put("/policies", summary="Forecast other policies from the next cycle on")
-    def set_policies(change: PolicyChange) -> models.Policies:
+    def set_policies(change: PolicyChange) -> Pools[PoolPolicies]:
         name = _named(twin, change.pool)
         try:
             _pool(twin, name).set_policies(PolicySet(policies=change.policies))
@@ -241,13 +255,13 @@ def _changing(twin: Twin, access: Access, limits: Limits) -> APIRouter:
 _BEARER: Final = HTTPBearer(auto_error=False, scheme_name="token", description="The token of http.token.")
 
 
-def _views(twin: Twin, pool: str | None) -> list[TwinView]:
+def _views(twin: Twin, pool: str | None) -> tuple[TwinView, ...]:
     views = twin.current()
     if pool is None:
-        return list(views.values())
+        return tuple(views.values())
     if pool not in views:
         raise _no_such_pool(pool, views)
-    return [views[pool]]
+    return (views[pool],)
 
 
 def _pool(twin: Twin, name: str) -> Pool:
@@ -280,22 +294,9 @@ def _no_such_pool(name: str, known: Mapping[str, Any]) -> ProblemError:
     return ProblemError(HTTPStatus.NOT_FOUND, f"{why}; there are: {', '.join(known)}", field="pool")
 
 
-def _policies(twin: Twin, names: Sequence[str]) -> models.Policies:
-    pools = [{"pool": name, **vars(_pool(twin, name).policies()), "settings": SETTINGS} for name in names]
-    return models.Policies.model_validate({"pools": pools})
-
-
-def _history(view: TwinView) -> models.PoolHistory:
-    series = tuple(
-        models.Series(
-            kpi=kpi,
-            statistic=statistic,
-            mirrored=tuple(mirrored for mirrored, _ in pairs),
-            observed=tuple(observed for _, observed in pairs),
-        )
-        for (kpi, statistic), pairs in view.history.series.items()
-    )
-    return models.PoolHistory(pool=view.pool, event_seconds=view.history.event_seconds, series=series)
+def _policies(twin: Twin, names: Sequence[str]) -> Pools[PoolPolicies]:
+    pools = (PoolPolicies(pool=name, settings=SETTINGS, **vars(_pool(twin, name).policies())) for name in names)
+    return Pools[PoolPolicies](pools=tuple(pools))
 
 
 def _metrics(registry: CollectorRegistry, accept: str) -> Response:

@@ -7,113 +7,71 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
-import numpy as np
-
 from kavier_twin.forecast.policy_set import PolicyInForce
 from kavier_twin.forecast.result import Forecast, Row, Verdict
 from kavier_twin.forecast.slo import Slo
-from kavier_twin.serve.view import (
-    Beside,
+from kavier_twin.mirror.fidelity.cache import CacheWatch
+from kavier_twin.mirror.fidelity.power import PowerWatch
+from kavier_twin.mirror.fidelity.trust import Trust
+from kavier_twin.mirror.fidelity.windows import Stretch
+from kavier_twin.mirror.mirror import Mirror
+from kavier_twin.serve.models import (
     Best,
-    CacheBeside,
+    CacheAgreement,
     CalibrationState,
+    Gauge,
+    GpuPower,
     History,
     Horizon,
-    KpiTrust,
+    Objective,
     Outlook,
     PolicyOutlook,
-    PowerBeside,
     Predicted,
-    SloLine,
+    Series,
     TwinView,
-    WindowError,
 )
-from kavier_twin.twin.cache_watch import CacheWatch
-from kavier_twin.twin.fidelity import Score
-from kavier_twin.twin.mirror import Mirror
-from kavier_twin.twin.power_watch import PowerWatch
-from kavier_twin.twin.windows import Stretch
+from kavier_twin.simulation.kpi_table import GAUGES, KPIS, STATISTICS
 
-_LATENCIES: Final = {"ttft_seconds": (50, 99), "e2e_seconds": (95,), "queue_seconds": (95,)}
-_METRICS: Final = {  # the forecaster's metric -> KPI and statistic shown
-    "ttft_p50_seconds": ("ttft_seconds", "p50"),
-    "ttft_p99_seconds": ("ttft_seconds", "p99"),
-    "itl_p99_seconds": ("itl_seconds", "p99"),
-    "tpot_p99_seconds": ("tpot_seconds", "p99"),
-    "e2e_p95_seconds": ("e2e_seconds", "p95"),
-    "queue_p95_seconds": ("queue_seconds", "p95"),
-    "prefix_cache_hit_ratio": ("prefix_cache_hit_ratio", ""),
-    "kv_usage_mean_ratio": ("kv_cache_usage_ratio", ""),
-    "running_mean": ("requests_running", ""),
-    "waiting_mean": ("requests_waiting", ""),
-    "output_tokens_per_second": ("output_tokens_per_second", ""),
-    "requests_per_second": ("requests_per_second", ""),
-    "preemptions": ("preemptions", ""),
-    "rejected_requests": ("requests_rejected", ""),
-    "power_mean_watts": ("power_watts", ""),
-    "energy_joules_per_million_tokens": ("energy_joules_per_million_tokens", ""),
-    "carbon_grams_per_million_tokens": ("carbon_grams_per_million_tokens", ""),
-    "cost_per_million_tokens": ("cost_per_million_tokens", ""),
-}
-CHARTED: Final = (
-    ("ttft_seconds", "p99"),
-    ("e2e_seconds", "p95"),
-    ("queue_seconds", "p95"),
-    ("requests_waiting", ""),
-    ("requests_running", ""),
-    ("requests_per_second", ""),
-    ("prefix_cache_hit_ratio", ""),
-    ("kv_cache_usage_ratio", ""),
-)
-STREAM_RESULTS: Final = ("accepted", "duplicate", "late", "future_time")
+CHARTED: Final = tuple(STATISTICS[kpi.metric] for kpi in KPIS.values() if kpi.charted)
+STREAM_RESULTS: Final = ("accepted", "completed", "duplicate", "late", "future_time")
 
 
-def beside(mirror: Mirror, reported: tuple[float, float, float]) -> tuple[Beside, ...]:
-    """Mirror beside reality. `reported`: running, waiting and KV usage as the engines say; NaN where they do not."""
-    scores = mirror.fidelity.scores()
-    entries: list[Beside] = []
-    for kpi, percentiles in _LATENCIES.items():
-        score = scores.get(kpi)
-        if score is not None:
-            entries.append(_of_score(kpi, "mean", score, score.error_ratio))
-            entries += [_of_percentile(mirror, kpi, percent) for percent in percentiles]
-    if "hit_ratio" in scores:
-        score = scores["hit_ratio"]
-        entries.append(_of_score("prefix_cache_hit_ratio", "", score, score.error_ratio))
-    if math.isfinite(mirror.time_seconds):
-        names = ("requests_running", "requests_waiting", "kv_cache_usage_ratio")
-        for kpi, mirrored, observed in zip(names, mirror.load(), reported, strict=True):
-            entries.append(Beside(kpi, "", float(mirrored), observed, mirrored - observed))
-    return tuple(entries)
+def gauges(mirror: Mirror, reported: tuple[float, float, float]) -> tuple[Gauge, ...]:
+    """Gauges of now. `reported`: running, waiting and KV usage as the engines say; NaN where they do not."""
+    if not math.isfinite(mirror.time_seconds):
+        return ()
+    return tuple(
+        Gauge(kpi, float(mirrored), observed)
+        for kpi, mirrored, observed in zip(GAUGES, mirror.load(), reported, strict=True)
+    )
 
 
 def history(course: Sequence[Stretch]) -> History:
     """The last hour of what is charted; what nobody reports is left out."""
     unknown = (math.nan, math.nan)
-    told = [key for key in CHARTED if any(key in stretch.values for stretch in course)]
-    return History(
-        tuple(stretch.until_seconds for stretch in course),
-        {key: tuple(stretch.values.get(key, unknown) for stretch in course) for key in told},
-    )
+    series = []
+    for key in CHARTED:
+        if any(key in stretch.values for stretch in course):
+            mirrored, observed = zip(*(stretch.values.get(key, unknown) for stretch in course), strict=True)
+            series.append(Series(*key, mirrored, observed))
+    return History(tuple(stretch.until_seconds for stretch in course), tuple(series))
 
 
-def caches(watch: CacheWatch) -> tuple[CacheBeside, ...]:
-    """Real KV caches beside mirrored ones, as of the last comparison."""
+def caches(watch: CacheWatch) -> tuple[CacheAgreement, ...]:
+    """Mirrored KV caches compared with real ones, as of the last comparison."""
     entries = []
     for engine in sorted(watch.engines):
         share = watch.share(engine)
         ratio = math.nan if share is None else share.ratio
-        entries.append(CacheBeside(*engine, ratio, *(share or (0, 0, 0)), filled=watch.filled.get(engine)))
+        entries.append(CacheAgreement(*engine, ratio, *(share or (0, 0, 0)), filled=watch.filled.get(engine)))
     return tuple(entries)
 
 
-def power(watch: PowerWatch, mirror: Mirror) -> PowerBeside | None:
-    """Watts of a GPU, mirrored beside observed."""
-    footprint = mirror.fleet.settings.footprint
-    if footprint is None:
+def power(watch: PowerWatch, mirror: Mirror) -> GpuPower | None:
+    """Watts of a GPU, mirrored and observed."""
+    if mirror.fleet.settings.footprint is None:
         return None
-    model = footprint.power
-    return PowerBeside(*watch.means(), model.idle_watts, model.compute_watts, model.memory_watts, watch.calibrations)
+    return GpuPower(*watch.means(), watch.calibrations)
 
 
 def records(mirror: Mirror, rejected: int) -> tuple[dict[str, int], dict[str, int]]:
@@ -124,9 +82,9 @@ def records(mirror: Mirror, rejected: int) -> tuple[dict[str, int], dict[str, in
     return results | {"rejected": rejected}, dropped
 
 
-def slo_lines(slos: Sequence[Slo]) -> tuple[SloLine, ...]:
+def slo_lines(slos: Sequence[Slo]) -> tuple[Objective, ...]:
     """Objectives, each by the KPI it bounds as that is shown."""
-    return tuple(SloLine(slo.name, *_METRICS[slo.metric], slo.threshold, slo.higher_is_better) for slo in slos)
+    return tuple(Objective(slo.name, *STATISTICS[slo.metric], slo.threshold, slo.higher_is_better) for slo in slos)
 
 
 def outlook(forecast: Forecast, made_unix_seconds: float, policies: Mapping[str, PolicyInForce]) -> Outlook:
@@ -155,7 +113,7 @@ def outlook(forecast: Forecast, made_unix_seconds: float, policies: Mapping[str,
         event_seconds=forecast.time_seconds,
         made_unix_seconds=made_unix_seconds,
         duration_seconds=math.nan if forecast.duration_seconds is None else forecast.duration_seconds,
-        futures=forecast.futures,
+        scenarios=forecast.scenarios,
         rate_per_second=forecast.rate_requests_per_second,
         load=forecast.load,
         calibrated=forecast.calibrated,
@@ -170,7 +128,7 @@ def outlook(forecast: Forecast, made_unix_seconds: float, policies: Mapping[str,
 def judged(view: TwinView, mirror: Mirror) -> TwinView:
     """The view with the mirror's errors and calibration in it, and what is to be trusted marked in all it shows."""
     fitted = mirror.calibration.coefficients if mirror.calibration else {}
-    trust = {kpi: KpiTrust(found.trusted, found.reason) for kpi, found in mirror.judge.trust.items()}
+    trust = dict(mirror.judge.trust)
     observed = {score.kpi for score in mirror.scores} & trust.keys()
     reasons = [trust[kpi].reason for kpi in trust if kpi in observed and not trust[kpi].trusted]
     if not observed:
@@ -183,22 +141,18 @@ def judged(view: TwinView, mirror: Mirror) -> TwinView:
         calibration=CalibrationState(
             event_seconds=mirror.calibrated_seconds,
             changes=mirror.speed_changes,
-            change_event_seconds=mirror.last_change.since_seconds if mirror.last_change else math.nan,
             change_ratio=mirror.last_change.ratio if mirror.last_change else math.nan,
             failures=dict(mirror.calibration_failures),
         ),
-        errors=tuple(
-            WindowError(s.kpi, s.statistic, s.window, s.count, s.predicted, s.observed, s.error) for s in mirror.scores
-        ),
+        errors=mirror.scores,
         trust=trust,
         trusted=not reasons,
         untrusted_reasons=tuple(reasons),
-        beside=tuple(replace(entry, trusted=_trusted(trust, entry.kpi)) for entry in view.beside),
         outlook=view.outlook and _judged_outlook(view.outlook, trust, {slo.name: slo.kpi for slo in view.slos}),
     )
 
 
-def _judged_outlook(outlook: Outlook, trust: Mapping[str, KpiTrust], slo_kpis: Mapping[str, str]) -> Outlook:
+def _judged_outlook(outlook: Outlook, trust: Mapping[str, Trust], slo_kpis: Mapping[str, str]) -> Outlook:
     def horizon(entry: Horizon) -> Horizon:
         return replace(
             entry,
@@ -210,31 +164,17 @@ def _judged_outlook(outlook: Outlook, trust: Mapping[str, KpiTrust], slo_kpis: M
     return replace(outlook, policies=tuple(policies))
 
 
-def _trusted(trust: Mapping[str, KpiTrust], kpi: str) -> bool:
+def _trusted(trust: Mapping[str, Trust], kpi: str) -> bool:
     return kpi in trust and trust[kpi].trusted
 
 
-def _of_score(kpi: str, statistic: str, score: Score, error: float) -> Beside:
-    return Beside(kpi, statistic, score.predicted_mean, score.observed_mean, error, score.count)
-
-
-def _of_percentile(mirror: Mirror, kpi: str, percent: int) -> Beside:
-    pairs: Sequence[tuple[float, float]] = mirror.fidelity.pairs(kpi)
-    mirrored, observed = map(float, np.percentile(np.array(pairs), percent, axis=0))
-    error = (mirrored - observed) / observed if observed > 0.0 else math.nan
-    return Beside(kpi, f"p{percent}", mirrored, observed, error, len(pairs))
-
-
 def _horizon(row: Row) -> Horizon:
-    predicted = []
-    for metric, values in row.kpis.items():
-        kpi, statistic = _METRICS[metric]
-        predicted.append(Predicted(kpi, statistic, values.values))
     return Horizon(
         row.horizon_seconds,
-        tuple(predicted),
-        dict(row.breach_probability),
-        breach_interval=dict(row.breach_interval),
+        tuple(Predicted(*STATISTICS[metric], values.values, trusted=False) for metric, values in row.kpis.items()),
+        row.breach_probability,
+        breach_trusted={},  # `judged` says so
+        breach_interval=row.breach_interval,
     )
 
 

@@ -13,7 +13,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from kavier_twin.serve.access import Access
 from kavier_twin.serve.app import Twin, make_app
-from kavier_twin.serve.envelope import Limits
+from kavier_twin.serve.limits import Limits
 from kavier_twin.serve.problems import answer
 
 IDLE_SECONDS: Final = 15.0  # a client that says nothing for so long is let go

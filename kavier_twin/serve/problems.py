@@ -10,8 +10,11 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
+from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
+
+from kavier_twin.errors import findings, refusal
 
 log = logging.getLogger(__name__)
 
@@ -76,10 +79,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        found = error.errors()
-        # A list whose entries are all wrong passes for an empty one.
-        beneath = {entry["loc"][:depth] for entry in found for depth in range(1, len(entry["loc"]))}
-        errors = [_field_problem(entry) for entry in found if entry["loc"] not in beneath]
+        errors = [_field_problem(entry) for entry in findings(error.errors())]
         return answer(422, "; ".join(f"{entry.field}: {entry.detail}" for entry in errors), errors)
 
     @app.exception_handler(Exception)
@@ -98,11 +98,9 @@ def _allowed(app: FastAPI, request: Request) -> list[str]:
     return found or ["GET", "HEAD"]
 
 
-def _field_problem(found: Mapping[str, object]) -> FieldProblem:
+def _field_problem(found: ErrorDetails) -> FieldProblem:
     """One of pydantic's findings. The first part of its place is where in the request: path, query or body."""
     place = found["loc"]
-    assert isinstance(place, tuple)
-    message = str(found["msg"]).removeprefix("Value error, ").replace("Input should", "it should")
     if found["type"] == "json_invalid":  # its place is an offset
         return FieldProblem(field="body", detail=f"not JSON ({place[-1]} characters are)")
-    return FieldProblem(field=".".join(map(str, place[1:])) or str(place[0]), detail=message)
+    return FieldProblem(field=".".join(map(str, place[1:])) or str(place[0]), detail=refusal(found))

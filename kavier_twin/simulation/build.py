@@ -38,8 +38,8 @@ EVICTIONS = {
 _OF_THE_FLEET = ("fleet", "future", "holders", "pending", "homes", "outcomes")  # arrays without an axis of replicas
 
 
-def new_state(settings: FleetSettings, *, stepping: bool = False) -> FleetState:
-    """An idle fleet at time 0 with cold caches. `stepping` selects the reference that never jumps."""
+def new_state(settings: FleetSettings, *, stepping: bool = False, start_seconds: float = 0.0) -> FleetState:
+    """An idle fleet with cold caches that begins at this time. `stepping` selects the reference that never jumps."""
     replicas, engine = settings.replicas, settings.engine
     slots, arena, outcomes = 64, 1 << 14, 256
     state = FleetState(
@@ -72,6 +72,8 @@ def new_state(settings: FleetSettings, *, stepping: bool = False) -> FleetState:
     )
     state.fleet["router"] = ROUTERS[settings.router]
     state.fleet["max_imbalance"] = settings.router_max_imbalance
+    for name in ("now", "accounted", "last_completion", "joined"):
+        state.replicas[name] = start_seconds
     state.replicas["free_slots"] = slots
     state.replicas["free_blocks"] = engine.num_gpu_blocks - 1
     state.replicas["hold_until"] = -np.inf
@@ -169,15 +171,6 @@ def _clear_table(table: Records) -> None:
     table["next"][order] = np.roll(order, -1)
     table["prev"][order] = np.roll(order, 1)
     table["refs"][layout.VACANT] = chunks.size
-
-
-def clear_tiers(state: FleetState, number: int, engine: EngineSettings) -> None:
-    """Forget all that a replica without requests has in its tiers, in place."""
-    state.tiers[number] = np.zeros(1, layout.TIER)[0]
-    state.chunks[number] = np.zeros(1, layout.CHUNK)[0]
-    state.fences[number] = -1
-    state.tier_slots[number] = 0
-    _write_tier(state, number, engine)
 
 
 def chunk_tables(state: FleetState, number: int) -> list[Records]:
@@ -340,7 +333,7 @@ def begin_anew(state: FleetState, number: int, fresh: FleetState) -> None:
     counters = list(names[names.index("steps") : names.index("eviction")])
     counted = {name: state.replicas[name][number].copy() for name in counters}
     for name, array in state._asdict().items():
-        if name not in _OF_THE_FLEET:
+        if name not in _OF_THE_FLEET and name != "itl_counts":
             array[number] = getattr(fresh, name)[0]
     for name, value in counted.items():
         state.replicas[name][number] = value

@@ -13,6 +13,8 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
+from kavier_twin.simulation import build
+from kavier_twin.simulation.compiler.libraries import load
 from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.kernels import entries as kernels
 from kavier_twin.simulation.kernels.fleet.closed_loop import LAST, NEXT_ROW, SEEN
@@ -56,6 +58,7 @@ def simulate_closed_loop(
     progress[NEXT_ROW] = progress[LAST] = users
     places = np.full((requests, 2), -1, np.int32)
     fleet = Fleet(settings, stepping=stepping, start_seconds=min(0.0, float(arrival[0])))
+    load(*build.kernels_of(settings.engine))
     while True:
         status = kernels.run_closed_loop(fleet.state, workload, think, frontend_seconds, pending, progress, places)
         if status == OK:
@@ -88,6 +91,7 @@ def simulate_sessions(
     coming = [(float(workload.delivered[row]), row) for row in firsts]
     heapq.heapify(coming)
     fleet = Fleet(settings, start_seconds=min(0.0, float(arrival.min(initial=0.0))))
+    load(*build.kernels_of(settings.engine))
     ended: list[Records] = []
     while True:
         kernels.advance_until_end(fleet.state, 0, coming[0][0] if coming else math.inf)

@@ -31,7 +31,7 @@ class Impact:
     `energy_joules` is the sum of the four after it.
     """
 
-    power_mean_watts: float
+    power_watts: float
     energy_joules: float
     energy_idle_joules: float
     energy_prefill_joules: float
@@ -69,7 +69,7 @@ def impact(
     cost = math.nan if footprint.price_per_gpu_hour is None else footprint.price_per_gpu_hour * gpu_hours
     tokens = prompt_tokens + output_tokens
     return Impact(
-        power_mean_watts=_ratio(joules, last.time_seconds - first.time_seconds),
+        power_watts=_ratio(joules, last.time_seconds - first.time_seconds),
         energy_joules=joules,
         energy_idle_joules=total.idle,
         energy_prefill_joules=total.prefill,

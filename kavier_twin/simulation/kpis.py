@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from kavier_twin.simulation import state as layout
-from kavier_twin.simulation.fleet import Samples
+from kavier_twin.simulation.data_plane import Samples
 from kavier_twin.simulation.impact import Impact
+from kavier_twin.simulation.kpi_table import KPIS
 from kavier_twin.simulation.plain import plain
 from kavier_twin.simulation.power import Reading
+from kavier_twin.simulation.request_kpis import Requests, durations
 from kavier_twin.simulation.state import FleetState, Records
 
 QUANTILES = (0.50, 0.90, 0.95, 0.99)
@@ -95,32 +97,7 @@ class Counters:
     def of(state: FleetState, time_seconds: float) -> Counters:
         replicas = state.replicas
         alive = replicas["alive"] == 1
-        sums = {
-            name: replicas[name].sum().item()
-            for name in (
-                "steps",
-                "query_tokens",
-                "hit_tokens",
-                "external_query_tokens",
-                "host_hit_tokens",
-                "disk_hit_tokens",
-                "loaded_bytes",
-                "stored_bytes",
-                "read_bytes",
-                "written_bytes",
-                "dropped_stores",
-                "prompt_tokens",
-                "computed_tokens",
-                "output_tokens",
-                "preemptions",
-                "evictions",
-                "stranded_tokens",
-                "busy_seconds",
-                "running_seconds",
-                "waiting_seconds",
-                "used_block_seconds",
-            )
-        }
+        sums = {name: replicas[name].sum().item() for name in _SUMMED}
         return Counters(
             time_seconds=time_seconds,
             replicas=int(alive.sum()),
@@ -131,19 +108,70 @@ class Counters:
         )
 
 
+_SUMMED: Final = [field.name for field in fields(Counters) if field.name in (layout.REPLICA.names or ())]
+
+
+class Stretch:
+    """What the counters say of the simulation between two readings (`before` None: from zero at `start_seconds`).
+
+    KPIs are methods of their name. NaN: there is nothing to divide by.
+    """
+
+    def __init__(self, before: Counters | None, after: Counters, start_seconds: float = 0.0) -> None:
+        self._before, self._after = before, after
+        self.start_seconds = start_seconds if before is None else before.time_seconds
+        self.seconds = max(after.time_seconds - self.start_seconds, 1e-12)
+
+    def more(self, counter: str) -> Any:
+        """By how much a counter rose."""
+        return getattr(self._after, counter) - (0 if self._before is None else getattr(self._before, counter))
+
+    def rate(self, counter: str) -> float:
+        """By how much it rose a second: the mean of what an integral over time is of."""
+        return float(self.more(counter) / self.seconds)
+
+    def itl_seconds(self) -> Distribution:
+        return Distribution.of_histogram(self.more("itl_counts"))
+
+    def prefix_cache_hit_ratio(self) -> float:
+        return _quotient(self.more("hit_tokens"), self.more("query_tokens"))
+
+    def external_cache_hit_ratio(self) -> float:
+        hits = self.more("host_hit_tokens") + self.more("disk_hit_tokens")
+        return _quotient(hits, self.more("external_query_tokens"))
+
+    def requests_running(self) -> float:
+        return self.rate("running_seconds")
+
+    def requests_waiting(self) -> float:
+        return self.rate("waiting_seconds")
+
+    def kv_cache_usage_ratio(self) -> float:
+        return self.rate("used_block_seconds") / max(self._after.usable_blocks, 1)
+
+    def output_tokens_per_second(self) -> float:
+        return self.rate("output_tokens")
+
+    def preemptions(self) -> float:
+        return float(self.more("preemptions"))
+
+    def busy_ratio(self) -> float:
+        return self.rate("busy_seconds") / max(self._after.replicas, 1)
+
+
 @dataclass(frozen=True)
 class Kpis:
     """What a stretch of simulation amounts to. Ratios are 0..1, rates per second, latencies in seconds."""
 
     duration_seconds: float
     requests: int
-    finished: int
-    rejected: int
-    ttft: Distribution
-    itl: Distribution
-    tpot: Distribution
-    e2e: Distribution
-    queue: Distribution
+    requests_finished: int
+    requests_rejected: int
+    ttft_seconds: Distribution
+    itl_seconds: Distribution
+    tpot_seconds: Distribution
+    e2e_seconds: Distribution
+    queue_seconds: Distribution
     prefix_cache_hit_ratio: float
     prefix_cache_hit_tokens: int
     external_cache_hit_ratio: float  # of the tokens that the GPU's cache did not have: vllm:external_prefix_cache_*
@@ -159,12 +187,12 @@ class Kpis:
     prompt_tokens_per_second: float
     output_tokens_per_second: float
     requests_per_second: float
-    running_mean: float
-    waiting_mean: float
-    kv_usage_mean_ratio: float
-    running_peak: int | None
-    waiting_peak: int | None
-    kv_usage_peak_ratio: float | None
+    requests_running: float
+    requests_waiting: float
+    kv_cache_usage_ratio: float
+    requests_running_peak: int | None
+    requests_waiting_peak: int | None
+    kv_cache_usage_peak_ratio: float | None
     busy_ratio: float
     preemptions: int
     evictions: int
@@ -176,8 +204,8 @@ class Kpis:
     @property
     def cache_hit_ratio(self) -> float:
         """Of all prompt tokens, those that the GPU's cache or a tier behind it had."""
-        gpu = self.prefix_cache_hit_ratio
-        return gpu + (1.0 - gpu) * self.external_cache_hit_ratio
+        gpu, external = np.nan_to_num((self.prefix_cache_hit_ratio, self.external_cache_hit_ratio))
+        return float(gpu + (1.0 - gpu) * external)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; NaN becomes None."""
@@ -191,75 +219,74 @@ def kpis(
     after: Counters,
     *,
     start_seconds: float,
+    frontend_seconds: float = 0.0,
     samples: Samples | None = None,
     slo: Slo | None = None,
     impact: Impact | None = None,
 ) -> Kpis:
-    """KPIs of the requests in `outcomes` and of the time between two counter readings (`before` None: from zero)."""
-    duration = max(after.time_seconds - start_seconds, 1e-12)
+    """KPIs of the requests in `outcomes` and of the time between two counter readings (`before` None: from zero).
 
-    def delta(name: str) -> Any:
-        return getattr(after, name) - (getattr(before, name) if before is not None else 0)
-
+    `frontend_seconds` pass between the arrival of a request and its queue time.
+    """
+    stretch = Stretch(before, after, start_seconds)
     finished = outcomes["status"] == layout.FINISHED
     done = outcomes if finished.all() else outcomes[finished]
-    ttft = done["first_token"] - done["arrival"]
-    e2e = done["finish"] - done["arrival"]
-    several = done["output"] > 1
-    tpot = np.where(several, (done["finish"] - done["first_token"]) / np.maximum(done["output"] - 1, 1), np.nan)
-    queries = delta("query_tokens")
-    external = delta("host_hit_tokens") + delta("disk_hit_tokens")
-    block_seconds = after.usable_blocks * duration
-    good = good_requests(done, slo) if slo is not None else None
+    requests = Requests.simulated(done, frontend_seconds=frontend_seconds)
+    good = None if slo is None else int(good_requests(requests, slo).sum())
+
+    def latency(name: str) -> Distribution:
+        return Distribution.of(durations(KPIS[name], requests))
+
     return Kpis(
-        duration_seconds=duration,
+        duration_seconds=stretch.seconds,
         requests=int(outcomes.size),
-        finished=int(done.size),
-        rejected=int(outcomes.size - done.size),
-        ttft=Distribution.of(ttft),
-        itl=Distribution.of_histogram(delta("itl_counts")),
-        tpot=Distribution.of(tpot),
-        e2e=Distribution.of(e2e),
-        queue=Distribution.of(done["scheduled"] - done["arrival"]),
-        prefix_cache_hit_ratio=delta("hit_tokens") / queries if queries else 0.0,
-        prefix_cache_hit_tokens=delta("hit_tokens"),
-        external_cache_hit_ratio=external / asked if (asked := delta("external_query_tokens")) else 0.0,
-        host_hit_tokens=delta("host_hit_tokens"),
-        disk_hit_tokens=delta("disk_hit_tokens"),
-        offload_loaded_bytes=delta("loaded_bytes"),
-        offload_stored_bytes=delta("stored_bytes"),
-        disk_read_bytes=delta("read_bytes"),
-        disk_written_bytes=delta("written_bytes"),
-        offload_dropped_stores=delta("dropped_stores"),
-        prompt_tokens=delta("prompt_tokens"),
-        output_tokens=delta("output_tokens"),
-        prompt_tokens_per_second=delta("prompt_tokens") / duration,
-        output_tokens_per_second=delta("output_tokens") / duration,
-        requests_per_second=done.size / duration,
-        running_mean=delta("running_seconds") / duration,
-        waiting_mean=delta("waiting_seconds") / duration,
-        kv_usage_mean_ratio=delta("used_block_seconds") / block_seconds if block_seconds else 0.0,
-        running_peak=max(samples.running, default=0) if samples else None,
-        waiting_peak=max(samples.waiting, default=0) if samples else None,
-        kv_usage_peak_ratio=max(samples.kv_usage_ratio, default=0.0) if samples else None,
-        busy_ratio=delta("busy_seconds") / (max(after.replicas, 1) * duration),
-        preemptions=delta("preemptions"),
-        evictions=delta("evictions"),
-        engine_steps=delta("steps"),
-        goodput_requests_per_second=None if good is None else float(good.sum()) / duration,
-        goodput_ratio=None if good is None or outcomes.size == 0 else float(good.sum()) / outcomes.size,
+        requests_finished=int(done.size),
+        requests_rejected=int(outcomes.size - done.size),
+        ttft_seconds=latency("ttft_seconds"),
+        itl_seconds=stretch.itl_seconds(),
+        tpot_seconds=latency("tpot_seconds"),
+        e2e_seconds=latency("e2e_seconds"),
+        queue_seconds=latency("queue_seconds"),
+        prefix_cache_hit_ratio=stretch.prefix_cache_hit_ratio(),
+        prefix_cache_hit_tokens=stretch.more("hit_tokens"),
+        external_cache_hit_ratio=stretch.external_cache_hit_ratio(),
+        host_hit_tokens=stretch.more("host_hit_tokens"),
+        disk_hit_tokens=stretch.more("disk_hit_tokens"),
+        offload_loaded_bytes=stretch.more("loaded_bytes"),
+        offload_stored_bytes=stretch.more("stored_bytes"),
+        disk_read_bytes=stretch.more("read_bytes"),
+        disk_written_bytes=stretch.more("written_bytes"),
+        offload_dropped_stores=stretch.more("dropped_stores"),
+        prompt_tokens=stretch.more("prompt_tokens"),
+        output_tokens=stretch.more("output_tokens"),
+        prompt_tokens_per_second=stretch.rate("prompt_tokens"),
+        output_tokens_per_second=stretch.output_tokens_per_second(),
+        requests_per_second=done.size / stretch.seconds,
+        requests_running=stretch.requests_running(),
+        requests_waiting=stretch.requests_waiting(),
+        kv_cache_usage_ratio=stretch.kv_cache_usage_ratio(),
+        requests_running_peak=max(samples.running, default=0) if samples else None,
+        requests_waiting_peak=max(samples.waiting, default=0) if samples else None,
+        kv_cache_usage_peak_ratio=max(samples.kv_usage_ratio, default=0.0) if samples else None,
+        busy_ratio=stretch.busy_ratio(),
+        preemptions=stretch.more("preemptions"),
+        evictions=stretch.more("evictions"),
+        engine_steps=stretch.more("steps"),
+        goodput_requests_per_second=None if good is None else good / stretch.seconds,
+        goodput_ratio=None if good is None or outcomes.size == 0 else good / outcomes.size,
         impact=impact,
     )
 
 
-def good_requests(done: Records, slo: Slo) -> npt.NDArray[np.bool_]:
+def good_requests(requests: Requests, slo: Slo) -> npt.NDArray[np.bool_]:
     """Which finished requests met every objective. A request of one token has no TPOT to miss."""
-    good = np.ones(done.size, dtype=bool)
-    if slo.ttft_seconds is not None:
-        good &= done["first_token"] - done["arrival"] <= slo.ttft_seconds
-    if slo.tpot_seconds is not None:
-        steps = np.maximum(done["output"] - 1, 1)
-        good &= (done["output"] <= 1) | ((done["finish"] - done["first_token"]) / steps <= slo.tpot_seconds)
-    if slo.e2e_seconds is not None:
-        good &= done["finish"] - done["arrival"] <= slo.e2e_seconds
+    good = np.ones(requests.arrival.size, dtype=bool)
+    for field in fields(slo):
+        limit = getattr(slo, field.name)
+        if limit is not None:
+            good &= ~(durations(KPIS[field.name], requests) > limit)
     return good
+
+
+def _quotient(amount: float, of: float) -> float:
+    return amount / of if of else np.nan

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import PlainSerializer
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+Figure = Annotated[float, PlainSerializer(_finite, return_type=float | None, when_used="json")]
+"""A number that may be unknown: NaN or infinite here, null in the API's JSON."""
 
 
 def plain(value: Any) -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from kavier_twin.errors import problems_of
 from kavier_twin.simulation.settings import (
     COEFFICIENTS,
     DiskTier,
@@ -124,8 +125,7 @@ def apply_overrides(settings: FleetSettings, overrides: Mapping[str, Override]) 
             engine=EngineSettings(**engine), step_time=StepTime(**step_time), footprint=settings.footprint, **fleet
         )
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise PolicyError(f"policy value out of range: {problems}") from None
+        raise PolicyError(f"policy value out of range: {'; '.join(problems_of(error))}") from None
 
 
 def _resolve(name: str, live: Any, value: Override) -> Any:

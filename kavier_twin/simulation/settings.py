@@ -108,6 +108,12 @@ class StepTime(_Settings):
         return StepTime(**named, linear_layers=self.linear_layers)
 
 
+# Until the mirror has fitted the pool's own: a step of a mid-sized model on a data-centre GPU. Not to be trusted.
+CRUDE_STEP_TIME: Final = StepTime(
+    fixed=0.01, per_prefill_token=3e-5, per_decode_sequence=3e-5, per_context_token=6e-8, per_prefill_attention=1e-9
+)
+
+
 class HostTier(_Settings):
     """Host memory behind the GPU's KV cache: vLLM's native OffloadingConnector (`v1/kv_offload/cpu/`).
 

@@ -1,7 +1,8 @@
 """The hash chain by which vLLM knows the blocks of a prompt.
 
 As in vLLM 0.32, `v1/core/kv_cache_utils.py`: h_i = H((h_{i-1}, token ids of block i, extra keys)) over full blocks,
-from the root NONE_HASH = H(seed). Only prompts without extra keys (LoRA, images, cache salt) are hashed here.
+from the root NONE_HASH = H(seed). Of the extra keys those of adapters and cache salts are hashed here, those of images
+are not.
 """
 
 from __future__ import annotations
@@ -9,10 +10,40 @@ from __future__ import annotations
 import hashlib
 import pickle
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 ALGORITHMS: Final = ("sha256", "sha256_cbor", "xxhash", "xxhash_cbor")
 _FIXED_SEED: Final = "vllm-none-hash"  # vLLM's own, of the sha256 family, without PYTHONHASHSEED
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter, as `/v1/models` lists it."""
+
+    name: str
+    path: str
+
+
+@dataclass(frozen=True)
+class ExtraKeys:
+    """What an engine hashes beside tokens: the adapter into every block, the cache salt into the first one."""
+
+    adapter: Adapter | None = None
+    salt: str | None = None
+
+    def of_block(self, number: int) -> tuple[tuple[str, ...], ...] | None:
+        """In vLLM's form and order."""
+        # Made anew for each block: pickle writes an object that it has seen as a reference, and vLLM's are new.
+        keys: list[tuple[str, ...]] = []
+        if self.adapter is not None:
+            keys.append(("lora", self.adapter.name, self.adapter.path))
+        if self.salt is not None and number == 0:
+            keys.append(("cache_salt", self.salt))
+        return tuple(keys) or None
+
+
+NO_EXTRA_KEYS: Final = ExtraKeys()
 
 
 class BlockHasher:
@@ -28,19 +59,20 @@ class BlockHasher:
         self._hash = _function(algorithm)
         self.root = self._hash(_FIXED_SEED if python_hash_seed is None else python_hash_seed)
 
-    def digests(self, token_ids: Sequence[int]) -> list[bytes]:
+    def digests(self, token_ids: Sequence[int], extra: ExtraKeys = NO_EXTRA_KEYS) -> list[bytes]:
         """The whole hash of each full block."""
         size = self.block_tokens
         chain: list[bytes] = []
         parent = self.root
-        for end in range(size, len(token_ids) + 1, size):
-            parent = self._hash((parent, tuple(token_ids[end - size : end]), None))
+        for number in range(len(token_ids) // size):
+            block = tuple(token_ids[number * size : (number + 1) * size])
+            parent = self._hash((parent, block, extra.of_block(number)))
             chain.append(parent)
         return chain
 
-    def hashes(self, token_ids: Sequence[int]) -> tuple[int, ...]:
+    def hashes(self, token_ids: Sequence[int], extra: ExtraKeys = NO_EXTRA_KEYS) -> tuple[int, ...]:
         """The hash of each full block as KV-cache events publish it: its last 8 bytes, big-endian."""
-        return tuple(int.from_bytes(digest[-8:], "big") for digest in self.digests(token_ids))
+        return tuple(int.from_bytes(digest[-8:], "big") for digest in self.digests(token_ids, extra))
 
 
 def _function(algorithm: str) -> Callable[[object], bytes]:

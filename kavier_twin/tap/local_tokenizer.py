@@ -8,7 +8,6 @@ renders them where they have parts, tools or tool calls, by rules of its own: su
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
@@ -22,18 +21,23 @@ from kavier_twin.errors import UserError
 from kavier_twin.tap.prompts import Asked, NoTokens
 
 _PLAIN_KEYS: Final = {"role", "content"}
-_CHANGING_KEYS: Final = ("tools", "documents", "chat_template", "reasoning_effort", "continue_final_message")
+_CHANGING_KEYS: Final = (
+    *("tools", "documents", "chat_template", "reasoning_effort", "continue_final_message"),
+    *("reasoning", "thinking", "output_config"),
+)
 _SPECIAL: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class LocalTokenizer:
     """Tokenises completions, and plain chats where it finds the chat template.
 
-    That is `chat_template.jinja` beside `path`, or the one in `tokenizer_config.json`, where the special tokens are,
-    too. Raises UserError for files that cannot be read.
+    `path` is the file or its folder. The template is `chat_template.jinja` beside it, or the one in
+    `tokenizer_config.json`, where the special tokens are, too. Raises UserError for files that cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
+        if path.is_dir():
+            path = path / "tokenizer.json"
         try:
             self._reader = Reader.from_file(str(path))
         except Exception as error:  # the library has no class of its own for it
@@ -53,22 +57,27 @@ class LocalTokenizer:
         """Whether it tokenises this one as vLLM does."""
         return not asked.is_chat or (self._template is not None and _is_plain(asked))
 
-    def token_ids(self, asked: Asked) -> Sequence[int]:
-        """The ids. Raises NoTokens."""
+    def token_ids(self, asked: Asked) -> list[list[int]]:
+        """The ids of each prompt. Raises NoTokens."""
         if not self.knows(asked):
             raise NoTokens("no-chat-template")
-        prompt = self._rendered(asked) if asked.is_chat else asked.body.get("prompt")
-        if not isinstance(prompt, str):
+        texts = [self._rendered(asked, prompt) if asked.is_chat else prompt for prompt in asked.prompts]
+        if not all(isinstance(text, str) for text in texts):
             raise NoTokens("no-prompt")
         special = asked.body.get("add_special_tokens", not asked.is_chat)  # vLLM's defaults
-        return list(self._reader.encode(prompt, add_special_tokens=special is not False).ids)
+        return [list(self._reader.encode(text, add_special_tokens=special is not False).ids) for text in texts]
 
-    def _rendered(self, asked: Asked) -> str:
+    def text_ids(self, text: str) -> tuple[list[int], list[int]]:
+        """The ids of an answer's text, and the character at which each token ends."""
+        read = self._reader.encode(text, add_special_tokens=False)
+        return list(read.ids), [end for _, end in read.offsets]
+
+    def _rendered(self, asked: Asked, messages: Any) -> str:
         assert self._template is not None
         more = asked.body.get("chat_template_kwargs")
         names = {**self._names, **(more if isinstance(more, dict) else {})}
         ask = asked.body.get("add_generation_prompt", True)
-        names |= {"messages": asked.body["messages"], "add_generation_prompt": ask, "tools": None, "documents": None}
+        names |= {"messages": messages, "add_generation_prompt": ask, "tools": None, "documents": None}
         try:
             return self._template.render(names)
         except Exception:  # a template may do anything; its error may show the prompt
@@ -76,10 +85,12 @@ class LocalTokenizer:
 
 
 def _is_plain(asked: Asked) -> bool:
-    messages = asked.body.get("messages")
+    return not any(asked.body.get(key) for key in _CHANGING_KEYS) and all(map(_is_plain_chat, asked.prompts))
+
+
+def _is_plain_chat(messages: Any) -> bool:
     return (
-        not any(asked.body.get(key) for key in _CHANGING_KEYS)
-        and isinstance(messages, list)
+        isinstance(messages, list)
         and all(isinstance(each, dict) and each.keys() == _PLAIN_KEYS for each in messages)
         and all(isinstance(each["role"], str) and isinstance(each["content"], str) for each in messages)
     )

@@ -34,8 +34,16 @@ class TapMetrics:
             ["reason"],
             registry=self.registry,
         )
+        self.unrecorded = Counter(
+            "kavier_twin_tap_unrecorded_requests",
+            "Requests that generate and make no record, by path.",
+            ["path"],
+            registry=self.registry,
+        )
         self.buffered = Gauge(
-            "kavier_twin_tap_buffered_records", "Records that wait for Kafka or the file.", registry=self.registry
+            "kavier_twin_tap_buffered_records",
+            "Records that Kafka or the file does not have yet.",
+            registry=self.registry,
         )
         self.added = Histogram(
             "kavier_twin_tap_added_seconds",

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 from kavier_twin.tap.bodies import Bodies, BodyCopy
 from kavier_twin.tap.exchanges import Passed, Request
-from kavier_twin.tap.prompts import TAPPED_PATHS
+from kavier_twin.tap.paths import generates, kind_of
+from kavier_twin.tap.watching import HandOver
 
 
 class Mirror:
     """The ASGI application: answers 204 to everything, and makes the first record of requests to generate."""
 
-    def __init__(self, hand_over: Callable[[Request | Passed], None]) -> None:
+    def __init__(self, hand_over: HandOver) -> None:
         self._hand_over = hand_over
         self._bodies = Bodies()
 
@@ -22,7 +22,7 @@ class Mirror:
         if scope["type"] != "http":
             return
         arrived_unix_seconds = time.time()
-        tapped = scope["method"] == "POST" and scope["path"] in TAPPED_PATHS
+        tapped = scope["method"] == "POST" and kind_of(scope["path"]) is not None
         body = BodyCopy(self._bodies)
         more = True
         while more:
@@ -40,4 +40,5 @@ class Mirror:
             fields = dict(scope["headers"])
             if request := Request.of(scope["path"], body, fields, arrived_unix_seconds, will_end=False):
                 self._hand_over(request)
-        self._hand_over(Passed("mirrored", dropped=body.dropped))
+        unrecorded = scope["path"] if scope["method"] == "POST" and generates(scope["path"]) else None
+        self._hand_over(Passed("mirrored", dropped=body.dropped, unrecorded=unrecorded))

@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Final
 
-from kavier_twin.tap.answers import Answer
-from kavier_twin.tap.bodies import Bodies, BodyCopy
-from kavier_twin.tap.exchanges import Passed, Request
-from kavier_twin.tap.prompts import TAPPED_PATHS
+from kavier_twin.tap.bodies import Bodies
 from kavier_twin.tap.upstream import Connection, Fields, Upstream
+from kavier_twin.tap.watching import HandOver, Watch
 
 # RFC 9110 section 7.6.1: of one connection, never passed on; with them the fields that `Connection` names.
 _HOP_BY_HOP: Final = frozenset(
@@ -29,7 +27,7 @@ log = logging.getLogger(__name__)
 class Proxy:
     """The ASGI application. `hand_over` is told of requests and their ends, and must return at once."""
 
-    def __init__(self, upstream: Upstream, hand_over: Callable[[Request | Passed], None]) -> None:
+    def __init__(self, upstream: Upstream, hand_over: HandOver) -> None:
         self.upstream = upstream
         self.hand_over = hand_over
         self.bodies = Bodies()
@@ -47,15 +45,11 @@ class _Exchange:
         self._scope = scope
         self._receive = receive
         self._send = send
-        self._arrived_unix_seconds = time.time()
         self._arrived_seconds = time.perf_counter()
         self._connection: Connection | None = None
         self._client_gone = False
         self._sent_whole = False
-        tapped = scope["method"] == "POST" and scope["path"] in TAPPED_PATHS
-        self._body = BodyCopy(proxy.bodies) if tapped else None
-        self._request: Request | None = None
-        self._answer: Answer | None = None
+        self._watch = Watch(proxy.hand_over, proxy.bodies, scope)
         self._added_seconds: float | None = None
 
     async def run(self) -> None:
@@ -64,7 +58,7 @@ class _Exchange:
         try:
             outcome = await self._pass_on()
         finally:
-            self._end(outcome)
+            self._watch.ended(outcome, self._added_seconds)
 
     async def _pass_on(self) -> str:
         """Returns the outcome."""
@@ -85,10 +79,12 @@ class _Exchange:
             first = self._part(message, chunked)
             kept_seconds = time.perf_counter() - self._arrived_seconds
             await connection.write(head + first)
+            if self._sent_whole:
+                self._watch.began()
             listening = asyncio.ensure_future(self._listen(connection, chunked))
             await connection.head()
             fields = _end_to_end(connection.fields, _HOP_BY_HOP)
-            self._look_at(connection.status, fields)
+            self._watch.head(connection.status, fields)
             status = connection.status
             await self._send({"type": "http.response.start", "status": status, "headers": fields})
             started = True
@@ -97,7 +93,7 @@ class _Exchange:
                 await self._send({"type": "http.response.body", "body": piece, "more_body": True})
                 if self._added_seconds is None:
                     self._added_seconds = kept_seconds + time.perf_counter() - came_seconds
-                self._take(piece, came_seconds)
+                self._watch.piece(piece, came_seconds)
             listening.cancel()  # before the answer ends: the client that leaves then has its whole answer
             self._connection = None
             if self._sent_whole:
@@ -129,6 +125,8 @@ class _Exchange:
                     break
                 if data := self._part(message, chunked):
                     await connection.write(data)
+            if self._sent_whole:
+                self._watch.began()
             while self._sent_whole and (await self._receive())["type"] != "http.disconnect":
                 pass
         except OSError:
@@ -140,47 +138,11 @@ class _Exchange:
         """A piece of the request's body, as it goes on the wire."""
         data: bytes = message.get("body", b"")
         self._sent_whole = not message.get("more_body")
-        if self._body is not None:
-            self._body.add(data)
+        self._watch.body(data)
         if not chunked:
             return data
         part = b"%x\r\n%b\r\n" % (len(data), data) if data else b""
         return part + b"0\r\n\r\n" if self._sent_whole else part
-
-    def _look_at(self, status: int, fields: Fields) -> None:
-        if self._body is not None and status == 200:
-            named = {name.lower(): value.lower() for name, value in fields}
-            streamed = named.get(b"content-type", b"").startswith(b"text/event-stream")
-            encoded = named.get(b"content-encoding", b"identity") != b"identity"
-            self._answer = Answer(streamed=streamed, encoded=encoded)
-
-    def _take(self, piece: bytes, now_seconds: float) -> None:
-        if self._answer is None:
-            return
-        self._answer.take(piece, now_seconds)
-        if self._request is None and self._answer.first_token_seconds is not None and self._sent_whole:
-            self._begin()
-
-    def _begin(self) -> None:
-        """Hand the request over to be recorded."""
-        assert self._body is not None
-        fields = dict(self._scope["headers"])
-        self._request = Request.of(self._scope["path"], self._body, fields, self._arrived_unix_seconds, will_end=True)
-        if self._request is not None:
-            self._proxy.hand_over(self._request)
-
-    def _end(self, outcome: str) -> None:
-        dropped = end = None
-        if self._body is not None:
-            if self._request is None and self._sent_whole and outcome in ("answered", "cancelled", "cut"):
-                self._begin()
-                dropped = self._body.dropped
-            self._body.take()
-        if self._request is not None:
-            reason = {"cancelled": "abort", "cut": "error"}.get(outcome)
-            answer = self._answer or Answer(streamed=True, encoded=False)
-            end = answer.end(self._request.id, reason, self._arrived_seconds, time.perf_counter(), time.time())
-        self._proxy.hand_over(Passed(outcome, self._added_seconds, dropped, end))
 
     async def _say(self, status: int, body: bytes) -> None:
         fields = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]

@@ -17,10 +17,10 @@ import uvloop
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from kavier_twin.errors import UserError
-from kavier_twin.tap.exchanges import Passed, Request
 from kavier_twin.tap.mirror import Mirror
 from kavier_twin.tap.proxy import Proxy
 from kavier_twin.tap.upstream import Upstream
+from kavier_twin.tap.watching import HandOver
 from kavier_twin.tap.worker import RecordSettings, Worker
 
 _BACKLOG: Final = 2048  # connections that wait to be accepted
@@ -70,9 +70,7 @@ async def _serve(settings: TapSettings, worker: Worker, listening: socket.socket
     await worker.end()
 
 
-def server_config(
-    upstream: Upstream | None, hand_over: Callable[[Request | Passed], None], grace_seconds: float
-) -> uvicorn.Config:
+def server_config(upstream: Upstream | None, hand_over: HandOver, grace_seconds: float) -> uvicorn.Config:
     """The server of a tap: a proxy, or without `upstream` a receiver of mirrored traffic."""
     return uvicorn.Config(
         Mirror(hand_over) if upstream is None else Proxy(upstream, hand_over),

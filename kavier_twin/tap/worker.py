@@ -7,16 +7,19 @@ up the bytes of every answer on its way. If it dies, traffic passes on and anoth
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
-import multiprocessing
 import os
 import pickle
 import signal
 import socket
 import ssl
 import struct
-from collections.abc import Callable, Mapping
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -24,11 +27,10 @@ from typing import Any, Final
 import aiohttp
 from prometheus_client import start_http_server
 
-from kavier_twin.errors import UserError
-from kavier_twin.process import set_up_logging
+from kavier_twin.errors import UserError, set_up_logging
 from kavier_twin.tap.bodies import MOST_BYTES_TOGETHER
 from kavier_twin.tap.engine import Engine
-from kavier_twin.tap.exchanges import Passed, Request
+from kavier_twin.tap.exchanges import EngineAt, Passed, Request
 from kavier_twin.tap.hashing import BlockHasher
 from kavier_twin.tap.local_tokenizer import LocalTokenizer
 from kavier_twin.tap.metrics import TapMetrics
@@ -40,6 +42,7 @@ _HAND_ON_SECONDS: Final = 10.0  # for records that then wait for Kafka
 _START_SECONDS: Final = 60.0
 _AGAIN_SECONDS: Final = 1.0
 _NICENESS: Final = 10  # where processors are short, traffic goes first
+_MOST_PORTS: Final = 64  # that are tried, one after the other
 _LENGTH: Final = struct.Struct("!Q")
 
 log = logging.getLogger(__name__)
@@ -47,7 +50,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RecordSettings:
-    """How records are made and where they go. `engine` is asked for tokens; exactly one of `output` and `kafka`."""
+    """How records are made and where they go. `engine` is asked for tokens; exactly one of `output` and `kafka`.
+
+    With `shares_ports` the port of the metrics is the first free one from `metrics_port` on: an engine may have several
+    API servers, each with a worker of its own.
+    """
 
     pool: str
     pod: str | None
@@ -62,32 +69,35 @@ class RecordSettings:
     kafka: Mapping[str, Any] | None = field(repr=False)  # kafka-python's options, passwords among them
     host: str
     metrics_port: int
+    shares_ports: bool = False
 
 
 class Worker:
     """The first process' end. `take` returns at once, whatever the worker does."""
 
-    def __init__(self, settings: RecordSettings) -> None:
+    def __init__(self, settings: RecordSettings | Sequence[str]) -> None:
+        """`settings`, or the options of `kavier-twin tap` from which the worker makes them itself."""
         self._settings = settings
-        self._process: Any = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._transport: asyncio.WriteTransport | None = None
+        self._engine: EngineAt | None = None
         self._lost = 0  # requests that could not be handed over since that was last told
         self._ending = False
-        self._gone = asyncio.Event()
         self._restarting: asyncio.Future[None] | None = None
 
     def start(self) -> int:
         """Start it. Returns the port of /metrics. Raises UserError for what its settings get wrong."""
         ours, theirs = socket.socketpair()
         with theirs:
-            self._process = multiprocessing.get_context("spawn").Process(
-                target=_main, args=(self._settings, theirs), name="tap-records", daemon=True
-            )
-            self._process.start()
+            # A program of its own: forking would copy an engine, and multiprocessing would import its main module.
+            self._process = subprocess.Popen(self._command(theirs.fileno()), pass_fds=[theirs.fileno()])
         ours.settimeout(_START_SECONDS)
         told = b""
         try:
+            if isinstance(self._settings, RecordSettings):
+                settings = pickle.dumps(self._settings)
+                ours.sendall(_LENGTH.pack(len(settings)) + settings)  # passwords are in it: never an argument
             while not told.endswith(b"\n"):
                 if not (piece := ours.recv(1)):
                     raise UserError("the process that makes records ended at its start; its log above says why")
@@ -101,15 +111,25 @@ class Worker:
         self._socket = ours
         return int(answer["port"])
 
+    def _command(self, descriptor: int) -> list[str]:
+        if isinstance(self._settings, RecordSettings):
+            return [sys.executable, "-m", "kavier_twin.tap", str(descriptor)]
+        program = [sys.executable, "-m", "kavier_twin.commands.main", "tap"]
+        return [*program, "--hand-over", str(descriptor), *self._settings]
+
     async def attend(self) -> None:
         """Take over the hand-over for this event loop."""
         assert self._socket is not None
         loop = asyncio.get_running_loop()
         self._transport, _ = await loop.create_connection(lambda: _Watch(self._lost_it), sock=self._socket)
+        if self._engine is not None:
+            self.take(self._engine)
 
-    def take(self, told: Request | Passed) -> None:
+    def take(self, told: Request | Passed | EngineAt) -> None:
         """Hand over; a request that does not fit is counted as dropped, when that can be told."""
         transport, is_request = self._transport, isinstance(told, Request)
+        if isinstance(told, EngineAt):
+            self._engine = told  # for the next worker, too
         if transport is None or (is_request and transport.get_write_buffer_size() > MOST_BYTES_TOGETHER):
             self._lost += is_request
             return
@@ -124,22 +144,35 @@ class Worker:
             await self._restarting
         if self._transport is not None:
             self._transport.write_eof()
-            try:
-                await asyncio.wait_for(self._gone.wait(), _MAKE_SECONDS + _HAND_ON_SECONDS + 10.0)
-            except TimeoutError:
-                log.warning("records were not handed on in time; those that are left are lost")
-                self._process.kill()
-        self._process.join(5.0)
+        await asyncio.to_thread(self._reap, _MAKE_SECONDS + _HAND_ON_SECONDS + 10.0)
+
+    async def leave(self, seconds: float) -> None:
+        """Let it finish and end, and wait for these seconds at most: it goes on without this process."""
+        self._ending = True
+        if self._transport is not None and self._process is not None:
+            self._transport.write_eof()
+            with suppress(subprocess.TimeoutExpired):
+                await asyncio.to_thread(self._process.wait, seconds)
+
+    def _reap(self, seconds: float) -> None:
+        """Wait for its end; past these seconds, enforce it."""
+        if self._process is None:
+            return
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            log.warning("records were not handed on in time; those that are left are lost")
+            self._process.kill()
+            self._process.wait()
 
     def _lost_it(self) -> None:
         self._transport = None
-        self._gone.set()
         if not self._ending:
             log.error("the process that makes records died; traffic passes on, another one is started")
             self._restarting = asyncio.ensure_future(self._again())
 
     async def _again(self) -> None:
-        self._process.join(0)
+        await asyncio.to_thread(self._reap, 1.0)
         while not self._ending:
             await asyncio.sleep(_AGAIN_SECONDS)
             try:
@@ -147,7 +180,6 @@ class Worker:
             except UserError as error:
                 log.error("%s", error)
                 continue
-            self._gone.clear()
             await self.attend()
             return
 
@@ -162,24 +194,33 @@ class _Watch(asyncio.Protocol):
         self._gone()
 
 
-def _main(settings: RecordSettings, hand_over: socket.socket) -> None:
-    """The worker. Its first line tells how the start went; it ends when the hand-over does."""
+def sent_settings(hand_over: socket.socket) -> RecordSettings:
+    """Those that the first process sends."""
+    with hand_over.makefile("rb", buffering=0) as reader:
+        (length,) = _LENGTH.unpack(_exactly(reader, _LENGTH.size))
+        settings = pickle.loads(_exactly(reader, length))
+    assert isinstance(settings, RecordSettings)
+    return settings
+
+
+def main(hand_over: socket.socket, read_settings: Callable[[], RecordSettings]) -> None:
+    """The worker. In one line it tells how the start went; it ends when the hand-over does.
+
+    What is wrong with the settings `read_settings` raises as a UserError.
+    """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # meant for the first process, which ends this one when it is done
     os.nice(_NICENESS)
     set_up_logging("info")
     metrics = TapMetrics()
     try:
+        settings = read_settings()
         hasher = BlockHasher(settings.hash_algorithm, settings.block_tokens, settings.python_hash_seed)
         tokenizer = None if settings.tokenizer is None else LocalTokenizer(settings.tokenizer)
-        sink = _sink(settings, metrics)
-        server, _ = start_http_server(settings.metrics_port, settings.host, metrics.registry)
+        sink = _sink(settings)
+        server = _serve_metrics(settings, metrics)
     except UserError as error:
         hand_over.sendall(json.dumps({"error": str(error)}).encode() + b"\n")
-        return
-    except OSError as error:
-        problem = f"--metrics-port {settings.metrics_port}: {error.strerror}; give another one"
-        hand_over.sendall(json.dumps({"error": problem}).encode() + b"\n")
         return
     hand_over.sendall(json.dumps({"port": server.server_port}).encode() + b"\n")
     producer = Producer(sink, metrics)
@@ -188,9 +229,32 @@ def _main(settings: RecordSettings, hand_over: socket.socket) -> None:
     server.shutdown()
 
 
-def _sink(settings: RecordSettings, metrics: TapMetrics) -> Sink:
+def _exactly(reader: Any, size: int) -> bytes:
+    data = bytearray()
+    while len(data) < size:
+        if not (piece := reader.read(size - len(data))):
+            raise SystemExit(1)  # the first process is gone
+        data += piece
+    return bytes(data)
+
+
+def _serve_metrics(settings: RecordSettings, metrics: TapMetrics) -> Any:
+    """The running server of /metrics. Raises UserError."""
+    port = settings.metrics_port
+    last = port + _MOST_PORTS if settings.shares_ports and port else port
+    while True:
+        try:
+            return start_http_server(port, settings.host, metrics.registry)[0]
+        except OSError as error:
+            if port >= last or error.errno != errno.EADDRINUSE:
+                problem = f"--metrics-port {settings.metrics_port}: {error.strerror}; give another one"
+                raise UserError(problem) from error
+            port += 1
+
+
+def _sink(settings: RecordSettings) -> Sink:
     if settings.output is None:
-        return KafkaSink(settings.topic, lambda reason: metrics.dropped.labels(reason).inc(), settings.kafka or {})
+        return KafkaSink(settings.topic, settings.kafka or {})
     try:
         return FileSink(settings.output)
     except OSError as error:
@@ -220,5 +284,8 @@ async def _record(
                 break
             if lost:
                 metrics.dropped.labels("too-busy").inc(lost)
-            recorder.take(told)
+            if isinstance(told, EngineAt):
+                recorder.engine = recorder.engine or Engine(session, told.url)
+            else:
+                recorder.take(told)
         await recorder.drain(_MAKE_SECONDS)

@@ -37,6 +37,10 @@ class RequestSeen(Record):
 
     `block_hashes` is the chained content identity of the leading `block_tokens`-sized blocks (unsigned 64-bit; the
     last one may cover its block only in part, up to the end of the prompt).
+
+    A producer may send a first record when the request comes, and a fuller one with the same `id` and `time_seconds`
+    when its prompt is tokenised: see `completes`. `prompt_tokens_from` tells how the length of the prompt is known:
+    estimated, tokenised, or counted by the engine (`usage`).
     """
 
     kind: Literal["request_seen"] = "request_seen"
@@ -46,6 +50,7 @@ class RequestSeen(Record):
     model: str | None = None
     session: str | None = None
     prompt_tokens: Annotated[int, Field(ge=1, le=100_000_000)]
+    prompt_tokens_from: Literal["estimate", "tokenizer", "usage"] = "tokenizer"
     max_tokens: Tokens | None = None
     block_hashes: tuple[BlockHash, ...] = ()
     block_tokens: Annotated[int, Field(ge=1, le=1_048_576)] | None = None
@@ -58,12 +63,24 @@ class RequestSeen(Record):
             raise ValueError("block_hashes given without block_tokens (tokens under one hash)")
         return self
 
+    def completes(self, other: RequestSeen) -> bool:
+        """Whether this record takes the place of another one with the same id, whichever came first.
+
+        Both tell of one arrival, so that their times are equal. The better known length wins, then the longer chain of
+        hashes. Equal records complete nothing.
+        """
+        return self.time_seconds == other.time_seconds and self._knowledge() > other._knowledge()
+
+    def _knowledge(self) -> tuple[int, int]:
+        return ("estimate", "tokenizer", "usage").index(self.prompt_tokens_from), len(self.block_hashes)
+
 
 class RequestFinished(Record):
     """A request left the fleet. Fields that the source did not measure are None.
 
     `block_hashes`, where known, is the chain over prompt and output together (same block size as when seen), which is
-    what a following turn of the session will find in the cache.
+    what a following turn of the session will find in the cache. It may end before the output does, where the content
+    is not known further. It may come in a second record with the same `id`: see `completes`.
     """
 
     kind: Literal["request_finished"] = "request_finished"
@@ -78,6 +95,10 @@ class RequestFinished(Record):
     preemptions: Annotated[int, Field(ge=0)] | None = None
     finish_reason: str | None = None
     block_hashes: tuple[BlockHash, ...] = ()
+
+    def completes(self, other: RequestFinished) -> bool:
+        """Whether this record takes the place of another one with the same id and time, whichever came first."""
+        return self.time_seconds == other.time_seconds and len(self.block_hashes) > len(other.block_hashes)
 
 
 class RequestRecord(RequestSeen):
@@ -115,6 +136,7 @@ class RequestRecord(RequestSeen):
             model=self.model,
             session=self.session,
             prompt_tokens=self.prompt_tokens,
+            prompt_tokens_from=self.prompt_tokens_from,
             max_tokens=self.max_tokens,
             block_hashes=hashes,
             block_tokens=self.block_tokens if hashes else None,
@@ -194,6 +216,18 @@ class EngineSample(Record):
     request_prompt_tokens: Histogram | None = None
     request_generation_tokens: Histogram | None = None
     step_tokens: Histogram | None = None  # one observation for every engine step that put out tokens
+    sleep_state: dict[str, Amount] = {}  # 1 under the state that the engine is in: awake, weights_offloaded, ...
+    spec_decode_drafts: Amount | None = None
+    spec_decode_draft_tokens: Amount | None = None
+    spec_decode_accepted_tokens: Amount | None = None
+    kv_offload_load_bytes: Amount | None = None  # from the host tier to the GPU
+    kv_offload_load_seconds: Amount | None = None
+    kv_offload_store_bytes: Amount | None = None
+    kv_offload_store_seconds: Amount | None = None
+    kv_block_lifetime_seconds: Histogram | None = None  # of a sample of the blocks, from allocation to eviction
+    kv_block_idle_before_evict_seconds: Histogram | None = None
+    kv_block_reuse_gap_seconds: Histogram | None = None
+    vllm_version: str | None = None
 
 
 class GpuSample(Record):

@@ -69,7 +69,7 @@ def test_a_card_of_ones_own(tmp_path: Path) -> None:
         ({"idle_watts": 900.0}, "idle_watts: must be less"),
         ({"usable_memory_bytes": 2**40}, "usable_memory_bytes: cannot be more"),
         ({"memory_bandwidth_bytes_per_second": -1.0}, "memory_bandwidth_bytes_per_second"),
-        ({"bandwidth": 1.0}, "bandwidth: Extra"),
+        ({"bandwidth": 1.0}, "bandwidth: unknown; remove it"),
         ({"compute_share": 1.01}, "compute_share"),
     ],
 )

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kavier_twin.accuracy.find import find
-from kavier_twin.cli import main
+from kavier_twin.commands.main import main
+from kavier_twin.studies.accuracy.find import find
 
 RECORDINGS = Path(__file__).parents[1] / "data" / "recordings"
 LATENCY = {"mean": 0.05, "p50": 0.05, "p90": 0.06, "p99": 0.07}
@@ -115,7 +115,7 @@ def test_requests_that_the_engine_as_told_could_not_serve(tmp_path: Path, capsys
     meta["engine"]["max_model_len"] = 1000
     (folder / "meta.json").write_text(json.dumps(meta))
     (result,) = accuracy(capsys, folder, tmp_path / "accuracy.md")["sets"]
-    assert any("that the engine as told could not" in note for note in result["notes"])
+    assert any("that the described engine could not serve" in note for note in result["notes"])
     assert set(trial(result, "calibrated")["errors"]) == {"TTFT", "TPOT", "e2e", "hit ratio"}
 
 
@@ -154,19 +154,11 @@ def test_no_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 # --- the measured data: what the numbers are held to ---------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def measured(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Every set of the real data, by name."""
-
-    sets, _ = find(shared_data)
-    return {data.name: data.run(data.path, data.name, lambda step: None).document() for data in sets}
-
-
-def of_kind(measured: dict[str, dict[str, Any]], start: str) -> list[dict[str, Any]]:
-    found = [result for name, result in measured.items() if name.startswith(start)]
-    if not found:
-        pytest.skip(f"no data set named {start}*")
-    return found
+def measured(folder: Path) -> list[dict[str, Any]]:
+    """The results of every data set in a folder."""
+    sets, _ = find(folder)
+    assert sets
+    return [data.run(data.path, data.name, lambda step: None).document() for data in sets]
 
 
 def error(found: dict[str, Any], metric: str, kind: str = "median_absolute") -> float:
@@ -174,16 +166,16 @@ def error(found: dict[str, Any], metric: str, kind: str = "median_absolute") -> 
 
 
 @pytest.mark.slow
-def test_single_requests_known_one_by_one(measured: dict[str, dict[str, Any]]) -> None:
+def test_single_requests_known_one_by_one(shared_data: Path) -> None:
     """The means of the last two thirds, fitted on the first."""
-    for result in of_kind(measured, "rtx/"):
+    for result in measured(shared_data / "rtx"):
         for metric in ("TTFT", "TPOT", "e2e"):
             assert error(trial(result, "calibrated"), metric) <= 0.02, (result["name"], metric)
 
 
 @pytest.mark.slow
-def test_load_tests_on_h100(measured: dict[str, dict[str, Any]]) -> None:
-    for result in of_kind(measured, "h100/"):
+def test_load_tests_on_h100(shared_data: Path) -> None:
+    for result in measured(shared_data / "h100"):
         alone = trial(result, "from the catalogue alone", "not overloaded")
         assert error(alone, "e2e") <= 0.10
         assert error(alone, "TTFT") <= 0.12
@@ -194,23 +186,23 @@ def test_load_tests_on_h100(measured: dict[str, dict[str, Any]]) -> None:
 
 
 @pytest.mark.slow
-def test_fixed_concurrency_on_h100_and_h200(measured: dict[str, dict[str, Any]]) -> None:
-    for result in of_kind(measured, "silicon/"):
+def test_fixed_concurrency_on_h100_and_h200(shared_data: Path) -> None:
+    for result in measured(shared_data / "silicon"):
         dense = trial(result, "from the catalogue alone, users starting one by one", "dense")
         assert error(dense, "TPOT") <= 0.10
 
 
 @pytest.mark.slow
-def test_single_requests_on_an_a10(measured: dict[str, dict[str, Any]]) -> None:
-    for result in of_kind(measured, "kavier/"):
+def test_single_requests_on_an_a10(shared_data: Path) -> None:
+    for result in measured(shared_data / "kavier"):
         alone = trial(result, "from the catalogue alone")
         assert error(alone, "prefill", "mean_absolute") <= 0.074
         assert error(alone, "decode", "mean_absolute") <= 0.040
 
 
 @pytest.mark.slow
-def test_recordings(measured: dict[str, dict[str, Any]]) -> None:
-    for result in of_kind(measured, "vllm_recordings/"):
+def test_recordings() -> None:
+    for result in measured(RECORDINGS):
         assert error(trial(result, "calibrated"), "hit ratio") <= 0.5
         corrected = trial(result, "calibrated, corrected for the machine's drift")
         assert error(corrected, "hit ratio") <= 0.5

@@ -8,16 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kavier_twin.cli import main
+from kavier_twin.commands.main import main
 from kavier_twin.forecast.forecaster import ForecastSettings
-from kavier_twin.forecast.slo import METRICS, Slo
-from kavier_twin.offline.backtest import backtest, reshaped
-from kavier_twin.offline.scenario import load_scenario
+from kavier_twin.forecast.slo import Slo
+from kavier_twin.mirror.mirror import Mirror
+from kavier_twin.recordings.scenario import load_scenario
+from kavier_twin.simulation.kpi_table import METRICS
+from kavier_twin.studies.backtest import backtest, reshaped
 from kavier_twin.telemetry import RequestRecord
-from kavier_twin.twin.mirror import Mirror
 
 RECORDINGS = Path(__file__).parents[1] / "data" / "recordings"
-SETTINGS = ForecastSettings(every_seconds=10.0, horizons_seconds=(10.0, 30.0), futures=2, workers=2)
+SETTINGS = ForecastSettings(every_seconds=10.0, horizons_seconds=(10.0, 30.0), scenarios=2, workers=2)
 
 
 def requests(count: int, every_seconds: float, output_tokens: int = 50) -> list[RequestRecord]:
@@ -36,7 +37,7 @@ def write(path: Path, records: list[RequestRecord]) -> Path:
 def test_a_recording(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     slos = tmp_path / "slo.yaml"
     slos.write_text("slos:\n- {name: patient, metric: e2e_p95_seconds, threshold: 3.0}\n")
-    options = ["--every", "20", "--horizons", "20,40", "--futures", "2", "--plots", str(tmp_path / "plots")]
+    options = ["--every", "20", "--horizons", "20,40", "--scenarios", "2", "--plots", str(tmp_path / "plots")]
     assert main(["backtest", str(RECORDINGS / "shift-300"), "--slo", str(slos), *options, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["measured"] is True
@@ -121,13 +122,13 @@ def test_every_objective_is_foreseen_and_judged(tmp_path: Path) -> None:
     slos = tuple(Slo(name=metric, metric=metric, threshold=1e12 if metric in lower else -1.0) for metric in METRICS)
     trace = write(tmp_path / "trace.jsonl", requests(400, 0.2))
     found = backtest(load_scenario(trace, fleet_file=tmp_path / "fleet.yaml"), SETTINGS, slos, warm_up_seconds=10.0)
-    judged = set(METRICS) - {"rejected_requests"}
+    judged = set(METRICS) - {"requests_rejected"}
     assert {score.kpi for score in found.scores.kpis} == judged
     assert {score.slo for score in found.scores.breaches} == judged == {alert.slo for alert in found.scores.alerts}
     # Each is on the wrong side of its threshold, below or above: foreseen as surely broken, and seen so.
     assert all(score.breached == score.forecasts > 0 and score.brier < 0.05 for score in found.scores.breaches)
-    assert set(found.scores.unobserved) == {"rejected_requests"}
+    assert set(found.scores.unobserved) == {"requests_rejected"}
     # The twin knows the engine: the sizes of what it draws and how fast it decodes are foreseen as they are read.
-    for kpi in ("power_mean_watts", "itl_p99_seconds"):
+    for kpi in ("power_watts", "itl_p99_seconds"):
         rows = [row for row in found.kpis if row.kpi == kpi]
         assert np.mean([abs(row.median / row.observed - 1.0) for row in rows]) < 0.15, kpi

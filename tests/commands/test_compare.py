@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kavier_twin.cli import main
+from kavier_twin.commands.main import main
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "fuzz-04"
 
@@ -41,7 +41,7 @@ def test_each_policy_is_what_simulate_makes_of_it(policies: Path, capsys: pytest
     for one, settings in zip(compared, overrides, strict=True):
         assert main(["simulate", str(GOLDEN), "--json", *(f"--policy={text}" for text in settings)]) == 0
         alone = json.loads(capsys.readouterr().out)
-        for kpi in ("prefix_cache_hit_tokens", "engine_steps", "ttft", "output_tokens_per_second"):
+        for kpi in ("prefix_cache_hit_tokens", "engine_steps", "ttft_seconds", "output_tokens_per_second"):
             assert one["kpis"][kpi] == alone[kpi]
         assert one["capacities"] == []
 

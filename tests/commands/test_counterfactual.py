@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kavier_twin.cli import main
-from kavier_twin.offline.counterfactual import step_ratio
+from kavier_twin.commands.main import main
+from kavier_twin.studies.counterfactual import step_ratio
 
 RECORDINGS = Path(__file__).parents[1] / "data" / "recordings"
 

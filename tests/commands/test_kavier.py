@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kavier_twin.cli import main
+from kavier_twin.commands.main import main
 
 RECORDING = Path(__file__).parents[1] / "data" / "recordings" / "chat-400"
 

@@ -13,9 +13,9 @@ from prometheus_client import CollectorRegistry
 from connectors.prometheus.names import place_of
 from connectors.traces.telemetry import parse_record
 from kafka_broker import Broker
-from kavier_twin.cli import main
+from kavier_twin.commands.main import main
 from kavier_twin.commands.replay import EnginePage, RecordedFleet
-from kavier_twin.offline.recording import read_recording, recorded_engine
+from kavier_twin.recordings.recording import read_recording, recorded_engine
 from kavier_twin.telemetry import EngineSample, RequestFinished, RequestSeen, TelemetryRecord
 
 
@@ -90,6 +90,7 @@ def test_the_page_is_one_of_vllm_and_its_counters_never_fall(recording: Path) ->
         "vllm:cache_config_info", {"engine": "0", "num_gpu_blocks": "300", "block_size": "32"}
     )
     served = {sample.name for family in registry.collect() for sample in family.samples}
+    assert "vllm:prompt_tokens_total" in served
     assert all(place_of(name) for name in served - {"vllm:cache_config_info"})
 
 

@@ -7,10 +7,10 @@ import io
 import pytest
 from rich.console import Console
 
-from kavier_twin.commands.figures import NAMES, figure, spread
+from kavier_twin.commands.figures import figure, spread
 from kavier_twin.commands.score_tables import print_scores
-from kavier_twin.forecast.scores import AlertScore, Bin, BreachScore, KpiScore, Scores
-from kavier_twin.forecast.slo import METRICS
+from kavier_twin.scores.scorer import AlertScore, Bin, BreachScore, KpiScore, Scores
+from kavier_twin.simulation.kpi_table import METRICS, label_of
 
 BINS = tuple(Bin(0.1 * place, 10, 0.1 * place, 0.1 * place) for place in range(10))
 SCORES = Scores(
@@ -22,7 +22,7 @@ SCORES = Scores(
     breaches=(BreachScore("ttft_p99_interactive", 3600.0, 1_234, 123, 0.123, 0.145, 0.234, BINS),),
     alerts=(AlertScore("ttft_p99_interactive", 12, 13, 0.9, 0.8, (300.0,), 300.0),),
     pending=17,
-    unobserved={"power_mean_watts": 3, "ttft_p50_seconds": 1},
+    unobserved={"power_watts": 3, "ttft_p50_seconds": 1},
 )
 
 
@@ -34,7 +34,7 @@ def test_every_figure_has_its_room(width: int) -> None:
     lines = text.splitlines()
     assert max(map(len, lines)) <= width
     assert "…" not in text
-    for name in NAMES.values():  # a row each, in one line with its figures
+    for name in map(label_of, METRICS):  # a row each, in one line with its figures
         assert any(line.strip().startswith(f"{name} ") and "51%, 93%" in line for line in lines), name
     assert "10% -> 10% (10)" in text
     assert "TTFT p50, power." in " ".join(text.split())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kavier_twin.cli import main
+from kavier_twin.commands.main import main
 
 DATA = Path(__file__).parents[1] / "data"
 GOLDEN = DATA / "golden" / "fuzz-04"
@@ -45,7 +45,7 @@ def test_requests_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 def test_the_reference_agrees_with_the_jump(capsys: pytest.CaptureFixture[str]) -> None:
     jump, reference = as_json(capsys, str(GOLDEN)), as_json(capsys, str(GOLDEN), "--reference")
     assert jump["engine_steps"] == reference["engine_steps"]
-    assert jump["e2e"]["mean"] == pytest.approx(reference["e2e"]["mean"], rel=1e-9)
+    assert jump["e2e_seconds"]["mean"] == pytest.approx(reference["e2e_seconds"]["mean"], rel=1e-9)
 
 
 def test_policies_change_what_they_say(capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,7 +56,7 @@ def test_policies_change_what_they_say(capsys: pytest.CaptureFixture[str]) -> No
     assert off["prefix_cache_hit_ratio"] == 0.0
     assert 0.0 < small["prefix_cache_hit_ratio"] < base["prefix_cache_hit_ratio"]
     assert small["fleet"]["engine"]["num_gpu_blocks"] == 150
-    assert max(small["over_time"]["running"]) <= 8
+    assert max(small["over_time"]["requests_running"]) <= 8
 
 
 def test_beladys_policy_knows_the_whole_trace(
@@ -65,7 +65,7 @@ def test_beladys_policy_knows_the_whole_trace(
     """A trace is simulated in parts, but a bound that knows one part only is none."""
     arguments = (str(RECORDING), "--policy", "eviction=belady", "--policy", "num_gpu_blocks=150")
     expected = as_json(capsys, *arguments)["prefix_cache_hit_tokens"]
-    monkeypatch.setattr("kavier_twin.offline.scenario._PART", 20)
+    monkeypatch.setattr("kavier_twin.recordings.scenario._PART", 20)
     assert as_json(capsys, *arguments)["prefix_cache_hit_tokens"] == expected
 
 
@@ -105,8 +105,8 @@ def test_energy_is_told_where_the_hardware_is(tmp_path: Path, capsys: pytest.Cap
     assert as_json(capsys, str(GOLDEN))["impact"] is None  # a run under a virtual clock: no GPU, no watts
     told = as_json(capsys, str(GOLDEN), "--footprint", footprint_file(tmp_path))
     impact = told["impact"]
-    assert 60.0 <= impact["power_mean_watts"] <= 360.0
-    assert impact["energy_joules"] == pytest.approx(impact["power_mean_watts"] * told["duration_seconds"])
+    assert 60.0 <= impact["power_watts"] <= 360.0
+    assert impact["energy_joules"] == pytest.approx(impact["power_watts"] * told["duration_seconds"])
     tokens = told["prompt_tokens"] + told["output_tokens"]
     assert impact["energy_joules_per_million_tokens"] == pytest.approx(1e6 * impact["energy_joules"] / tokens)
     assert impact["carbon_grams"] == pytest.approx(100.0 * impact["energy_joules"] / 3.6e6)
@@ -126,7 +126,7 @@ def test_a_fleet_file_brings_its_footprint(tmp_path: Path, capsys: pytest.Captur
         "footprint: {power: {idle_watts: 50, max_watts: 300}, gpus_per_replica: 2, carbon: {file: carbon.csv}}\n"
     )
     impact = as_json(capsys, str(GOLDEN), "--fleet", str(fleet))["impact"]
-    assert impact["power_mean_watts"] > 2 * 50 * 1.5
+    assert impact["power_watts"] > 2 * 50 * 1.5
     assert impact["cost"] is None
     assert impact["carbon_grams"] > 0.0
 
@@ -209,8 +209,8 @@ def test_a_closed_loop_needs_no_trace(capsys: pytest.CaptureFixture[str]) -> Non
     """Four users of whom nobody thinks keep four requests live until the last ones are sent."""
     loop = "users=4,prompt=100-200,output=50,requests=80"
     result = as_json(capsys, "--closed-loop", loop)
-    assert (result["requests"], result["finished"], result["output_tokens"]) == (80, 80, 80 * 50)
-    assert result["running_mean"] + result["waiting_mean"] == pytest.approx(4.0, rel=0.02)
+    assert (result["requests"], result["requests_finished"], result["output_tokens"]) == (80, 80, 80 * 50)
+    assert result["requests_running"] + result["requests_waiting"] == pytest.approx(4.0, rel=0.02)
     thinking = as_json(capsys, "--closed-loop", f"{loop},think=exponential:3,seed=1")
     assert thinking["requests_per_second"] < 0.5 * result["requests_per_second"]
 
@@ -221,7 +221,7 @@ def test_a_closed_loop_over_the_requests_of_a_trace(capsys: pytest.CaptureFixtur
     given = as_json(capsys, str(RECORDING))
     assert result["prompt_tokens"] == given["prompt_tokens"]
     assert result["prefix_cache_hit_ratio"] == pytest.approx(given["prefix_cache_hit_ratio"], abs=0.1)
-    assert result["running_mean"] + result["waiting_mean"] > 7.5
+    assert result["requests_running"] + result["requests_waiting"] > 7.5
 
 
 @pytest.mark.parametrize(
@@ -258,5 +258,5 @@ def test_a_trace_in_unix_time_is_simulated_from_its_first_request_on(
         path = tmp_path / "trace.jsonl"
         path.write_text("".join(json.dumps(request) + "\n" for request in requests))
         found.append(as_json(capsys, str(path)))
-    assert found[0]["e2e"]["mean"] == pytest.approx(found[1]["e2e"]["mean"], rel=1e-5)
+    assert found[0]["e2e_seconds"]["mean"] == pytest.approx(found[1]["e2e_seconds"]["mean"], rel=1e-5)
     assert found[0]["impact"]["energy_joules"] == pytest.approx(found[1]["impact"]["energy_joules"], rel=1e-5)

@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import pytest
 
 from forecast.streams import chat_stream, fleet_settings, snapshot_at
-from kavier_twin.cli import main
-from kavier_twin.duration import seconds_of
+from kavier_twin.commands.duration import seconds_of
+from kavier_twin.commands.main import main
 from kavier_twin.forecast.slo import DEFAULT_SLOS
 from kavier_twin.forecast.whatif import Question, WhatIf
 
@@ -92,7 +92,7 @@ def test_refusals_are_told(
     ("given", "says"),
     [
         (["--policy", "nonsense"], "expected NAME=VALUE"),
-        (["--load", "0"], "--load: Input should be greater than 0"),
+        (["--load", "0"], "--load: is 0.0; it should be greater than 0"),
         (["--token-file", "/nowhere"], "--token-file /nowhere: cannot be read"),
         (["--url", "not a url"], "correct --url"),
     ],

@@ -385,6 +385,11 @@ def test_a_topic_that_comes_later_is_read_from_its_beginning(real_topic: Topic, 
         until(lambda: source.trouble == "", "all is well")
 
 
+def ahead(source: KafkaSource) -> int:
+    """How many messages were read and not yet asked for."""
+    return sum(len(lane.queue) for lane in source._merge._lanes.values())
+
+
 def test_what_is_read_ahead_is_bounded(topic: Topic, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kafka_source, "FETCH_MESSAGES", 10)
     for partition in (0, 1):
@@ -392,9 +397,9 @@ def test_what_is_read_ahead_is_bounded(topic: Topic, monkeypatch: pytest.MonkeyP
     with topic.source(buffer_bytes=2**20) as source:
         first = until(lambda: source.poll(1), "a record")
         # A message of this size weighs more than 1,500 bytes: there is room for fewer than 700.
-        time.sleep(1.0)
-        ahead = sum(len(lane.queue) for lane in source._merge._lanes.values())
-        assert 200 < ahead < 720
+        until(lambda: ahead(source) > 200, "it reads ahead")
+        time.sleep(1.0)  # for it to read more, if it would
+        assert ahead(source) < 720
         assert len(take(source, 1999, batch=10)) + len(first) == 2000
 
 

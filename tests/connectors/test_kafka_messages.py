@@ -7,10 +7,12 @@ import math
 import random
 from collections import Counter
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import effort
 from connectors.kafka import otlp
 from connectors.kafka.messages import parse_value
 from connectors.traces.base import MAX_LINE_BYTES, Malformed
@@ -272,9 +274,8 @@ def as_protobuf(dice: random.Random) -> bytes:
     return bytes(data)
 
 
-def fuzz(count: int, seed: int) -> Counter[str]:
+def fuzz(count: int, dice: random.Random) -> Counter[str]:
     """Parse `count` values; how many came out as what."""
-    dice = random.Random(seed)
     outcomes: Counter[str] = Counter()
     for _ in range(count):
         found = parse_value(mutated(dice), "pool")
@@ -295,13 +296,44 @@ def fuzz(count: int, seed: int) -> Counter[str]:
 
 
 def test_anything_is_a_record_or_counted_by_reason() -> None:
-    outcomes = fuzz(5_000, seed=1)
+    outcomes = fuzz(5_000, random.Random(1))
     assert set(outcomes) >= {"record", "no span of a request", *REASONS - {"too-long"}}
     assert outcomes.total() >= 5_000
 
 
 @pytest.mark.slow
-def test_two_hundred_thousand_of_anything() -> None:
-    outcomes = fuzz(200_000, seed=2)
-    assert outcomes.total() >= 200_000
+def test_much_of_anything() -> None:
+    count = effort.times(20_000)
+    outcomes = fuzz(count, effort.dice())
+    assert outcomes.total() >= count
     assert 0.1 < outcomes["record"] / outcomes.total() < 0.7  # it is neither all right nor all wrong
+
+
+def test_spans_with_the_names_of_todays_conventions() -> None:
+    """As Collectors rename them, and vLLM is to: the old names are deprecated."""
+    path = Path(__file__).parents[1] / "data" / "cases" / "otlp-input-tokens.json"
+    (record,) = parse(json.loads(path.read_text()))
+    assert isinstance(record, RequestRecord)
+    assert (record.id, record.pod, record.time_seconds) == ("cmpl-1", "vllm-0", 1_790_000_000.0)
+    assert (record.prompt_tokens, record.output_tokens, record.max_tokens) == (1_000, 100, 256)
+    assert (record.ttft_seconds, record.e2e_seconds, record.queue_seconds) == (0.1, 1.5, 0.01)
+
+
+def test_what_spans_tell_by_new_names_alone() -> None:
+    reasons = {"values": [{"stringValue": "length"}, {"stringValue": "stop"}]}
+    attributes = [
+        attribute("gen_ai.response.id", stringValue="cmpl-2"),
+        attribute("gen_ai.usage.prompt_tokens", intValue="999"),
+        attribute("gen_ai.usage.input_tokens", intValue="1000"),
+        attribute("gen_ai.usage.output_tokens", intValue=100),
+        attribute("gen_ai.usage.cache_read.input_tokens", intValue="640"),
+        attribute("gen_ai.request.model", stringValue="m"),
+        attribute("gen_ai.response.finish_reasons", arrayValue=reasons),
+    ]
+    (record,) = parse(message(span(attributes=attributes)))
+    assert isinstance(record, RequestRecord)
+    assert (record.id, record.prompt_tokens, record.cached_tokens) == ("cmpl-2", 1_000, 640)
+    assert (record.model, record.finish_reason) == ("m", "length")
+    (nameless,) = parse(message(span(spanId="00f067aa0ba902b7", attributes=attributes[1:])))
+    assert isinstance(nameless, RequestRecord)
+    assert nameless.id == "00f067aa0ba902b7"

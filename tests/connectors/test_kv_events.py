@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,10 @@ from hypothesis import strategies as st
 from connectors.kv_events.source import KvEventsSource
 from connectors.kv_events.wire import REMOVED, STORED, WireError, decode_batch
 from connectors.traces.recording import read_kv_events
+from kavier_twin.mirror.fidelity.kv_cache_view import KvCacheView
 from kavier_twin.telemetry import KvBlocksRemoved, KvBlocksStored, KvCacheCleared, KvEventBatch
-from kavier_twin.twin.kv_cache_view import KvCacheView
 from kv_publisher import Publisher
-from waiting import wait_until
+from waiting import PATIENCE_SECONDS, wait_until
 
 RECORDING = Path(__file__).parents[1] / "data" / "recordings" / "chat-400"
 
@@ -75,7 +76,7 @@ def subscribe() -> Iterator[Callable[..., KvEventsSource]]:
         source.close()
 
 
-def collect(source: KvEventsSource, count: int, seconds: float = 10.0) -> list[KvEventBatch]:
+def collect(source: KvEventsSource, count: int, seconds: float = PATIENCE_SECONDS) -> list[KvEventBatch]:
     """The next `count` batches; fewer only where they do not come in time."""
     found: list[KvEventBatch] = []
     deadline = time.monotonic() + seconds
@@ -191,6 +192,64 @@ def test_copies_are_counted_for_each_group_and_medium() -> None:
     assert (view.blocks(), view.blocks("CPU"), view.blocks(group=1)) == ({2}, {1}, {1})
     view.apply(batch_of(3, {"type": "AllBlocksCleared"}, stored(5)))
     assert (view.blocks(), view.blocks("CPU")) == ({5}, {1})
+
+
+def lru_engine(requests: int, capacity: int, *, reports: str = "") -> Iterator[tuple[KvEventBatch, set[int]]]:
+    """What an engine with an LRU cache publishes at each admission, and what it then holds.
+
+    Ten requests in a row share their first four blocks. `reports`: how those found in the cache are told as well,
+    "apart" in an event of their own as vLLM does under `kv_cache_report_mode` "full", or "together" with the new ones.
+    """
+    cached: OrderedDict[int, None] = OrderedDict()
+    for number in range(requests):
+        shared = [1_000 * (number // 10) + place + 1 for place in range(4)]
+        own = [10**9 + 100 * number + place for place in range(4)]
+        found = shared if number % 10 else []
+        new = [block for block in (*shared, *own) if block not in found]
+        for block in found:
+            del cached[block]
+        evicted = [cached.popitem(last=False)[0] for _ in range(len(cached) + len(found) + len(new) - capacity)]
+        cached |= dict.fromkeys(reversed(shared + own))
+        events = [removed(*evicted)] if evicted else []
+        if found and reports == "apart":
+            events.append(stored(*found))
+        together = found if reports == "together" else []
+        events.append(stored(*together, *new, parent_block_hash=None if together or not found else found[-1]))
+        yield batch_of(number, *events, continues=number > 0), set(cached)
+
+
+@pytest.mark.parametrize("reports", ["", "apart"])
+def test_blocks_that_are_reported_again_are_no_copies(reports: str) -> None:
+    view = KvCacheView()
+    for batch, cached in lru_engine(400, 99, reports=reports):
+        view.apply(batch)
+        assert view.blocks() == cached
+        assert view.copies() == len(cached)
+    assert KvCacheView.restored(json.loads(json.dumps(view.save()))).blocks() == view.blocks()
+
+
+def test_more_blocks_than_the_engine_has_cannot_be_copies() -> None:
+    """Whatever form reports have: once they are more than the engine holds, stored again means reported again."""
+    view = KvCacheView()
+    batches = list(lru_engine(400, 99, reports="together"))
+    for batch, _ in batches[:200]:
+        view.apply(batch)
+        view.bound(100)
+    for batch, cached in batches[200:]:
+        view.apply(batch)
+        view.bound(100)
+        assert view.blocks() >= cached
+    # What was counted twice before stays until the engine stores it anew.
+    assert len(view.blocks() - batches[-1][1]) <= 40
+
+
+def test_a_copy_of_a_prompts_last_block_stays_a_copy_beside_reports() -> None:
+    """A prompt that is cached whole computes its last block again, behind those before it."""
+    view = KvCacheView()
+    view.apply(batch_of(0, stored(1, 2, 3), stored(1, 2), stored(3, parent_block_hash=2), continues=False))
+    assert view.copies() == 4
+    view.apply(batch_of(1, removed(3)))
+    assert view.blocks() == {1, 2, 3}
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 5)), max_size=60), st.data())
@@ -351,6 +410,26 @@ def test_engines_that_connect_to_us_are_told_apart() -> None:
             assert told([batch for batch in batches if batch.pod == pod]) == [(0, False), (1, True), (2, True)]
             engine.close()
     source.close()
+
+
+@pytest.mark.parametrize(
+    ("topic", "given", "bind", "pod"),
+    [
+        ("kv@vllm-3@m", "", False, "vllm-3"),
+        ("kv@vllm-3@m", "vllm-0", False, "vllm-0"),  # the settings hold
+        ("kv@10.42.0.7:8000@Qwen/Qwen3-32B", "vllm-0", False, "vllm-0"),
+        ("kv@10.42.0.7:8000@Qwen/Qwen3-32B", "", False, "10.42.0.7:8000"),
+        ("kv@chat/vllm-3@m", "", False, "vllm-3"),
+        ("kv-events", "vllm-0", False, "vllm-0"),
+        ("kv@vllm-3@m", "vllm-0", True, "vllm-3"),  # one of many that connect
+        ("kv@10.42.0.7@m", "vllm-0", True, "vllm-0"),
+        ("kv@[fd00::7]:8000@m", "vllm-0", True, "vllm-0"),
+        ("kv@fd00::7@m", "vllm-0", True, "vllm-0"),
+    ],
+)
+def test_whose_events_they_are(topic: str, given: str, bind: bool, pod: str) -> None:
+    source = KvEventsSource("tcp://127.0.0.1:1", pod=given, bind=bind)
+    assert source._pod_of(topic.encode()) == pod
 
 
 def test_closing_ends_the_thread_and_the_records(publish: Any, subscribe: Any) -> None:

@@ -15,7 +15,7 @@ from connectors.prometheus.api import PrometheusApi
 from connectors.prometheus.http import Access, FetchError, HttpClient
 from connectors.prometheus.scrape import EngineTarget, VllmMetricsSource
 from connectors.prometheus.source import PrometheusSource
-from connectors.secret import Secret
+from connectors.secret import SecretPlace
 from kavier_twin.telemetry import EngineSample
 from prometheus_server import Pages
 from waiting import wait_until
@@ -68,17 +68,17 @@ def test_the_way_in(serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("TWIN_TOKEN", "abc")
     token = tmp_path / "token"
     token.write_text("first\n")
-    client = HttpClient(Access(bearer_token=Secret(file=token)))
+    client = HttpClient(Access(bearer_token=SecretPlace(file=token)))
     assert client.get(server.url) == b"Bearer first"
     token.write_text("second\n")  # Kubernetes renews it
     assert client.get(server.url) == b"Bearer second"
-    assert fetch(server.url, Access(bearer_token=Secret(env="TWIN_TOKEN"))) == b"Bearer abc"
-    assert fetch(server.url, Access(user="Aladdin", password=Secret(file=token))) == b"Basic QWxhZGRpbjpzZWNvbmQ="
+    assert fetch(server.url, Access(bearer_token=SecretPlace(env="TWIN_TOKEN"))) == b"Bearer abc"
+    assert fetch(server.url, Access(user="Aladdin", password=SecretPlace(file=token))) == b"Basic QWxhZGRpbjpzZWNvbmQ="
     assert fetch(server.url) == b"none"
     token.unlink()
     with pytest.raises(FetchError, match=r"^no-secret: .*token: cannot be read"):
         client.get(server.url)
-    assert "abc" not in repr(Access(bearer_token=Secret(env="TWIN_TOKEN")))
+    assert "abc" not in repr(Access(bearer_token=SecretPlace(env="TWIN_TOKEN")))
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,11 @@ process_start_time_seconds 1000
     assert {sample.started_seconds for sample in samples} == {1000}
 
 
+def test_series_without_a_model_are_those_of_the_model_that_the_rank_serves() -> None:
+    sample = one('vllm:num_requests_running{engine="0",model_name="m"} 3\nvllm:num_requests_waiting{engine="0"} 2\n')
+    assert (sample.engine, sample.model, sample.requests_running, sample.requests_waiting) == ("0", "m", 3, 2)
+
+
 def test_servers_without_the_engine_label_are_one_engine() -> None:
     sample = one('vllm:num_requests_running{model_name="m"} 3\nvllm:prompt_tokens_total{model_name="m"} 9\n')
     assert (sample.engine, sample.requests_running, sample.prompt_tokens) == ("", 3, 9)

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from connectors.memory import MemorySource
+from connectors.secret import SecretPlace
 from daemon.test_daemon import events, recorded, running, until
-from kavier_twin.daemon import Daemon
-from kavier_twin.http_settings import HttpConfig
-from kavier_twin.live.live_sources import SecretPlace
+from kavier_twin.daemon.daemon import Daemon
+from kavier_twin.daemon.http_settings import HttpConfig
+from memory_source import MemorySource
 
 
 @pytest.fixture

@@ -7,11 +7,12 @@ import pytest
 import yaml
 
 from connectors.kafka.settings import KafkaSettings
-from kavier_twin.config import CRUDE_STEP_TIME, Settings, read_settings
+from kavier_twin.daemon.config import Settings, read_settings
+from kavier_twin.daemon.http_settings import DEFAULT_PORT
 from kavier_twin.errors import UserError
 from kavier_twin.forecast.forecaster import ForecastSettings
-from kavier_twin.http_settings import DEFAULT_PORT
-from kavier_twin.twin.mirror import MirrorSettings
+from kavier_twin.mirror.mirror import MirrorSettings
+from kavier_twin.simulation.settings import CRUDE_STEP_TIME
 
 
 def write(tmp_path: Path, content: Any) -> Path:
@@ -64,7 +65,7 @@ def test_everything_given(tmp_path: Path) -> None:
                 "engine": {"num_gpu_blocks": 100, "max_num_seqs": 8},
                 "step_time": {"fixed": 0.01},
             },
-            mirror={"lateness_seconds": 5, "calibrate_after_requests": 50},
+            mirror={"late_seconds": 5, "calibrate_after_requests": 50},
             forecast={
                 "every_seconds": 10,
                 "horizons_seconds": [60, 30],
@@ -114,8 +115,14 @@ def test_the_token_is_a_place_and_never_shown(tmp_path: Path, monkeypatch: pytes
     monkeypatch.delenv("TWIN_TOKEN", raising=False)
     for http, says in (
         ({"token": "s3cret"}, "http.token: expected {env: NAME} or {file: PATH}, never the secret itself"),
-        ({"token": {"env": "TWIN_TOKEN"}}, "http.token.env: the environment variable TWIN_TOKEN is not set; set it"),
-        ({"token": {"file": "gone"}}, f"http.token.file: there is no file {tmp_path / 'gone'}"),
+        (
+            {"token": {"env": "TWIN_TOKEN"}},
+            "http.token: the environment variable TWIN_TOKEN is empty or not set; set it",
+        ),
+        (
+            {"token": {"file": "gone"}},
+            f"http.token: {tmp_path / 'gone'}: cannot be read (No such file or directory); create it",
+        ),
         ({"open_reading": False}, "http: open_reading: false needs a token"),
     ):
         [problem] = problems(tmp_path, minimal(http=http))
@@ -131,7 +138,7 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
             "sources": [{"type": "trace_file"}, {"type": "kafak", "path": "x"}],
             "http": {"port": 70000},
             "forecsat": {},
-            "mirror": {"lateness_seconds": "soon"},
+            "mirror": {"late_seconds": "soon"},
         },
     )
     text = "\n".join(found)
@@ -144,7 +151,7 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
         "sources.1.type: is 'kafak'; did you mean kafka?",
         "http.port: is 70000",
         "forecsat: unknown setting; did you mean forecast?",
-        "mirror.lateness_seconds: is 'soon'",
+        "mirror.late_seconds: is 'soon'",
     ):
         assert where in text
     assert len(found) == 9, text
@@ -203,7 +210,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_a_live_pool_does_not_know_the_future(tmp_path: Path) -> None:
-    """Belady's policy is for futures: refused for the pool, let through as a policy of the forecast."""
+    """Belady's policy is for scenarios: refused for the pool, let through as a policy of the forecast."""
     refused = minimal()
     refused["fleet"]["engine"]["eviction"] = "belady"
     (problem,) = problems(tmp_path, refused)
@@ -254,8 +261,8 @@ def test_all_that_is_wrong_with_a_kafka_source(tmp_path: Path) -> None:
         "sources.1.type: missing; add it, one of trace_file, kafka",
         "sources.2: dead_letter_topic is one of topics",
         "sources.3.sasl.mechanism: is 'GSSAPI'",
-        "sources.3.sasl.password: it should be a valid dictionary",
-        "sources.4.sasl.password: give exactly one of env",
+        "sources.3.sasl.password: expected {env: NAME} or {file: PATH}, never the secret itself",
+        "sources.4.sasl.password: give either env",
     ):
         assert where in text
     assert len(found) == 10, text
@@ -268,6 +275,7 @@ def test_what_a_kafka_source_misses_on_this_machine(tmp_path: Path, monkeypatch:
     tls = {"ca": "gone.pem", "key_password": {"file": "gone"}}
     assert sorted(problems(tmp_path, minimal(sources=[kafka(tls=tls, sasl=sasl)]))) == [
         "sources.0.sasl.password: the environment variable KAFKA_PASSWORD is empty or not set; set it",
-        f"sources.0.tls.ca: {tmp_path}/gone.pem is not a file; correct it",
-        f"sources.0.tls.key_password: {tmp_path}/gone: cannot be read (No such file or directory); set it",
+        f"sources.0.tls.ca: there is no file {tmp_path}/gone.pem; create it or correct the path",
+        f"sources.0.tls.key_password: {tmp_path}/gone: cannot be read (No such file or directory); "
+        "create it or correct the path",
     ]

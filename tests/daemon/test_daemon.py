@@ -20,20 +20,19 @@ import pytest
 
 import kavier_twin
 import waiting
-from connectors.memory import MemorySource
 from connectors.source import Source
 from connectors.traces import read_trace
-from kavier_twin.config import CRUDE_STEP_TIME
-from kavier_twin.daemon import Daemon
+from kavier_twin.daemon.daemon import Daemon
+from kavier_twin.daemon.feed import Feed
+from kavier_twin.daemon.http_settings import HttpConfig
+from kavier_twin.daemon.pool import PoolTwin
 from kavier_twin.errors import UserError
 from kavier_twin.forecast.forecaster import ForecastSettings
-from kavier_twin.http_settings import HttpConfig
-from kavier_twin.live.feed import Feed
-from kavier_twin.live.pool import PoolTwin
-from kavier_twin.live.replay_source import ReplaySource
-from kavier_twin.simulation.settings import EngineSettings, FleetSettings
+from kavier_twin.mirror.mirror import MirrorSettings
+from kavier_twin.recordings.replay_source import ReplaySource
+from kavier_twin.simulation.settings import CRUDE_STEP_TIME, EngineSettings, FleetSettings
 from kavier_twin.telemetry import EngineSample, RequestFinished, RequestRecord, RequestSeen, TelemetryRecord
-from kavier_twin.twin.mirror import MirrorSettings
+from memory_source import MemorySource
 
 RECORDING = Path(kavier_twin.__file__).parent / "demo_data" / "ramp-300"
 PATIENCE_SECONDS = 300.0  # before a test fails: a kernel may have to be compiled first
@@ -41,8 +40,10 @@ ENGINE = EngineSettings(
     block_size=32, num_gpu_blocks=300, max_num_seqs=6, max_num_batched_tokens=1024, async_scheduling=False
 )
 FLEET = FleetSettings(engine=ENGINE, step_time=CRUDE_STEP_TIME)
-MIRROR = MirrorSettings(pool="chat", lateness_seconds=0.5, calibrate_after_requests=40)
-FORECAST = ForecastSettings(every_seconds=0.2, budget_seconds=30.0, horizons_seconds=(5.0, 10.0), futures=2, workers=2)
+MIRROR = MirrorSettings(pool="chat", ordering_seconds=0.5, calibrate_after_requests=40)
+FORECAST = ForecastSettings(
+    every_seconds=0.2, budget_seconds=30.0, horizons_seconds=(5.0, 10.0), scenarios=2, workers=2
+)
 
 
 until = partial(waiting.until, patience_seconds=PATIENCE_SECONDS)
@@ -197,7 +198,7 @@ class Process:
         environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONUNBUFFERED": "1", "COLUMNS": "150"}
         with self.out.open("wb") as out, self.err.open("wb") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "kavier_twin.cli", *arguments], stdout=out, stderr=err, env=environment
+                [sys.executable, "-m", "kavier_twin.commands.main", *arguments], stdout=out, stderr=err, env=environment
             )
 
     def url(self) -> str:
@@ -235,9 +236,9 @@ def config(tmp_path: Path) -> Path:
         """
         pool: chat
         fleet: {engine: {block_size: 32, num_gpu_blocks: 300, max_num_seqs: 6, async_scheduling: false}}
-        mirror: {lateness_seconds: 0.5}
+        mirror: {late_seconds: 60}
         sources: [{type: trace_file, path: requests.jsonl}]
-        forecast: {every_seconds: 0.5, budget_seconds: 30, horizons_seconds: [5], futures: 1}
+        forecast: {every_seconds: 0.5, budget_seconds: 30, horizons_seconds: [5], scenarios: 1}
         http: {port: 0}
         dead_letters: letters.jsonl
         """
@@ -305,7 +306,7 @@ def test_demo_runs_once_and_shows_its_tables(launch: Callable[..., Process]) -> 
     process = launch("demo", "--once", "--speed", "60", "--port", "0")
     assert process.wait() == 0, process.err.read_text()
     out = process.out.read_text()
-    assert "Mirror beside reality" in out
+    assert "Mirror and reality" in out
     assert "policy, best first" in out
     for policy in ("today", "no_prefix_caching", "half_kv_capacity", "double_kv_capacity", "half_max_num_seqs"):
         assert policy in out

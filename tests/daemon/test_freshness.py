@@ -11,18 +11,18 @@ from typing import Any
 
 import pytest
 
-from connectors.memory import MemorySource
 from connectors.source import LogSource
 from daemon.test_daemon import FLEET, FORECAST, get, metric, until
-from kavier_twin.daemon import Daemon
-from kavier_twin.http_settings import HttpConfig
-from kavier_twin.live.checkpoints import Checkpoints
-from kavier_twin.live.feed import Feed
-from kavier_twin.live.freshness import Freshness
-from kavier_twin.live.pool import PoolTwin
-from kavier_twin.serve.view import SourceState
+from kavier_twin.daemon.checkpoints import Checkpoints
+from kavier_twin.daemon.daemon import Daemon
+from kavier_twin.daemon.feed import Feed
+from kavier_twin.daemon.freshness import Freshness
+from kavier_twin.daemon.http_settings import HttpConfig
+from kavier_twin.daemon.pool import PoolTwin
+from kavier_twin.mirror.mirror import Mirror, MirrorSettings
+from kavier_twin.serve.models import SourceState
 from kavier_twin.telemetry import EngineSample, RequestFinished, RequestRecord, RequestSeen
-from kavier_twin.twin.mirror import Mirror, MirrorSettings
+from memory_source import MemorySource
 
 
 class Log(MemorySource):
@@ -97,7 +97,7 @@ def test_the_daemon_says_stale_once_and_again_when_it_is_over(caplog: pytest.Log
         until(lambda: not daemon.view.stale, "fresh")
     finally:
         assert daemon.stop()
-    messages = [record.message for record in caplog.records if record.name == "kavier_twin.live.freshness"]
+    messages = [record.message for record in caplog.records if record.name == "kavier_twin.daemon.freshness"]
     assert messages == [
         "pool default: its figures are stale: bus: no broker can be reached",
         "pool default: its figures are fresh again",
@@ -113,7 +113,7 @@ def test_a_vanished_pod_s_figures_age_out() -> None:
         records += [EngineSample(time_seconds=now, pod=pod, requests_running=3.0) for pod in pods]
         pool.ingest(records, more=False, ended=False)
         view = pool.view(())
-        (running,) = [entry.observed for entry in view.beside if entry.kpi == "requests_running"] or [math.nan]
+        (running,) = [entry.observed for entry in view.gauges if entry.kpi == "requests_running"] or [math.nan]
         if number in (5, 30):
             assert running == (6.0 if number == 5 else 3.0)
     assert len(pool._reported._pods) == 1
@@ -143,9 +143,8 @@ def test_a_stream_that_goes_on_after_a_long_silence_is_believed() -> None:
         mirror.advance()
         if time_seconds == 90_001.0:
             assert mirror.time_seconds <= 1.0
-            present = mirror.fork()  # a clock says so too
-            present.advance(90_001.5)
-            assert present.buffered == 2
+            present = mirror.present(90_001.5)  # a clock says so too
+            assert (present.time_seconds, present.buffered) == (90_001.5, 0)
     assert (mirror.ingested["accepted"], mirror.ingested["future_time"]) == (6, 0)
     assert mirror.time_seconds == 90_002.0
     last = Mirror(MirrorSettings(), FLEET)

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
-from kavier_twin.config import read_settings
-from kavier_twin.daemon import Daemon
-from kavier_twin.live.kept_policies import FILE_NAME
+from kavier_twin.daemon.config import read_settings
+from kavier_twin.daemon.daemon import Daemon
+from kavier_twin.daemon.kept_policies import FILE_NAME
 
 TODAY: dict[str, Any] = {"name": "as_it_is"}
 SET: dict[str, Any] = {"policies": [TODAY, {"name": "tiny", "overrides": {"num_gpu_blocks": "0.5x"}}]}

@@ -16,18 +16,18 @@ from typing import Any
 import pytest
 from numba.core import event
 
-from connectors.memory import MemorySource
+from connectors.secret import SecretPlace
 from daemon.test_daemon import FLEET, FORECAST, MIRROR, events, get, metric, recorded, until
-from kavier_twin.daemon import Daemon
-from kavier_twin.http_settings import HttpConfig
-from kavier_twin.live.feed import Feed
-from kavier_twin.live.kernels_ready import make_ready
-from kavier_twin.live.live_sources import SecretPlace
-from kavier_twin.live.pool import PoolTwin
+from kavier_twin.daemon.daemon import Daemon
+from kavier_twin.daemon.feed import Feed
+from kavier_twin.daemon.http_settings import HttpConfig
+from kavier_twin.daemon.pool import PoolTwin
+from kavier_twin.daemon.warm_up import make_ready
 from kavier_twin.simulation.compiler import libraries
 from kavier_twin.simulation.fleet import Fleet, Live
 from kavier_twin.simulation.kernels import POLICIES, TIERS
 from kavier_twin.telemetry import EngineSample, RequestFinished, TelemetryRecord
+from memory_source import MemorySource
 
 TWO_REPLICAS = FLEET.model_copy(update={"replicas": 2, "router": "prefix_aware"})
 RESTART_SECONDS = 40.0
@@ -72,7 +72,7 @@ def stream() -> list[TelemetryRecord]:
 @contextmanager
 def twin(source: MemorySource, monkeypatch: pytest.MonkeyPatch) -> Iterator[Daemon]:
     monkeypatch.setenv("TWIN_TOKEN", "token")
-    mirror = MIRROR.__class__(pool="chat", lateness_seconds=0.5, calibrate_after_requests=40, give_up_seconds=50.0)
+    mirror = MIRROR.__class__(pool="chat", ordering_seconds=0.5, calibrate_after_requests=40, give_up_seconds=50.0)
     http = HttpConfig(port=0, token=SecretPlace(env="TWIN_TOKEN"))
     daemon = Daemon([PoolTwin(TWO_REPLICAS, mirror, FORECAST)], [Feed(source)], http=http, prepare=make_ready)
     daemon.start()

@@ -10,8 +10,10 @@ import yaml
 
 from connectors.kv_events.source import KvEventsSource
 from connectors.prometheus.source import PrometheusSource
-from kavier_twin.config import Settings, read_settings
-from kavier_twin.daemon import Daemon
+from connectors.secret import SecretPlace
+from connectors.settings import HttpSource
+from kavier_twin.daemon.config import Settings, read_settings
+from kavier_twin.daemon.daemon import Daemon
 from kavier_twin.errors import UserError
 from prometheus_server import Pages
 from waiting import wait_until
@@ -69,8 +71,22 @@ def test_one_of_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({**PROMETHEUS, "warm_up_seconds": 7200}, "sources.0: warm_up_seconds is more than max_backfill_seconds"),
         ({**PROMETHEUS, "user": "a"}, "sources.0: user and password belong together"),
         ({**PROMETHEUS, "ca_file": "gone.pem"}, "sources.0.ca_file: there is no file "),
-        ({**PROMETHEUS, "bearer_token": {"env": "TWIN_UNSET"}}, "variable TWIN_UNSET is not set; set it"),
+        ({**PROMETHEUS, "bearer_token": {"env": "TWIN_UNSET"}}, "variable TWIN_UNSET is empty or not set; set it"),
         ({**PROMETHEUS, "bearer_token": {}}, "sources.0.bearer_token: give either env"),
+        ({**PROMETHEUS, "headers": {"X Scope": "a"}}, "sources.0.headers: 'X Scope' is no name of a header"),
+        (
+            {**PROMETHEUS, "headers": {"X-Scope-OrgID": "a\nb"}},
+            "sources.0.headers: the value of X-Scope-OrgID is no text",
+        ),
+        (
+            {**PROMETHEUS, "headers": {"X-Key": {"env": "TWIN_UNSET"}}},
+            "sources.0.headers.X-Key: the environment variable",
+        ),
+        ({**PROMETHEUS, "headers": {"X-Key": {"file": "gone"}}}, "sources.0.headers.X-Key: "),
+        (
+            {**PROMETHEUS, "bearer_token": {"env": "HOME"}, "headers": {"Authorization": {"env": "HOME"}}},
+            "Authorization is made of bearer_token",
+        ),
         ({"type": "vllm_metrics", "engines": []}, "sources.0.engines: "),
         (
             {"type": "vllm_metrics", "engines": [{"url": "http://a/metrics", "prod": "x"}]},
@@ -89,7 +105,13 @@ def test_what_is_wrong_is_told(tmp_path: Path, source: Any, expected: str) -> No
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"bearer_token": "hunter2"}, {"user": "a", "password": "hunter2"}, {"url": "http://a:hunter2@prometheus:9090"}],
+    [
+        {"bearer_token": "hunter2"},
+        {"user": "a", "password": "hunter2"},
+        {"url": "http://a:hunter2@prometheus:9090"},
+        {"headers": {"Authorization": "Bearer hunter2"}},
+        {"headers": {"X-Api-Key": "hunter2"}},
+    ],
 )
 def test_a_secret_written_into_the_settings_is_not_shown(tmp_path: Path, wrong: Any) -> None:
     (found,) = problems(tmp_path, {**PROMETHEUS, **wrong})
@@ -124,3 +146,14 @@ def test_the_daemon_shows_what_an_engine_says_and_when_it_no_longer_does(tmp_pat
     finally:
         daemon.stop()
         server.close()
+
+
+def test_headers_reach_the_source_secret_or_not(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("k")
+    settings = read(tmp_path, {**PROMETHEUS, "headers": {"X-Scope-OrgID": 17, "X-Key": {"file": "key"}}})
+    (source,) = settings.sources
+    assert isinstance(source, HttpSource)
+    headers = source.access().headers
+    assert headers["X-Scope-OrgID"] == "17"  # YAML reads it as a number
+    assert isinstance(headers["X-Key"], SecretPlace)
+    assert headers["X-Key"].read() == "k"

@@ -10,21 +10,21 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from connectors.memory import MemorySource
 from daemon.test_daemon import FLEET, FORECAST, events, get, metric, recorded, until
-from kavier_twin.config import read_settings
-from kavier_twin.daemon import Daemon
+from kavier_twin.daemon.checkpoints import Checkpoints
+from kavier_twin.daemon.config import read_settings
+from kavier_twin.daemon.daemon import Daemon
+from kavier_twin.daemon.feed import Feed
+from kavier_twin.daemon.http_settings import HttpConfig
+from kavier_twin.daemon.pool import PoolTwin
 from kavier_twin.errors import UserError
-from kavier_twin.http_settings import HttpConfig
-from kavier_twin.live.checkpoints import Checkpoints
-from kavier_twin.live.feed import Feed
-from kavier_twin.live.pool import PoolTwin
+from kavier_twin.mirror.mirror import MirrorSettings
 from kavier_twin.telemetry import RequestRecord, RequestSeen, TelemetryRecord
-from kavier_twin.twin.mirror import MirrorSettings
+from memory_source import MemorySource
 
 
 def pool(name: str) -> PoolTwin:
-    return PoolTwin(FLEET, MirrorSettings(pool=name, lateness_seconds=0.5), FORECAST)
+    return PoolTwin(FLEET, MirrorSettings(pool=name, ordering_seconds=0.5), FORECAST)
 
 
 def stream(pool_name: str, count: int) -> list[TelemetryRecord]:
@@ -126,14 +126,14 @@ PROMETHEUS = {"type": "prometheus", "url": "http://prometheus:9090"}
 def test_settings_of_several_pools(tmp_path: Path) -> None:
     content = {
         "pools": {
-            "chat": {"fleet": FLEET_SETTINGS, "mirror": {"lateness_seconds": 9}},
+            "chat": {"fleet": FLEET_SETTINGS, "mirror": {"late_seconds": 9}},
             "code": {"fleet": FLEET_SETTINGS | {"replicas": 3}},
         },
         "sources": [PROMETHEUS | {"pool": "code"}, {"type": "trace_file", "path": "x", "pool": "chat"}],
         "http": {"port": 0},
     }
     settings = read_settings(write(tmp_path, content))
-    assert settings.by_pool["chat"].mirror.lateness_seconds == 9.0
+    assert settings.by_pool["chat"].mirror.late_seconds == 9.0
     daemon = Daemon.of(settings)
     try:
         assert daemon.pools["code"].fleet.replicas == 3

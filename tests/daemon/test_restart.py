@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -14,22 +13,23 @@ from pathlib import Path
 
 import pytest
 
-from connectors.follow import FollowFile
+import effort
 from connectors.source import Source
 from connectors.traces import read_trace
-from kavier_twin.daemon import Daemon
+from connectors.traces.follow import FollowFile
+from kavier_twin.daemon.checkpoints import Checkpoints
+from kavier_twin.daemon.daemon import Daemon
+from kavier_twin.daemon.feed import Feed
+from kavier_twin.daemon.pool import PoolTwin
 from kavier_twin.forecast.forecaster import ForecastSettings
-from kavier_twin.live.checkpoints import Checkpoints
-from kavier_twin.live.feed import Feed
-from kavier_twin.live.pool import PoolTwin
+from kavier_twin.mirror import checkpoint_file
+from kavier_twin.mirror.mirror import MirrorSettings
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
 from kavier_twin.telemetry import RequestRecord
-from kavier_twin.twin import checkpoint
-from kavier_twin.twin.mirror import MirrorSettings
 from waiting import wait_until
 
 RECORDING = Path(__file__).parents[1] / "data" / "recordings" / "chat-400"
-KILLS = 25
+KILLS = effort.times(8)
 
 # The daemon over a file that another process writes, until every request of it has finished.
 PROGRAM = """
@@ -70,7 +70,7 @@ def lines(records: list[RequestRecord]) -> list[bytes]:
 
 def last_state(directory: Path) -> tuple[str, dict]:
     """A digest of the fleet's arrays, and of the rest what must agree."""
-    saved, _, problems = checkpoint.newest(directory / "state")
+    saved, _, problems = checkpoint_file.newest(directory / "state")
     assert saved is not None
     assert not problems
     digest = hashlib.sha256()
@@ -78,7 +78,7 @@ def last_state(directory: Path) -> tuple[str, dict]:
         digest.update(saved.arrays[name].tobytes())
     document = saved.document["pools"]["default"]["mirror"]
     return digest.hexdigest(), {
-        name: document[name] for name in ("ingested", "finished", "fidelity", "calibration", "pace")
+        name: document[name] for name in ("ingested", "finished", "windows", "calibration", "pace")
     }
 
 
@@ -98,7 +98,7 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
     (plain / "requests.jsonl").write_bytes(b"".join(stream))
     assert run_once(plain, len(records)).wait(120) == 0
 
-    rng = random.Random(5)
+    rng = effort.dice()
     growing = (killed / "requests.jsonl").open("ab", buffering=0)
     written = 0
     for kill in range(KILLS):

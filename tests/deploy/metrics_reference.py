@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from prometheus_client.metrics_core import Metric
 
-from kavier_twin.serve.exporter import _build, _metrics
-from kavier_twin.serve.kernel_metrics import kernel_metrics
+from kavier_twin.serve.metrics.exporter import _build, _metrics
+from kavier_twin.serve.metrics.kernels import kernel_metrics
 from serve.views import full_view
 
 _HEAD = """# Metrics
@@ -18,7 +18,7 @@ What `/metrics` serves, in the Prometheus text format or as OpenMetrics. Generat
 
 - Units are in the names, always base units. A ratio is 0 to 1.
 - `pool` is the pool's name in the settings. `horizon` is in seconds from the forecast's start, `statistic` (mean, p50,
-  p90, p95, p99) is over requests, `quantile` over the simulated futures. `in_force="1"` marks the
+  p90, p95, p99) is over requests, `quantile` over the simulated scenarios. `in_force="1"` marks the
   policy in force, whatever its name.
 - What is not known has no sample. Compare counters with `rate()`: they begin anew when the twin does.
 - A summary here has quantiles alone, no count and no sum.

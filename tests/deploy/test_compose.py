@@ -14,8 +14,8 @@ import yaml
 
 from deploy.helm_chart import ROOT
 from kavier_twin.commands import replay
-from kavier_twin.config import read_settings
-from kavier_twin.offline.recording import read_recording, recorded_engine
+from kavier_twin.daemon.config import read_settings
+from kavier_twin.recordings.recording import read_recording, recorded_engine
 from real_parts import amtool, promtool
 
 COMPOSE = ROOT / "deploy/compose.yaml"

@@ -93,7 +93,7 @@ def start(running: ExitStack, jars: Path, directory: Path) -> Stack:
         arguments = [moved(str(argument)) for argument in SERVICES[service]["command"]]
         with (directory / f"{service}.log").open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "kavier_twin.cli", *arguments], stdout=log, stderr=subprocess.STDOUT
+                [sys.executable, "-m", "kavier_twin.commands.main", *arguments], stdout=log, stderr=subprocess.STDOUT
             )
         running.callback(process.wait, 30)
         running.callback(process.terminate)

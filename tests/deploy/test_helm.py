@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from deploy.helm_chart import CHART, DASHBOARDS, RULES, SAMPLES, Manifest, check, only, refusal, render, render_text
 from kavier_twin import __version__
-from kavier_twin.config import read_settings
+from kavier_twin.daemon.config import read_settings
 from real_parts import helm
 
 pytestmark = pytest.mark.real
@@ -229,7 +229,7 @@ def test_notes_tell_the_next_step(tmp_path: Path) -> None:
     assert "grafanaUrl" in told("--set", "prometheusRule.enabled=true")
     assert "grafanaUrl" not in told("-f", EVERYTHING)
     assert "kubectl -n llm port-forward svc/twin-kavier-twin" in told()
-    assert "begins anew" in told("--set", "persistence.enabled=false")
+    assert "loses its state" in told("--set", "persistence.enabled=false")
     assert "NO SETTINGS" in told()
     assert "NO SETTINGS" not in told("-f", SAMPLES[0])
 

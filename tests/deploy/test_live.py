@@ -17,23 +17,22 @@ import yaml
 
 from deploy.helm_chart import DASHBOARDS, ROOT, RULES, only, render
 from kavier_twin.commands import demo
-from kavier_twin.config import CRUDE_STEP_TIME
-from kavier_twin.daemon import Daemon
+from kavier_twin.daemon.daemon import Daemon
+from kavier_twin.daemon.feed import Feed
+from kavier_twin.daemon.http_settings import HttpConfig
+from kavier_twin.daemon.pool import PoolTwin
+from kavier_twin.daemon.warm_up import make_ready
 from kavier_twin.forecast.slo import Slo
-from kavier_twin.http_settings import HttpConfig
-from kavier_twin.live.feed import Feed
-from kavier_twin.live.kernels_ready import make_ready
-from kavier_twin.live.pool import PoolTwin
-from kavier_twin.live.replay_source import ReplaySource
-from kavier_twin.offline.recording import read_recording, recorded_engine
-from kavier_twin.simulation.settings import FleetSettings
+from kavier_twin.recordings.recording import read_recording, recorded_engine
+from kavier_twin.recordings.replay_source import ReplaySource
+from kavier_twin.simulation.settings import CRUDE_STEP_TIME, FleetSettings
 from prometheus_server import RealAlertmanager, RealPrometheus
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 SPEED = 8.0  # times faster than it happened
 PATIENCE_SECONDS = 120.0
-# Reached for certain where the recorded load rises; with the demo's, at a second, a run may see it in too few futures.
+# Reached for certain where the recorded load rises; with the demo's, at a second, too few scenarios may see it.
 SLO = Slo(name="ttft_p99_250ms", metric="ttft_p99_seconds", threshold=0.25)
 
 

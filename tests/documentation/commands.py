@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from deploy.helm_chart import CHART, ROOT, SAMPLES
-from kavier_twin.cli import _EXAMPLES, COMMANDS
+from kavier_twin.commands.main import _EXAMPLES, COMMANDS
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHELLS = ("sh", "console")

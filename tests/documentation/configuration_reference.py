@@ -15,7 +15,7 @@ from pydantic import BaseModel, TypeAdapter
 from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
-from kavier_twin.config import SOURCE_TYPES, Settings
+from kavier_twin.daemon.config import SOURCE_TYPES, Settings
 
 _HEAD = """# Configuration
 
@@ -84,8 +84,8 @@ _UNITS = {
     "gpus_per_replica": "GPUs",
     "pue": "ratio",
     "by_hour_utc": "g/kWh",
-    "futures": "futures",
-    "least_futures": "futures",
+    "scenarios": "scenarios",
+    "least_scenarios": "scenarios",
     "certainty": "probability",
     "quantiles": "probability",
     "workers": "threads",

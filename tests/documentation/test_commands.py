@@ -6,8 +6,10 @@ checked as far as this one goes; the check's description says how and why. A com
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import gzip
+import importlib
 import importlib.util
 import io
 import json
@@ -33,8 +35,9 @@ from deploy.helm_chart import CHART, ROOT, only, render
 from documentation.commands import Command, documented, fences, of_the_help
 from kafka_broker import SCRAM_PASSWORD, USER, Broker, OurBroker
 from kavier_twin import __version__
-from kavier_twin.cli import COMMANDS, main
-from real_parts import require
+from kavier_twin.commands import tap
+from kavier_twin.commands.main import COMMANDS, main
+from real_parts import curl, helm, shell
 
 pytestmark = pytest.mark.slow
 
@@ -107,7 +110,7 @@ class World:
                     "fleet": {"engine": engine, "replicas": 2},
                     "mirror": {"calibrate_after_requests": 30},
                     "sources": [{"type": "trace_file", "path": "trace.jsonl"}],
-                    "forecast": {"every_seconds": 10, "horizons_seconds": [10], "futures": 2, "workers": 1},
+                    "forecast": {"every_seconds": 10, "horizons_seconds": [10], "scenarios": 2, "workers": 1},
                     "http": {"port": 0, "token": {"file": "token"}},
                     "checkpoints": {"directory": "state", "every_seconds": 5},
                 }
@@ -231,7 +234,7 @@ class Started:
 def started(world: World, words: list[str]) -> Iterator[Started]:
     path = world.path("log.txt" if words[0] == "run" else f"{words[0]}.txt")
     with path.open("wb") as log:
-        command = [sys.executable, "-m", "kavier_twin.cli", *words]
+        command = [sys.executable, "-m", "kavier_twin.commands.main", *words]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
         process = subprocess.Popen(command, cwd=world.directory, env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:
@@ -302,8 +305,7 @@ def ran_until_stopped(command: Command, here: Here) -> None:
 
 def ran_by_curl(command: Command, here: Here) -> None:
     """Asked of the running daemon: it must answer with success."""
-    require("curl", shutil.which("curl") is not None, "install curl (Debian: apt-get install curl)")
-    words = [*shlex.split(here.filled(command.text)), "-sS", "--fail-with-body"]
+    words = [curl(), *shlex.split(here.filled(command.text))[1:], "-sS", "--fail-with-body"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -366,7 +368,7 @@ def generates(command: Command, here: Here) -> None:
 
 def made(command: Command, here: Here) -> None:
     """Run by a shell in the directory."""
-    subprocess.run(command.text, shell=True, cwd=here.world.directory, check=True)
+    subprocess.run([shell(), "-c", command.text], cwd=here.world.directory, check=True)
 
 
 def rendered(command: Command, here: Here) -> None:
@@ -390,7 +392,7 @@ def helm_test(command: Command, here: Here) -> None:
 
 def helm_shows(command: Command, here: Here) -> None:
     """Run."""
-    done = subprocess.run([*command.words, str(CHART)], capture_output=True, text=True, check=True)
+    done = subprocess.run([helm(), *command.words[1:], CHART], capture_output=True, text=True, check=True)
     assert "settings:" in done.stdout
 
 
@@ -432,6 +434,19 @@ def docker(command: Command, here: Here) -> None:
 
 
 # How each is checked, by what it begins with (a regular expression); the first that fits.
+def serves_with_the_tap(command: Command, here: Here) -> None:
+    """The options hold, and the class is one. tests/tap/test_middleware.py loads it into a server as vLLM does."""
+    given, *words = shlex.split(command.text)
+    name, _, options = given.partition("=")
+    module, _, attribute = words[words.index("--middleware") + 1].rpartition(".")
+    imported = importlib.import_module(module)
+    assert name == imported.OPTIONS
+    assert isinstance(getattr(imported, attribute), type)
+    parser = argparse.ArgumentParser()
+    tap.add_parser(parser.add_subparsers())
+    assert tap._records(parser.parse_args(["tap", "--hand-over", "3", *shlex.split(options)])).kafka
+
+
 CHECKS: list[tuple[str, Check]] = [
     (r"(\.venv/bin/)?kavier-twin demo( --once.*)?$", demo),
     (r"kavier-twin( \w+)? --(help|version)$", ran),
@@ -449,6 +464,7 @@ CHECKS: list[tuple[str, Check]] = [
     (r"(\.venv/bin/)?pip install", installs),
     (r"(UPDATE_GOLDEN=1 |\.venv/bin/)?(pytest|ruff|mypy|lint-imports|bash|python3 -m venv|\.)( |$)", of_ci),
     (r"curl", ran_by_curl),
+    (r"KAVIER_TWIN_TAP=", serves_with_the_tap),
     (r"mkdir", made),
     (r"docker", docker),
     (r"helm (install|upgrade)", rendered),

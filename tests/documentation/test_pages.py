@@ -15,9 +15,9 @@ from connectors.traces.telemetry import parse_record
 from deploy.helm_chart import ROOT, check, render
 from documentation.commands import PAGES, PROGRAMS, SHELLS, Fence, fences
 from kavier_twin.catalog.gpu import Gpu
-from kavier_twin.config import Settings
+from kavier_twin.daemon.config import Settings
 from kavier_twin.forecast.slo import Slo
-from kavier_twin.hardware import FleetFile
+from kavier_twin.hardware.fleet_file import FleetFile
 from kavier_twin.simulation.footprint import Footprint
 from kavier_twin.simulation.policies import Policy
 

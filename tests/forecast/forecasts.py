@@ -19,4 +19,4 @@ def row(policy: str, horizon_seconds: float, e2e_p95: Mapping[float, float], slo
 def forecast_of(time_seconds: float, *rows: Row, first_breach: float = 0.0) -> Forecast:
     """A forecast that says this, with the odds of a first breach of `slow` under the first row's policy."""
     first = FirstBreach(rows[0].policy, "slow", math.inf, math.inf, first_breach)
-    return Forecast("chat", time_seconds, True, 1.0, 4, "all_futures", (), rows, (first,), (), VERDICT)
+    return Forecast("chat", time_seconds, True, 1.0, 4, "all_scenarios", (), rows, (first,), (), VERDICT)

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from kavier_twin.mirror.snapshot import Snapshot
 from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.footprint import Footprint, PowerModel
 from kavier_twin.simulation.kpis import Counters
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
 from kavier_twin.simulation.turns import Turns
 from kavier_twin.simulation.workload import Workload, make_workload, take_rows
-from kavier_twin.twin.snapshot import Snapshot
 
 HASH_TOKENS = 16
 STEP_TIME = StepTime(fixed=0.01, per_prefill_token=2e-5, per_decode_sequence=1e-4, per_context_token=1e-8)
@@ -118,14 +118,14 @@ def empty_snapshot(settings: FleetSettings | None = None, time: float = 100.0) -
     return Snapshot("default", time, fleet, make_workload([], [], []), 60.0, 0.0, calibrated=False)
 
 
-def hit_ratio(fleet: Fleet, future: Workload, turns: Turns | None = None) -> float:
+def hit_ratio(fleet: Fleet, scenario: Workload, turns: Turns | None = None) -> float:
     """Prefix-cache hit ratio of these requests on a copy of the fleet as it is now."""
     fork = fleet.fork()
     before = Counters.of(fork.state, fork.now_seconds)
     if turns is None:
-        fork.feed(future)
+        fork.feed(scenario)
     else:
-        fork.feed_sessions(future, turns)
+        fork.feed_sessions(scenario, turns)
     fork.run()
     after = Counters.of(fork.state, fork.now_seconds)
     return (after.hit_tokens - before.hit_tokens) / (after.query_tokens - before.query_tokens)

@@ -1,4 +1,4 @@
-"""Futures in a closed loop: a next turn waits for the simulated answer, and otherwise all is as it was."""
+"""Scenarios in a closed loop: a next turn waits for the simulated answer, and otherwise all is as it was."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import pytest
 
 from connectors.traces import read_trace
 from forecast.streams import between, chat_stream, fleet_settings, snapshot_at
-from kavier_twin.forecast.futures import Futures
 from kavier_twin.forecast.load import LoadForecast
-from kavier_twin.forecast.sweep import Future, draw
+from kavier_twin.forecast.scenarios import Scenarios
+from kavier_twin.forecast.sweep import Scenario, draw
+from kavier_twin.mirror.snapshot import Snapshot
 from kavier_twin.simulation.closed_loop import simulate_sessions
-from kavier_twin.simulation.fleet import Fleet, simulate
+from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.policies import Override
+from kavier_twin.simulation.runs import simulate
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
 from kavier_twin.simulation.state import FREE, Records
 from kavier_twin.simulation.turns import Turns
 from kavier_twin.simulation.workload import Workload, take_rows, workload_of
-from kavier_twin.twin.snapshot import Snapshot
-from real_parts import require
 
 HORIZON_SECONDS = 120.0
 NARROW: Mapping[str, Override] = {"max_num_seqs": 2}
@@ -35,14 +35,14 @@ def snapshot() -> Snapshot:
     return snapshot_at(stream, settings, 150.0, 100.0, frontend=0.03, held=True)
 
 
-def served(future: Future, overrides: Mapping[str, Override], *, closed: bool = True) -> tuple[Fleet, Records]:
+def served(scenario: Scenario, overrides: Mapping[str, Override], *, closed: bool = True) -> tuple[Fleet, Records]:
     """The fleet at the horizon, and the requests that had ended."""
-    fleet = future.present.fork()
+    fleet = scenario.present.fork()
     fleet.apply(overrides)
     if closed:
-        fleet.feed_sessions(future.workload, future.turns)
+        fleet.feed_sessions(scenario.workload, scenario.turns)
     else:
-        fleet.feed(future.workload)
+        fleet.feed(scenario.workload)
     fleet.run(fleet.now_seconds + HORIZON_SECONDS)
     return fleet, fleet.collect()
 
@@ -57,31 +57,31 @@ def test_no_turn_comes_before_the_answer_it_waits_for(snapshot: Snapshot, overri
     """Nor later than its user thinks; also after a request that is in flight in the present."""
     in_flight = {live.index for live in snapshot.fleet.live()}
     after_in_flight = 0
-    for future in draw(snapshot, HORIZON_SECONDS, range(4), 0):
-        fleet, ended = served(future, overrides)
+    for scenario in draw(snapshot, HORIZON_SECONDS, range(4), 0):
+        fleet, ended = served(scenario, overrides)
         end, arrival = dict(zip(ended["index"].tolist(), ended["finish"].tolist(), strict=True)), arrivals(fleet, ended)
-        turns = future.turns
+        turns = scenario.turns
         for row in np.flatnonzero(turns.after >= 0):
-            index, after = int(future.workload.index[row]), int(turns.after[row])
+            index, after = int(scenario.workload.index[row]), int(turns.after[row])
             if index in arrival:
                 assert arrival[index] == pytest.approx(end[after] + turns.think_seconds[row])
                 after_in_flight += after in in_flight
             elif after in end:
                 assert end[after] + turns.think_seconds[row] + turns.frontend_seconds >= fleet.now_seconds
         first = turns.after < 0
-        expected = dict(zip(future.workload.index[first], future.workload.arrival[first], strict=True))
+        expected = dict(zip(scenario.workload.index[first], scenario.workload.arrival[first], strict=True))
         assert all(arrival[index] == time for index, time in expected.items() if index in arrival)
     assert after_in_flight > 3
 
 
 def test_on_an_engine_as_fast_as_lately_the_load_is_what_was_forecast(snapshot: Snapshot) -> None:
     """And all else is as if nobody waited."""
-    futures = list(draw(snapshot, HORIZON_SECONDS, range(8), 0))
-    waiting = np.mean([(future.turns.after >= 0).mean() for future in futures])
+    scenarios = list(draw(snapshot, HORIZON_SECONDS, range(8), 0))
+    waiting = np.mean([(scenario.turns.after >= 0).mean() for scenario in scenarios])
     assert waiting > 0.4
-    came = np.mean([len(arrivals(*served(future, {}))) - len(snapshot.fleet.live()) for future in futures])
-    assert came == pytest.approx(np.mean([future.workload.index.size for future in futures]), rel=0.01)
-    closed, opened = ([served(future, {}, closed=closed)[1] for future in futures] for closed in (True, False))
+    came = np.mean([len(arrivals(*served(scenario, {}))) - len(snapshot.fleet.live()) for scenario in scenarios])
+    assert came == pytest.approx(np.mean([scenario.workload.index.size for scenario in scenarios]), rel=0.01)
+    closed, opened = ([served(scenario, {}, closed=closed)[1] for scenario in scenarios] for closed in (True, False))
 
     def mean(ended: list[Records], of: Callable[[Records], float]) -> float:
         return float(np.mean([of(each) for each in ended]))
@@ -97,16 +97,16 @@ def test_on_an_engine_as_fast_as_lately_the_load_is_what_was_forecast(snapshot: 
 
 
 def test_where_answers_are_late_users_hold_back(snapshot: Snapshot) -> None:
-    for future in draw(snapshot, HORIZON_SECONDS, range(2), 0):
-        live = [len(served(future, NARROW, closed=closed)[0].live()) for closed in (True, False)]
+    for scenario in draw(snapshot, HORIZON_SECONDS, range(2), 0):
+        live = [len(served(scenario, NARROW, closed=closed)[0].live()) for closed in (True, False)]
         assert live[0] < 0.8 * live[1]
 
 
 def test_a_stream_that_tells_no_ends_stays_an_open_load() -> None:
     stream = chat_stream(1, 200.0)
     told, untold = (snapshot_at(stream, fleet_settings(), 150.0, 100.0, tells_ends=tells) for tells in (True, False))
-    _, turns = Futures(told, HORIZON_SECONDS).draw(0)
-    _, none = Futures(untold, HORIZON_SECONDS).draw(0)
+    _, turns = Scenarios(told, HORIZON_SECONDS).draw(0)
+    _, none = Scenarios(untold, HORIZON_SECONDS).draw(0)
     assert (turns.after >= 0).any()
     assert not (none.after >= 0).any()
 
@@ -124,7 +124,7 @@ def test_what_came_before_its_answer_did_not_wait_for_it(snapshot: Snapshot) -> 
         snapshot.calibrated,
         ended_seconds=late,
     )
-    assert not (Futures(impatient, HORIZON_SECONDS).draw(0)[1].after >= 0).any()
+    assert not (Scenarios(impatient, HORIZON_SECONDS).draw(0)[1].after >= 0).any()
 
 
 # --- a recorded ramp on an engine twice as slow ---------------------------------------------------------------------
@@ -171,17 +171,14 @@ class Ramp:
 
 
 @pytest.fixture(scope="module")
-def ramp(shared_data: Path) -> Ramp:
-    path = shared_data / "vllm_recordings" / "ramp-300"
-    require("ramp-300", path.exists(), f"expected at {path}; see tests/conftest.py for where real data lies")
-    return Ramp(path)
+def ramp() -> Ramp:
+    return Ramp(Path(__file__).parents[1] / "data/recordings/ramp-300")
 
 
 def e2e_p95(outcomes: Records) -> float:
     return float(np.quantile(outcomes["finish"] - outcomes["arrival"], 0.95))
 
 
-@pytest.mark.real
 def test_users_replayed_on_a_slower_engine_hold_back_as_they_would(ramp: Ramp) -> None:
     truth = simulate_sessions(ramp.slower, ramp.workload, lambda row, end: end + ramp.turns.think_seconds[row])
     fleet = Fleet(ramp.slower)
@@ -191,10 +188,9 @@ def test_users_replayed_on_a_slower_engine_hold_back_as_they_would(ramp: Ramp) -
     assert e2e_p95(simulate(ramp.slower, ramp.workload).collect()) > 1.25 * e2e_p95(truth)
 
 
-@pytest.mark.real
 @pytest.mark.slow
-def test_futures_of_a_ramp_no_longer_overstate_how_bad_it_gets(ramp: Ramp) -> None:
-    """Futures at the rate that truly came: what is tested is who waits, not the forecast of the rate."""
+def test_scenarios_of_a_ramp_no_longer_overstate_how_bad_it_gets(ramp: Ramp) -> None:
+    """Scenarios at the rate that truly came: what is tested is who waits, not the forecast of the rate."""
     ratios = []
     for time in (105.0, 140.0, 175.0, 210.0, 245.0):
         snapshot = snapshot_at(ramp.workload, ramp.settings, time, time)
@@ -205,9 +201,9 @@ def test_futures_of_a_ramp_no_longer_overstate_how_bad_it_gets(ramp: Ramp) -> No
         known = np.isin(after, [*came.index, *in_flight])
         turns = Turns(np.where(known, after, -1), ramp.turns.think_seconds[came.index], 0.0)
         truth = slower_p95(snapshot, ramp, came, turns)
-        futures = Futures(snapshot, horizon, arrivals=_Came(came.arrival))
-        drawn = [futures.draw(seed) for seed in range(4)]
-        closed = np.mean([slower_p95(snapshot, ramp, *future) for future in drawn])
+        scenarios = Scenarios(snapshot, horizon, arrivals=_Came(came.arrival))
+        drawn = [scenarios.draw(seed) for seed in range(4)]
+        closed = np.mean([slower_p95(snapshot, ramp, *scenario) for scenario in drawn])
         opened = np.mean([slower_p95(snapshot, ramp, workload, None) for workload, _ in drawn])
         ratios.append((closed / truth, opened / truth))
     closed_ratio, open_ratio = np.mean(ratios, axis=0)

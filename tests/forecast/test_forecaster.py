@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from forecast.streams import chat_stream, fleet_settings, snapshot_at
 from kavier_twin.forecast.forecaster import Forecaster, ForecastSettings
 from kavier_twin.forecast.result import Forecast
+from kavier_twin.mirror.snapshot import Snapshot
 from kavier_twin.simulation.policies import DEFAULT_POLICIES
-from kavier_twin.twin.snapshot import Snapshot
 
 PATIENCE_SECONDS = 60.0
 
@@ -24,7 +24,7 @@ def snapshot() -> Snapshot:
 @pytest.fixture
 def forecaster() -> Iterator[Forecaster]:
     settings = ForecastSettings(
-        every_seconds=0.02, budget_seconds=PATIENCE_SECONDS, horizons_seconds=(1.0, 5.0), futures=1, workers=1
+        every_seconds=0.02, budget_seconds=PATIENCE_SECONDS, horizons_seconds=(1.0, 5.0), scenarios=1, workers=1
     )
     forecaster = Forecaster(settings)
     yield forecaster
@@ -49,11 +49,11 @@ def test_horizons_are_put_in_order() -> None:
         ({"every_seconds": 0}, "greater than 0"),
         ({"horizons_seconds": ()}, "at least 1"),
         ({"horizons_seconds": (-1.0,)}, "greater than 0"),
-        ({"futures": 0}, "greater than or equal to 1"),
+        ({"scenarios": 0}, "greater than or equal to 1"),
         ({"workers": 0}, "greater than or equal to 1"),
         ({"policies": ({"name": "a", "overrides": {"max_num_seqs": 1}},)}, "without overrides"),
         ({"policies": ({"name": "a"}, {"name": "a"})}, "more than once: a"),
-        ({"slos": ({"name": "a", "metric": "running_mean", "threshold": 1},) * 2}, "more than once: a"),
+        ({"slos": ({"name": "a", "metric": "requests_running", "threshold": 1},) * 2}, "more than once: a"),
         ({"recent": 1}, "Extra inputs"),
     ],
 )

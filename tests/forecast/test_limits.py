@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from kavier_twin.forecast.sweep import out_of_reach
-from kavier_twin.simulation.fleet import Peaks, simulate
+from kavier_twin.simulation.fleet import Peaks
 from kavier_twin.simulation.policies import Override, apply_overrides
+from kavier_twin.simulation.runs import simulate
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings
 from kavier_twin.simulation.workload import make_workload
 from simulation.test_closed_loop import STEP_TIME

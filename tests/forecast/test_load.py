@@ -17,10 +17,10 @@ from kavier_twin.forecast.load import (
     fill_gaps,
 )
 from kavier_twin.forecast.load_methods import STEP_SECONDS, persistence_steps
+from kavier_twin.mirror.arrival_counts import RateHistory
+from kavier_twin.mirror.snapshot import ArrivalCounts, Snapshot
 from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.workload import make_workload
-from kavier_twin.twin.rate_history import RateHistory
-from kavier_twin.twin.snapshot import ArrivalCounts, Snapshot
 
 Floats = npt.NDArray[np.float64]
 
@@ -166,7 +166,7 @@ def test_short_history_is_what_the_recent_requests_say() -> None:
     assert told.rate(900.0) == pytest.approx(arrival_rate(at(arrivals, 25.0)))
 
 
-def test_a_climb_goes_on_in_futures_that_are_trending_and_comes_back_in_others() -> None:
+def test_a_climb_goes_on_in_scenarios_that_are_trending_and_comes_back_in_others() -> None:
     """From 3 to 9 requests a second in 15 minutes, half of it over."""
     arrivals = arrivals_at(lambda times: 3.0 + np.clip((times - 6_750.0) / 150.0, 0.0, 6.0), 7_200.0)
     told = LoadForecaster().forecast(at(arrivals, 7_200.0), 900.0)

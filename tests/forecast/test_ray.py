@@ -40,7 +40,7 @@ def executor() -> Iterator[Any]:
         log_to_driver=False,
         runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2])])}},
     )
-    from kavier_twin.forecast.ray_executor import RayExecutor
+    from kavier_twin.forecast.executors import RayExecutor
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not have this module
     yield RayExecutor()
@@ -49,7 +49,7 @@ def executor() -> Iterator[Any]:
 
 def test_the_same_bytes_as_in_threads(executor: Any) -> None:
     snapshot = snapshot_at(chat_stream(1, 200.0), fleet_settings(replicas=2, num_gpu_blocks=500), 150.0, 100.0)
-    settings = ForecastSettings(horizons_seconds=(20.0, 60.0), futures=3)
+    settings = ForecastSettings(horizons_seconds=(20.0, 60.0), scenarios=3)
     texts = {json.dumps(sweep(snapshot, settings, each).to_dict()) for each in (executor, ThreadExecutor(2))}
     assert len(texts) == 1
     with pytest.raises(OutOfTime):

@@ -1,4 +1,4 @@
-"""Futures drawn from the first part of real streams, against how those went on."""
+"""Scenarios drawn from the first part of real streams, against how those went on."""
 
 from __future__ import annotations
 
@@ -9,45 +9,39 @@ import pytest
 
 from connectors.traces import read_trace
 from forecast.streams import between, fleet_settings, hit_ratio, snapshot_at
-from kavier_twin.forecast.futures import Futures, draw_futures
+from kavier_twin.forecast.scenarios import Scenarios, draw_scenarios
+from kavier_twin.mirror.snapshot import Snapshot
 from kavier_twin.simulation.settings import EngineSettings, StepTime
 from kavier_twin.simulation.workload import Workload, take_rows, workload_of
-from kavier_twin.twin.snapshot import Snapshot
-from real_parts import require
 
-pytestmark = pytest.mark.real
-
+RECORDINGS = Path(__file__).parents[1] / "data" / "recordings"
 # Fast enough that nothing queues: what is tested is what the cache sees.
 FAST = StepTime(fixed=0.005, per_prefill_token=5e-6, per_decode_sequence=2e-5, per_context_token=1e-9)
 HALF_SECONDS = 1_800.0  # of the Mooncake trace, which ends at 3,537 s
 
 
-def trace(shared_data: Path, name: str) -> Workload:
-    path = shared_data / name
-    require(name, path.exists(), f"expected at {path}; see tests/conftest.py for where real data lies")
-    return workload_of(read_trace(path).records)
-
-
-def mean_hit_ratio(snapshot: Snapshot, futures: list[Workload]) -> float:
-    return float(np.mean([hit_ratio(snapshot.fleet, future) for future in futures]))
+def mean_hit_ratio(snapshot: Snapshot, scenarios: list[Workload]) -> float:
+    return float(np.mean([hit_ratio(snapshot.fleet, scenario) for scenario in scenarios]))
 
 
 @pytest.mark.parametrize("name", ["chat-400", "chat-400-nocache", "shift-300"])
-def test_recordings_of_a_real_server(shared_data: Path, name: str) -> None:
+def test_recordings_of_a_real_server(name: str) -> None:
     """Within a point on average over seven moments; at a single one the rest of the recording is a small sample."""
-    stream = trace(shared_data, f"vllm_recordings/{name}")
-    told = read_trace(shared_data / "vllm_recordings" / name).settings["engine"]
+    recording = read_trace(RECORDINGS / name)
+    stream, told = workload_of(recording.records), recording.settings["engine"]
     engine = {key: told[key] for key in EngineSettings.model_fields if key in told} | {"prefix_caching": True}
     end = float(stream.arrival[-1])
     errors = []
     for share in (0.40, 0.45, 0.50, 0.55, 0.60, 0.65, 0.70):
         snapshot = snapshot_at(stream, fleet_settings(**engine), share * end, end)
         went_on = between(stream, share * end, end)
-        futures = Futures(snapshot, (1.0 - share) * end)
-        drawn = [futures.draw(seed) for seed in range(4)]  # turns that wait for simulated answers
-        ratios = [hit_ratio(snapshot.fleet, *future) for future in drawn]
+        scenarios = Scenarios(snapshot, (1.0 - share) * end)
+        drawn = [scenarios.draw(seed) for seed in range(4)]  # turns that wait for simulated answers
+        ratios = [hit_ratio(snapshot.fleet, *scenario) for scenario in drawn]
         errors.append(np.mean(ratios) - hit_ratio(snapshot.fleet, went_on))
-        assert np.mean([future.output.mean() for future, _ in drawn]) == pytest.approx(went_on.output.mean(), rel=0.15)
+        assert np.mean([scenario.output.mean() for scenario, _ in drawn]) == pytest.approx(
+            went_on.output.mean(), rel=0.15
+        )
     assert abs(np.mean(errors)) < 0.01
     assert np.abs(errors).max() < 0.025
 
@@ -55,7 +49,7 @@ def test_recordings_of_a_real_server(shared_data: Path, name: str) -> None:
 @pytest.fixture(scope="module")
 def mooncake(shared_data: Path) -> Workload:
     """Production chat, without session labels."""
-    return trace(shared_data, "mooncake/conversation_trace.jsonl")
+    return workload_of(read_trace(shared_data / "mooncake" / "conversation_trace.jsonl").records)
 
 
 def mooncake_at_half(stream: Workload, num_gpu_blocks: int) -> tuple[Snapshot, float]:
@@ -73,7 +67,7 @@ CACHES = (100_000, 300_000, 1_000_000)
 @pytest.mark.parametrize("num_gpu_blocks", CACHES)
 def test_the_second_half_of_production_chat(mooncake: Workload, num_gpu_blocks: int) -> None:
     snapshot, real = mooncake_at_half(mooncake, num_gpu_blocks)
-    assert mean_hit_ratio(snapshot, draw_futures(snapshot, 1_737.0, range(16))) == pytest.approx(real, abs=0.02)
+    assert mean_hit_ratio(snapshot, draw_scenarios(snapshot, 1_737.0, range(16))) == pytest.approx(real, abs=0.02)
 
 
 @pytest.mark.slow
@@ -81,24 +75,24 @@ def test_a_draw_without_returns_fails_that(mooncake: Workload) -> None:
     """Steady prefixes by their popularity, everything behind them new: no sessions."""
     for num_gpu_blocks in CACHES:
         snapshot, real = mooncake_at_half(mooncake, num_gpu_blocks)
-        future = drawn_with_replacement(snapshot, draw_futures(snapshot, 1_737.0, [0])[0])
-        first_of_its_row = np.zeros(future.chain.size, bool)
-        first_of_its_row[future.chain_starts[:-1]] = True
-        new = np.random.default_rng(1).integers(1 << 63, 1 << 64, future.chain.size, dtype=np.uint64)
-        future = future._replace(chain=np.where(first_of_its_row, future.chain, new))
-        assert hit_ratio(snapshot.fleet, future) < real - 0.02
+        scenario = drawn_with_replacement(snapshot, draw_scenarios(snapshot, 1_737.0, [0])[0])
+        first_of_its_row = np.zeros(scenario.chain.size, bool)
+        first_of_its_row[scenario.chain_starts[:-1]] = True
+        new = np.random.default_rng(1).integers(1 << 63, 1 << 64, scenario.chain.size, dtype=np.uint64)
+        scenario = scenario._replace(chain=np.where(first_of_its_row, scenario.chain, new))
+        assert hit_ratio(snapshot.fleet, scenario) < real - 0.02
 
 
 @pytest.mark.parametrize("num_gpu_blocks", [100_000, 1_000_000])
 def test_a_draw_without_distances_fails_that(mooncake: Workload, num_gpu_blocks: int) -> None:
     """Whole recent requests by their popularity. (Where its error changes sign it is right, as a stopped clock is.)"""
     snapshot, real = mooncake_at_half(mooncake, num_gpu_blocks)
-    future = drawn_with_replacement(snapshot, draw_futures(snapshot, 1_737.0, [0])[0])
-    assert hit_ratio(snapshot.fleet, future) > real + 0.02
+    scenario = drawn_with_replacement(snapshot, draw_scenarios(snapshot, 1_737.0, [0])[0])
+    assert hit_ratio(snapshot.fleet, scenario) > real + 0.02
 
 
-def drawn_with_replacement(snapshot: Snapshot, future: Workload) -> Workload:
-    """Recent requests at the future's times, each independent of the one before."""
+def drawn_with_replacement(snapshot: Snapshot, scenario: Workload) -> Workload:
+    """Recent requests at the scenario's times, each independent of the one before."""
     finished = np.flatnonzero(snapshot.recent.output > 0)
-    again = take_rows(snapshot.recent, np.random.default_rng(0).choice(finished, future.index.size))
-    return again._replace(index=future.index, arrival=future.arrival, delivered=future.delivered)
+    again = take_rows(snapshot.recent, np.random.default_rng(0).choice(finished, scenario.index.size))
+    return again._replace(index=scenario.index, arrival=scenario.arrival, delivered=scenario.delivered)

@@ -92,7 +92,7 @@ def test_the_verdict_tells_what_switching_costs(stream: Workload) -> None:
     settings = ForecastSettings(
         policies=(Policy(name="today"), Policy(name="more", overrides={"num_gpu_blocks": "8x"})),
         horizons_seconds=(20.0, 60.0),
-        futures=4,
+        scenarios=4,
         slos=(Slo(name="hits", metric="prefix_cache_hit_ratio", threshold=0.78),),
         switch=RollingRestart(startup_seconds=5.0, drain_seconds=5.0),
     )

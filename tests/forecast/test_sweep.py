@@ -14,12 +14,13 @@ from forecast.streams import between, chat_stream, empty_snapshot, fleet_setting
 from kavier_twin.forecast.executors import Cancelled, ThreadExecutor, never
 from kavier_twin.forecast.result import Forecast, Row
 from kavier_twin.forecast.settings import ForecastSettings
-from kavier_twin.forecast.slo import METRICS, Slo
+from kavier_twin.forecast.slo import Slo
 from kavier_twin.forecast.sweep import OutOfTime, sweep, sweep_within, trending
+from kavier_twin.mirror.snapshot import Snapshot
 from kavier_twin.simulation.fleet import Fleet
+from kavier_twin.simulation.kpi_table import METRICS
 from kavier_twin.simulation.policies import DEFAULT_POLICIES, Policy
 from kavier_twin.simulation.workload import Workload
-from kavier_twin.twin.snapshot import Snapshot
 
 TODAY = Policy(name="today")
 HALF = Policy(name="half", overrides={"num_gpu_blocks": "0.5x"})
@@ -38,7 +39,7 @@ def snapshot(stream: Workload) -> Snapshot:
 
 
 def settings_of(policies: tuple[Policy, ...], **given: Any) -> ForecastSettings:
-    settings = {"horizons_seconds": (20.0, 60.0), "futures": 2, "slos": ()} | given
+    settings = {"horizons_seconds": (20.0, 60.0), "scenarios": 2, "slos": ()} | given
     return ForecastSettings(policies=policies, **settings)
 
 
@@ -84,7 +85,7 @@ def test_the_snapshot_stays_as_it_is(snapshot: Snapshot) -> None:
     assert all(np.array_equal(a, b) for a, b in zip(snapshot.recent, recent, strict=True))
 
 
-def test_what_ended_before_is_not_of_the_future(stream: Workload) -> None:
+def test_what_ended_before_is_not_of_the_scenario(stream: Workload) -> None:
     fleet = Fleet(fleet_settings())
     fleet.feed(between(stream, 0.0, 50.0))
     fleet.run(50.0)
@@ -116,15 +117,15 @@ def test_less_cache_hits_less_and_none_hits_nothing(snapshot: Snapshot) -> None:
     )
 
 
-def test_breach_probability_is_the_share_of_futures_that_breach(snapshot: Snapshot) -> None:
+def test_breach_probability_is_the_share_of_scenarios_that_breach(snapshot: Snapshot) -> None:
     """Of the four of six whose load is not trending."""
-    median = row(run(snapshot, futures=6), "today", 60.0).kpis["e2e_p95_seconds"].p50
+    median = row(run(snapshot, scenarios=6), "today", 60.0).kpis["e2e_p95_seconds"].p50
     slos = (
         Slo(name="never", metric="ttft_p99_seconds", threshold=1e6),
         Slo(name="always", metric="prefix_cache_hit_ratio", threshold=1.0),
         Slo(name="half", metric="e2e_p95_seconds", threshold=median),
     )
-    forecast = run(snapshot, futures=6, slos=slos)
+    forecast = run(snapshot, scenarios=6, slos=slos)
     assert row(forecast, "today", 60.0).breach_probability == {"never": 0.0, "always": 1.0, "half": 0.5}
 
 
@@ -180,16 +181,16 @@ def test_closing_cancels_what_nobody_waits_for() -> None:
     assert len(begun) <= 3
 
 
-def test_more_futures_only_where_they_are_needed(snapshot: Snapshot) -> None:
-    """Without a cache it is clear at once who is better; what nobody can tell apart needs no more futures either."""
-    clear = run(snapshot, (TODAY, UNCACHED, Policy(name="same", overrides={"max_num_seqs": 1000})), futures=12)
+def test_more_scenarios_only_where_they_are_needed(snapshot: Snapshot) -> None:
+    """Without a cache it is clear at once who is better; what nobody can tell apart needs no more scenarios either."""
+    clear = run(snapshot, (TODAY, UNCACHED, Policy(name="same", overrides={"max_num_seqs": 1000})), scenarios=12)
     assert clear.stopped_because == "certain"
-    assert clear.futures < 12
+    assert clear.scenarios < 12
     assert clear.verdict.policy == "today"
-    noisy = run(snapshot, (TODAY, HALF), futures=5, certainty=0.999999)
-    assert (noisy.stopped_because, noisy.futures) == ("all_futures", 5)
-    assert "3 future(s)" in noisy.notes[0]
-    assert run(snapshot, futures=14, least_futures=14, quantiles=(0.1, 0.9)).notes == ()
+    noisy = run(snapshot, (TODAY, HALF), scenarios=5, certainty=0.999999)
+    assert (noisy.stopped_because, noisy.scenarios) == ("all_scenarios", 5)
+    assert "3 scenario(s)" in noisy.notes[0]
+    assert run(snapshot, scenarios=14, least_scenarios=14, quantiles=(0.1, 0.9)).notes == ()
 
 
 class Clocked:
@@ -209,32 +210,32 @@ class Clocked:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "futures", "shed"),
+    ("seconds", "scenarios", "shed"),
     [
-        (100.0, 6, []),  # 3 policies, 6 futures and a restart in 6
+        (100.0, 6, []),  # 3 policies, 6 scenarios and a restart in 6
         (13.5, 4, []),
         (9.0, 4, ["uncached"]),  # the last is the least important
         (5.5, 4, ["half", "uncached"]),
         (2.5, 1, []),
-        (0.0, 1, ["half", "uncached"]),  # one future of today's in any case
+        (0.0, 1, ["half", "uncached"]),  # one scenario of today's in any case
     ],
 )
 def test_what_there_is_no_time_for_is_left_out(
-    snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch, seconds: float, futures: int, shed: list[str]
+    snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch, seconds: float, scenarios: int, shed: list[str]
 ) -> None:
-    settings = settings_of((TODAY, HALF, UNCACHED), futures=6, least_futures=4, certainty=0.999999)
+    settings = settings_of((TODAY, HALF, UNCACHED), scenarios=6, least_scenarios=4, certainty=0.999999)
     with monkeypatch.context() as clocked:
         forecast = sweep_within(snapshot, settings, Clocked(clocked), seconds)
-    assert (forecast.futures, list(forecast.shed)) == (futures, shed)
-    assert forecast.stopped_because == ("all_futures" if futures == 6 else "time")
+    assert (forecast.scenarios, list(forecast.shed)) == (scenarios, shed)
+    assert forecast.stopped_because == ("all_scenarios" if scenarios == 6 else "time")
     assert {row.policy for row in forecast.rows} == {"today", "half", "uncached"} - {*shed}
-    whole = sweep(snapshot, settings.model_copy(update={"futures": futures}), ThreadExecutor(1))
+    whole = sweep(snapshot, settings.model_copy(update={"scenarios": scenarios}), ThreadExecutor(1))
     assert [row for row in whole.rows if row.policy not in shed] == list(forecast.rows)
 
 
 @pytest.mark.parametrize("looks", [0, 7])
 def test_a_sweep_cancelled_has_nothing_to_tell(snapshot: Snapshot, looks: int) -> None:
-    """Not even of the futures that were simulated before: nobody waits for them, and no policy was shed."""
+    """Not even of the scenarios that were simulated before: nobody waits for them, and no policy was shed."""
     looked = itertools.count()
     with pytest.raises(OutOfTime):
         sweep(snapshot, settings_of((TODAY, HALF)), ThreadExecutor(1), lambda: next(looked) >= looks)
@@ -250,7 +251,7 @@ def test_the_first_breach_is_found_inside_a_run(snapshot: Snapshot) -> None:
     assert 10.0 < broken.early_seconds <= broken.expected_seconds < 120.0
     assert broken.expected_seconds % 10.0 == 0.0
     assert (today.probability, broken.probability) == (0.0, 1.0)
-    assert row(forecast, "today", 120.0).futures == sum(not trending(number) for number in range(forecast.futures))
+    assert row(forecast, "today", 120.0).scenarios == sum(not trending(number) for number in range(forecast.scenarios))
     assert forecast.to_dict()["first_breaches"][0]["expected_seconds"] is None
     assert row(forecast, "slow", 10.0).breach_probability["queue"] == 0.0
     assert row(forecast, "slow", 120.0).breach_interval["queue"][0] > 0.0

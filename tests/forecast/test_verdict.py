@@ -7,9 +7,10 @@ import pytest
 
 from forecast.streams import fleet_settings
 from kavier_twin.forecast.settings import Objective
-from kavier_twin.forecast.slo import METRICS, Slo
+from kavier_twin.forecast.slo import Slo
 from kavier_twin.forecast.sweep import row_of
 from kavier_twin.forecast.verdict import Floats, Ranking, verdict
+from kavier_twin.simulation.kpi_table import METRICS
 from kavier_twin.simulation.policies import Policy
 
 SMALLER = Policy(name="smaller", overrides={"max_num_seqs": 8, "prefix_caching": False})
@@ -19,11 +20,11 @@ SLOS = (Slo(name="e2e", metric="e2e_p95_seconds", threshold=10.0),)
 
 
 def seen(latency: list[float], cost: float = 1.0, rejected: float = 0.0) -> Floats:
-    """One future for each latency; it is the same at both horizons."""
+    """One scenario for each latency; it is the same at both horizons."""
     values = np.ones((len(latency), HORIZONS, len(METRICS)))
     values[..., METRICS.index("e2e_p95_seconds")] = np.array(latency)[:, None]
     values[..., METRICS.index("cost_per_million_tokens")] = cost
-    values[..., METRICS.index("rejected_requests")] = rejected
+    values[..., METRICS.index("requests_rejected")] = rejected
     return values
 
 
@@ -35,7 +36,7 @@ def test_fewest_breaches_over_all_horizons_come_first() -> None:
     found = ranking(today=seen([11.0, 2.0]), safe=seen([9.0, 9.0]), fast=seen([11.0, 1.0]))
     assert found.best == "safe"
     gain = found.gain("safe")
-    assert gain.by_objective["slo"] == 1.0  # in one of two futures, at two horizons
+    assert gain.by_objective["slo"] == 1.0  # in one of two scenarios, at two horizons
     assert gain.decided_by == "slo"
 
 
@@ -60,8 +61,8 @@ def test_nothing_observed_is_no_gain() -> None:
     assert ranking(today=seen([math.nan]), other=seen([math.nan])).best == "today"
 
 
-def test_more_futures_and_clearer_differences_make_it_surer() -> None:
-    """What futures have in common does not blur a paired difference."""
+def test_more_scenarios_and_clearer_differences_make_it_surer() -> None:
+    """What scenarios have in common does not blur a paired difference."""
     load = [1.0, 2.0, 4.0, 8.0]
     clear = ranking(today=seen(load), other=seen([0.9 * time for time in load])).gain("other")
     noisy = ranking(today=seen(load), other=seen([0.5, 2.2, 2.0, 8.8])).gain("other")

@@ -10,8 +10,8 @@ from kavier_twin.forecast.settings import ForecastSettings
 from kavier_twin.forecast.slo import Slo
 from kavier_twin.forecast.sweep import sweep
 from kavier_twin.forecast.whatif import Answer, Busy, NothingYet, Question, WhatIf, answer
+from kavier_twin.mirror.snapshot import Snapshot
 from kavier_twin.simulation.policies import Policy, PolicyError
-from kavier_twin.twin.snapshot import Snapshot
 
 PATIENCE_SECONDS = 60.0
 SLOS = (Slo(name="hits", metric="prefix_cache_hit_ratio", threshold=1.0),)
@@ -23,17 +23,17 @@ def snapshot() -> Snapshot:
 
 
 def ask(snapshot: Snapshot, **question: object) -> Answer:
-    given = {"horizon_seconds": 60.0, "futures": 2, "budget_seconds": 60.0} | question
+    given = {"horizon_seconds": 60.0, "scenarios": 2, "budget_seconds": 60.0} | question
     return answer(snapshot, Question.model_validate(given), SLOS, ThreadExecutor(2))
 
 
 def test_the_same_figures_as_a_forecast(snapshot: Snapshot) -> None:
-    """Today's policy and the one asked about, on the futures that a cycle with the same seed draws: those whose load
+    """Today's policy and the one asked about, on the scenarios that a cycle with the same seed draws: those whose load
     is not trending."""
     before = state_bytes(snapshot.fleet)
-    found = ask(snapshot, overrides={"num_gpu_blocks": "0.5x"}, futures=3, seed=4)
+    found = ask(snapshot, overrides={"num_gpu_blocks": "0.5x"}, scenarios=3, seed=4)
     policies = (Policy(name="today"), Policy(name="half", overrides={"num_gpu_blocks": "0.5x"}))
-    settings = ForecastSettings(policies=policies, horizons_seconds=(60.0,), futures=4, seed=4, slos=SLOS)
+    settings = ForecastSettings(policies=policies, horizons_seconds=(60.0,), scenarios=4, seed=4, slos=SLOS)
     forecast = sweep(snapshot, settings, ThreadExecutor(1))
     assert [case.name for case in found.cases] == ["today", "asked"]
     for case, row in zip(found.cases, forecast.rows, strict=True):
@@ -41,7 +41,7 @@ def test_the_same_figures_as_a_forecast(snapshot: Snapshot) -> None:
             metric: quantiles.p50 for metric, quantiles in row.kpis.items()
         }
         assert case.breach_probability == row.breach_probability
-    assert found.futures == 3
+    assert found.scenarios == 3
     assert found.vllm_flags == ("--num-gpu-blocks-override 250",)
     assert state_bytes(snapshot.fleet) == before
 
@@ -51,7 +51,7 @@ def test_more_load_is_more_work_and_more_replicas_share_it(snapshot: Snapshot) -
     assert [(case.name, case.load) for case in found.cases] == [("today", 1.0), ("today_at_load", 3.0), ("asked", 3.0)]
     now, loaded, asked = (case.kpis for case in found.cases)
     assert loaded["requests_per_second"].p50 > 2.0 * now["requests_per_second"].p50  # type: ignore[operator]
-    assert loaded["running_mean"].p50 > 2.0 * now["running_mean"].p50  # type: ignore[operator]
+    assert loaded["requests_running"].p50 > 2.0 * now["requests_running"].p50  # type: ignore[operator]
     assert asked["itl_p99_seconds"].p50 < loaded["itl_p99_seconds"].p50  # type: ignore[operator]
     assert not found.deployable
     assert "replicas=2" in found.hypothetical_reasons[0]

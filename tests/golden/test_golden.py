@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kavier_twin.offline.scenario import load_scenario
-from kavier_twin.simulation.fleet import simulate
+from kavier_twin.recordings.scenario import load_scenario
+from kavier_twin.simulation.runs import simulate
 
 OURS = Path(__file__).parents[1] / "data" / "golden"
 OTHERS = ("mooncake-conv", "azure-conv")

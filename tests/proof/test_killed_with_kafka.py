@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -12,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
+import effort
 from connectors.kafka.settings import KafkaSettings
 from connectors.traces import read_trace
 from daemon.test_restart import KILLS, RECORDING, last_state, make_daemon
 from kafka_broker import OurBroker
-from kavier_twin.daemon import Daemon
+from kavier_twin.daemon.daemon import Daemon
 from kavier_twin.telemetry import RequestFinished, RequestSeen
 
 kafka = pytest.importorskip("kafka", reason="needs the extra kafka")
@@ -64,7 +64,7 @@ def test_killed_at_any_moment(real_kafka: OurBroker, tmp_path: Path) -> None:
         stamp = began_ms + int(event.time_seconds * 1000)
         producer.send(topic, event.model_dump_json().encode(), event.id.encode(), timestamp_ms=stamp)
 
-    rng = random.Random(5)
+    rng = effort.dice()
     written = 0
     for kill in range(KILLS):
         process = run_once(killed, real_kafka.address, topic, len(records))

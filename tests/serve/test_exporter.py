@@ -9,16 +9,30 @@ from prometheus_client.openmetrics.exposition import generate_latest as generate
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
 
-from kavier_twin.serve.exporter import KPIS, registry_of
-from kavier_twin.serve.view import TwinView
+from kavier_twin.scores.scorer import Interval, KpiScore, Scores
+from kavier_twin.serve.metrics.exporter import registry_of
+from kavier_twin.serve.models import TwinView
+from kavier_twin.simulation.kpi_table import KPIS
 from real_parts import promtool
 from serve.views import empty_view, full_view
 
-UNITS = ("seconds", "ratio", "total", "records", "blocks", "requests", "futures", "per_second", "info", "watts")
+UNITS = (
+    "seconds",
+    "ratio",
+    "total",
+    "records",
+    "blocks",
+    "replicas",
+    "requests",
+    "scenarios",
+    "per_second",
+    "info",
+    "watts",
+)
 UNITS += ("joules_per_million_tokens", "grams_per_million_tokens", "cost_per_million_tokens")
 # Counts of things in their own unit, and flags.
 WITHOUT_UNIT = ("source_up", "_running", "_waiting", "_preemptions", "_rejected", "_calibrated", "_best_policy")
-WITHOUT_UNIT += ("_trusted", "_stale", "_breaches", "_contradictions", "_libraries")
+WITHOUT_UNIT += ("_trusted", "_stale", "_breaches", "_contradictions", "_notes", "_libraries")
 
 
 def text_of(view: TwinView) -> str:
@@ -103,10 +117,13 @@ def test_energy_carbon_and_cost() -> None:
     assert "kavier_twin_cost_info" not in text_of(replace(view, currency=""))
 
 
-def test_mirrored_beside_observed() -> None:
+def test_mirrored_and_observed() -> None:
     view = full_view()
     assert value(view, "kavier_twin_mirrored_ttft_seconds", statistic="p99") == 1.1
     assert value(view, "kavier_twin_observed_ttft_seconds", statistic="p99") == 1.0
+    assert value(view, "kavier_twin_mirrored_e2e_seconds", statistic="mean") is None  # not in the last five minutes
+    assert value(view, "kavier_twin_mirrored_replicas", state="ready") == 1.0
+    assert value(view, "kavier_twin_mirrored_replicas", state="draining") == 1.0
     assert value(view, "kavier_twin_mirrored_requests_waiting") == 1.0
     assert value(view, "kavier_twin_observed_requests_waiting") is None  # not known: no sample
 
@@ -150,9 +167,11 @@ def test_what_is_not_known_has_no_sample() -> None:
 
 def test_labels_are_escaped() -> None:
     view = replace(full_view(), pool='a"b\\c\nd')
-    found = registry_of(lambda: {view.pool: view}).get_sample_value("kavier_twin_pace_ratio", {"pool": view.pool})
+    found = registry_of(lambda: {view.pool: view}).get_sample_value(
+        "kavier_twin_step_time_scale_ratio", {"pool": view.pool}
+    )
     assert found == 1.1
-    read = next(family for family in parse(text_of(view)) if family.name == "kavier_twin_pace_ratio")
+    read = next(family for family in parse(text_of(view)) if family.name == "kavier_twin_step_time_scale_ratio")
     assert read.samples[0].labels["pool"] == view.pool
 
 
@@ -184,18 +203,30 @@ def test_watts_are_shown_side_by_side() -> None:
 def test_sweeps_and_what_their_verdict_is_worth() -> None:
     view = full_view()
     assert value(view, "kavier_twin_forecast_late_total") == 2.0
-    assert value(view, "kavier_twin_forecast_simulated_futures_total") == 28.0
+    assert value(view, "kavier_twin_forecast_simulated_scenarios_total") == 28.0
     assert value(view, "kavier_twin_forecast_shed_total", policy="slow") == 3.0
     assert value(view, "kavier_twin_forecast_stops_total", reason="time") == 1.0
     now = {"policy": "today", "in_force": "1", "trusted": "1", "source": "stream"}
     breach = {**now, "horizon": "300", "slo": "fast"}
     assert value(view, "kavier_twin_slo_breach_probability_bound_ratio", **breach, bound="high") == 0.65
     first = {**now, "slo": "fast"}
-    assert value(view, "kavier_twin_time_to_breach_seconds", **first, futures="worst") == 120.0
-    assert value(view, "kavier_twin_time_to_breach_seconds", **first, futures="median") is None
+    assert value(view, "kavier_twin_time_to_breach_seconds", **first, scenarios="worst") == 120.0
+    assert value(view, "kavier_twin_time_to_breach_seconds", **first, scenarios="median") is None
     assert value(view, "kavier_twin_slo_first_breach_probability_ratio", **first) == 0.35
     best = {"policy": "half"}
     assert value(view, "kavier_twin_best_policy_gain_probability_ratio", **best, switch="no") == 0.97
     assert value(view, "kavier_twin_best_policy_gain_probability_ratio", **best, switch="yes") == 0.2
     assert value(view, "kavier_twin_best_policy_gain_ratio", **best, switch="no", objective="cost") == -0.1
     assert value(view, "kavier_twin_best_policy_avoided_breaches", **best, switch="yes") == -0.25
+
+
+def test_scores_name_kpis_as_all_other_metrics_do() -> None:
+    kpi = KpiScore("ttft_p99_seconds", 60.0, 40, 0.09, 0.1, 0.9, 0.08, 0.8, 0.6, 0.9, 0.2, 0.4)
+    interval = Interval("requests_waiting", 60.0, 1.0, 2.0, 3.0, 0.5, 2.1, 4.0)
+    view = replace(full_view(), scores=Scores(kpis=(kpi,), intervals=(interval,), unobserved={"power_watts": 7}))
+    ttft = {"kpi": "ttft_seconds", "statistic": "p99"}
+    assert value(view, "kavier_twin_score_forecasts", **ttft, horizon="60") == 40.0
+    assert value(view, "kavier_twin_score_absolute_error", **ttft, horizon="60", method="served") == 0.08
+    waiting = {"kpi": "requests_waiting", "statistic": "", "horizon": "60"}
+    assert value(view, "kavier_twin_prediction_bound", **waiting, interval="widened", bound="median") == 2.1
+    assert value(view, "kavier_twin_score_unobserved_forecasts_total", kpi="power_watts", statistic="") == 7.0

@@ -9,12 +9,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from kavier_twin.forecast.scores import AlertScore, BreachScore, KpiScore, Scores
+from kavier_twin.commands.figures import figure
+from kavier_twin.mirror.fidelity.trust import Trust
+from kavier_twin.mirror.fidelity.windows import WindowScore
+from kavier_twin.scores.scorer import AlertScore, BreachScore, KpiScore, Scores
 from kavier_twin.serve.access import Access
 from kavier_twin.serve.app import RefusedError
-from kavier_twin.serve.view import Beside, Compiling, History, KpiTrust
+from kavier_twin.serve.models import Compiling, History, Series
+from kavier_twin.simulation.kpi_table import KPIS, METRICS
 from real_parts import chromium, require
 from serve.twins import TOKEN, Served
 from serve.views import empty_view, full_view
@@ -46,7 +51,7 @@ def trusted_view(pool: str = "chat") -> Any:
         unix_seconds=time.time(),
         trusted=True,
         untrusted_reasons=(),
-        trust={"ttft_seconds": KpiTrust(True)},
+        trust={"ttft_seconds": Trust(True)},
     )
 
 
@@ -55,21 +60,23 @@ def served() -> Iterator[Served]:
     found = Served(Access(token=lambda: TOKEN))
     view = trusted_view()
     ends = (*(60.0 * minute for minute in range(1, 60)), 3590.0)
+    # Nobody asked anything for a while, but once.
+    queued = [tuple(value if n in (30, 59) else math.nan for n in range(60)) for value in (0.1, 0.2)]
     history = History(
         ends,
-        {
-            ("ttft_seconds", "p99"): tuple((0.5 + 0.01 * number, 0.6) for number in range(60)),
-            # Nobody asked anything for a while, but once.
-            ("queue_seconds", "p95"): tuple((0.1, 0.2) if n in (30, 59) else (math.nan, math.nan) for n in range(60)),
-            ("requests_waiting", ""): tuple((2.0, 3.0) for _ in range(60)),
-        },
+        (
+            Series("ttft_seconds", "p99", tuple(0.5 + 0.01 * number for number in range(60)), 60 * (0.6,)),
+            Series("queue_seconds", "p95", *queued),
+            Series("requests_waiting", "", 60 * (2.0,), 60 * (3.0,)),
+        ),
     )
     outlook = replace(view.outlook, event_seconds=3580.0, made_unix_seconds=time.time())
-    beside = (
-        Beside("ttft_seconds", "p99", 1.09, 0.6, -0.1, 500),
-        *(entry for entry in view.beside if (entry.kpi, entry.statistic) != ("ttft_seconds", "p99")),
+    errors = (
+        *(score for score in view.errors if (score.kpi, score.statistic) != ("ttft_seconds", "p99")),
+        WindowScore("ttft_seconds", "p99", "5m", 500, 1.09, 0.6, -0.1),
+        WindowScore("ttft_seconds", "mean", "1h", 4000, 0.2, 0.3, -0.33),  # of which five minutes are known too
     )
-    found.views["chat"] = replace(view, beside=beside, event_seconds=3590.0, history=history, outlook=outlook)
+    found.views["chat"] = replace(view, errors=errors, event_seconds=3590.0, history=history, outlook=outlook)
     yield found
     found.server.close()
 
@@ -102,12 +109,15 @@ def api(served: Served, path: str) -> Any:
 
 def test_the_figures_are_those_of_the_api(page: Page, served: Served) -> None:
     page.get_by_text("All figures").click()
-    shown = cells(page, "#beside")
-    told = api(served, "/v1/state")["beside"]
-    assert len(shown) == len(told) == 8
-    ttft = next(entry for entry in told if entry["statistic"] == "p99")
+    shown = cells(page, "#comparison")
+    errors = api(served, "/v1/fidelity")["errors"]
+    gauges = api(served, "/v1/state")["gauges"]
+    assert [row[0] for row in shown if row[-1] == "now"] == ["requests running", "requests waiting", "KV cache usage"]
+    assert len(shown) == 5 + len(gauges)
+    ttft = next(entry for entry in errors if entry["statistic"] == "p99")
     row = next(row for row in shown if row[0] == "time to first token, p99")
-    assert row == [row[0], f"{ttft['mirrored']:.2f} s", f"{1000 * ttft['observed']:.0f} ms", "−10.0 %", "500 requests"]
+    figures = [f"{ttft['predicted']:.2f} s", f"{1000 * ttft['observed']:.0f} ms", "−10.0 %"]
+    assert row == [row[0], *figures, "500 requests in 5m"]
     assert next(row for row in shown if row[0] == "requests waiting")[2] == "–"  # not known is not zero
     horizon = api(served, "/v1/forecast")["outlook"]["policies"][0]["horizons"][0]
     assert cells(page, "#odds")[0][1] == f"{100 * horizon['breach']['fast']:.0f} % 4 % – 65 %" == "25 % 4 % – 65 %"
@@ -139,6 +149,17 @@ def test_the_charts_show_mirror_reality_and_the_fan_on_one_axis(page: Page, serv
     expect(page.locator(".chart[data-kpi=kv_cache_usage_ratio]")).to_be_hidden()  # nobody tells
 
 
+def test_figures_are_written_as_on_the_command_line(page: Page) -> None:
+    """Every KPI, over eight orders of magnitude."""
+    values = [0.0, 12.0, *np.random.default_rng(0).lognormal(0.0, 4.0, 30).tolist()]
+    asked = [[name, value] for name in (*KPIS, *METRICS) for value in values]
+    shown = page.evaluate(
+        "async (all) => { const w = await import('/static/words.js'); return all.map(([n, v]) => w.figure(v, n)); }",
+        asked,
+    )
+    assert shown == [figure(name, value) for name, value in asked]
+
+
 def test_how_right_past_forecasts_were_is_told(page: Page, served: Served) -> None:
     expect(page.locator("#scores-words")).to_have_text("None was judged yet: 0 forecasts wait for their time to come.")
     kpi = KpiScore("ttft_p99_seconds", 60.0, 40, 0.09, 0.1, 0.9, 0.08, 0.8, 0.6, 0.9, 0.2, 0.4)
@@ -155,7 +176,7 @@ def test_how_right_past_forecasts_were_is_told(page: Page, served: Served) -> No
     expect(page.locator("#scores-words")).to_contain_text("in 1 of 2 figures")
     [row] = cells(page, "#scores")
     assert row[1:] == [
-        "80 ms ✓ 0.80 × persistence’s · 90 % within interval",
+        "80.0 ms ✓ 0.80 × persistence’s · 90 % within interval",
         "300 ms ✕ 1.50 × persistence’s · 90 % within interval",
     ]
     assert cells(page, "#alerts") == [["fast", "4", "75 %", "3", "100 %", "36 s", "0.04 (0.07)"]]

@@ -6,15 +6,15 @@ import http.client
 
 from kavier_twin.forecast.policy_set import Policies, PolicySet, in_force
 from kavier_twin.forecast.whatif import Answer, Case, Question, Spread
+from kavier_twin.mirror.mirror import Mirror, MirrorSettings
+from kavier_twin.mirror.replicas import ReplicaDetail, replica_detail
 from kavier_twin.serve.access import Access
 from kavier_twin.serve.app import RefusedError, Twin
-from kavier_twin.serve.envelope import Limits
 from kavier_twin.serve.http import HttpServer
-from kavier_twin.serve.view import TwinView
+from kavier_twin.serve.limits import Limits
+from kavier_twin.serve.models import TwinView
 from kavier_twin.simulation.policies import DEFAULT_POLICIES, PolicyError, apply_overrides
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
-from kavier_twin.twin.mirror import Mirror, MirrorSettings
-from kavier_twin.twin.replicas import ReplicaDetail, replica_detail
 from serve.views import full_view
 
 TOKEN = "the-right-token"
@@ -54,7 +54,7 @@ class FakePool:
             event_seconds=101.5,
             calibrated=True,
             horizon_seconds=question.horizon_seconds,
-            futures=question.futures,
+            scenarios=question.scenarios,
             rate_requests_per_second=2.5,
             deployable=True,
             vllm_flags=("--kv-cache-dtype fp8",),

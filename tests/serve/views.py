@@ -6,25 +6,27 @@ import math
 
 from kavier_twin.forecast.load import LoadAhead, LoadOutlook
 from kavier_twin.forecast.result import Gain
-from kavier_twin.serve.assemble import _METRICS
-from kavier_twin.serve.view import (
-    Beside,
+from kavier_twin.mirror.fidelity.trust import Trust
+from kavier_twin.mirror.fidelity.windows import WindowScore
+from kavier_twin.mirror.replicas import Replica
+from kavier_twin.serve.models import (
     Best,
-    CacheBeside,
+    CacheAgreement,
     CalibrationState,
+    Engine,
+    Gauge,
+    GpuPower,
     Horizon,
-    KpiTrust,
+    Objective,
     Outlook,
     PolicyOutlook,
-    PowerBeside,
     Predicted,
-    SloLine,
     SourceState,
     SweepCounts,
     TwinView,
-    WindowError,
 )
-from kavier_twin.twin.replicas import Replica
+from kavier_twin.simulation.kpi_table import STATISTICS
+from kavier_twin.simulation.replica_state import ReplicaState
 
 QUANTILES = {0.1: 0.5, 0.5: 0.75, 0.9: 1.0}
 
@@ -33,7 +35,9 @@ def full_view(pool: str = "chat") -> TwinView:
     horizons = tuple(
         Horizon(
             seconds,
-            tuple(Predicted(kpi, statistic, QUANTILES, kpi == "ttft_seconds") for kpi, statistic in _METRICS.values()),
+            tuple(
+                Predicted(kpi, statistic, QUANTILES, kpi == "ttft_seconds") for kpi, statistic in STATISTICS.values()
+            ),
             {"fast": 0.25, "steady": 0.0},
             {"fast": True, "steady": False},
             breach_interval={"fast": (0.04, 0.65), "steady": (0.0, 0.37)},
@@ -44,7 +48,7 @@ def full_view(pool: str = "chat") -> TwinView:
         event_seconds=100.0,
         made_unix_seconds=1.7e9,
         duration_seconds=0.5,
-        futures=4,
+        scenarios=4,
         rate_per_second=2.5,
         calibrated=True,
         policies=(
@@ -71,7 +75,7 @@ def full_view(pool: str = "chat") -> TwinView:
         ),
         stopped_because="certain",
         shed=("slow",),
-        notes=("4 futures are few",),
+        notes=("4 scenarios are few",),
         load=LoadOutlook(
             "exponential_smoothing",
             {"persistence": 1.2, "exponential_smoothing": 0.9, "sparse": math.nan},
@@ -93,46 +97,45 @@ def full_view(pool: str = "chat") -> TwinView:
         finished_requests=5,
         calibrated=True,
         calibrated_on_requests=60,
-        pace_ratio=1.1,
+        step_time_scale_ratio=1.1,
         frontend_seconds=0.005,
         step_time={"fixed": 0.01, "per_prefill_token": 3e-5},
         step_time_deviation={"fixed": 0.001, "per_prefill_token": math.inf},
-        calibration=CalibrationState(1.7e9, 2, 1.69e9, 1.4, {"too_few_latencies": 1}),
+        calibration=CalibrationState(1.7e9, 2, 1.4, {"too_few_latencies": 1}),
         exact_cache_ratio=0.99,
-        beside=(
-            Beside("ttft_seconds", "mean", 0.11, 0.1, 0.1, 500),
-            Beside("ttft_seconds", "p99", 1.1, 1.0, 0.1, 500),
-            Beside("e2e_seconds", "mean", 2.0, 2.5, -0.2, 500),
-            Beside("queue_seconds", "mean", 0.0, 0.0, math.nan, 500),
-            Beside("prefix_cache_hit_ratio", "", 0.8, 0.81, -0.01, 500),
-            Beside("requests_running", "", 3.0, 4.0, -1.0),
-            Beside("requests_waiting", "", 1.0, math.nan),
-            Beside("kv_cache_usage_ratio", "", 0.2, 0.25, -0.05),
+        gauges=(
+            Gauge("requests_running", 3.0, 4.0),
+            Gauge("requests_waiting", 1.0, math.nan),
+            Gauge("kv_cache_usage_ratio", 0.2, 0.25),
         ),
         errors=(
-            WindowError("ttft_seconds", "mean", "5m", 40, 0.11, 0.1, 0.1),
-            WindowError("e2e_seconds", "mean", "1h", 500, 2.0, 2.5, -0.2),
-            WindowError("queue_seconds", "mean", "5m", 40, 0.0, 0.0, math.nan),
+            WindowScore("ttft_seconds", "mean", "5m", 40, 0.11, 0.1, 0.1),
+            WindowScore("ttft_seconds", "p99", "5m", 40, 1.1, 1.0, 0.1),
+            WindowScore("prefix_cache_hit_ratio", "", "5m", 40, 0.8, 0.81, -0.01),
+            WindowScore("requests_waiting", "", "5m", 10, 0.5, 0.6, -0.1 / 0.6),
+            WindowScore("e2e_seconds", "mean", "1h", 500, 2.0, 2.5, -0.2),
+            WindowScore("queue_seconds", "mean", "5m", 40, 0.0, 0.0, math.nan),
         ),
-        trust={"ttft_seconds": KpiTrust(True), "e2e_seconds": KpiTrust(False, "e2e_seconds: 20 % off")},
+        trust={"ttft_seconds": Trust(True), "e2e_seconds": Trust(False, "e2e_seconds: 20 % off")},
         untrusted_reasons=("e2e_seconds: 20 % off",),
         replicas=(
-            Replica(0, "vllm-0", "serving", 3, 1, 0.2, 0.8, 5, 500, 0),
-            Replica(1, "", "draining", 0, 0, 0.0, math.nan, 0, 0, 0),
+            Replica(0, "vllm-0", ReplicaState.READY, 3, 1, 0.2, 0.8, 5, 500, 0),
+            Replica(1, "", ReplicaState.DRAINING, 0, 0, 0.0, math.nan, 0, 0, 0),
         ),
         slos=(
-            SloLine("fast", "ttft_seconds", "p99", 1.0, False),
-            SloLine("cached", "prefix_cache_hit_ratio", "", 0.5, True),
+            Objective("fast", "ttft_seconds", "p99", 1.0, False),
+            Objective("cached", "prefix_cache_hit_ratio", "", 0.5, True),
         ),
         every_seconds=30.0,
         caches=(
-            CacheBeside("vllm-0", "0", 0.95, both=380, only_mirrored=12, only_real=8, filled=350),
-            CacheBeside("vllm-1", "0"),
+            CacheAgreement("vllm-0", "0", 0.95, both=380, only_mirrored=12, only_real=8, filled=350),
+            CacheAgreement("vllm-1", "0"),
         ),
-        power=PowerBeside(412.0, 400.0, 118.0, 450.0, 270.0, calibrations=3),
+        power=GpuPower(412.0, 400.0, calibrations=3),
+        engines=(Engine("vllm-0", "0", "m", "0.32.0", {"lifetime": 40.0, "reuse_gap": 2.5}), Engine("vllm-1", "0")),
         sources=(SourceState("file:a", False, {"not-json": 3, "bad-value": 1}), SourceState("file:b", True, {})),
         forecasts={"succeeded": 7, "failed": 1},
-        sweeps=SweepCounts(late=2, futures=28, shed={"slow": 3}, stopped={"certain": 6, "time": 1}),
+        sweeps=SweepCounts(late=2, scenarios=28, shed={"slow": 3}, stopped={"certain": 6, "time": 1}),
         outlook=outlook,
         currency="EUR",
         notes=("a note",),

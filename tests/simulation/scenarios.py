@@ -2,22 +2,16 @@
 
 A scenario is plain data, so that hypothesis can shrink it and print it. Times are random floats: nothing arrives at
 the very moment a step ends, where the jump and the reference may fall on different sides by a rounding.
-
-`examples(n)` runs n examples, always the same ones in CI. For a longer campaign with new examples:
-
-    KAVIER_EXAMPLES=100 pytest tests/simulation     # a hundred times as many
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
 from kavier_twin.simulation import state as layout
@@ -25,21 +19,6 @@ from kavier_twin.simulation.fleet import Fleet, Live
 from kavier_twin.simulation.policies import Override
 from kavier_twin.simulation.settings import DiskTier, EngineSettings, FleetSettings, HostTier, StepTime
 from kavier_twin.simulation.workload import Workload, make_workload
-from real_parts import in_ci
-
-FACTOR = int(os.environ.get("KAVIER_EXAMPLES", "1"))
-
-
-def examples(count: int) -> settings:
-    """Settings of a property test with this many examples."""
-    return settings(
-        max_examples=count * FACTOR,
-        derandomize=in_ci() and FACTOR == 1,
-        deadline=None,
-        print_blob=True,
-        phases=[phase for phase in Phase if phase is not Phase.explain],
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
-    )
 
 
 class Row(NamedTuple):
@@ -372,12 +351,17 @@ class Player:
         self.fleet = Fleet(self.scenario.fleet, stepping=self.stepping)
         self.given = {}
         for switch in self.scenario.switches:
-            if switch.kind == "join":
-                self.fleet.join(switch.time)
-            elif switch.kind == "policy":
-                self.fleet.switch_policy(dict(switch.overrides), switch.time)
-            else:
-                getattr(self.fleet, switch.kind)(switch.replica, switch.time)
+            match switch.kind:
+                case "join":
+                    self.fleet.at(switch.time, Fleet.add)
+                case "policy":
+                    self.fleet.at(switch.time, Fleet.apply, dict(switch.overrides))
+                case "drain":
+                    self.fleet.at(switch.time, Fleet.accept, switch.replica, False)
+                case "leave":
+                    self.fleet.at(switch.time, Fleet.let_go, switch.replica)
+                case _:
+                    self.fleet.at(switch.time, Fleet.crash, switch.replica)
         first = self.scenario.stops[0].time
         rows = self.scenario.rows
         self._later = next((at for at, row in enumerate(rows) if row.arrival >= first), len(rows))
@@ -455,7 +439,6 @@ __all__ = [
     "Scenario",
     "Stop",
     "Switch",
-    "examples",
     "is_stuck",
     "layout",
     "outcomes_by_index",

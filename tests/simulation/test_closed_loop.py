@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from effort import examples
 from kavier_twin.simulation.closed_loop import simulate_closed_loop, simulate_sessions
-from kavier_twin.simulation.fleet import simulate
+from kavier_twin.simulation.runs import simulate
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
 from kavier_twin.simulation.state import Records
 from kavier_twin.simulation.workload import Workload, make_workload, take_rows
-from simulation.scenarios import examples
 
 STEP_TIME = StepTime(
     fixed=0.0083,

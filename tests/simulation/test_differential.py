@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given
 
+from effort import examples
 from kavier_twin.simulation import state as layout
 from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.state import FleetState
 from simulation.invariants import free_list, queue, ring
-from simulation.scenarios import Player, Scenario, examples, outcomes_by_index, scenarios
+from simulation.scenarios import Player, Scenario, outcomes_by_index, scenarios
 
 EXACT = (
     "running",

@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from kavier_twin.simulation.fleet import Fleet, simulate
+from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.kpis import Counters
+from kavier_twin.simulation.runs import simulate
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
 from kavier_twin.simulation.workload import Workload, make_workload
 from simulation.block_cache import run_cache

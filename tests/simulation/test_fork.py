@@ -41,9 +41,9 @@ def digest(fleet: Fleet) -> list[bytes]:
 def test_a_fork_continues_bit_for_bit(asynchronous: bool) -> None:
     fleet = Fleet(settings(asynchronous))
     fleet.feed(workload())
-    fleet.fail(0, 6.0)
-    fleet.join(6.5)
-    fleet.switch_policy({"num_gpu_blocks": "0.7x"}, 7.0)
+    fleet.at(6.0, Fleet.crash, 0)
+    fleet.at(6.5, Fleet.add)
+    fleet.at(7.0, Fleet.apply, {"num_gpu_blocks": "0.7x"})
     fleet.run(4.0)
     fork = fleet.fork()
     fleet.run()

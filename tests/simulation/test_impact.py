@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from effort import examples
 from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.footprint import Footprint, PowerModel
 from kavier_twin.simulation.impact import Impact, impact, impact_of_run
@@ -74,7 +75,7 @@ def idle_hour(**footprint: Any) -> Impact:
 
 def test_one_kilowatt_for_an_hour_is_one_kilowatt_hour() -> None:
     hour = idle_hour(carbon=400.0, price_per_gpu_hour=2.5)
-    assert hour.power_mean_watts == pytest.approx(1000.0)
+    assert hour.power_watts == pytest.approx(1000.0)
     assert hour.energy_joules == pytest.approx(3.6e6)
     assert hour.carbon_grams == pytest.approx(400.0)  # 400 g/kWh x 1 kWh
     assert (hour.gpu_hours, hour.cost, hour.currency) == (pytest.approx(1.0), pytest.approx(2.5), "EUR")
@@ -83,7 +84,7 @@ def test_one_kilowatt_for_an_hour_is_one_kilowatt_hour() -> None:
 
 def test_pue_counts_for_energy_and_carbon_and_not_for_cost() -> None:
     hour = idle_hour(pue=1.5, carbon=400.0, price_per_gpu_hour=2.5)
-    assert (hour.power_mean_watts, hour.energy_joules) == (pytest.approx(1500.0), pytest.approx(5.4e6))
+    assert (hour.power_watts, hour.energy_joules) == (pytest.approx(1500.0), pytest.approx(5.4e6))
     assert (hour.carbon_grams, hour.cost) == (pytest.approx(600.0), pytest.approx(2.5))
 
 
@@ -125,7 +126,7 @@ def test_defaults_are_named_and_only_they() -> None:
 # --- where the energy goes ----------------------------------------------------------------------------------------
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(
     st.lists(st.tuples(st.floats(0.0, 20.0), st.integers(1, 3000), st.integers(1, 100)), min_size=1, max_size=20).map(
         sorted
@@ -174,15 +175,15 @@ def test_prefill_draws_more_than_decode() -> None:
     """Prompts without outputs keep the GPU near its limit, outputs without prompts well below."""
     prefill = of_run(fleet_settings(), make_workload([0.0] * 8, 8_000, 1), 0.5)
     decode = of_run(fleet_settings(), make_workload([0.0] * 8, 1, 2_000), 5.0)
-    assert prefill.power_mean_watts > 580.0
-    assert decode.power_mean_watts < 380.0
+    assert prefill.power_watts > 580.0
+    assert decode.power_watts < 380.0
     assert decode.energy_reading_joules > 5 * decode.energy_decode_joules
     assert prefill.energy_prefill_joules > 10 * prefill.energy_decode_joules
 
 
 def test_larger_decode_batches_draw_more_and_cost_less_a_token() -> None:
     small, large = (of_run(fleet_settings(), make_workload([0.0] * n, 1, 2_000), 5.0) for n in (1, 256))
-    assert large.power_mean_watts > small.power_mean_watts + 20.0
+    assert large.power_watts > small.power_watts + 20.0
     assert large.energy_joules_per_million_tokens < 0.02 * small.energy_joules_per_million_tokens
 
 
@@ -226,7 +227,7 @@ def chat_served() -> Fleet:
 
 
 @given(st.floats(0.0, 1.0), st.floats(0.0, 1.0), st.floats(0.0, 500.0), st.floats(0.0, 500.0))
-@settings(max_examples=30, deadline=None)
+@examples(30)
 def test_more_watts_more_joules(compute: float, memory: float, idle: float, above: float) -> None:
     lower = PowerModel(idle_watts=idle, max_watts=idle + above, compute_load=compute / 2, memory_load=memory / 2)
     higher = PowerModel(idle_watts=idle, max_watts=idle + 2 * above, compute_load=compute, memory_load=memory)
@@ -237,7 +238,7 @@ def test_more_watts_more_joules(compute: float, memory: float, idle: float, abov
     assert low is not None
     assert high is not None
     assert low.energy_joules <= high.energy_joules
-    assert idle <= low.power_mean_watts * (1 + 1e-9)
+    assert idle <= low.power_watts * (1 + 1e-9)
 
 
 # --- replicas that come and go ------------------------------------------------------------------------------------
@@ -245,9 +246,9 @@ def test_more_watts_more_joules(compute: float, memory: float, idle: float, abov
 
 def test_a_replica_counts_while_it_is_there() -> None:
     fleet = Fleet(fleet_settings(replicas=2))
-    fleet.join(100.0)
-    fleet.leave(0, 200.0)
-    fleet.fail(1, 300.0)
+    fleet.at(100.0, Fleet.add)
+    fleet.at(200.0, Fleet.let_go, 0)
+    fleet.at(300.0, Fleet.crash, 1)
     fleet.run(1000.0)
     assert alive_seconds(fleet.state.replicas, 1000.0) == pytest.approx(200.0 + 300.0 + 900.0)
     assert alive_seconds(fleet.state.replicas, 150.0) == pytest.approx(150.0 + 150.0 + 50.0)
@@ -256,7 +257,7 @@ def test_a_replica_counts_while_it_is_there() -> None:
 def test_one_that_is_to_leave_counts_until_its_last_request_ended() -> None:
     fleet = Fleet(fleet_settings(replicas=2))
     fleet.feed(make_workload([0.0, 0.0], 100, 1_000))
-    fleet.leave(0, 1.0)
+    fleet.at(1.0, Fleet.let_go, 0)
     fleet.run(2.0)
     assert alive_seconds(fleet.state.replicas, 2.0) == pytest.approx(4.0)
     fleet.run(1000.0)

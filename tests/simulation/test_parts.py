@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kavier_twin.simulation.fleet import Fleet, simulate, simulate_parts
+from kavier_twin.simulation.fleet import Fleet
+from kavier_twin.simulation.runs import simulate, simulate_parts
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
 from kavier_twin.simulation.turns import Turns
 from kavier_twin.simulation.workload import make_workload, take_rows

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from hypothesis import given
 
+from effort import examples
 from simulation.invariants import Books, check_totals, check_work
-from simulation.scenarios import Player, Scenario, examples, is_stuck, scenarios
+from simulation.scenarios import Player, Scenario, is_stuck, scenarios
 
 
 def play_checked(scenario: Scenario, *, stepping: bool = False) -> tuple[Player, Books]:

@@ -10,13 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from effort import examples
 from kavier_twin.simulation.closed_loop import simulate_sessions
-from kavier_twin.simulation.fleet import Fleet, simulate
+from kavier_twin.simulation.fleet import Fleet
+from kavier_twin.simulation.lifecycle import Restart
+from kavier_twin.simulation.runs import simulate
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings
 from kavier_twin.simulation.state import FINISHED, Records
 from kavier_twin.simulation.turns import Turns
 from kavier_twin.simulation.workload import make_workload, take_rows
-from simulation.scenarios import examples
 from simulation.test_closed_loop import STEP_TIME, Loop, loops
 
 BIT_FOR_BIT = ("index", "replica", "status", "cached", "preemptions")
@@ -166,7 +168,7 @@ def test_what_waits_for_a_request_that_was_lost_does_not_come() -> None:
     loop = Loop(sessions_fleet(), workload, 1, np.zeros(3), 0.0)
     fleet = Fleet(loop.fleet)
     fleet.feed_sessions(workload, Turns(np.array([-1, 0, 1]), np.zeros(3), 0.0))
-    fleet.fail(0, 0.5)
+    fleet.at(0.5, Fleet.crash, 0)
     fleet.run(1e4)
     assert fleet.collect()["index"].tolist() == [0]
     assert not (fleet.collect()["status"] == FINISHED).any()
@@ -182,10 +184,14 @@ def test_replicas_may_restart_meanwhile() -> None:
     )
     fleet = given_sessions.fleet()
     for replica in range(3):
-        fleet.restart(replica, 2.0 + 6.0 * replica, 1.0, 4.0)
+        fleet.plan(Restart(2.0 + 6.0 * replica, [replica], 1, drain_seconds=1.0, startup_seconds=4.0))
+    begun_again = 0
+    for replica in range(3):
+        fleet.run(2.999 + 6.0 * replica)  # just before it stops
+        begun_again += int(fleet.state.replicas["running"][replica])
+    assert begun_again > 10
     fleet.run()
     outcomes, turns = by_index(fleet.collect()), given_sessions.turns
-    assert fleet.requeued > 10
     assert outcomes.size == count
     later = turns.after >= 0
     think = outcomes["arrival"][later] - outcomes["finish"][turns.after[later]]

@@ -39,11 +39,18 @@ class TapProcess:
         """Wait until the metrics have this line."""
         until(lambda: f"\nkavier_twin_tap_{line}\n" in self.metrics(), line)
 
+    def metric(self, name: str) -> float:
+        """The value of a series now; 0 where there is none."""
+        found = re.search(rf"^kavier_twin_tap_{re.escape(name)} (\S+)$", self.metrics(), re.MULTILINE)
+        return float(found[1]) if found else 0.0
+
     def worker(self) -> int:
         """The process that makes records, 0 if there is none."""
         threads = Path(f"/proc/{self.process.pid}/task").glob("*/children")
         children = " ".join(children.read_text() for children in threads).split()
-        named = [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+        named = [
+            int(child) for child in children if b"kavier_twin.tap\0" in Path(f"/proc/{child}/cmdline").read_bytes()
+        ]
         return named[-1] if named else 0
 
     def end(self, number: int = signal.SIGTERM) -> int:
@@ -55,7 +62,7 @@ class TapProcess:
 @contextmanager
 def tap_process(log: Path, *options: str | Path, environment: dict[str, str] | None = None) -> Iterator[TapProcess]:
     """Run a tap that writes what it says to `log`."""
-    command = [sys.executable, "-m", "kavier_twin.cli", "tap", "--port", "0", "--metrics-port", "0"]
+    command = [sys.executable, "-m", "kavier_twin.commands.main", "tap", "--port", "0", "--metrics-port", "0"]
     with log.open("wb") as said:
         process = subprocess.Popen(
             [*command, *map(str, options)], stdout=said, stderr=said, env={**os.environ, **(environment or {})}

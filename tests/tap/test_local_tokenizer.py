@@ -13,7 +13,7 @@ from kavier_twin.errors import UserError
 from kavier_twin.tap.hashing import BlockHasher
 from kavier_twin.tap.local_tokenizer import LocalTokenizer
 from kavier_twin.tap.prompts import Asked, NoTokens
-from tap.openai_server import OpenAIServer, serving, tapped
+from tap.openai_server import OpenAIServer, event, serving, tapped
 
 tokenizers = pytest.importorskip("tokenizers", reason="needs the extra tap")
 
@@ -61,7 +61,8 @@ def said(*texts: str, role: str = "user") -> list[dict[str, str]]:
 
 
 def words(tokenizer: LocalTokenizer, request: Asked) -> list[str]:
-    return [WORDS[token] for token in tokenizer.token_ids(request)]
+    (ids,) = tokenizer.token_ids(request)
+    return [WORDS[token] for token in ids]
 
 
 def test_completions_begin_with_the_special_token_unless_told_otherwise(path: Path) -> None:
@@ -127,8 +128,26 @@ def test_the_tap_asks_the_engine_for_the_rest_alone(path: Path) -> None:
         assert not [target for _, target, _, _ in engine.requests if target.startswith("/tokenize")]
         engine.requests.clear()
         httpx.post(f"{tap.url}/v1/chat/completions", json={"messages": parts, "stream": True})
-        tap.counted("kavier_twin_tap_dropped_total", reason="tokenize-failed")  # the test's server reads no parts
+        assert tap.of_kind("request_seen", 3)[2].prompt_tokens == len("once")  # of the server's tokenizer
         assert [target for _, target, _, _ in engine.requests if target.startswith("/tokenize")]
+
+
+def test_a_folder_stands_for_its_tokenizer(path: Path) -> None:
+    assert LocalTokenizer(path.parent).text_ids("once upon") == ([4, 5], [4, 9])
+
+
+def test_an_answer_has_hashes_as_far_as_its_stream_shows_the_engines_tokens(path: Path) -> None:
+    """The engine wrote "a time" as one token, which the tokenizer would not; what is before it is certain."""
+    pieces = ["once", " upon", " a", " time", " once", " a time", " once"]
+    engine = OpenAIServer()
+    engine.answer = [event({"choices": [{"index": 0, "delta": {"content": piece}}]}) for piece in pieces]
+    asked = {"messages": said("once", "upon", "a"), "stream": True}
+    with serving(engine) as upstream, tapped(upstream.url, tokenizer=with_template(path)) as tap:
+        httpx.post(f"{tap.url}/v1/chat/completions", json=asked)
+        (finished,) = tap.of_kind("request_finished")
+    prompt = [0, 1, 5, 1, 6, 2]
+    assert finished.block_hashes == BlockHasher("sha256", 4).hashes([*prompt, 4, 5, 6, 7, 4])[:2]
+    assert len(finished.block_hashes) == 2
 
 
 def test_files_that_cannot_be_read_are_told(path: Path) -> None:

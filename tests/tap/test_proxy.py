@@ -12,8 +12,9 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from kavier_twin.tap.hashing import BlockHasher
+from kavier_twin.tap.hashing import Adapter, BlockHasher, ExtraKeys
 from tap.openai_server import OpenAIServer, Running, serving, tapped, token_ids
+from waiting import PATIENCE_SECONDS
 
 PROMPT = "once upon a time"
 
@@ -49,6 +50,7 @@ def test_a_stream_makes_both_records(tap: Running, engine: OpenAIServer) -> None
     assert (finished.id, finished.output_tokens, finished.finish_reason) == (seen.id, 5, "length")
     assert 0.05 <= finished.ttft_seconds < finished.e2e_seconds
     assert finished.cached_tokens is None
+    assert finished.block_hashes == BlockHasher("sha256", 4).hashes(token_ids(PROMPT + "xxxxx"))
     assert PROMPT not in repr(tap.records)
 
 
@@ -94,7 +96,7 @@ def test_a_client_that_leaves_cancels_at_the_engine(tap: Running, engine: OpenAI
     engine.pause_seconds = 0.05
     with httpx.stream("POST", f"{tap.url}/v1/chat/completions", json=chat(stream=True, max_tokens=1000)) as answer:
         next(answer.iter_raw())
-    assert engine.cancelled.wait(5.0)
+    assert engine.cancelled.wait(PATIENCE_SECONDS)
     (finished,) = tap.of_kind("request_finished")
     assert finished.finish_reason == "abort"
     assert finished.output_tokens < 1000
@@ -105,7 +107,7 @@ def test_a_client_that_leaves_before_the_first_byte_cancels_too(tap: Running, en
     engine.pause_seconds = 0.6
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{tap.url}/v1/chat/completions", json=chat(stream=True), timeout=0.2)
-    assert engine.cancelled.wait(5.0)
+    assert engine.cancelled.wait(PATIENCE_SECONDS)
     (finished,) = tap.of_kind("request_finished")
     assert (finished.finish_reason, finished.output_tokens) == ("abort", 0)
 
@@ -129,32 +131,44 @@ def test_no_engine_is_a_502() -> None:
 
 
 @pytest.mark.parametrize(
-    ("more", "reason"),
-    [({"model": "adapter"}, "lora"), ({"cache_salt": "s"}, "cache-salt")],
+    ("more", "extra"),
+    [
+        ({"model": "adapter"}, ExtraKeys(Adapter("adapter", "/adapters/one"))),
+        ({"cache_salt": "s"}, ExtraKeys(salt="s")),
+        ({"model": "adapter", "cache_salt": "s"}, ExtraKeys(Adapter("adapter", "/adapters/one"), "s")),
+    ],
 )
-def test_what_changes_hashes_makes_a_record_without(tap: Running, more: dict[str, str], reason: str) -> None:
+def test_adapters_and_salts_are_hashed_as_the_engine_does(tap: Running, more: dict[str, str], extra: ExtraKeys) -> None:
     httpx.post(f"{tap.url}/v1/chat/completions", json=chat(stream=True, **more))
     (seen,) = tap.of_kind("request_seen")
-    assert (seen.block_hashes, seen.prompt_tokens) == ((), len(PROMPT))
-    tap.counted("kavier_twin_tap_without_hashes_total", reason=reason)
+    (finished,) = tap.of_kind("request_finished")
+    hasher = BlockHasher("sha256", 4)
+    assert seen.block_hashes == hasher.hashes(token_ids(PROMPT), extra) != hasher.hashes(token_ids(PROMPT))
+    assert finished.block_hashes == hasher.hashes(token_ids(PROMPT + "xxxxx"), extra)
 
 
-def test_an_image_is_counted_by_the_engines_usage(tap: Running) -> None:
-    content = [{"type": "image_url", "image_url": {"url": "data:,"}}]
-    usage = {"include_usage": True}
+def test_an_image_is_counted_by_the_engines_usage(tap: Running, engine: OpenAIServer) -> None:
+    content = [{"type": "text", "text": PROMPT}, {"type": "image_url", "image_url": {"url": "data:," + "A" * 9_000}}]
+    engine.counts_prompt_tokens = 340
     asked = chat(messages=[{"role": "user", "content": content}], stream=True)
-    httpx.post(f"{tap.url}/v1/chat/completions", json={**asked, "stream_options": usage})
-    (seen,) = tap.of_kind("request_seen")
-    assert (seen.block_hashes, seen.prompt_tokens) == ((), 11)
+    httpx.post(f"{tap.url}/v1/chat/completions", json={**asked, "stream_options": {"include_usage": True}})
+    estimated, counted = tap.raw("request_seen", 2)
+    assert (estimated.prompt_tokens_from, estimated.block_hashes) == ("estimate", ())
+    assert 1_000 < estimated.prompt_tokens < 1_020
+    assert (counted.prompt_tokens, counted.prompt_tokens_from, counted.block_hashes) == (340, "usage", ())
+    assert counted.completes(estimated)
+    tap.counted("kavier_twin_tap_without_hashes_total", reason="multimodal")
     httpx.post(f"{tap.url}/v1/chat/completions", json=asked)
-    tap.counted("kavier_twin_tap_dropped_total", reason="multimodal")
+    assert tap.of_kind("request_seen", 2)[1].prompt_tokens_from == "estimate"
+    tap.of_kind("request_finished", 2)
 
 
 def test_token_ids_of_the_client_are_taken(tap: Running, engine: OpenAIServer) -> None:
     httpx.post(f"{tap.url}/v1/completions", json={"model": "base", "prompt": [1, 2, 3, 4, 5], "stream": True})
     (seen,) = tap.of_kind("request_seen")
     assert seen.block_hashes == BlockHasher("sha256", 4).hashes([1, 2, 3, 4, 5])
-    assert "/tokenize?" not in [target for _, target, _, _ in engine.requests]
+    tokenised = [json.loads(body)["prompt"] for _, target, _, body in engine.requests if target == "/tokenize?"]
+    assert tokenised == ["xxxx"]  # the answer
 
 
 def test_what_the_engine_refuses_makes_no_record(tap: Running) -> None:
@@ -166,7 +180,7 @@ def test_what_the_engine_refuses_makes_no_record(tap: Running) -> None:
 def test_a_big_body_and_a_slow_client(tap: Running, engine: OpenAIServer) -> None:
     body = json.dumps(chat(messages=[{"role": "user", "content": "a" * 400_000}], stream=True)).encode()
     place = urlsplit(tap.url)
-    with socket.create_connection((place.hostname, place.port), timeout=10.0) as client:
+    with socket.create_connection((place.hostname, place.port), timeout=PATIENCE_SECONDS) as client:
         head = (
             f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from kavier_twin.cli import main
+from kavier_twin.commands.main import main
 from real_parts import openssl
 from tap.openai_server import OpenAIServer, serving
 from tap.tap_process import tap_process

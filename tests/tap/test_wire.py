@@ -14,6 +14,7 @@ import pytest
 
 from kavier_twin.tap import upstream
 from tap.openai_server import Running, tapped
+from waiting import PATIENCE_SECONDS
 
 GET = b"GET /x HTTP/1.1\r\nHost: a\r\n\r\n"
 EMPTY = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
@@ -89,7 +90,7 @@ def tap(server: RawServer) -> Iterator[Running]:
 def ask(tap: Running, *parts: bytes, pause_seconds: float = 0.02) -> bytes:
     """Send, and all that comes back until the tap closes, or says no more for a moment."""
     place = urlsplit(tap.url)
-    with socket.create_connection((place.hostname, place.port), timeout=10.0) as client:
+    with socket.create_connection((place.hostname, place.port), timeout=PATIENCE_SECONDS) as client:
         for part in parts:
             client.sendall(part)
             time.sleep(pause_seconds if len(parts) > 1 else 0.0)
@@ -292,7 +293,7 @@ def test_an_answer_before_the_whole_request_ends_both(tap: Running, server: RawS
     server.waits_for_bodies = False
     answer = ask(tap, head, b"a" * 10, pause_seconds=0.1)
     assert answer.startswith(b"HTTP/1.1 413 ")
-    assert server.closed.wait(5.0)  # what is left of the request is nobody's
+    assert server.closed.wait(PATIENCE_SECONDS)  # what is left of the request is nobody's
 
 
 def test_a_client_that_stops_reading_holds_up_the_engine_and_not_the_tap(tap: Running, server: RawServer) -> None:
@@ -311,7 +312,7 @@ def test_a_client_that_stops_reading_holds_up_the_engine_and_not_the_tap(tap: Ru
 
     server.answer = stream
     place = urlsplit(tap.url)
-    with socket.create_connection((place.hostname, place.port), timeout=5.0) as client:
+    with socket.create_connection((place.hostname, place.port), timeout=PATIENCE_SECONDS) as client:
         client.sendall(GET)
         assert client.recv(100).startswith(b"HTTP/1.1 200 OK")
         time.sleep(1.5)

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from connectors.kafka.settings import KafkaSettings
+from connectors.settings import KvEvents, Prometheus, VllmMetrics
 from connectors.traces.telemetry import parse_record
-from kavier_twin.cli import main
-from kavier_twin.live.live_sources import KvEvents
+from kavier_twin.commands.main import main
 from kavier_twin.telemetry import RequestFinished, RequestRecord, RequestSeen
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -37,7 +37,9 @@ def test_the_examples_are_records() -> None:
 
 
 def test_the_examples_of_sources_are_sources() -> None:
-    kafka, kv_events = (source for text in fences("yaml") for source in yaml.safe_load(text)["sources"])
+    kafka, kv_events, mimir, nim = (source for text in fences("yaml") for source in yaml.safe_load(text)["sources"])
     assert KafkaSettings.model_validate(kafka).topics == ("llm-requests", "otlp_spans")
     assert set(kafka) | {"name", "pool"} == set(KafkaSettings.model_fields)
     assert KvEvents.model_validate(kv_events).pod == "vllm-0"
+    assert Prometheus.model_validate(mimir).headers == {"X-Scope-OrgID": "team-a"}
+    assert VllmMetrics.model_validate(nim).metric_prefix == "nim_"

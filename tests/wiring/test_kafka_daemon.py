@@ -11,8 +11,8 @@ import pytest
 
 import waiting
 from kafka_broker import OurBroker
-from kavier_twin.config import read_settings
-from kavier_twin.daemon import Daemon
+from kavier_twin.daemon.config import read_settings
+from kavier_twin.daemon.daemon import Daemon
 from kavier_twin.telemetry import RequestFinished, RequestSeen
 
 kafka = pytest.importorskip("kafka", reason="needs the extra kafka")
@@ -42,7 +42,7 @@ def test_requests_through_kafka_are_mirrored_and_the_source_told_of(real_kafka: 
     settings.write_text(f"""
 fleet: {{engine: {{num_gpu_blocks: 300}}}}
 sources: [{{type: kafka, brokers: ["{real_kafka.address}"], topics: [{topic}], start: earliest, group: null}}]
-forecast: {{futures: 2, horizons_seconds: [5], policies: [{{name: today}}], every_seconds: 1000}}
+forecast: {{scenarios: 2, horizons_seconds: [5], policies: [{{name: today}}], every_seconds: 1000}}
 http: {{port: 0}}
 dead_letters: dead.jsonl
 """)
@@ -91,14 +91,14 @@ def test_a_first_start_mirrors_the_topic_s_last_minutes(real_kafka: OurBroker, t
     settings.write_text(f"""
 fleet: {{engine: {{num_gpu_blocks: 300}}, replicas: 2}}
 sources: [{{type: kafka, brokers: ["{real_kafka.address}"], topics: [{topic}], group: null}}]
-forecast: {{futures: 2, horizons_seconds: [5], policies: [{{name: today}}], every_seconds: 1}}
+forecast: {{scenarios: 2, horizons_seconds: [5], policies: [{{name: today}}], every_seconds: 1}}
 http: {{port: 0}}
 """)
     daemon = Daemon.of(read_settings(settings), warm_up_seconds=1_800.0)
     assert daemon.view.warming_up
     daemon.start()
     try:
-        until(lambda: not daemon.view.not_ready(), "ready")
+        until(lambda: not daemon.view.not_ready, "ready")
         assert daemon.view.finished_requests >= 59
         assert daemon.view.records["accepted"] == 120
         assert daemon.pools["default"].mirror.pods.names() == {0: "vllm-0", 1: "vllm-1", 2: "vllm-2"}

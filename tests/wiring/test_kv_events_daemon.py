@@ -11,11 +11,11 @@ import pytest
 from connectors.kv_events.source import KvEventsSource
 from connectors.traces import read_trace
 from connectors.traces.recording import read_kv_events
-from kavier_twin.daemon import Daemon
+from kavier_twin.daemon.daemon import Daemon
+from kavier_twin.daemon.feed import Feed
+from kavier_twin.daemon.pool import PoolTwin
 from kavier_twin.forecast.forecaster import ForecastSettings
-from kavier_twin.live.feed import Feed
-from kavier_twin.live.pool import PoolTwin
-from kavier_twin.offline.scenario import load_scenario
+from kavier_twin.recordings.scenario import load_scenario
 from kavier_twin.telemetry import TelemetryRecord
 from kv_publisher import Publisher
 from waiting import wait_until
@@ -56,7 +56,7 @@ def test_caches_agree_from_the_start_and_after_a_late_one(start: float) -> None:
     publisher = Publisher(topic=b"kv@vllm-0@tiny")
     publisher.send(*map(msgpack.packb, batches))
     events = KvEventsSource(publisher.endpoint, replay_endpoint=publisher.replay)
-    pool = PoolTwin(load_scenario(RECORDING).fleet, forecast=ForecastSettings(futures=1, horizons_seconds=(5.0,)))
+    pool = PoolTwin(load_scenario(RECORDING).fleet, forecast=ForecastSettings(scenarios=1, horizons_seconds=(5.0,)))
     requests = AfterEvents(start, events, batches[-1][0])
     daemon = Daemon([pool], [Feed(events), Feed(requests)])
     daemon.start()

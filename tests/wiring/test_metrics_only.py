@@ -11,8 +11,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from connectors.traces.recording import read_metrics
-from kavier_twin.config import read_settings
-from kavier_twin.daemon import Daemon
+from kavier_twin.daemon.config import read_settings
+from kavier_twin.daemon.daemon import Daemon
 from prometheus_server import RealPrometheus, openmetrics
 from waiting import wait_until
 
@@ -43,7 +43,7 @@ fleet:
 sources:
   - {{type: prometheus, url: "{server.url}", engines: {{namespace: chat}}, warm_up_seconds: {reach},
      max_backfill_seconds: 1000000000}}
-forecast: {{futures: 3, horizons_seconds: [60], policies: [{{name: today}}], every_seconds: 1}}
+forecast: {{scenarios: 3, horizons_seconds: [60], policies: [{{name: today}}], every_seconds: 1}}
 http: {{port: 0}}
 """)
     daemon = Daemon.of(read_settings(settings))
@@ -54,7 +54,7 @@ http: {{port: 0}}
         view = daemon.view
         assert view.source == "metrics"
         assert view.calibrated
-        hits = view.value("prefix_cache_hit_ratio")
+        hits = view.score("prefix_cache_hit_ratio")
         assert hits is not None
         assert abs(hits.error) < 0.01
         assert view.power is not None

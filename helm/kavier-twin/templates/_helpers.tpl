@@ -40,7 +40,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- .Values.settings | default (.Files.Get "samples/prometheus-only.yaml" | fromYaml).settings | toYaml -}}
 {{- end -}}
 
-{{/* The settings file: those given, with what the chart decides. */}}
+{{/* The settings file: the given settings, with those that the chart sets. */}}
 {{- define "kavier-twin.settings" -}}
 {{- $fixed := dict "http" (dict "host" "0.0.0.0" "port" 9469) "checkpoints" (dict "directory" "/var/lib/kavier-twin") -}}
 {{- mergeOverwrite (include "kavier-twin.givenSettings" . | fromYaml) $fixed | toYaml -}}

@@ -1,19 +1,8 @@
 /* Small charts on one time axis: mirror and reality up to now, the forecast's fan from there on, objectives across. */
 
 import { element } from "./elements.js";
-import { figure, known, kpiName, minute } from "./words.js";
+import { figure, known, kpiName, kpisThat, minute, unitOf } from "./words.js";
 
-export const CHARTED = [
-  ["ttft_seconds", "p99", "Time to first token, p99"],
-  ["e2e_seconds", "p95", "End-to-end latency, p95"],
-  ["queue_seconds", "p95", "Queue time, p95"],
-  ["requests_waiting", "", "Requests waiting"],
-  ["requests_running", "", "Requests running"],
-  ["requests_per_second", "", "Requests ended, per second"],
-  ["prefix_cache_hit_ratio", "", "Prefix-cache hit ratio"],
-  ["kv_cache_usage_ratio", "", "KV cache usage"],
-];
-const BY_REPLICA = ["requests_waiting", "requests_running"]; // history tells the mean replica, the forecast their sum
 const HEIGHT = 150;
 export const charts = new Map(); // by KPI: its elements, its uPlot and the columns it shows
 
@@ -53,7 +42,8 @@ function fanOf(view, kpi, statistic) {
 }
 
 function shareOf(view, kpi) {
-  return BY_REPLICA.includes(kpi) ? Math.max(1, view.replicas) : 1;
+  const [[, row]] = kpisThat((one) => one.name === kpi);
+  return row.gauge && row.unit.name === "count" ? Math.max(1, view.replicas) : 1; // history has the mean replica, forecasts their sum
 }
 
 function make(kpi, node) {
@@ -79,7 +69,7 @@ function build(chart, kpi) {
     most = Math.max(most, Math.min(highest(data[3]), 3 * most || Infinity));
     // An objective far above would flatten what there is: the words over the chart say so.
     for (const slo of chart.slos) if (slo.threshold > most && slo.threshold <= 2.5 * most) most = slo.threshold;
-    return kpi.endsWith("_ratio") ? Math.min(1.0, Math.max(1.15 * most, 0.05)) : 1.15 * most || 1;
+    return unitOf(kpi).name === "ratio" ? Math.min(1.0, Math.max(1.15 * most, 0.05)) : 1.15 * most || 1;
   };
   const options = {
     width: chart.plot.clientWidth || 320,
@@ -147,7 +137,7 @@ function mark(self, chart, kpi) {
 
 /* `view`: history, outlook (or null), today (name of today's policy), slos, now (event seconds), replicas (how many). */
 export function drawCharts(node, view) {
-  for (const [kpi, statistic, title] of CHARTED) {
+  for (const [, { name: kpi }, statistic] of kpisThat((one) => one.charted)) {
     if (!charts.has(kpi)) charts.set(kpi, make(kpi, node));
     const chart = charts.get(kpi), share = shareOf(view, kpi);
     chart.slos = view.slos.filter((slo) => slo.kpi === kpi && slo.statistic === statistic)
@@ -156,7 +146,8 @@ export function drawCharts(node, view) {
     chart.data = dataOf(view, kpi, statistic);
     const [, observed, mirrored] = chart.data, newest = mirrored.findLastIndex(known), seen = observed.findLastIndex(known);
     const mirror = figure(mirrored[newest], kpi), real = figure(observed[seen], kpi);
-    chart.head.textContent = share > 1 ? `${title}, per replica` : title;
+    const title = kpiName(kpi, statistic);
+    chart.head.textContent = title[0].toUpperCase() + title.slice(1) + (share > 1 ? ", per replica" : "");
     chart.figures.replaceChildren("mirror ", element("span", mirror, "mirror"), " · reality ", element("span", real, "real"),
       ...chart.slos.flatMap((slo) => [" · ", element("span", `objective ${slo.higher_is_better ? "≥" : "≤"} ${figure(slo.threshold, kpi)}`, "slo")]));
     chart.box.dataset.kpi = kpi;

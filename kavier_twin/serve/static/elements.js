@@ -48,14 +48,14 @@ export function keepFocus(redraw) {
   if (key) document.querySelector(`[data-key="${CSS.escape(key)}"]`)?.focus({ preventScroll: true });
 }
 
-/* A table cell with the median over the futures and its range. */
-export function interval(quantiles, kpi, factor = 1) {
+/* A table cell with the median over the scenarios and its range. */
+export function interval(quantiles, kpi) {
   const node = element("td");
   if (!known(quantiles?.["0.5"])) { node.textContent = "–"; return node; }
   const keys = Object.keys(quantiles).sort((a, b) => a - b);
-  const text = (key) => figure(known(quantiles[key]) ? factor * quantiles[key] : null, kpi);
+  const text = (key) => figure(quantiles[key], kpi);
   const [low, high] = [text(keys[0]), text(keys.at(-1))];
-  node.append(text("0.5"), element("span", low === high ? "in all futures" : `${low} – ${high}`, "range"));
+  node.append(text("0.5"), element("span", low === high ? "in all scenarios" : `${low} – ${high}`, "range"));
   return node;
 }
 

@@ -4,19 +4,13 @@ import { drawCharts } from "./charts.js";
 import { LIKELY, element, interval, keepFocus, named, odds, table } from "./elements.js";
 import { drawScores } from "./scores.js";
 import { settingsKnown, startWhatIf } from "./whatif.js";
-import { clock, errorOf, figure, known, kpiName, percent, span, windowError } from "./words.js";
+import { clock, errorOf, figure, known, kpiName, kpisThat, label, percent, setKpis, span } from "./words.js";
 
 const $ = (id) => document.getElementById(id);
 const EVERY_MS = 2000;
 const LATE_CYCLES = 3; // a forecast older than so many cycles is late
-const COLUMNS = [
-  ["TTFT p99", "ttft_seconds", "p99", 1], ["e2e p95", "e2e_seconds", "p95", 1], ["hit ratio", "prefix_cache_hit_ratio", "", 1],
-  ["waiting", "requests_waiting", "", 1], ["W", "power_watts", "", 1],
-  ["Wh / Mtoken", "energy_joules_per_million_tokens", "", 1 / 3600], ["gCO₂ / Mtoken", "carbon_grams_per_million_tokens", "", 1],
-  [" / Mtoken", "cost_per_million_tokens", "", 1],
-];
 const told = new URLSearchParams(location.hash.slice(1)); // a token in the fragment never leaves the browser by itself
-const page = { pool: told.get("pool"), token: told.get("token") ?? "", horizon: null, sort: null, replica: null, answeredAt: null };
+const page = { pool: told.get("pool"), token: told.get("token") ?? "", horizon: null, sort: null, replica: null, answeredAt: null, kpis: null, currency: "" };
 
 // --- asking ---------------------------------------------------------------------------------------------------------
 
@@ -37,6 +31,7 @@ async function askPool(what) {
 
 async function refresh() {
   try {
+    if (!page.kpis) setKpis(page.kpis = await ask("v1/kpis"));
     const state = await ask("v1/state");
     choosePool(state.pools);
     const parts = await Promise.all(["fidelity", "forecast", "policies", "history", "scores"].map(askPool));
@@ -100,10 +95,10 @@ function draw(state, fidelity, forecast, policies, history, scores) {
   });
   $("charts-none").hidden = history.series.length > 0 || Boolean(forecast.outlook);
   const some = forecast.outlook?.policies.find((one) => one.horizons.length)?.horizons[0].predicted[0];
-  if (some) $("fan-words").textContent = `median and ${rangeWords(some.quantiles)} of the futures, today’s policy`;
+  if (some) $("fan-words").textContent = `median and ${rangeWords(some.quantiles)} of the scenarios, today’s policy`;
   keepFocus(() => {
-    drawBeside(pool);
-    drawOdds(forecast, today);
+    drawComparison(pool, fidelity);
+    drawProbabilities(forecast, today);
     drawForecast(forecast, late, age);
     drawReplicas(pool);
     drawScores(scores);
@@ -131,7 +126,7 @@ function drawTrust(pool, fidelity, forecast, late, age) {
   const [mark, word] = {
     good: ["✓", "Trusted"], warn: ["…", compiling ? "Getting ready" : "Not to be trusted yet"], bad: ["✕", pool.stale.length ? "Stale: not to be trusted" : "Not to be trusted"],
   }[level];
-  const pace = fidelity.pace_ratio, slower = pace >= 1;
+  const pace = fidelity.step_time_scale_ratio, slower = pace >= 1;
   const good = [`Step times are fitted on ${fidelity.calibrated_on_requests} requests` + (Math.abs(pace - 1) < 0.005 ? "." :
     `; right now the engines are ${(slower ? pace : 1 / pace).toFixed(2)} times ${slower ? "slower" : "faster"}, which the mirror follows.`)];
   if (known(fidelity.exact_cache_ratio)) {
@@ -156,7 +151,7 @@ function drawKpis(fidelity) {
     if (!error) return [];
     const line = element("li", "", trust.trusted ? "good" : "bad"), name = element("span");
     name.append(element("b", trust.trusted ? "✓" : "✕"), ` ${kpiName(kpi, error.statistic)}`);
-    line.append(name, element("span", windowError(error.error, kpi) + (error.window === usual ? "" : ` (${error.window})`)));
+    line.append(name, element("span", errorOf(error.error, kpi) + (error.window === usual ? "" : ` (${error.window})`)));
     return [line];
   });
   $("kpis-words").hidden = !lines.length;
@@ -164,15 +159,18 @@ function drawKpis(fidelity) {
   $("trust-kpis").replaceChildren(...lines);
 }
 
-function drawBeside(pool) {
-  const rows = pool.beside.map((one) => [
-    kpiName(one.kpi, one.statistic), figure(one.mirrored, one.kpi), figure(one.observed, one.kpi), errorOf(one.error, one.kpi),
-    one.requests ? `${one.requests} requests` : "now",
+/* The gauges of now, and every other KPI over the shortest window that has it. */
+function drawComparison(pool, fidelity) {
+  const gauges = pool.gauges.map((one) => [kpiName(one.kpi), figure(one.mirrored, one.kpi), figure(one.observed, one.kpi), "–", "now"]);
+  const own = (one) => fidelity.errors.find((other) => other.kpi === one.kpi && other.statistic === one.statistic) === one;
+  const scores = fidelity.errors.filter((one) => own(one) && !pool.gauges.some((gauge) => gauge.kpi === one.kpi)).map((one) => [
+    kpiName(one.kpi, one.statistic), figure(one.predicted, one.kpi), figure(one.observed, one.kpi), errorOf(one.error, one.kpi),
+    `${one.observations} requests in ${one.window}`,
   ]);
-  table($("beside"), ["KPI", "mirror", "reality", "error", "over"], rows, "Mirror beside reality");
+  table($("comparison"), ["KPI", "mirror", "reality", "error", "over"], [...scores, ...gauges], "Mirror and reality");
 }
 
-function drawOdds(forecast, today) {
+function drawProbabilities(forecast, today) {
   const policies = forecast.outlook?.policies ?? [];
   const now = policies.find((policy) => policy.name === today && policy.horizons.length);
   if (!now) { $("ahead-alert").hidden = true; $("odds").replaceChildren(element("p", "No forecast yet.", "soft")); return; }
@@ -216,6 +214,7 @@ function predictedOf(horizon, kpi, statistic) {
 
 function drawForecast(forecast, late, age) {
   const outlook = forecast.outlook;
+  page.currency = forecast.currency;
   if (!outlook) {
     $("ahead-words").textContent = "No forecast yet.";
     for (const id of ["best", "horizons", "policies"]) $(id).replaceChildren();
@@ -224,7 +223,7 @@ function drawForecast(forecast, late, age) {
   const horizons = [...new Set(outlook.policies.flatMap((policy) => policy.horizons.map((one) => one.seconds)))].sort((a, b) => a - b);
   if (!horizons.includes(page.horizon)) page.horizon = horizons.at(-1);
   $("ahead-words").textContent = `${late ? "LATE: made" : "Made"} ${span(Math.max(0, Math.round(age)))} ago, from the fleet as it ` +
-    `stood at ${clock(outlook.event_seconds)}: ${outlook.futures} futures at ${figure(outlook.rate_per_second, "")} requests/s, the ` +
+    `stood at ${clock(outlook.event_seconds)}: ${outlook.scenarios} scenarios at ${figure(outlook.rate_per_second, "")} requests/s, the ` +
     "same for every policy." + (outlook.calibrated ? "" : " Made before calibration: not to be trusted.");
   $("ahead-words").classList.toggle("bad-text", late);
   drawBest(outlook);
@@ -272,15 +271,15 @@ function flags(list, before, key) {
 function drawPolicies(forecast, outlook, again) {
   const at = (policy) => policy.horizons.find((one) => one.seconds === page.horizon);
   const slos = [...new Set(outlook.policies.flatMap((policy) => Object.keys(at(policy)?.breach ?? {})))];
-  const columns = COLUMNS.filter(([, kpi, statistic]) =>
-    outlook.policies.some((policy) => known(predictedOf(at(policy), kpi, statistic)?.["0.5"])));
+  const columns = kpisThat((kpi) => kpi.compared).map(([, kpi, statistic]) => [kpi, statistic]).filter(([kpi, statistic]) =>
+    outlook.policies.some((policy) => known(predictedOf(at(policy), kpi.name, statistic)?.["0.5"])));
   const sorters = [
     (policy) => policy.name,
     ...slos.map((slo) => (policy) => at(policy)?.breach[slo]),
-    ...columns.map(([, kpi, statistic]) => (policy) => predictedOf(at(policy), kpi, statistic)?.["0.5"]),
+    ...columns.map(([kpi, statistic]) => (policy) => predictedOf(at(policy), kpi.name, statistic)?.["0.5"]),
   ];
   const titles = ["policy", ...slos.map((slo) => `breach ${slo}`),
-    ...columns.map(([title, kpi]) => (kpi.startsWith("cost") ? forecast.currency + title : title))];
+    ...columns.map(([kpi, statistic]) => label(kpi, statistic, forecast.currency))];
   const head = titles.map((title, i) => {
     const cell = element("th"), button = element("button", title);
     const way = page.sort && page.sort[0] === i ? page.sort[1] : 0;
@@ -303,7 +302,7 @@ function drawPolicies(forecast, outlook, again) {
       return Object.assign([row[0], why], { className: "" });
     }
     for (const slo of slos) row.push(odds(horizon.breach[slo], horizon.breach_interval[slo]));
-    for (const [, kpi, statistic, factor] of columns) row.push(interval(predictedOf(horizon, kpi, statistic), kpi, factor));
+    for (const [kpi, statistic] of columns) row.push(interval(predictedOf(horizon, kpi.name, statistic), kpi.name));
     const how = element("td", "", "left");
     how.append(policy.flags.length ? flags(policy.flags, "", policy.name)
       : element("span", policy.deployable ? "as it is" : "hypothetical", "soft"));
@@ -341,13 +340,13 @@ function drawReplicas(pool) {
     const usage = element("td"), meter = element("span", "", "meter"), fill = element("i");
     fill.style.width = `${100 * (one.kv_cache_usage_ratio ?? 0)}%`;
     meter.append(fill);
-    usage.append(meter, figure(one.kv_cache_usage_ratio, "_ratio"));
+    usage.append(meter, figure(one.kv_cache_usage_ratio, "kv_cache_usage_ratio"));
     const more = element("td");
     more.append(button);
     return [element("th", one.pod || `replica ${one.replica}`), one.state, usage, one.requests_running, one.requests_waiting,
-      figure(one.prefix_cache_hit_ratio, "_ratio"), one.requests_finished, one.preemptions, more];
+      figure(one.prefix_cache_hit_ratio, "prefix_cache_hit_ratio"), one.requests_finished, one.preemptions, more];
   });
-  const head = ["replica", "state", "KV cache usage", "running", "waiting", "hit ratio", "finished", "preemptions", "details"];
+  const head = ["replica", "state", "KV cache usage", "running", "waiting", "hit ratio", "finished", "preempted", "details"];
   table($("replicas"), head, rows, "Mirrored replicas");
 }
 

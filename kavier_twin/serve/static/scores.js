@@ -1,17 +1,13 @@
 /* How right past forecasts were: errors beside persistence's, intervals, alerts. */
 
 import { element, named, table } from "./elements.js";
-import { figure, known, kpiName, percent, span } from "./words.js";
+import { known, kpiName, kpisThat, percent, points, span } from "./words.js";
 
-const SHOWN = {
-  ttft_p99_seconds: ["ttft_seconds", "p99"], e2e_p95_seconds: ["e2e_seconds", "p95"], queue_p95_seconds: ["queue_seconds", "p95"],
-  waiting_mean: ["requests_waiting", "mean"], prefix_cache_hit_ratio: ["prefix_cache_hit_ratio", ""], kv_usage_mean_ratio: ["kv_cache_usage_ratio", ""],
-  requests_per_second: ["requests_per_second", ""], output_tokens_per_second: ["output_tokens_per_second", ""],
-};
 const $ = (id) => document.getElementById(id);
 
 export function drawScores({ scores }) {
-  const kpis = scores.kpis.filter((one) => SHOWN[one.kpi]);
+  const shown = kpisThat((kpi) => kpi.charted), names = shown.map(([metric]) => metric);
+  const kpis = scores.kpis.filter((one) => names.includes(one.kpi));
   const waiting = `${scores.pending} ${scores.pending === 1 ? "forecast waits" : "forecasts wait"} for their time to come`;
   if (!kpis.length) {
     $("scores-words").textContent = `None was judged yet: ${waiting}.`;
@@ -23,19 +19,19 @@ export function drawScores({ scores }) {
   $("scores-words").textContent = `${Math.max(...kpis.map((one) => one.forecasts))} forecasts judged; ${waiting}. ` +
     (compared.length ? `Nearer to what came than “it stays as it was” in ${better} of ${compared.length} figures.` : "");
   const horizons = [...new Set(kpis.map((one) => one.horizon_seconds))].sort((a, b) => a - b);
-  const rows = Object.entries(SHOWN).flatMap(([metric, [kpi, statistic]]) => {
+  const rows = shown.flatMap(([metric, kpi, statistic]) => {
     const mine = kpis.filter((one) => one.kpi === metric);
-    return mine.length ? [[kpiName(kpi, statistic), ...horizons.map((seconds) => cell(mine.find((one) => one.horizon_seconds === seconds), kpi))]] : [];
+    return mine.length ? [[kpiName(kpi.name, statistic), ...horizons.map((seconds) => cell(mine.find((one) => one.horizon_seconds === seconds)))]] : [];
   });
   table($("scores"), ["mean error", ...horizons.map((seconds) => `${span(seconds)} ahead`)], rows, "How right past forecasts were");
   drawAlerts(scores);
 }
 
 /* The error, whether that is better than persistence, and how often the interval held what came. */
-function cell(score, kpi) {
+function cell(score) {
   const node = element("td");
   if (!score || !known(score.served_error)) { node.textContent = "–"; return node; }
-  node.append(kpi.endsWith("_ratio") ? `${(100 * score.served_error).toFixed(1)} points` : figure(score.served_error, kpi));
+  node.append(points(score.served_error, score.kpi));
   const ratio = score.served_error_to_persistence_ratio, told = [];
   if (known(ratio)) told.push(`${ratio < 1 ? "✓" : "✕"} ${ratio.toFixed(2)} × persistence’s`);
   if (known(score.widened_coverage_ratio)) told.push(`${percent(score.widened_coverage_ratio)} within interval`);

@@ -1,46 +1,62 @@
 /* Numbers, units and names as a reader wants them. */
 
-const KPI = {
-  ttft_seconds: "time to first token", itl_seconds: "inter-token latency", tpot_seconds: "time per output token",
-  e2e_seconds: "end-to-end latency", queue_seconds: "queue time", prefix_cache_hit_ratio: "prefix-cache hit ratio",
-  kv_cache_usage_ratio: "KV cache usage", requests_running: "requests running", requests_waiting: "requests waiting",
-  preemptions: "preemptions", requests_rejected: "requests rejected", requests_per_second: "requests/s",
-  output_tokens_per_second: "output tokens/s", power_watts: "power, W",
-};
+let kpis = new Map(); // by name, in the order of tables
+let metrics = new Map(); // by name: [KPI, statistic]
+
+/* What GET /v1/kpis answers. */
+export function setKpis(told) {
+  kpis = new Map(told.kpis.map((kpi) => [kpi.name, kpi]));
+  metrics = new Map(Object.entries(told.metrics).map(([name, one]) => [name, [kpis.get(one.kpi), one.statistic]]));
+}
+
+/* The KPIs that `chosen` picks: [metric, KPI, statistic] of each, the highest of its statistics. */
+export function kpisThat(chosen) {
+  return [...metrics].filter(([, [kpi, statistic]]) => chosen(kpi) && statistic === (kpi.statistics.at(-1) ?? ""))
+    .map(([metric, [kpi, statistic]]) => [metric, kpi, statistic]);
+}
 
 export function kpiName(kpi, statistic = "") {
-  return (KPI[kpi] || kpi.replaceAll("_", " ")) + (statistic ? `, ${statistic}` : "");
+  return (kpis.get(kpi)?.title ?? kpi) + (statistic ? `, ${statistic}` : "");
+}
+
+/* The head of a column. */
+export function label(kpi, statistic, currency) {
+  return `${kpi.label} ${statistic}`.trim() + (kpi.unit.name === "currency" && currency ? `, ${currency}` : "");
 }
 
 export function known(value) {
   return value !== null && value !== undefined && Number.isFinite(value);
 }
 
-/* A value of a KPI in the unit its name ends with. */
+/* Of a KPI or a metric; numbers of other things have none. */
+export function unitOf(name) {
+  return (kpis.get(name) ?? metrics.get(name)?.[0])?.unit ?? { name: "count", scales: [{ from_value: 0, factor: 1, sign: "" }] };
+}
+
+/* A value of a KPI, with three significant digits in the unit that fits it. */
 export function figure(value, kpi) {
   if (!known(value)) return "–";
-  if (kpi.endsWith("_ratio")) return `${(100 * value).toFixed(1)} %`;
-  if (kpi.endsWith("_seconds")) {
-    if (value >= 10) return `${value.toFixed(1)} s`;
-    if (value >= 1) return `${value.toFixed(2)} s`;
-    return `${(1000 * value).toFixed(value < 0.01 ? 1 : 0)} ms`;
-  }
-  if (kpi.startsWith("cost")) return value.toFixed(3);
-  return Math.abs(value) >= 100 ? value.toFixed(0) : value.toFixed(1).replace(/\.0$/, "");
+  const scale = unitOf(kpi).scales.findLast((one) => Math.abs(value) >= one.from_value);
+  return digits(scale.factor * value, !scale.sign) + scale.sign;
 }
 
-/* An error: relative for latencies, a difference for the rest. */
+function digits(value, whole) {
+  const size = Math.abs(value);
+  if (size >= 100 || value === 0 || (whole && Number.isInteger(value))) return Math.round(value).toLocaleString("en-US");
+  return size >= 10 ? value.toFixed(1) : size >= 0.1 ? value.toFixed(2) : value.toLocaleString("en-US", { maximumSignificantDigits: 2 });
+}
+
+/* An error: relative, but for ratios a difference. */
 export function errorOf(value, kpi) {
   if (!known(value)) return "–";
-  const sign = value > 0 ? "+" : value < 0 ? "−" : "±", size = Math.abs(value);
-  if (kpi.endsWith("_seconds")) return `${sign}${(100 * size).toFixed(1)} %`;
-  if (kpi.endsWith("_ratio")) return `${sign}${(100 * size).toFixed(1)} points`;
-  return sign + figure(size, kpi);
+  const sign = value > 0 ? "+" : value < 0 ? "−" : "±";
+  return sign + (unitOf(kpi).name === "ratio" ? points(value, kpi) : `${(100 * Math.abs(value)).toFixed(1)} %`);
 }
 
-/* An error over a window: relative for all but ratios. */
-export function windowError(value, kpi) {
-  return errorOf(value, kpi.endsWith("_ratio") ? kpi : "_seconds");
+/* A difference between two values of a KPI. */
+export function points(value, kpi) {
+  const size = Math.abs(value);
+  return unitOf(kpi).name === "ratio" ? `${(100 * size).toFixed(1)} points` : figure(size, kpi);
 }
 
 export function percent(share) {

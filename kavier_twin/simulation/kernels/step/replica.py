@@ -147,7 +147,8 @@ def set_output(state, number, slot, output, final):
         request.output = output
         if request.state == RUNNING:
             list_explicit(state, number)
-        replica.parked = 0
+        if not final:
+            replica.parked = 0
         state.quiet_until[number] = -np.inf
     return status
 
@@ -239,6 +240,7 @@ def finish_now(state, number, slot, time):
     if request.flowing:
         leave(state, number, slot)
     size = engine.block_size
+    parked, replica.parked = replica.parked, 0
     account(replica, engine, time)
     if not request.held:  # it ends here, in none of the steps that catch up
         request.held = 1
@@ -278,7 +280,7 @@ def finish_now(state, number, slot, time):
     replica.output_tokens += request.prompt + request.output - request.tokens
     request.tokens = request.prompt + request.output
     close(state, number, slot, FINISHED, time)
-    if replica.in_flight == 0:
+    if replica.in_flight == 0 or parked:  # a parked one may have a batch in flight, emptied by a preemption
         replica.now = max(replica.now, time)
     refresh(state, number)
 

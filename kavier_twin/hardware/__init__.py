@@ -1,0 +1,1 @@
+"""Step times before any observation: the roofline, measured operators and the fleet file."""

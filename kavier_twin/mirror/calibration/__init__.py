@@ -1,0 +1,1 @@
+"""Step times and power fitted to what the mirror observes."""

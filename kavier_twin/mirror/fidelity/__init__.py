@@ -1,0 +1,1 @@
+"""How wrong the mirror was lately, and whether its figures are trusted."""

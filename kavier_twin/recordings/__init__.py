@@ -1,0 +1,1 @@
+"""Recorded runs of real engines: reading, replaying and imitating them."""

@@ -1,0 +1,1 @@
+"""Forecasts kept until their time has come, compared with what happened, corrected and served."""

@@ -1,0 +1,385 @@
+"""The twin as Prometheus metrics, `kavier_twin_*`.
+
+A collector renders the views that are current when Prometheus asks. What is not known has no sample. Latencies carry
+their `statistic` (mean, p50, p90, p95, p99) over requests; predictions also a `quantile`: of the distribution over the
+simulated scenarios, so the 0.1 and 0.9 of a p99 are the ends of its interval. They are summaries without count and sum.
+`trusted` is "1" where the mirror has been right on that KPI lately (fidelity_metrics.py), `source` what it follows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Final
+
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.core import InfoMetricFamily, SummaryMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from kavier_twin import __version__
+from kavier_twin.serve.metrics.cache import cache_metrics
+from kavier_twin.serve.metrics.calibration import calibration_metrics
+from kavier_twin.serve.metrics.engines import engine_metrics
+from kavier_twin.serve.metrics.families import PREFIX, add, breach_flag, counter, flag, gauge, policy_labels, pool_gauge
+from kavier_twin.serve.metrics.fidelity import fidelity_metrics
+from kavier_twin.serve.metrics.kernels import kernel_metrics
+from kavier_twin.serve.metrics.load import load_metrics
+from kavier_twin.serve.metrics.power import power_metrics
+from kavier_twin.serve.metrics.score import score_metrics
+from kavier_twin.serve.metrics.sweep import sweep_metrics
+from kavier_twin.serve.models import Outlook, TwinView
+from kavier_twin.simulation.kpi_table import GAUGES, KPIS, Kpi
+from kavier_twin.simulation.replica_state import ReplicaState
+
+_WINDOW: Final = "5m"  # over which KPIs are shown as mirrored and as observed
+
+
+class TwinCollector(Collector):
+    """Renders the current views of all pools at each scrape."""
+
+    def __init__(self, current: Callable[[], Mapping[str, TwinView]]) -> None:
+        self._current = current
+
+    def describe(self) -> Iterator[Metric]:
+        """Nothing: the names follow from the views."""
+        return iter(())
+
+    def collect(self) -> Iterator[Metric]:
+        """All metrics of the current views, each once with the samples of all pools."""
+        found: dict[str, Metric] = {}
+        views = self._current()
+        for view in views.values():
+            for metric in _metrics(view):
+                found.setdefault(metric.name, metric)
+                if found[metric.name] is not metric:
+                    found[metric.name].samples += metric.samples
+        yield _build()
+        yield from kernel_metrics(next(iter(views.values())).kernels)
+        yield from (metric for metric in found.values() if metric.samples)
+
+
+def registry_of(current: Callable[[], Mapping[str, TwinView]]) -> CollectorRegistry:
+    """A registry of its own that serves the twin's metrics and those of its process."""
+    registry = CollectorRegistry()
+    registry.register(TwinCollector(current))
+    ProcessCollector(registry=registry)
+    return registry
+
+
+def _build() -> Metric:
+    build = InfoMetricFamily(f"{PREFIX}_build", "The running twin, always 1.")
+    build.add_metric([], {"version": __version__})
+    return build
+
+
+def _metrics(view: TwinView) -> Iterator[Metric]:
+    if view.currency:
+        currency = InfoMetricFamily(f"{PREFIX}_cost", "The currency of costs (ISO 4217), always 1.", labels=["pool"])
+        currency.add_metric([view.pool], {"currency": view.currency})
+        yield currency
+    yield from engine_metrics(view.pool, view.engines)
+    yield from _stream(view)
+    yield from _mirror(view)
+    yield from _fidelity(view)
+    yield from calibration_metrics(view)
+    yield from fidelity_metrics(view)
+    yield from cache_metrics(view.pool, view.caches)
+    yield from power_metrics(view.pool, view.power)
+    yield from sweep_metrics(view)
+    yield from _forecasts(view)
+    yield from score_metrics(view.pool, view.scores)
+    if view.outlook is not None:
+        yield from _predictions(view.pool, view.source, view.outlook)
+        if view.outlook.load is not None:
+            yield from load_metrics(view.pool, view.outlook.load)
+
+
+def _stream(view: TwinView) -> Iterator[Metric]:
+    yield counter(
+        "records",
+        "Telemetry records by what became of them since the start: accepted, duplicate, late (behind the watermark), "
+        "future_time (far ahead of all others), rejected (not a record).",
+        ["pool", "result"],
+        [([view.pool, result], count) for result, count in sorted(view.records.items())],
+    )
+    yield counter(
+        "source_rejected",
+        "Pieces of input that made no record since the start, by source and reason.",
+        ["pool", "source", "reason"],
+        [
+            ([view.pool, source.name, reason], count)
+            for source in view.sources
+            for reason, count in sorted(source.rejected.items())
+        ],
+    )
+    up = gauge(
+        "source_up",
+        "Whether the source can be read (1), or its figures are stale for a reason told in the log and the status (0).",
+        labels=["pool", "source"],
+    )
+    yield pool_gauge(
+        "stale",
+        "Whether the pool's figures are old (1), as a source fails or is behind for longer than stale_after_seconds, "
+        "or fresh (0). The status tells why.",
+        view.pool,
+        float(bool(view.stale)),
+    )
+    yield pool_gauge(
+        "engine_contradictions",
+        "Settings that an engine tells otherwise than the settings file, whose word holds, or than another engine. The "
+        "notes of the status name them.",
+        view.pool,
+        view.engine_contradictions,
+    )
+    yield pool_gauge(
+        "notes",
+        "Notes of the status: what a reader of the pool's figures must know, such as series that engines do not expose "
+        "and features that are not modelled.",
+        view.pool,
+        len(view.notes),
+    )
+    newest = gauge(
+        "source_last_record_timestamp_seconds",
+        "Event time of the source's newest record: unix time for live sources.",
+        labels=["pool", "source"],
+    )
+    for source in view.sources:
+        add(up, [view.pool, source.name], 0.0 if source.trouble else 1.0)
+        add(newest, [view.pool, source.name], source.last_record_seconds)
+    yield from (up, newest)
+    yield counter(
+        "source_lost_records",
+        "Records that left a source's log unread since the start: expired (by retention), truncated (the log was cut).",
+        ["pool", "source", "reason"],
+        [
+            ([view.pool, source.name, reason], count)
+            for source in view.sources
+            for reason, count in sorted(source.lost.items())
+        ],
+    )
+    lag = gauge(
+        "source_lag_records",
+        "Records in the source's log that the twin has not read yet.",
+        labels=["pool", "source"],
+    )
+    for source in view.sources:
+        add(lag, [view.pool, source.name], source.lag_records)
+    yield lag
+    yield counter(
+        "requests_dropped",
+        "Requests that the mirror could not follow since the start: unknown_request (a finish without an arrival), "
+        "never_finished (no finish record came in time), ended_after_all (of those, ends that came later), "
+        "replica_restarted (their pod began anew before they ended), "
+        "not_simulated (gone from the simulation before their end was told: lost in a restart, or refused), "
+        "too_many_pods (they went where the router said).",
+        ["pool", "reason"],
+        [([view.pool, reason], count) for reason, count in sorted(view.dropped.items())],
+    )
+    yield counter(
+        "requests_finished",
+        "Requests whose end the mirror has followed since the start.",
+        ["pool"],
+        [([view.pool], view.finished_requests)],
+    )
+    yield pool_gauge(
+        "stream_lag_seconds",
+        "Seconds of event time by which the mirror trails the newest record now.",
+        view.pool,
+        view.lag_seconds,
+    )
+    yield pool_gauge(
+        "buffered_records", "Records taken in and waiting for the watermark now.", view.pool, view.buffered_records
+    )
+    if view.checkpoint_unix_seconds is not None:
+        yield pool_gauge(
+            "checkpoint_timestamp_seconds",
+            "Unix time at which the twin's state was last written to disk.",
+            view.pool,
+            view.checkpoint_unix_seconds,
+        )
+        yield counter(
+            "checkpoint_failures",
+            "Times that the state could not be written to disk.",
+            ["pool"],
+            [([view.pool], view.checkpoint_failures)],
+        )
+    yield pool_gauge(
+        "last_record_timestamp_seconds",
+        "Unix time at which the newest record was taken in.",
+        view.pool,
+        view.last_record_unix_seconds,
+    )
+
+
+def _mirror(view: TwinView) -> Iterator[Metric]:
+    yield pool_gauge(
+        "mirror_event_seconds",
+        "Event time the mirror stands at: unix time for live sources, seconds since its start for a trace.",
+        view.pool,
+        view.event_seconds,
+    )
+    states = Counter(replica.state for replica in view.replicas)
+    replicas = gauge("mirrored_replicas", "Mirrored replicas by state: ready, draining.", ["pool", "state"])
+    for state in (ReplicaState.READY, ReplicaState.DRAINING):
+        add(replicas, [view.pool, state], states[state])
+    yield replicas
+    for name, kpi in KPIS.items():
+        if kpi.max_error is None:  # nothing observes it
+            continue
+        found = [("", entry.mirrored, entry.observed) for entry in view.gauges if entry.kpi == name]
+        if name not in GAUGES:
+            scores = (score for score in view.errors if (score.kpi, score.window) == (name, _WINDOW))
+            found = [(score.statistic, score.predicted, score.observed) for score in scores]
+        labels = ["pool", "statistic"] if kpi.statistics else ["pool"]
+        when = "now" if name in GAUGES else "over the last five minutes of event time"
+        families = [
+            gauge(f"{side}_{name}", f"{kpi.help} {whose}, {when}.", labels=labels)
+            for side, whose in (("mirrored", "As mirrored"), ("observed", "As observed"))
+        ]
+        for statistic, *values in found:
+            for family, value in zip(families, values, strict=True):
+                add(family, _labels(kpi, [view.pool], statistic), value)
+        yield from families
+
+
+def _fidelity(view: TwinView) -> Iterator[Metric]:
+    yield pool_gauge(
+        "calibrated",
+        "Whether step times are fitted to this pool or given (1), or a crude prior not to be trusted (0).",
+        view.pool,
+        float(view.calibrated),
+    )
+    yield pool_gauge(
+        "calibration_requests",
+        "Finished requests that the current step times were fitted on.",
+        view.pool,
+        view.calibrated_on_requests if view.calibrated_on_requests else math.nan,
+    )
+    coefficients = gauge(
+        "step_time_coefficient_seconds",
+        "Coefficients of the engine's step time in use now, seconds per step, token or sequence as their name says.",
+        labels=["pool", "coefficient"],
+    )
+    for name, value in view.step_time.items():
+        add(coefficients, [view.pool, name], value)
+    yield coefficients
+    yield pool_gauge(
+        "frontend_seconds",
+        "Constant time outside the engine in each time to first token, in seconds, as fitted.",
+        view.pool,
+        view.frontend_seconds,
+    )
+    yield pool_gauge(
+        "step_time_scale_ratio",
+        "Real duration of an engine step over what the coefficients say, over the last seconds of event time.",
+        view.pool,
+        view.step_time_scale_ratio,
+    )
+    yield pool_gauge(
+        "fidelity_exact_cache_ratio",
+        "Requests whose prefix cache hit was mirrored to the token, 0 to 1, over the last hour of event time.",
+        view.pool,
+        view.exact_cache_ratio,
+    )
+
+
+def _forecasts(view: TwinView) -> Iterator[Metric]:
+    yield counter(
+        "forecasts",
+        "Forecast cycles by result since the start.",
+        ["pool", "result"],
+        [([view.pool, result], count) for result, count in sorted(view.forecasts.items())],
+    )
+    if view.outlook is None:
+        return
+    outlook = view.outlook
+    yield pool_gauge(
+        "forecast_duration_seconds",
+        "Wall-clock seconds that the last forecast took, all policies together.",
+        view.pool,
+        outlook.duration_seconds,
+    )
+    yield pool_gauge(
+        "forecast_timestamp_seconds",
+        "Unix time at which the last forecast was made.",
+        view.pool,
+        outlook.made_unix_seconds,
+    )
+    yield pool_gauge(
+        "forecast_event_seconds",
+        "Event time at which the last forecast starts: every horizon counts from there.",
+        view.pool,
+        outlook.event_seconds,
+    )
+    yield pool_gauge(
+        "forecast_scenarios",
+        "Scenarios that the last forecast simulated for each policy.",
+        view.pool,
+        outlook.scenarios,
+    )
+    yield pool_gauge(
+        "forecast_arrivals_per_second",
+        "Mean arrival rate that the last forecast assumes up to its longest horizon, requests per second.",
+        view.pool,
+        outlook.rate_per_second,
+    )
+
+
+def _predictions(pool: str, source: str, outlook: Outlook) -> Iterator[Metric]:
+    for name, kpi in KPIS.items():
+        labels = ["pool", "policy", "in_force", "horizon", "trusted", "source"]
+        labels += ["statistic"] if kpi.statistics else []
+        family = SummaryMetricFamily(
+            f"{PREFIX}_predicted_{name}",
+            f"{kpi.help} Predicted from the start of the forecast to the horizon (seconds); quantiles are over the "
+            "simulated scenarios.",
+            labels=labels,
+        )
+        for policy in outlook.policies:
+            for horizon in policy.horizons:
+                for entry in horizon.predicted:
+                    if entry.kpi != name:
+                        continue
+                    about = [*policy_labels(pool, policy), f"{horizon.seconds:g}", flag(entry.trusted), source]
+                    values = _labels(kpi, about, entry.statistic)
+                    for quantile, value in sorted(entry.quantiles.items()):
+                        if math.isfinite(value):
+                            named = {**dict(zip(labels, values, strict=True)), "quantile": f"{quantile:g}"}
+                            family.add_sample(family.name, named, value)
+        yield family
+    breach = gauge(
+        "slo_breach_probability_ratio",
+        "Probability, 0 to 1, that the SLO is breached within the horizon (seconds): by the simulated scenarios, "
+        "corrected by what earlier forecasts missed.",
+        labels=["pool", "policy", "in_force", "horizon", "slo", "trusted", "source"],
+    )
+    best = gauge(
+        "best_policy",
+        "Whether the last forecast holds this policy best over all its horizons (1) or not (0).",
+        labels=["pool", "policy"],
+    )
+    info = InfoMetricFamily(
+        f"{PREFIX}_policy",
+        "Policies that the last forecast compared, with the vllm serve flags that deploy them, always 1.",
+        labels=["pool", "policy", "in_force"],
+    )
+    for policy in outlook.policies:
+        info.add_metric(
+            policy_labels(pool, policy),
+            {"flags": " ".join(policy.flags), "deployable": "true" if policy.deployable else "false"},
+        )
+        for horizon in policy.horizons:
+            for slo, probability in sorted(horizon.breach.items()):
+                about = [*policy_labels(pool, policy), f"{horizon.seconds:g}", slo, breach_flag(horizon, slo), source]
+                add(breach, about, probability)
+        if outlook.best is not None:
+            add(best, [pool, policy.name], float(outlook.best.policy == policy.name))
+    yield breach
+    yield best
+    yield info
+
+
+def _labels(kpi: Kpi, values: list[str], statistic: str) -> list[str]:
+    return [*values, statistic] if kpi.statistics else values
