@@ -23,6 +23,8 @@ from kavier_twin.tap.worker import Worker
 
 OPTIONS: Final = "KAVIER_TWIN_TAP"
 _END_SECONDS: Final = 5.0  # that an engine which ends waits for records; the second process goes on without it
+_AGAIN_SECONDS: Final = 2.0  # after which a second process that did not start is tried again, then twice as long
+_MOST_AGAIN_SECONDS: Final = 300.0
 
 log = logging.getLogger(__name__)
 
@@ -73,20 +75,28 @@ class Tap:
             return None
 
     async def _start(self) -> None:
-        """Start the second process. Without it the engine serves as ever."""
-        try:
-            worker = Worker(shlex.split(os.environ.get(OPTIONS, "")))
-            port = await asyncio.to_thread(worker.start)
-            await worker.attend()
-        except (UserError, ValueError, OSError) as error:
-            log.error("kavier-twin tap: no records are made: %s (the options are in %s)", error, OPTIONS)
-            return
-        self._worker = worker
-        print(f"kavier-twin tap: makes records, metrics at port {port}", file=sys.stderr, flush=True)
+        """Start the second process, and try again where that fails. Without it the engine serves as ever."""
+        told, pause_seconds = "", _AGAIN_SECONDS
+        while self._worker is None:
+            try:
+                worker = Worker(shlex.split(os.environ.get(OPTIONS, "")))
+                port = await asyncio.to_thread(worker.start)
+                await worker.attend()
+            except (UserError, ValueError, OSError) as error:
+                if str(error) != told:
+                    told = str(error)
+                    log.error("kavier-twin tap: no records are made: %s (the options are in %s)", told, OPTIONS)
+                await asyncio.sleep(pause_seconds)
+                pause_seconds = min(2.0 * pause_seconds, _MOST_AGAIN_SECONDS)
+                continue
+            self._worker = worker
+            print(f"kavier-twin tap: makes records, metrics at port {port}", file=sys.stderr, flush=True)
 
     def _until_shutdown(self, send: Any) -> Any:
         async def watched(message: Any) -> None:
             if message["type"] in ("lifespan.shutdown.complete", "lifespan.shutdown.failed"):
+                if self._starting is not None:
+                    self._starting.cancel()
                 worker, self._worker = self._worker, None
                 if worker is not None:
                     await worker.leave(_END_SECONDS)

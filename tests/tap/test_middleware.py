@@ -31,7 +31,7 @@ PROMPT = "once upon a canary"
 HASHER = BlockHasher("sha256", 4)
 
 
-def engine(*, with_tap: bool = True, started: list[FastAPI] | None = None) -> FastAPI:
+def engine(*, with_tap: bool = True) -> FastAPI:
     """A server of the form of vLLM's."""
     app = FastAPI()
 
@@ -78,18 +78,15 @@ def engine(*, with_tap: bool = True, started: list[FastAPI] | None = None) -> Fa
         imported = importlib.import_module("kavier_twin.tap.middleware").Tap
         assert inspect.isclass(imported)
         app.add_middleware(imported)
-    if started is not None:
-        started.append(app)
     return app
 
 
 class Tapped:
     """A running engine with a tap in it, and what it wrote."""
 
-    def __init__(self, running: Running, output: Path, log: Path) -> None:
+    def __init__(self, running: Running, output: Path) -> None:
         self.url = running.url
         self._output = output
-        self._log = log
 
     def post(self, **more: Any) -> httpx.Response:
         asked = {"model": "base", "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 5, **more}
@@ -121,10 +118,13 @@ def tapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> It
     output = tmp_path / "records.jsonl"
     given = f"--output '{output}' --metrics-port 0 --block-tokens 4 --pool chat --pod vllm-0"
     monkeypatch.setenv(middleware.OPTIONS, " ".join((given, *options)))
-    with serving(engine(), lifespan="on") as running:
-        tap = Tapped(running, output, tmp_path / "log")
-        until(lambda: httpx.post(f"{tap.url}/v1/audio/transcriptions").status_code == 200 and output.exists(), "start")
-        yield tap
+    app = engine()
+    with serving(app, lifespan="on") as running:
+        stack: Any = app.middleware_stack
+        while not isinstance(stack, middleware.Tap):
+            stack = stack.app
+        until(lambda: stack._worker is not None, "the second process starts")
+        yield Tapped(running, output)
 
 
 def test_a_stream_makes_records_and_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,9 +209,23 @@ def test_wrong_options_leave_the_engine_alone(
         monkeypatch.setenv(middleware.OPTIONS, options)
         with serving(engine(), lifespan="on") as running:
             until(lambda expected=expected: expected in caplog.text, "the error is told")
-            tap = Tapped(running, Path("gone"), Path("gone"))
+            tap = Tapped(running, Path("gone"))
             assert tap.post(stream=True).status_code == 200
     assert "the options are in KAVIER_TWIN_TAP" in caplog.text
+
+
+def test_a_second_process_that_did_not_start_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(middleware, "_AGAIN_SECONDS", 0.1)
+    place = tmp_path / "mounted later"
+    monkeypatch.setenv(middleware.OPTIONS, f"--output '{place}/records.jsonl' --metrics-port 0 --block-tokens 4")
+    with serving(engine(), lifespan="on") as running:
+        tap = Tapped(running, place / "records.jsonl")
+        until(lambda: "no records are made" in caplog.text, "the error is told")
+        place.mkdir()
+        until(lambda: tap.post().status_code == 200 and tap.records("request_finished"), "records")
+    assert caplog.text.count("no records are made") == 1
 
 
 def test_the_engine_outlives_the_second_process_and_flushes_it_at_the_end(
