@@ -91,7 +91,6 @@ def simulate_sessions(
     coming = [(float(workload.delivered[row]), row) for row in firsts]
     heapq.heapify(coming)
     fleet = Fleet(settings, start_seconds=min(0.0, float(arrival.min(initial=0.0))))
-    load(*build.kernels_of(settings.engine))
     ended: list[Records] = []
     while True:
         kernels.advance_until_end(fleet.state, 0, coming[0][0] if coming else math.inf)
