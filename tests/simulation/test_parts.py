@@ -59,6 +59,6 @@ def test_columns_that_may_only_be_read_and_times_that_are_whole_numbers(in_turns
         fleet.feed_sessions(workload, Turns(np.where(numbers % 2, numbers - 1, -1), np.ones(20, np.int64), 0))
     else:
         fleet.feed(workload)
-    fleet.fail(0, 1)
+    fleet.at(1, Fleet.crash, 0)
     fleet.run(3)
     assert {live.index for live in fleet.live()} == set(range(0, 20, 2) if in_turns else range(20))
