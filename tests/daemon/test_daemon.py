@@ -129,7 +129,14 @@ def test_whole_records_in_order_of_arrival_are_never_late() -> None:
             source.push(record)
         source.end()
         until(lambda: daemon.view.finished_requests == 200, "all requests followed")
-        assert daemon.view.records == {"accepted": 400, "duplicate": 0, "late": 0, "future_time": 0, "rejected": 0}
+        assert daemon.view.records == {
+            "accepted": 400,
+            "completed": 0,
+            "duplicate": 0,
+            "late": 0,
+            "future_time": 0,
+            "rejected": 0,
+        }
 
 
 def test_time_of_a_live_stream_goes_on_without_records() -> None:
@@ -256,7 +263,7 @@ def test_run_follows_a_file_counts_what_is_broken_and_ends_on_sigterm(
     assert get(f"{url}/readyz")[0] == 503  # the file is not there yet
     stream = events(recorded(40))
     lines = [event.model_dump_json(exclude_none=True) for event in stream]
-    watermark = stream[-1].time_seconds - 0.5
+    watermark = stream[-1].time_seconds - MirrorSettings().ordering_seconds
     ends = sum(event.kind == "request_finished" and event.time_seconds <= watermark for event in stream)
     broken = ['{"kind": "request_seen", "prompt": "my secret', '{"kind": "riddle", "time_seconds": 1}']
     path = tmp_path / "requests.jsonl"
