@@ -165,12 +165,14 @@ def _wait_for_kernels(console: Console, daemon: Daemon, signals: StopSignals) ->
             if far is None or now - began < _SLOW_SECONDS or now - told_at < every_seconds:
                 continue
             told_at = now
-            words = f"Compiling the simulation kernels, {far.compiled} of {far.kernels} (first run only)"
+            words = f"Compiling the simulation kernels (first run only): {far.compiled} of {far.kernels}"
+            words += f" ready after {now - began:.0f} s"
             if console.is_terminal:
                 status.update(f"{words} ...")
             else:
                 console.print(words)
-    console.print(f"Kernels ready after {time.monotonic() - began:.1f} s.")
+    if not daemon.preparing:
+        console.print(f"Kernels ready after {time.monotonic() - began:.1f} s.")
 
 
 # --- watching -----------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from kavier_twin.daemon.http_settings import HttpConfig
 from kavier_twin.daemon.kept_policies import KeptPolicies
 from kavier_twin.daemon.pool import PoolTwin
 from kavier_twin.daemon.pool_control import PoolControl
-from kavier_twin.daemon.warm_up import compiled, make_ready
+from kavier_twin.daemon.warm_up import compiled, counts, make_ready
 from kavier_twin.errors import UserError
 from kavier_twin.scores.store import FILE_NAME, ScoreStore
 from kavier_twin.serve.app import Twin
@@ -138,7 +138,7 @@ class Daemon:
             checkpoints=Checkpoints(**settings.checkpoints.model_dump()) if settings.checkpoints else None,
             stale_after_seconds=settings.stale_after_seconds,
             warm_up=warm_up_seconds > 0.0,
-            prepare=make_ready,
+            prepare=lambda: make_ready(pool.fleet.engine for pool in pools),
         )
 
     def _listen(self, http: HttpConfig) -> HttpServer:
@@ -158,8 +158,10 @@ class Daemon:
         """The figures published last, by pool."""
         if not self.preparing:
             return self._views
-        now, far = self._clock(), compiled()
-        return {name: replace(view, unix_seconds=now, compiling=far) for name, view in self._views.items()}
+        now, far, kernels = self._clock(), compiled(), counts()
+        return {
+            name: replace(view, unix_seconds=now, compiling=far, kernels=kernels) for name, view in self._views.items()
+        }
 
     @property
     def view(self) -> TwinView:
@@ -318,6 +320,7 @@ class Daemon:
                 notes=(*view.notes, *notes),
                 engines=engines,
                 engine_contradictions=len(contrary),
+                kernels=counts(),
                 stale=reasons,
                 warming_up=self._warming_up,
                 checkpoint_unix_seconds=kept.written_unix_seconds if kept else None,

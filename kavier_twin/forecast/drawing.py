@@ -3,13 +3,17 @@
 A node is a request of the stream's past or a drawn one: rows of the recent stream first, then the scenario's.
 """
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from kavier_twin.simulation.kernels.compile import kernel
-from kavier_twin.simulation.kernels.keys import mix
+from kavier_twin.simulation.compiler.kernel import entry, kernel
+from kavier_twin.simulation.compiler.libraries import Library
+from kavier_twin.simulation.compiler.reference import by_reference
+from kavier_twin.simulation.kernels.cache.keys import mix
+
+DRAWING: Final = Library("drawing", __name__)
 
 _CANDIDATES = 8  # open nodes looked at on each side of the wanted age
 _SHORTEST_GAP_SECONDS = 1e-3
@@ -103,12 +107,21 @@ def _close(nodes, node):
     nodes.behind[node] = node + 1
 
 
-@kernel
-def draw_requests(nodes, rows, examples, uniform, max_model_len, covers_output, next_session):
+@entry(DRAWING)
+def draw_requests(
+    nodes: Nodes,
+    rows: int,
+    examples: Examples,
+    uniform: npt.NDArray[np.float64],
+    max_model_len: int,
+    covers_output: bool,
+    next_session: int,
+) -> None:
     """Fill in the nodes behind the first `rows`; their arrivals are given, `uniform` [drawn] picks their examples.
 
     A return to a request becomes a return to the open node most alike to that one, in age and in length.
     """
+    nodes, examples = by_reference(nodes), by_reference(examples)
     for drawn in range(rows, nodes.arrival.size):
         now = nodes.arrival[drawn]
         example = min(np.searchsorted(examples.cumulative, uniform[drawn - rows], side="right"), rows - 1)
@@ -143,7 +156,7 @@ def draw_requests(nodes, rows, examples, uniform, max_model_len, covers_output, 
         elif nodes.session[example] < 0:  # a stream without labels stays one
             session = np.int64(-1 - drawn)
         elif session < 0:
-            session = next_session
+            session = np.int64(next_session)
             next_session += 1
         nodes.prompt[drawn], nodes.output[drawn] = prompt, output
         nodes.hash_tokens[drawn] = hash_tokens
@@ -158,8 +171,16 @@ def draw_requests(nodes, rows, examples, uniform, max_model_len, covers_output, 
             _close(nodes, drawn)
 
 
-@kernel
-def fill_keys(nodes, rows, past_starts, past, starts, chain, salt):
+@entry(DRAWING)
+def fill_keys(
+    nodes: Nodes,
+    rows: int,
+    past_starts: npt.NDArray[np.int64],
+    past: npt.NDArray[np.uint64],
+    starts: npt.NDArray[np.int64],
+    chain: npt.NDArray[np.uint64],
+    salt: np.uint64,
+) -> None:
     """Write the keys of drawn nodes, `chain[starts[i]:starts[i + 1]]`: those they keep, then new ones."""
     for drawn in range(rows, nodes.arrival.size):
         at, source = starts[drawn - rows], nodes.source[drawn]

@@ -58,7 +58,6 @@ from kavier_twin.mirror.pods import Pods, PodSeen
 from kavier_twin.mirror.snapshot import Snapshot
 from kavier_twin.mirror.timeline import Adopted, Entry
 from kavier_twin.simulation.fleet import Fleet, Live
-from kavier_twin.simulation.kernels import replica as replica_kernels
 from kavier_twin.simulation.kpis import Counters
 from kavier_twin.simulation.settings import FleetSettings, StepTime
 from kavier_twin.simulation.state import FREE, WAITING
@@ -476,7 +475,7 @@ class Fold:
         self._observe_work(finished, wait, outcome["prefill_work"], share * outcome["decode_work"], placed=placed)
         if excess > 0.0:
             hold_until = self.time_seconds + min(excess, self.settings.longest_hold_seconds)
-            replica_kernels.hold(self.fleet.state, live.replica, hold_until)
+            self.fleet.hold(live.replica, hold_until)
 
     def _observe_work(
         self, finished: RequestFinished, wait: float, prefill_work: Floats, decode_work: Floats, *, placed: bool

@@ -130,7 +130,7 @@ def _waiting(state: FleetState, number: int) -> list[Any]:
 def _request(state: FleetState, number: int, slot: int, now_seconds: float) -> LiveRequest:
     request = state.requests[number][slot]
     tokens = int(request["tokens"])
-    if request["flowing"]:  # its tokens follow from the replica's batches: `tokens_now` in kernels/flow.py
+    if request["flowing"]:  # its tokens follow from the replica's batches: `tokens_now` in kernels/step/flow.py
         batches = int(state.replicas[number]["completed_batches"] - request["flow_start"])
         tokens = max(int(request["flow_tokens"]), int(request["flow_computed"]) + 1 + batches)
     prompt = int(request["prompt"])

@@ -95,10 +95,18 @@ class SourceState:
 
 @dataclass(frozen=True)
 class Compiling:
-    """How far the kernels are, on the first start of a version: nothing is mirrored before they are ready."""
+    """How many of the libraries of kernels that every twin needs are ready: nothing is mirrored before all are."""
 
-    compiled: Annotated[int, Field(examples=[120])]
-    kernels: Annotated[int, Field(examples=[258])]
+    compiled: Annotated[int, Field(examples=[1])]
+    kernels: Annotated[int, Field(examples=[3])]
+
+
+@dataclass(frozen=True)
+class KernelCounts:
+    """Libraries of kernels of this process."""
+
+    compiling: int = 0  # now
+    compiled: int = 0  # since the start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -443,6 +451,7 @@ class TwinView(PoolState, PoolFidelity, PoolForecast, PoolScores):
     engines: tuple[Engine, ...] = ()  # that metrics tell of
     engine_contradictions: int = 0  # settings that engines tell otherwise than the settings file or each other
     warming_up: bool = False  # the past of the logs is being mirrored
+    kernels: KernelCounts = KernelCounts()
 
     @property
     def not_ready(self) -> tuple[str, ...]:

@@ -7,10 +7,9 @@ import math
 import numpy as np
 
 from kavier_twin.simulation import state as layout
-from kavier_twin.simulation.kernels import reshape
-from kavier_twin.simulation.kernels.chunks import clear as clear_table
-from kavier_twin.simulation.kernels.eviction import switch
-from kavier_twin.simulation.kernels.holders import count_all
+from kavier_twin.simulation.compiler.libraries import Library
+from kavier_twin.simulation.kernels import POLICIES, TIERS
+from kavier_twin.simulation.kernels import entries as kernels
 from kavier_twin.simulation.settings import COEFFICIENTS, EngineSettings, FleetSettings, StepTime
 from kavier_twin.simulation.state import FleetState, Records
 from kavier_twin.simulation.workload import Workload
@@ -86,17 +85,29 @@ def new_state(settings: FleetSettings, *, stepping: bool = False, start_seconds:
         write_engine(state.engines[number : number + 1], engine, settings.step_time, stepping=stepping)
         link_free_list(state.blocks[number], engine.num_gpu_blocks)
         _write_tier(state, number, engine)
-    return with_holders(state)
+    return _with_room_for_holders(state)
+
+
+def kernels_of(engine: EngineSettings) -> list[Library]:
+    """The libraries of kernels that such an engine needs beside those that every engine needs."""
+    needed = [(POLICIES, engine.eviction != "lru"), (TIERS, engine.host_tier is not None)]
+    return [library for library, is_needed in needed if is_needed]
 
 
 def with_holders(state: FleetState) -> FleetState:
     """The fleet with its copies of blocks and its live requests counted anew, as far as its router needs them."""
+    state = _with_room_for_holders(state)
+    if state.holders.size > 1:
+        kernels.count_all(state)
+    return state
+
+
+def _with_room_for_holders(state: FleetState) -> FleetState:
     size = 1
     if state.replicas.size > 1 and state.fleet["router"][0] == layout.PREFIX_AWARE:
         size = 1 << max(10, math.ceil(math.log2(state.blocks.size / 4)))  # four places for each that is counted
     if size != state.holders.size:
         state = state._replace(holders=np.zeros(size, np.uint8))
-    count_all(state)
     return state
 
 
@@ -147,7 +158,19 @@ def _write_tier(state: FleetState, number: int, engine: EngineSettings) -> None:
         tier["write_rate"] = disk.write_bytes_per_second
     for table in chunk_tables(state, number):
         if table.size:
-            clear_table(table)
+            _clear_table(table)
+
+
+def _clear_table(table: Records) -> None:
+    """All chunks of a zeroed table vacant, in order; each ring's first record stands for the ring."""
+    rings, chunks = np.arange(layout.RINGS), np.arange(layout.RINGS, table.size)
+    for name in ("ring", "prev", "next"):
+        table[name][rings] = rings
+    table["ring"][chunks] = layout.VACANT
+    order = np.array([layout.VACANT, *chunks])
+    table["next"][order] = np.roll(order, -1)
+    table["prev"][order] = np.roll(order, 1)
+    table["refs"][layout.VACANT] = chunks.size
 
 
 def chunk_tables(state: FleetState, number: int) -> list[Records]:
@@ -168,7 +191,7 @@ def with_tiers(state: FleetState, old: EngineSettings, new: EngineSettings) -> F
     for number in range(state.replicas.size):
         _write_tier(state, number, new)
         if len(tokens) == 2 and tokens[0] == tokens[1]:
-            reshape.carry_over(before, state, number)
+            kernels.carry_over(before, state, number)
     for name in ("stored", "stores", "probed"):
         state.requests[name] = 0
     return state
@@ -248,7 +271,7 @@ def with_eviction(state: FleetState, engine: EngineSettings, time_seconds: float
     state.replicas["eviction"]["spare_ghost"] = 1
     if engine.eviction != "lru":
         for number in range(state.replicas.size):
-            switch.load(state, number, time_seconds)
+            kernels.load_policy(state, number, time_seconds)
     return state
 
 
@@ -314,7 +337,7 @@ def begin_anew(state: FleetState, number: int, fresh: FleetState) -> None:
             array[number] = getattr(fresh, name)[0]
     for name, value in counted.items():
         state.replicas[name][number] = value
-    count_all(state)
+    with_holders(state)
 
 
 def _as_wide_as(state: FleetState, fresh: FleetState) -> FleetState:
@@ -333,7 +356,7 @@ def with_pool(state: FleetState, num_blocks: int) -> FleetState:
     for number in range(replicas):
         old = state.blocks.shape[1]
         names, working = np.zeros(old, np.int32), np.zeros(old, np.uint64)
-        reshape.resize_pool(state, number, blocks[number], buckets[number], num_blocks, names, working)
+        kernels.resize_pool(state, number, blocks[number], buckets[number], num_blocks, names, working)
     return state._replace(blocks=blocks, buckets=buckets)
 
 
@@ -348,12 +371,12 @@ def rows_of_live(state: FleetState, number: int, delivered_seconds: float) -> Wo
     return Workload(
         index=rows["index"].copy(),
         arrival=rows["arrival"].copy(),
-        delivered=np.full(rows.size, delivered_seconds),
+        delivered=np.full(rows.size, delivered_seconds, np.float64),
         prompt=rows["prompt"].astype(np.int64),
         output=rows["output"].astype(np.int64),
         priority=rows["priority"].copy(),
         session=rows["session"].copy(),
-        held=rows["held"].copy(),
+        held=rows["held"].astype(np.int8),
         replica=np.full(rows.size, -1, np.int64),
         chain_starts=starts,
         chain=np.concatenate(chains) if chains else np.zeros(0, np.uint64),

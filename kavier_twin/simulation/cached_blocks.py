@@ -9,8 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kavier_twin.simulation import state as layout
-from kavier_twin.simulation.kernels.blocks import insert
-from kavier_twin.simulation.kernels.holders import count_copy
+from kavier_twin.simulation.kernels.entries import enter_blocks
 from kavier_twin.simulation.state import FleetState
 
 FILLED: Final = "lru"  # the only eviction policy whose cache can be filled: a real vLLM's
@@ -48,7 +47,7 @@ def fill_cache(state: FleetState, number: int, keys: Sequence[int]) -> int:
     All are older than what the replica cached itself. What does not fit is left out, the least recently used first.
     Returns how many there are now. The replica's policy must be `FILLED`.
     """
-    blocks, buckets = state.blocks[number], state.buckets[number]
+    blocks = state.blocks[number]
     followers, cached = blocks["next"].tolist(), (blocks["key"] != layout.UNHASHED).tolist()
     free: list[int] = []
     block = followers[0]
@@ -58,9 +57,7 @@ def fill_cache(state: FleetState, number: int, keys: Sequence[int]) -> int:
     empty = [block for block in free if not cached[block]]
     kept = keys[max(0, len(keys) - len(empty)) :]
     filled = empty[len(empty) - len(kept) :]
-    for block, key in zip(filled, kept, strict=True):
-        insert(blocks, buckets, block, np.uint64(key))
-        count_copy(state.holders, np.uint64(key))
+    enter_blocks(state, number, np.array(filled, np.int32), np.array(kept, np.uint64))
     order = np.array([0, *empty[: len(empty) - len(kept)], *filled, *(b for b in free if cached[b])])
     blocks["next"][order] = np.roll(order, -1)
     blocks["prev"][order] = np.roll(order, 1)

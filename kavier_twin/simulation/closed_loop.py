@@ -13,12 +13,13 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
+from kavier_twin.simulation import build
+from kavier_twin.simulation.compiler.libraries import load
 from kavier_twin.simulation.fleet import Fleet
-from kavier_twin.simulation.kernels import closed_loop as kernels
-from kavier_twin.simulation.kernels import replica as replica_kernels
-from kavier_twin.simulation.kernels.requests import OK
+from kavier_twin.simulation.kernels import entries as kernels
+from kavier_twin.simulation.kernels.fleet.closed_loop import LAST, NEXT_ROW, SEEN
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings
-from kavier_twin.simulation.state import Records
+from kavier_twin.simulation.state import OK, Records
 from kavier_twin.simulation.workload import Workload
 
 
@@ -41,7 +42,7 @@ def simulate_closed_loop(
     engine could never serve (a real user would get an error instead of an answer).
     """
     requests = workload.index.size
-    think = np.ascontiguousarray(np.broadcast_to(np.asarray(think_seconds, np.float64), (requests,)))
+    think = np.array(np.broadcast_to(np.asarray(think_seconds, np.float64), (requests,)))
     if users < 1 or requests == 0:
         raise ValueError(f"{users} users and {requests} requests: expected at least one of each")
     if not (np.isfinite(think) & (think >= 0.0)).all():
@@ -54,17 +55,16 @@ def simulate_closed_loop(
     pending = np.zeros(requests, np.int64)
     pending[:users] = np.arange(users)
     progress = np.zeros(4, np.int64)
-    progress[kernels.NEXT_ROW] = progress[kernels.LAST] = users
+    progress[NEXT_ROW] = progress[LAST] = users
     places = np.full((requests, 2), -1, np.int32)
     fleet = Fleet(settings, stepping=stepping, start_seconds=min(0.0, float(arrival[0])))
+    load(*build.kernels_of(settings.engine))
     while True:
-        status = kernels.run_closed_loop(
-            fleet.state, workload, think, float(frontend_seconds), pending, progress, places
-        )
+        status = kernels.run_closed_loop(fleet.state, workload, think, frontend_seconds, pending, progress, places)
         if status == OK:
             break
         fleet.grow(status)
-        progress[kernels.SEEN] = fleet.state.fleet["outcomes"][0]
+        progress[SEEN] = fleet.state.fleet["outcomes"][0]
     fleet.run()  # nothing is left to do; the clock is brought up to the last end
     return fleet
 
@@ -93,7 +93,7 @@ def simulate_sessions(
     fleet = Fleet(settings, start_seconds=min(0.0, float(arrival.min(initial=0.0))))
     ended: list[Records] = []
     while True:
-        replica_kernels.advance_until_end(fleet.state, 0, coming[0][0] if coming else math.inf)
+        kernels.advance_until_end(fleet.state, 0, coming[0][0] if coming else math.inf)
         ended.append(fleet.collect())
         for outcome in ended[-1]:
             row = int(follower[outcome["index"]])

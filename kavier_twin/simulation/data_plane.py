@@ -16,14 +16,13 @@ import numpy.typing as npt
 
 from kavier_twin.simulation import build, future
 from kavier_twin.simulation import state as layout
-from kavier_twin.simulation.kernels import fleet as kernels
-from kavier_twin.simulation.kernels import replica as replica_kernels
-from kavier_twin.simulation.kernels import requests as request_kernels
+from kavier_twin.simulation.compiler.libraries import load
+from kavier_twin.simulation.kernels import entries as kernels
 from kavier_twin.simulation.power import Reading
 from kavier_twin.simulation.settings import FleetSettings
 from kavier_twin.simulation.state import FleetState, Records
 from kavier_twin.simulation.turns import SessionLoad, Turns
-from kavier_twin.simulation.workload import Workload, concatenate, take_rows
+from kavier_twin.simulation.workload import Workload, concatenate, take_rows, writable
 
 
 @dataclass
@@ -38,11 +37,12 @@ class Samples:
 
     def take(self, state: FleetState, now_seconds: float) -> None:
         """Append the fleet as it is now."""
-        running, waiting, used = kernels.live_requests(state)
-        usable = int((state.engines["num_blocks"] - 1)[state.replicas["alive"] == 1].sum())
+        replicas, blocks = state.replicas, state.engines["num_blocks"] - 1
+        used = int((blocks - replicas["free_blocks"]).sum())
+        usable = int(blocks[replicas["alive"] == 1].sum())
         self.time_seconds.append(now_seconds)
-        self.running.append(int(running))
-        self.waiting.append(int(waiting))
+        self.running.append(int(replicas["running"].sum()))
+        self.waiting.append(int(replicas["waiting"].sum() + replicas["loading"].sum()))
         self.kv_usage_ratio.append(used / usable if usable else 0.0)
         self.readings.append(Reading.of(state, now_seconds))
 
@@ -101,7 +101,7 @@ class DataPlane:
         if workload.delivered[0] < self.now_seconds:
             raise ValueError(f"arrival at {workload.delivered[0]} s lies before the fleet's clock {self.now_seconds} s")
         rest = self.pending()
-        self._arrivals = workload if rest is None else concatenate(rest, workload)
+        self._arrivals = writable(workload) if rest is None else concatenate(rest, workload)
         self._next_row = 0
         self.foresee(self._arrivals)
 
@@ -132,6 +132,7 @@ class DataPlane:
 
     def advance(self, until_seconds: float) -> None:
         """Deliver the arrivals before this time and bring every replica up to it; infinity: until all have ended."""
+        load(*build.kernels_of(self.settings.engine))
         if self._arrivals is not None:
             stop = int(np.searchsorted(self._arrivals.delivered, until_seconds, side="left"))
             if stop > self._next_row:
@@ -141,27 +142,28 @@ class DataPlane:
                 self._arrivals, self._next_row = None, 0
         if self._sessions is not None:
             self._deliver_sessions(self._sessions, until_seconds)
-        kernels.advance_all(self.state, float(until_seconds))  # compiled for one type of time
+        kernels.advance_all(self.state, until_seconds)
         ended = until_seconds if until_seconds < math.inf else float(self.state.replicas["now"].max())
         self.now_seconds = max(self.now_seconds, ended)
 
     def deliver(self, workload: Workload, start: int, stop: int) -> npt.NDArray[np.int32]:
         """Route and push rows [start, stop) now, growing the arrays where needed. Returns [rows, 2] (replica, slot)."""
+        load(*build.kernels_of(self.settings.engine))
         places = np.full((workload.index.size, 2), -1, np.int32)
         row = start
         while row < stop:
-            row, status, _ = kernels.arrive(self.state, workload, row, stop, places)
-            if status == kernels.NO_REPLICA:
+            row, status = kernels.arrive(self.state, workload, row, stop, places)
+            if status == layout.NO_REPLICA:
                 self._lose(workload, row)
                 row += 1
-            elif status != request_kernels.OK:
+            elif status != layout.OK:
                 self.grow(status)
         return places[start:stop]
 
     def _deliver_sessions(self, sessions: SessionLoad, until_seconds: float) -> None:
         row, status = sessions.deliver(self.state, until_seconds)
-        while status != request_kernels.OK:
-            if status == kernels.NO_REPLICA:
+        while status != layout.OK:
+            if status == layout.NO_REPLICA:
                 self._lose(sessions.workload, row)
             else:
                 self.grow(status)
@@ -182,9 +184,9 @@ class DataPlane:
 
     def grow(self, status: int) -> None:
         """Make room for what a kernel found no room for: `status` is what it returned."""
-        if status == request_kernels.GROW_SLOTS:
+        if status == layout.GROW_SLOTS:
             self.state = build.with_more_slots(self.state)
-        elif status == request_kernels.GROW_ARENA:
+        elif status == layout.GROW_ARENA:
             self.state = build.with_more_arena(self.state)
         else:
             self._set_aside()
@@ -195,7 +197,7 @@ class DataPlane:
         """Make room for the outcomes of all live requests and of one more."""
         fleet = self.state.fleet[0]
         if fleet["outcomes"] + fleet["live"] + 1 > self.state.outcomes.size:
-            self.grow(request_kernels.GROW_OUTCOMES)
+            self.grow(layout.GROW_OUTCOMES)
 
     # --- what an observer of the real fleet says of live requests -----------------------------------------------------
 
@@ -205,12 +207,12 @@ class DataPlane:
         `chain` (keys) and `covered` tell the content of prompt and output, as in `learn_chain`.
         """
         number, slot = live.replica, live.slot
-        self._in_arena(replica_kernels.set_output, number, slot, output_tokens, True)
+        self._in_arena(kernels.set_output, number, slot, output_tokens, True)
         self._take_back(live, output_tokens)
         if chain is not None:
-            self._in_arena(replica_kernels.learn_chain, number, slot, chain, covered)
+            self._in_arena(kernels.learn_chain, number, slot, chain, covered)
         self.room_for_outcomes()
-        replica_kernels.finish_now(self.state, number, slot, self.now_seconds)
+        kernels.finish_now(self.state, number, slot, self.now_seconds)
         return self.state.outcomes[int(self.state.fleet["outcomes"][0]) - 1].copy()
 
     def _take_back(self, live: Live, output_tokens: int) -> None:
@@ -230,12 +232,18 @@ class DataPlane:
 
     def set_output(self, live: Live, output_tokens: int) -> None:
         """Change how many tokens a live request is expected to generate, at least what it has and what is in flight."""
-        self._in_arena(replica_kernels.set_output, live.replica, live.slot, output_tokens, False)
+        self._in_arena(kernels.set_output, live.replica, live.slot, output_tokens, False)
+
+    def hold(self, replica: int, until_seconds: float) -> None:
+        """The real replica was slower than this one, which waits until then before it schedules again."""
+        hold_until = self.state.replicas["hold_until"]
+        hold_until[replica] = max(hold_until[replica], until_seconds)
 
     def _in_arena(self, kernel: Callable[..., int], *arguments: object) -> None:
         """Call a kernel, with a larger arena where it asks for one."""
-        while kernel(self.state, *arguments) != request_kernels.OK:
-            self.grow(request_kernels.GROW_ARENA)
+        load(*build.kernels_of(self.settings.engine))
+        while kernel(self.state, *arguments) != layout.OK:
+            self.grow(layout.GROW_ARENA)
 
     # --- what can be seen -----------------------------------------------------------------------------------------
 

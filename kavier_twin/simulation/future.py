@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kavier_twin.simulation import state as layout
-from kavier_twin.simulation.kernels.eviction import belady
+from kavier_twin.simulation.kernels import entries as kernels
 from kavier_twin.simulation.state import FleetState, Records
 from kavier_twin.simulation.workload import Workload
 
@@ -49,7 +49,7 @@ def foresee_keys(
     rows = np.zeros(1 << max(2 * distinct, keys.size).bit_length(), layout.FUTURE)
     uses = rows["use"][: keys.size]
     uses["arrival"], uses["index"], uses["rank"] = arrival[order], index[order], first_rank + row[order]
-    belady.fill_oracle(rows, keys)
+    kernels.fill_oracle(rows, keys)
     return Future(rows, int(row[-1]) + 1)
 
 
@@ -60,5 +60,5 @@ def with_future(state: FleetState, pending: Workload | None, time_seconds: float
     state = state._replace(future=rows)
     state.fleet["next_rank"] = first_rank + requests
     for number in range(state.replicas.size):
-        belady.learn(state, number, time_seconds)
+        kernels.learn_uses(state, number, time_seconds)
     return state

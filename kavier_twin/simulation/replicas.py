@@ -10,8 +10,9 @@ from collections.abc import Collection, Mapping
 import numpy as np
 
 from kavier_twin.simulation import build
+from kavier_twin.simulation.compiler.libraries import load
 from kavier_twin.simulation.data_plane import DataPlane, Live
-from kavier_twin.simulation.kernels import replica as replica_kernels
+from kavier_twin.simulation.kernels import entries as kernels
 from kavier_twin.simulation.policies import Override, apply_overrides
 from kavier_twin.simulation.power import alive_seconds
 from kavier_twin.simulation.state import FleetState
@@ -78,11 +79,12 @@ class Replicas(DataPlane):
 
     def _abandon(self, number: int) -> Workload:
         """Take the replica's requests away. Returns them, to begin again now."""
+        load(*build.kernels_of(self.settings.engine))
         self.accept(number, False)
         again = build.rows_of_live(self.state, number, self.now_seconds)
         for live in self.live():
             if live.replica == number:
-                replica_kernels.abandon(self.state, number, live.slot, self.now_seconds)
+                kernels.abandon(self.state, number, live.slot, self.now_seconds)
         self.state.replicas["in_flight"][number] = 0
         return again
 

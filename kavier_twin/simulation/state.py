@@ -7,7 +7,7 @@ cells. Record layouts below are the vocabulary of the kernels; every field says 
 
 from __future__ import annotations
 
-from typing import Any, Final, NamedTuple
+from typing import Annotated, Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,13 @@ FINISHED: Final = 0
 REJECTED_LENGTH: Final = 1  # prompt does not fit max_model_len: vLLM answers HTTP 400
 REJECTED_KV_CAPACITY: Final = 2  # needs more blocks than the engine has: could never run
 LOST: Final = 3  # its replica failed and no other could take it
+
+# --- what kernels return that may lack room ------------------------------------------------------------------------
+OK: Final = 0
+GROW_SLOTS: Final = 1
+GROW_ARENA: Final = 2
+GROW_OUTCOMES: Final = 3
+NO_REPLICA: Final = 4  # none accepts requests
 
 # --- block keys ---------------------------------------------------------------------------------------------------
 UNHASHED: Final = 0  # not in the prefix cache
@@ -50,7 +57,7 @@ REUSED: Final = 4  # it found the chunk there
 MISSED: Final = 8  # the eviction policy has learned that it was not there
 FROM_DISK: Final = 16  # the disk tier had it
 OFFERED: Final = 32  # part of the store being decided
-# --- eviction policies (kernels/eviction/); those after LRU are grouped by what keeps their evictable blocks ---------
+# --- eviction policies (kernels/cache/eviction/); those after LRU are grouped by what keeps their evictable blocks ---
 LRU: Final = 0  # vLLM's, in the free list itself
 FIFO: Final = 1  # a heap
 LFU: Final = 2
@@ -136,7 +143,7 @@ REQUEST = _record(
     ("last_store", np.int64),  # number of its latest store
     ("load_done", np.float64),  # when its load is complete, seconds; infinity = not submitted yet
     ("preemptions", np.int32),
-    ("flowing", np.int32),  # decodes with the flow (kernels/flow.py)
+    ("flowing", np.int32),  # decodes with the flow (kernels/step/flow.py)
     ("flow_computed", np.int32),  # `computed` when it joined
     ("flow_tokens", np.int32),  # `tokens` when it joined
     ("flow_prev", np.int32),  # neighbours among those that need a block at the same step, -1 = none
@@ -392,42 +399,81 @@ TIER = _record(
 
 Records = npt.NDArray[np.void]
 Ints = npt.NDArray[np.int32]
+Request = Annotated[Any, REQUEST]
 
 
 class FleetState(NamedTuple):
     """All arrays of a fleet (see module docstring for the axes)."""
 
-    fleet: Records  # [1] FLEET
-    replicas: Records  # [R] REPLICA
-    engines: Records  # [R] ENGINE
-    requests: Records  # [R, S] REQUEST
-    slots: Ints  # [R, S] stack of free request slots
-    running: Ints  # [R, S] slots in vLLM's running order
-    waiting: Ints  # [R, S] binary heap of slots in scheduling order
-    batches: Records  # [R, 2] BATCH
-    entries: Records  # [R, 2, S] ENTRY
-    blocks: Records  # [R, N] BLOCK
-    buckets: Ints  # [R, H] first block of a hash bucket
-    arena: npt.NDArray[np.uint64]  # [R, A] hash chains and block tables
-    arena_free: npt.NDArray[np.int64]  # [R, ARENA_CLASSES] first free piece of each size, -1 = none
-    explicit: Ints  # [R, S] running slots outside the flow, in running order
-    flow: Ints  # [R, S] binary heap of the flow's slots by their last batch
-    phases: Records  # [R, block size] PHASE, the flow's slots by the step at which they need a block
-    itl_counts: npt.NDArray[np.int64]  # [R, ITL_BINS] histogram of inter-token latencies
-    nodes: Records  # [R, N + QUEUES or more] NODE, [R, 1] with LRU
-    future: Records  # [F] FUTURE, of the whole fleet, [1] unless Belady's policy knows one
-    tiers: Records  # [R] TIER; the arrays below have one cell a replica where no tier is configured
-    chunks: Records  # [R, all] CHUNK: the tables of host tier, disk tier and offered keys (`refs` counts their offers)
-    fences: npt.NDArray[np.int64]  # [R, N] the latest store that reads a block (`stores.NO_FENCE`)
-    tier_slots: (
-        Ints  # [R, 2, S] slots in state LOADING, as they are served; of those ended that the tiers do not know of
-    )
-    quiet_until: npt.NDArray[np.float64]  # [R] `loads` cannot change by itself before
-    loads: Ints  # [R] live requests of each replica, as routers see them (`router.TOO_BUSY` if it takes none)
-    holders: npt.NDArray[np.uint8]  # [2^n] copies of blocks in all caches by a hash of their key (kernels/holders.py)
+    fleet: Annotated[Records, FLEET]  # of one row
+    replicas: Annotated[Records, REPLICA, "R"]
+    engines: Annotated[Records, ENGINE, "R"]
+    requests: Annotated[Records, REQUEST, "R, S"]
+    slots: Annotated[Ints, "R, S"]  # stack of free request slots
+    running: Annotated[Ints, "R, S"]  # slots in vLLM's running order
+    waiting: Annotated[Ints, "R, S"]  # binary heap of slots in scheduling order
+    batches: Annotated[Records, BATCH, "R, 2"]
+    entries: Annotated[Records, ENTRY, "R, 2, S"]
+    blocks: Annotated[Records, BLOCK, "R, N"]
+    buckets: Annotated[Ints, "R, H"]  # first block of a hash bucket
+    arena: Annotated[npt.NDArray[np.uint64], "R, A"]  # hash chains and block tables
+    arena_free: Annotated[npt.NDArray[np.int64], "R, ARENA_CLASSES"]  # first free piece of each size, -1 = none
+    explicit: Annotated[Ints, "R, S"]  # running slots outside the flow, in running order
+    flow: Annotated[Ints, "R, S"]  # binary heap of the flow's slots by their last batch
+    phases: Annotated[Records, PHASE, "R, block size"]  # the flow's slots by the step at which they need a block
+    itl_counts: Annotated[npt.NDArray[np.int64], "R, ITL_BINS"]  # histogram of inter-token latencies
+    nodes: Annotated[Records, NODE, "R, N + QUEUES or more"]  # one a replica with LRU
+    future: Annotated[Records, FUTURE]  # of the whole fleet, of one row unless Belady's policy knows one
+    tiers: Annotated[Records, TIER, "R"]  # the arrays below have one cell a replica where no tier is configured
+    chunks: Annotated[Records, CHUNK, "R, all"]  # host tier, disk tier and offered keys (`refs` counts their offers)
+    fences: Annotated[npt.NDArray[np.int64], "R, N"]  # the latest store that reads a block (`stores.NO_FENCE`)
+    tier_slots: Annotated[
+        Ints, "R, 2, S"
+    ]  # slots in state LOADING, as they are served; of those ended that the tiers do not know of
+    quiet_until: Annotated[npt.NDArray[np.float64], "R"]  # `loads` cannot change by itself before
+    loads: Annotated[Ints, "R"]  # live requests of each replica, as routers see them (`router.TOO_BUSY`: takes none)
+    holders: npt.NDArray[np.uint8]  # [2^n] copies of blocks in all caches, by hash of key (kernels/cache/holders.py)
     pending: npt.NDArray[np.uint16]  # [PENDING] live requests by a hash of their blocks' keys
     homes: Ints  # [HOMES] where prefix-aware routing last sent a session, by a hash of it: where it looks first
-    outcomes: Records  # [O] requests that ended and were not collected yet
+    outcomes: Annotated[Records, OUTCOME]  # requests that ended and were not collected yet
+
+
+class Workload(NamedTuple):
+    """n requests sorted by arrival; `chain[chain_starts[i]:chain_starts[i + 1]]` are the chained keys of request i."""
+
+    index: npt.NDArray[np.int64]  # type: ignore[assignment]  # [n] the caller's number (hides tuple.index)
+    arrival: npt.NDArray[np.float64]  # [n] seconds
+    delivered: npt.NDArray[np.float64]  # [n] seconds; later than the arrival for one that must start again
+    prompt: npt.NDArray[np.int64]  # [n] tokens
+    output: npt.NDArray[np.int64]  # [n] tokens
+    priority: npt.NDArray[np.int64]  # [n] lower first
+    session: npt.NDArray[np.int64]  # [n]
+    held: npt.NDArray[np.int8]  # [n] 1: ends only when told to
+    replica: npt.NDArray[np.int64]  # [n] -1: the router decides
+    chain_starts: npt.NDArray[np.int64]  # [n + 1]
+    chain: npt.NDArray[np.uint64]
+    hash_tokens: npt.NDArray[np.int64]  # [n] tokens under one hash, 0 without hashes
+    covered: npt.NDArray[np.int64]  # [n] leading tokens that the hashes identify
+
+
+COMING = np.dtype([("time", np.float64), ("row", np.int64), ("replica", np.int64), ("slot", np.int64)])
+"""A row of the workload that is to come: at this time if `slot` is -1, else not before.
+
+It waits then for the request in `slot` of `replica`.
+"""
+
+
+class Loop(NamedTuple):
+    """Turns under way: what the kernels read and write."""
+
+    first_index: int  # of the requests that are waited for
+    follower: npt.NDArray[np.int64]  # the row that waits for a request, by its index; -1: none
+    think_seconds: npt.NDArray[np.float64]  # [n]
+    frontend_seconds: float
+    opens: npt.NDArray[np.int64]  # rows that wait for nobody, in order
+    coming: Annotated[Records, COMING]  # a heap by time
+    progress: npt.NDArray[np.int64]  # see kernels
+    places: Annotated[Ints, "n, 2"]  # (replica, slot) of each row delivered
 
 
 def copy_state(state: FleetState) -> FleetState:

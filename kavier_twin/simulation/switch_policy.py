@@ -5,12 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from kavier_twin.simulation import build
+from kavier_twin.simulation.compiler.libraries import load
 from kavier_twin.simulation.data_plane import DataPlane
-from kavier_twin.simulation.kernels import flow as flow_kernels
-from kavier_twin.simulation.kernels import replica as replica_kernels
-from kavier_twin.simulation.kernels import requests as request_kernels
-from kavier_twin.simulation.kernels import reshape
-from kavier_twin.simulation.kernels.eviction import switch
+from kavier_twin.simulation.kernels import entries as kernels
 from kavier_twin.simulation.settings import FleetSettings
 
 
@@ -23,6 +20,7 @@ def switch_policy(plane: DataPlane, new: FleetSettings) -> None:
     does the same policy in a pool of another size, which knows nothing of the past either.
     """
     old = plane.settings
+    load(*build.kernels_of(old.engine), *build.kernels_of(new.engine))
     replicas = range(plane.state.replicas.size)
     resized = new.engine.num_gpu_blocks != old.engine.num_gpu_blocks
     reblocked = new.engine.block_size != old.engine.block_size
@@ -36,24 +34,25 @@ def switch_policy(plane: DataPlane, new: FleetSettings) -> None:
     for number in replicas:
         if disruptive or new_tiers:
             plane.room_for_outcomes()
-            replica_kernels.settle(plane.state, number)
-            replica_kernels.settle_tiers(plane.state, number)
+            kernels.settle(plane.state, number)
+            if old.engine.host_tier is not None:
+                kernels.settle_tiers(plane.state, number)
         else:
-            flow_kernels.dissolve_flow(plane.state, number)
+            kernels.dissolve_flow(plane.state, number)
         if reordered and old.engine.eviction != "lru":
-            switch.unload(plane.state, number)
+            kernels.unload_policy(plane.state, number)
     if reblocked:
         for number in replicas:
             while plane.state.replicas["running"][number] > 0:
-                reshape.preempt_last(plane.state, number)
-            reshape.clear_cache(plane.state, number)
+                kernels.preempt_last(plane.state, number)
+            kernels.clear_cache(plane.state, number)
     if resized:
         plane.state = build.with_pool(plane.state, new.engine.num_gpu_blocks)
     for number in replicas:
         build.write_engine(plane.state.engines[number : number + 1], new.engine, new.step_time, stepping=plane.stepping)
         plane.state.replicas["parked"][number] = 0
         plane.state.quiet_until[number] = -np.inf
-        reshape.reorder_queue(plane.state, number)
+        kernels.reorder_queue(plane.state, number)
     if reblocked:
         plane.state = build.with_block_size(plane.state, new.engine.block_size)
         plane.state.requests["known"] = plane.state.requests["covered"] // new.engine.block_size
@@ -62,7 +61,8 @@ def switch_policy(plane: DataPlane, new: FleetSettings) -> None:
     if new_tiers or reblocked:
         for live in plane.live():  # smaller blocks need longer block tables, tiers room for marks
             plane.set_output(live, int(plane.state.requests["output"][live.replica, live.slot]))
-            request_kernels.clear_marks(plane.state, live.replica, live.slot)
+            if new.engine.host_tier is not None:
+                kernels.clear_marks(plane.state, live.replica, live.slot)
     if reordered:
         plane.state = build.with_eviction(plane.state, new.engine, plane.now_seconds)
     plane.state.fleet["router"] = build.ROUTERS[new.router]

@@ -7,15 +7,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kavier_twin.simulation.kernels import closed_loop as kernels
-from kavier_twin.simulation.state import FleetState, Records
-from kavier_twin.simulation.workload import Workload
-
-COMING = np.dtype([("time", np.float64), ("row", np.int64), ("replica", np.int64), ("slot", np.int64)])
-"""A row of the workload that is to come: at this time if `slot` is -1, else not before.
-
-It waits then for the request in `slot` of `replica`.
-"""
+from kavier_twin.simulation.kernels import entries as kernels
+from kavier_twin.simulation.kernels.fleet import closed_loop as layout
+from kavier_twin.simulation.state import COMING, FleetState, Loop, Workload
+from kavier_twin.simulation.workload import writable
 
 
 class Turns(NamedTuple):
@@ -24,19 +19,6 @@ class Turns(NamedTuple):
     after: npt.NDArray[np.int64]  # [n] the `index` of the request it waits for, -1: it arrives when the workload says
     think_seconds: npt.NDArray[np.float64]  # [n] from that request's end to the arrival
     frontend_seconds: float  # from the arrival to the delivery
-
-
-class Loop(NamedTuple):
-    """Turns under way: what the kernels read and write."""
-
-    first_index: int  # of the requests that are waited for
-    follower: npt.NDArray[np.int64]  # the row that waits for a request, by its index; -1: none
-    think_seconds: npt.NDArray[np.float64]  # [n]
-    frontend_seconds: float
-    opens: npt.NDArray[np.int64]  # rows that wait for nobody, in order
-    coming: Records  # COMING, a heap by time
-    progress: npt.NDArray[np.int64]  # see kernels
-    places: npt.NDArray[np.int32]  # [n, 2] (replica, slot) of each row delivered
 
 
 class SessionLoad:
@@ -59,12 +41,12 @@ class SessionLoad:
         # The kernels write arrivals; the caller's arrays stay as they are.
         arrival, delivered = workload.arrival.copy(), workload.delivered.copy()
         arrival[waiting] = delivered[waiting] = np.inf
-        self.workload = workload._replace(arrival=arrival, delivered=delivered)
+        self.workload = writable(workload)._replace(arrival=arrival, delivered=delivered)
         self.loop = Loop(
             first_index=first,
             follower=follower,
-            think_seconds=turns.think_seconds,
-            frontend_seconds=turns.frontend_seconds,
+            think_seconds=np.array(turns.think_seconds, np.float64),
+            frontend_seconds=float(turns.frontend_seconds),
             opens=np.flatnonzero(turns.after < 0),
             coming=np.zeros(2 * waiting.size + 1, COMING),
             progress=np.zeros(3, np.int64),
@@ -75,17 +57,16 @@ class SessionLoad:
     def done(self) -> bool:
         """Nothing will come any more."""
         progress = self.loop.progress
-        return bool(progress[kernels.OPEN] == self.loop.opens.size and progress[kernels.COMING] == 0)
+        return bool(progress[layout.OPEN] == self.loop.opens.size and progress[layout.COMING] == 0)
 
     def deliver(self, state: FleetState, until_seconds: float) -> tuple[int, int]:
         """See `kernels.deliver_turns`."""
-        row, status = kernels.deliver_turns(state, self.workload, self.loop, float(until_seconds))
-        return int(row), int(status)
+        return kernels.deliver_turns(state, self.workload, self.loop, until_seconds)
 
     def take_note(self, state: FleetState) -> None:
         """The outcomes so far are about to be taken away."""
         kernels.hear_of_ends(state, self.workload, self.loop)
-        self.loop.progress[kernels.HEARD] = 0
+        self.loop.progress[layout.HEARD] = 0
 
     def fork(self) -> SessionLoad:
         """A copy that goes on as this one would."""

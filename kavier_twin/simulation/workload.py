@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from kavier_twin.simulation.kernels.keys import chain_keys
+from kavier_twin.simulation.kernels.entries import chain_keys
+from kavier_twin.simulation.state import Workload as Workload
 
 
 class RequestLike(Protocol):
@@ -30,24 +31,6 @@ class RequestLike(Protocol):
     def block_tokens(self) -> int | None: ...
     @property
     def hashes_cover_output(self) -> bool: ...
-
-
-class Workload(NamedTuple):
-    """n requests sorted by arrival; `chain[chain_starts[i]:chain_starts[i + 1]]` are the chained keys of request i."""
-
-    index: npt.NDArray[np.int64]  # type: ignore[assignment]  # [n] the caller's number (hides tuple.index)
-    arrival: npt.NDArray[np.float64]  # [n] seconds
-    delivered: npt.NDArray[np.float64]  # [n] seconds; later than the arrival for one that must start again
-    prompt: npt.NDArray[np.int64]  # [n] tokens
-    output: npt.NDArray[np.int64]  # [n] tokens
-    priority: npt.NDArray[np.int64]  # [n] lower first
-    session: npt.NDArray[np.int64]  # [n]
-    held: npt.NDArray[np.int8]  # [n] 1: ends only when told to
-    replica: npt.NDArray[np.int64]  # [n] -1: the router decides
-    chain_starts: npt.NDArray[np.int64]  # [n + 1]
-    chain: npt.NDArray[np.uint64]
-    hash_tokens: npt.NDArray[np.int64]  # [n] tokens under one hash, 0 without hashes
-    covered: npt.NDArray[np.int64]  # [n] leading tokens that the hashes identify
 
 
 def make_workload(
@@ -142,6 +125,15 @@ def take_rows(workload: Workload, rows: npt.NDArray[np.int64]) -> Workload:
         name: column[rows] for name, column in workload._asdict().items() if name not in ("chain", "chain_starts")
     }
     return Workload(chain=workload.chain[picks], chain_starts=chain_starts, **columns)
+
+
+def writable(workload: Workload) -> Workload:
+    """The workload with copies of the columns that may only be read, as Ray's are: kernels are compiled for the others.
+
+    They only write arrivals and deliveries.
+    """
+    columns = workload._asdict().items()
+    return workload._replace(**{name: column.copy() for name, column in columns if not column.flags.writeable})
 
 
 def concatenate(first: Workload, second: Workload) -> Workload:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from prometheus_client.metrics_core import Metric
 
 from kavier_twin.serve.metrics.exporter import _build, _metrics
+from kavier_twin.serve.metrics.kernels import kernel_metrics
 from serve.views import full_view
 
 _HEAD = """# Metrics
@@ -34,7 +35,8 @@ From prometheus_client, on Linux: `process_cpu_seconds_total`, `process_resident
 
 def families() -> list[Metric]:
     """Every metric of the twin, those included that the view has no value for."""
-    return sorted([_build(), *_metrics(full_view())], key=lambda family: family.name)
+    view = full_view()
+    return sorted([_build(), *kernel_metrics(view.kernels), *_metrics(view)], key=lambda family: family.name)
 
 
 def name_of(family: Metric) -> str:

@@ -32,7 +32,7 @@ UNITS = (
 UNITS += ("joules_per_million_tokens", "grams_per_million_tokens", "cost_per_million_tokens")
 # Counts of things in their own unit, and flags.
 WITHOUT_UNIT = ("source_up", "_running", "_waiting", "_preemptions", "_rejected", "_calibrated", "_best_policy")
-WITHOUT_UNIT += ("_trusted", "_stale", "_breaches", "_contradictions", "_notes")
+WITHOUT_UNIT += ("_trusted", "_stale", "_breaches", "_contradictions", "_notes", "_libraries")
 
 
 def text_of(view: TwinView) -> str:

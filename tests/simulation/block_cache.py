@@ -7,12 +7,13 @@ import numpy.typing as npt
 
 from kavier_twin.simulation import build, future
 from kavier_twin.simulation import state as layout
-from kavier_twin.simulation.kernels.blocks import allocate as allocate_lru
-from kavier_twin.simulation.kernels.blocks import find, insert, touch
-from kavier_twin.simulation.kernels.blocks import release as release_lru
-from kavier_twin.simulation.kernels.compile import kernel
-from kavier_twin.simulation.kernels.eviction import dispatch
-from kavier_twin.simulation.kernels.eviction.order import order_of
+from kavier_twin.simulation.compiler.kernel import kernel
+from kavier_twin.simulation.compiler.reference import by_reference
+from kavier_twin.simulation.kernels.cache.blocks import allocate as allocate_lru
+from kavier_twin.simulation.kernels.cache.blocks import find, insert, touch
+from kavier_twin.simulation.kernels.cache.blocks import release as release_lru
+from kavier_twin.simulation.kernels.cache.eviction import dispatch
+from kavier_twin.simulation.kernels.cache.eviction.order import order_of
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
 
 FIRST_KEY = 1 << 40  # keys like those of chains: the low ten bits are free
@@ -20,6 +21,7 @@ FIRST_KEY = 1 << 40  # keys like those of chains: the low ten bits are free
 
 @kernel
 def _run(state, keys, table, hits):
+    state = by_reference(state)
     order = order_of(state, 0)
     lru = order.engine.eviction == layout.LRU
     for at in range(keys.size):

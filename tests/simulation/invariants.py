@@ -16,9 +16,9 @@ import numpy as np
 from kavier_twin.simulation import state as layout
 from kavier_twin.simulation.build import chunk_tables
 from kavier_twin.simulation.fleet import Fleet
-from kavier_twin.simulation.kernels.blocks import find
-from kavier_twin.simulation.kernels.holders import count_all
-from kavier_twin.simulation.kernels.keys import private_key
+from kavier_twin.simulation.kernels.cache.blocks import find
+from kavier_twin.simulation.kernels.cache.keys import private_key
+from kavier_twin.simulation.kernels.entries import count_all
 from kavier_twin.simulation.state import FleetState, Records
 
 GROWING = (  # fields of a replica that never become less, whatever happens to it
@@ -390,7 +390,7 @@ def check_batches(state: FleetState, number: int) -> None:
 
 
 def check_flow(state: FleetState, number: int) -> None:
-    """What the flow keeps as sums (kernels/flow.py) is what its requests add up to."""
+    """What the flow keeps as sums (kernels/step/flow.py) is what its requests add up to."""
     replica, requests = state.replicas[number], state.requests[number]
     running = state.running[number, : int(replica["running"])].tolist()
     flowing = [slot for slot in running if requests[slot]["flowing"]]

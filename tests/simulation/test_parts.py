@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
+from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.runs import simulate, simulate_parts
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
+from kavier_twin.simulation.turns import Turns
 from kavier_twin.simulation.workload import make_workload, take_rows
 
 SETTINGS = FleetSettings(
@@ -42,3 +45,20 @@ def test_nothing_in_parts_is_nothing() -> None:
     fleet, outcomes = simulate_parts(SETTINGS, [])
     assert outcomes.size == 0
     assert fleet.idle
+
+
+@pytest.mark.parametrize("in_turns", [False, True])
+def test_columns_that_may_only_be_read_and_times_that_are_whole_numbers(in_turns: bool) -> None:
+    """Such as other processes send and people write: kernels are compiled for arrays to write to and for floats."""
+    workload = make_workload(np.arange(20) * 0.1, 40, 30, held=1)
+    for column in workload:
+        column.flags.writeable = False
+    fleet = Fleet(SETTINGS, start_seconds=0)
+    if in_turns:
+        numbers = np.arange(20)
+        fleet.feed_sessions(workload, Turns(np.where(numbers % 2, numbers - 1, -1), np.ones(20, np.int64), 0))
+    else:
+        fleet.feed(workload)
+    fleet.at(1, Fleet.crash, 0)
+    fleet.run(3)
+    assert {live.index for live in fleet.live()} == set(range(0, 20, 2) if in_turns else range(20))

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from effort import examples
 from kavier_twin.simulation.fleet import Fleet
-from kavier_twin.simulation.kernels.blocks import find
-from kavier_twin.simulation.kernels.fleet import advance_all
+from kavier_twin.simulation.kernels.cache.blocks import find
+from kavier_twin.simulation.kernels.entries import advance_all
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings
 from kavier_twin.simulation.workload import Workload, make_workload
 from simulation.test_closed_loop import STEP_TIME

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kavier_twin.simulation.kernels.keys import chain_key
+from kavier_twin.simulation.kernels.entries import chain_key
 from kavier_twin.telemetry import KvBlocksRemoved, KvBlocksStored, KvEventBatch
 
 START = 0  # the parent's key of a prompt's first block

@@ -24,6 +24,7 @@ from kavier_twin.serve.metrics.calibration import calibration_metrics
 from kavier_twin.serve.metrics.engines import engine_metrics
 from kavier_twin.serve.metrics.families import PREFIX, add, breach_flag, counter, flag, gauge, policy_labels, pool_gauge
 from kavier_twin.serve.metrics.fidelity import fidelity_metrics
+from kavier_twin.serve.metrics.kernels import kernel_metrics
 from kavier_twin.serve.metrics.load import load_metrics
 from kavier_twin.serve.metrics.power import power_metrics
 from kavier_twin.serve.metrics.score import score_metrics
@@ -48,12 +49,14 @@ class TwinCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """All metrics of the current views, each once with the samples of all pools."""
         found: dict[str, Metric] = {}
-        for view in self._current().values():
+        views = self._current()
+        for view in views.values():
             for metric in _metrics(view):
                 found.setdefault(metric.name, metric)
                 if found[metric.name] is not metric:
                     found[metric.name].samples += metric.samples
         yield _build()
+        yield from kernel_metrics(next(iter(views.values())).kernels)
         yield from (metric for metric in found.values() if metric.samples)
 
 

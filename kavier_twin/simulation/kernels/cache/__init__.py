@@ -1,0 +1,1 @@
+"""One replica's prefix cache: its blocks, their keys, what is evicted."""

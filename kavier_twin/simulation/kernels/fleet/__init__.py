@@ -1,0 +1,1 @@
+"""Replicas together: arrivals, routing, closed loops."""

@@ -1,0 +1,1 @@
+"""One replica's engine steps and the requests in them."""

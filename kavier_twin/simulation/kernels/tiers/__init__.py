@@ -1,0 +1,1 @@
+"""Host and disk tiers below the prefix cache."""
