@@ -13,12 +13,14 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from kavier_twin.commands.figures import figure
 from kavier_twin.commands.score_tables import wide_console
 from kavier_twin.daemon.config import PoolFleet
-from kavier_twin.daemon.played import Minute, Played, play
+from kavier_twin.daemon.played import REQUEST_KPIS, Minute, Played, name_of, play
 from kavier_twin.errors import UserError
 from kavier_twin.mirror.mirror import MirrorSettings
 from kavier_twin.recordings.live_recording import KINDS, read_live_recording
+from kavier_twin.simulation.kpi_table import GAUGES, KPIS
 from kavier_twin.simulation.plain import plain
 
 _DESCRIPTION = """Play a live recording through the daemon's own path in fast time: each record reaches the twin when it
@@ -101,21 +103,14 @@ def _fleet(path: Path) -> PoolFleet:
         raise UserError(f"--fleet {path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
-_COLUMNS = (
-    ("waiting", "requests_waiting", ".1f"),
-    ("running", "requests_running", ".2f"),
-    ("TTFT p99 s", "ttft_seconds_p99", ".2f"),
-    ("e2e p95 s", "e2e_seconds_p95", ".2f"),
-    ("hit ratio", "prefix_cache_hit_ratio", ".3f"),
-)
-
-
 def _print(console: Console, played: Played) -> None:
     table = Table(title="mirrored / observed, by minute")
-    for heading in ("minute", *(name for name, _, _ in _COLUMNS), "trusted", "clients TTFT p99, e2e p95"):
+    columns = [(name, "") for name in GAUGES] + list(REQUEST_KPIS)
+    headings = [f"{KPIS[kpi].label} {statistic}".strip() for kpi, statistic in columns]
+    for heading in ("minute", *headings, "trusted", "clients TTFT p99, e2e p95"):
         table.add_column(heading, justify="right")
     for number, minute in enumerate(played.minutes):
-        values = [_pair(minute, kpi, shape) for _, kpi, shape in _COLUMNS]
+        values = [_pair(minute, *column) for column in columns]
         seen = ", ".join(format(value, ".2f") for value in minute.clients.values())
         table.add_row(str(number), *values, f"{minute.pool_trusted:.0%}", seen)
     console.print(table)
@@ -124,7 +119,8 @@ def _print(console: Console, played: Played) -> None:
     console.print(f"Prefix hits predicted to the token: {played.exact_cache_ratio:.1%} of the last requests.")
 
 
-def _pair(minute: Minute, kpi: str, shape: str) -> str:
-    if kpi not in minute.mirrored:
+def _pair(minute: Minute, kpi: str, statistic: str) -> str:
+    name = name_of(kpi, statistic)
+    if name not in minute.mirrored:
         return "–"
-    return f"{minute.mirrored[kpi]:{shape}} / {minute.observed[kpi]:{shape}}"
+    return f"{figure(kpi, minute.mirrored[name])} / {figure(kpi, minute.observed[name])}"

@@ -9,6 +9,7 @@ from typing import Final
 from connectors.prometheus.names import series_of
 from kavier_twin.mirror.replicas import Replica
 from kavier_twin.serve.models import CacheAgreement, Engine
+from kavier_twin.simulation.kpi_table import GAUGES
 from kavier_twin.telemetry import EngineSample
 
 log = logging.getLogger(__name__)
@@ -18,8 +19,7 @@ _SHOWN: Final = 3
 _MUCH_TRANSFERRED: Final = 0.05  # of the prompt tokens, from which transfers change what is predicted
 # Without these no request can be made up from metrics. One of a line is enough.
 _NEEDED: Final = (
-    ("requests_running",),
-    ("requests_waiting",),
+    *((gauge,) for gauge in GAUGES[:2]),
     ("requests_finished_by_reason", "e2e_seconds"),
     ("prompt_tokens", "request_prompt_tokens"),
     ("generation_tokens", "request_generation_tokens"),

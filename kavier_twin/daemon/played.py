@@ -18,14 +18,15 @@ from kavier_twin.forecast.forecaster import ForecastSettings
 from kavier_twin.mirror.mirror import MirrorSettings
 from kavier_twin.recordings.live_recording import METRICS, REQUESTS, ClientRequest, LiveRecording
 from kavier_twin.serve.models import TwinView
-from kavier_twin.simulation.kpi_table import GAUGES
+from kavier_twin.simulation.kpi_table import GAUGES, KPIS
 from kavier_twin.simulation.settings import FleetSettings
 from kavier_twin.telemetry import EngineSample, TelemetryRecord
 
 MINUTE_SECONDS: Final = 60.0
 STEP_SECONDS: Final = 0.5  # between two looks, as a running daemon publishes
 SETTLE_SECONDS: Final = 10.0  # played on after the last record
-KPIS: Final = (("ttft_seconds", "p99"), ("e2e_seconds", "p95"), ("prefix_cache_hit_ratio", ""))
+REQUEST_KPIS: Final = tuple((kpi.name, ("", *kpi.statistics)[-1]) for kpi in KPIS.values() if kpi.compared)
+"""KPIs of requests that are compared, each with its highest statistic."""
 
 
 class SimulatedClock:
@@ -206,8 +207,8 @@ def _minute(
         found.mirrored[kpi], found.observed[kpi] = float(mirrored.mean()), float(observed.mean())
         found.absolute_error[kpi] = float(np.abs(mirrored - observed).mean())
     for key, (predicted, observed) in course.get(stop, {}).items():
-        if key in KPIS:
-            found.mirrored[_name(*key)], found.observed[_name(*key)] = predicted, observed
+        if key in REQUEST_KPIS:
+            found.mirrored[name_of(*key)], found.observed[name_of(*key)] = predicted, observed
     sent, ttft, e2e = np.array([astuple(one) for one in clients], np.float64).reshape(-1, 3).T
     for name, seconds, share in (("ttft_seconds_p99", ttft, 0.99), ("e2e_seconds_p95", e2e, 0.95)):
         ended = seconds[(start < sent + seconds) & (sent + seconds <= stop)]
@@ -241,5 +242,6 @@ def _interval_seconds(recording: LiveRecording) -> float:
     return float(np.median(np.diff(times))) if len(times) > 1 else 1.0
 
 
-def _name(kpi: str, statistic: str) -> str:
+def name_of(kpi: str, statistic: str) -> str:
+    """The key of a KPI's statistic in a `Minute`."""
     return f"{kpi}_{statistic}" if statistic else kpi

@@ -451,6 +451,7 @@ CHECKS: list[tuple[str, Check]] = [
     (r"(\.venv/bin/)?kavier-twin demo( --once.*)?$", demo),
     (r"kavier-twin( \w+)? --(help|version)$", ran),
     (r"kavier-twin accuracy recordings/monday", ran),
+    (r"kavier-twin mirror ", parsed),
     (r"kavier-twin accuracy( \.\./.*)?$", parsed),
     (r"kavier-twin (scores|whatif .*--token-file)", asked),
     (r"kavier-twin [\w-]+$", named),

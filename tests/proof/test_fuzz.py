@@ -30,7 +30,7 @@ ODD: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 1.5, -0.0, 1e-300, 1e300, 2**31, 2**32, 2**63, 2**64, -(2**63), 10**40, math.nan,
     math.inf, -math.inf, "", "a", "\x00", "\ud800", "💥" * 200, "x" * 600, "1", "NaN", [], [1], [[]], {}, {"a": 1},
 )  # fmt: skip
-OFFERED = ("accepted", "duplicate", "late", "future_time")  # what can become of a record
+OFFERED = ("accepted", "completed", "duplicate", "late", "future_time")  # what can become of a record
 REASONS = (*OFFERED, "unknown_request", "never_finished", "not_simulated", "ended_after_all")
 
 
@@ -119,7 +119,7 @@ class Writer:
 def test_records_of_any_kind() -> None:
     writer, twin = (
         Writer(effort.dice()),
-        PoolTwin(FLEET, MirrorSettings(recalibrate_every_requests=2_000, late_seconds=10.0)),
+        PoolTwin(FLEET, MirrorSettings(recalibrate_every_requests=2_000, late_seconds=1.0)),
     )
     rejected: Counter[str] = Counter()
     offered = 0
