@@ -15,7 +15,6 @@ from kavier_twin.mirror import checkpoint_file, mirror_state
 from kavier_twin.mirror.checkpoint_file import CheckpointError, Saved
 from kavier_twin.mirror.fidelity.cache import CacheWatch
 from kavier_twin.mirror.fidelity.power import PowerWatch
-from kavier_twin.simulation.state import copy_state
 
 log = logging.getLogger(__name__)
 
@@ -89,16 +88,16 @@ class Checkpoints:
         documents: dict[str, Any] = {}
         arrays: dict[str, Any] = {}
         for pool in pools:
-            scores = pool.scores.save(self._sequence)
+            mirror, scores = mirror_state.save(pool.mirror), pool.scores.save(self._sequence)
             documents[pool.name] = {
-                "mirror": mirror_state.save(pool.mirror).document,
+                "mirror": mirror.document,
                 "caches": pool.caches.save(),
                 "power": pool.power.save(),
                 "metrics": pool.metrics.save() if pool.metrics else None,
                 "scores": scores.document,
             }
-            state = copy_state(pool.mirror.fleet.state)._asdict()
-            arrays |= {f"fleet/{pool.name}/{name}": array for name, array in state.items()}
+            # Those of a kept fork, which nothing changes any more.
+            arrays |= {f"fleet/{pool.name}/{name}": array for name, array in mirror.arrays.items()}
             arrays |= {f"scores/{pool.name}/{name}": array for name, array in scores.arrays.items()}
         return Saved({"pools": documents, "positions": positions}, arrays)
 

@@ -22,9 +22,11 @@ from kavier_twin.daemon.daemon import Daemon
 from kavier_twin.daemon.feed import Feed
 from kavier_twin.daemon.pool import PoolTwin
 from kavier_twin.forecast.forecaster import ForecastSettings
-from kavier_twin.mirror import checkpoint_file
+from kavier_twin.mirror import checkpoint_file, mirror_state
+from kavier_twin.mirror.checkpoint_file import Saved
 from kavier_twin.mirror.mirror import MirrorSettings
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
+from kavier_twin.simulation.state import FleetState
 from kavier_twin.telemetry import RequestRecord
 from waiting import wait_until
 
@@ -45,13 +47,15 @@ sys.exit(0 if daemon.stop() else 1)
 """
 
 
+FLEET = FleetSettings(
+    engine=EngineSettings(block_size=32, num_gpu_blocks=300, max_num_seqs=16, max_num_batched_tokens=1024),
+    step_time=StepTime(fixed=0.015),
+)
+MIRROR = MirrorSettings(calibrate_after_requests=100, recalibrate_every_requests=100)
+
+
 def make_daemon(directory: Path, source: Source | None = None) -> Daemon:
-    engine = EngineSettings(block_size=32, num_gpu_blocks=300, max_num_seqs=16, max_num_batched_tokens=1024)
-    pool = PoolTwin(
-        FleetSettings(engine=engine, step_time=StepTime(fixed=0.015)),
-        MirrorSettings(calibrate_after_requests=100, recalibrate_every_requests=100),
-        ForecastSettings(every_seconds=3600.0),
-    )
+    pool = PoolTwin(FLEET, MIRROR, ForecastSettings(every_seconds=3600.0))
     return Daemon(
         [pool],
         [Feed(source or FollowFile(directory / "requests.jsonl", "telemetry"))],
@@ -73,12 +77,19 @@ def last_state(directory: Path) -> tuple[str, dict]:
     saved, _, problems = checkpoint_file.newest(directory / "state")
     assert saved is not None
     assert not problems
+    prefix = "fleet/default/"
+    arrays = {name.removeprefix(prefix): array for name, array in saved.arrays.items() if name.startswith(prefix)}
+    arrays = {name: arrays[name] for name in FleetState._fields}
+    mirror = mirror_state.restore(Saved(saved.document["pools"]["default"]["mirror"], arrays), MIRROR, FLEET)
     digest = hashlib.sha256()
-    for name in sorted(saved.arrays):
-        digest.update(saved.arrays[name].tobytes())
-    document = saved.document["pools"]["default"]["mirror"]
+    for array in mirror.fleet.state:
+        digest.update(array.tobytes())
     return digest.hexdigest(), {
-        name: document[name] for name in ("ingested", "finished", "windows", "calibration", "pace")
+        "ingested": dict(mirror.ingested),
+        "finished": mirror.finished,
+        "windows": mirror.windows.save(),
+        "calibration": mirror.calibration,
+        "pace": mirror.pace,
     }
 
 

@@ -145,7 +145,8 @@ def test_records_of_any_kind() -> None:
     often = RECORDS / 200
     assert min(rejected["bad-value"], rejected["missing-field"], rejected["not-json"], rejected["unknown-kind"]) > often
     assert rejected["future-time"] > 0
-    assert min(mirror.ingested["accepted"], mirror.ingested["duplicate"], mirror.ingested["late"]) > often
+    assert min(mirror.ingested["accepted"], mirror.ingested["duplicate"]) > often
+    assert mirror.ingested["late"] > 0
     # What is left is a fleet in order, which goes on with records that are right.
     start = mirror.newest_seconds + 10.0
     before = mirror.finished

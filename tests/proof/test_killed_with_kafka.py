@@ -84,4 +84,4 @@ def test_killed_at_any_moment(real_kafka: OurBroker, tmp_path: Path) -> None:
     assert run_once(killed, real_kafka.address, topic, len(records)).wait(120) == 0
     assert run_once(plain, real_kafka.address, topic, len(records)).wait(120) == 0
     assert last_state(killed) == last_state(plain)
-    assert last_state(plain)[1]["evidence"]["counts"]["accepted"] == len(stream)
+    assert last_state(plain)[1]["ingested"]["accepted"] == len(stream)
