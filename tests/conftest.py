@@ -152,6 +152,13 @@ def kafka() -> Iterator[Broker]:
         yield broker
 
 
+@pytest.fixture(scope="session")
+def apache_kafka(kafka: Broker) -> Broker:
+    """A Kafka that serves clients with their own settings. The mock needs `Broker.client_options`."""
+    require("Apache Kafka", kafka.real, f"found {kafka.described}; install Java and Maven, or set KAVIER_TEST_KAFKA")
+    return kafka
+
+
 @pytest.fixture
 def real_kafka(kafka: Broker) -> OurBroker:
     """Apache Kafka, started here: it may be stopped and started again, if it runs again afterwards."""

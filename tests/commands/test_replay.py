@@ -94,15 +94,15 @@ def test_the_page_is_one_of_vllm_and_its_counters_never_fall(recording: Path) ->
     assert all(place_of(name) for name in served - {"vllm:cache_config_info"})
 
 
-def test_into_kafka(recording: Path, kafka: Broker) -> None:
+def test_into_kafka(recording: Path, apache_kafka: Broker) -> None:
     library = pytest.importorskip("kafka")
     topic = f"replayed-{uuid.uuid4().hex[:12]}"
-    admin = pytest.importorskip("kafka.admin").KafkaAdminClient(bootstrap_servers=kafka.address)
+    admin = pytest.importorskip("kafka.admin").KafkaAdminClient(bootstrap_servers=apache_kafka.address)
     admin.create_topics({topic: {"num_partitions": 2, "replication_factor": 1}})
     admin.close()
-    address = ["--kafka", kafka.address, "--topic", topic]
+    address = ["--kafka", apache_kafka.address, "--topic", topic]
     assert main(["replay", *address, "--once", "--recording", str(recording)]) == 0
-    options = {"bootstrap_servers": kafka.address, "auto_offset_reset": "earliest", "consumer_timeout_ms": 5_000}
+    options = {"bootstrap_servers": apache_kafka.address, "auto_offset_reset": "earliest", "consumer_timeout_ms": 5_000}
     consumer = library.KafkaConsumer(topic, **options)
     records = []
     for message in consumer:

@@ -188,13 +188,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 @pytest.fixture(scope="module")
-def topic(kafka: Broker) -> Broker:
+def topic(apache_kafka: Broker) -> Broker:
     """The broker, with the topic that the documentation names."""
-    client = pytest.importorskip("kafka.admin").KafkaAdminClient(bootstrap_servers=kafka.address)
+    client = pytest.importorskip("kafka.admin").KafkaAdminClient(bootstrap_servers=apache_kafka.address)
     if "llm-requests" not in client.list_topics():
         client.create_topics({"llm-requests": {"num_partitions": 1, "replication_factor": 1}})
     client.close()
-    return kafka
+    return apache_kafka
 
 
 @pytest.fixture(scope="module")
