@@ -382,13 +382,14 @@ class Mirror:
         self._fold_to(reached, whole=True)
 
     def _keep_fork(self, second: float) -> None:
-        """Keep a fork, and fewer of the older ones, the oldest as old as events may be late."""
+        """Keep a fork, and fewer of the older ones, the oldest as old as events may be late or are to be folded again."""
         kept = [(second, self.fold.fork())]
+        oldest = min(second - self.settings.late_seconds, self.timeline.dirty_seconds)
         for time, fold in reversed(self._forks):
             every = next(every for age, every in _KEPT_EVERY_SECONDS if second - time <= age)
             if not math.isfinite(time) or time % every == 0.0:
                 kept.append((time, fold))
-            if time <= second - self.settings.late_seconds:
+            if time <= oldest:
                 break
         most = max(FEWEST_FORKS, MOST_FORK_BYTES // max(1, state_bytes(self.fleet.state)))
         self._forks = kept[:most][::-1]

@@ -82,10 +82,12 @@ class Replicas(DataPlane):
         load(*build.kernels_of(self.settings.engine))
         self.accept(number, False)
         again = build.rows_of_live(self.state, number, self.now_seconds)
-        for live in self.live():
-            if live.replica == number:
-                kernels.abandon(self.state, number, live.slot, self.now_seconds)
+        slots = [live.slot for live in self.live() if live.replica == number]
+        for slot in slots:
+            kernels.abandon(self.state, number, slot, self.now_seconds)
         self.state.replicas["in_flight"][number] = 0
+        if slots and self.state.replicas["leaving"][number]:
+            self.state.replicas["left"][number] = self.now_seconds  # it stayed until now to end them
         return again
 
     # --- what an observer of the real fleet says of replicas ------------------------------------------------------

@@ -181,3 +181,16 @@ def test_a_replica_that_failed_during_a_rolling_restart_does_not_come_back() -> 
     fleet.run()
     assert fleet.state.replicas["accepting"].tolist() == [0, 1, 0]
     assert fleet.collect()["status"].max() == 0
+
+
+@pytest.mark.parametrize("end", [Fleet.stop, Fleet.crash])
+def test_one_that_leaves_was_there_until_it_lost_its_requests(end: Callable[..., Any]) -> None:
+    """Drained and stopped before its requests ended, it counts to the moment when it stopped."""
+    fleet = Fleet(FleetSettings(replicas=2, engine=EngineSettings(num_gpu_blocks=100), step_time=StepTime(fixed=0.02)))
+    fleet.feed(make_workload([0.0] * 4, 100, 40))
+    fleet.run(0.1)
+    fleet.let_go(0)
+    fleet.run(0.115)  # in the midst of a step
+    end(fleet, 0)
+    assert not fleet.has(0)
+    assert Counters.of(fleet.state, 0.2).reading.alive_seconds == pytest.approx(0.115 + 0.2)
