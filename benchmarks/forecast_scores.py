@@ -33,8 +33,8 @@ HORIZONS_SECONDS: Final = (60.0, 300.0, 900.0)
 EVERY_SECONDS: Final = 60.0
 FUTURES: Final = 9
 LEADS: Final = (
-    "lead: median, seconds, over all breaches foreseen; most: that of an alert which always stood; after a climb: "
-    "foreseen breaches with ten minutes of forecasts and without a breach before them"
+    "lead: median, seconds, over all predicted violations; most: that of an alert which always stood; after a climb: "
+    "predicted violations with ten minutes of forecasts and without a breach before them"
 )
 PARTS: Final = ("design", "climbs", "judge")
 CLIMB_SECONDS: Final = 600.0  # without a breach: what load that climbs into one for ten minutes needs at least
@@ -191,8 +191,12 @@ def main() -> None:
     for part in PARTS:
         of_part = [(case, one) for case, one in found if case.part == part]
         if of_part:
-            report(f"(k) KPIs foreseen: {part}", _kpis([one for _, one in of_part]), "ratio: error to persistence's")
-            report(f"(k) odds of a breach: {part}", _odds([one for _, one in of_part]), "Brier scores, 0 is perfect")
+            report(f"(k) predicted KPIs: {part}", _kpis([one for _, one in of_part]), "ratio: error to persistence's")
+            report(
+                f"(k) violations: {part}",
+                _probabilities([one for _, one in of_part]),
+                "Brier scores, 0 is perfect",
+            )
             report(f"(k) alerts: {part}", _alerts(of_part), LEADS)
 
 
@@ -258,7 +262,7 @@ def _kpis(runs: list[Backtest]) -> list[dict[str, Any]]:
     return table
 
 
-def _odds(runs: list[Backtest]) -> list[dict[str, Any]]:
+def _probabilities(runs: list[Backtest]) -> list[dict[str, Any]]:
     """By horizon, over all objectives."""
     table = []
     for horizon in HORIZONS_SECONDS:

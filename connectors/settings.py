@@ -43,7 +43,7 @@ class LiveSource(Settings):
     """What all of them have. Relative paths count from the settings file."""
 
     name: Name | None = Field(default=None, examples=["main"])
-    """What metrics and the log call the source; told by its address unless given."""
+    """Name of the source in metrics and logs. The default is derived from its address."""
 
     pool: Name | None = Field(default=None, examples=["chat"])
     """Whose figures these are; needed where there are several pools."""
@@ -193,7 +193,7 @@ class Prometheus(MetricsSource):
     """The Prometheus server, or what speaks its API; with what its queries need at the end, as in `?namespace=chat`."""
 
     engines: dict[str, str] = Field(default={}, examples=[{"namespace": "chat"}])
-    """Label values that tell the pool's vLLM series from others."""
+    """Label values that select the pool's vLLM series."""
 
     gpus: dict[str, str] | None = Field(default={}, examples=[{"namespace": "chat"}])
     """Label values of the pool's series of NVIDIA's or AMD's GPU exporter; null leaves GPUs out."""

@@ -471,9 +471,9 @@ def read_settings(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise TraceError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from None
     except UnicodeDecodeError:
-        raise TraceError(f"{path}: expected a JSON object, found bytes that are not UTF-8; write it anew") from None
+        raise TraceError(f"{path}: expected a JSON object, found bytes that are not UTF-8; write it again") from None
     except Malformed as error:
-        raise TraceError(f"{path}: expected a JSON object ({error}); write it anew") from None
+        raise TraceError(f"{path}: expected a JSON object ({error}); write it again") from None
 
 
 def setting_block_tokens(settings: Mapping[str, Any], name: str, path: Path) -> int:

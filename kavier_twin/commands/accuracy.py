@@ -16,12 +16,12 @@ from kavier_twin.studies.accuracy.find import Skipped, find
 from kavier_twin.studies.accuracy.report import HEADER, rows, write_report
 from kavier_twin.studies.accuracy.result import SetResult
 
-_DESCRIPTION = """Predict every measured data set of a folder, from the catalogue alone and after calibrating on its
-first part, and report how far off the predictions are.
+_DESCRIPTION = """Predict every measured data set in a folder, from the catalogue alone and after calibration on its
+first part, and report the errors.
 
-Data sets are found by their content: recordings of a server, LLMServingSim benchmarks, load-test summaries
-(stages.json), tables of benchmarks at a fixed concurrency (AIConfigurator), Kavier's table. Other entries are named
-and left out.
+The format of a data set is detected: recordings of a server, LLMServingSim benchmarks, load-test summaries
+(stages.json), tables of benchmarks at a fixed concurrency (AIConfigurator), Kavier's table. Other entries are listed
+and skipped.
 """
 _EXAMPLES = """examples:
   kavier-twin accuracy
@@ -45,16 +45,16 @@ def add_parser(commands: Any) -> None:
         nargs="?",
         default=Path("../shared/data"),
         metavar="FOLDER",
-        help="a folder of data sets, or one of them (default ../shared/data)",
+        help="folder of data sets, or one data set (default ../shared/data)",
     )
     parser.add_argument(
         "--report",
         type=Path,
         default=Path("docs/accuracy.md"),
         metavar="FILE.md",
-        help="the report; its plots go into a folder of that name beside it (default docs/accuracy.md)",
+        help="file for the report; plots are written to a folder of the same name (default docs/accuracy.md)",
     )
-    parser.add_argument("--json", action="store_true", help="print everything as one JSON object and nothing else")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -24,9 +24,9 @@ from kavier_twin.recordings.scenario import load_scenario
 from kavier_twin.simulation.plain import plain
 from kavier_twin.studies.backtest import Backtest, backtest
 
-_DESCRIPTION = """Run the whole twin over a trace in fast time: at every step it knows what was known then, forecasts,
-and is judged by what came. A recording tells how long its requests took; of any other trace reality is the simulation
-of its requests on the fleet given.
+_DESCRIPTION = """Run the whole twin over a trace in fast time and score its forecasts. At each step the twin knows only
+the past. For a recording, reality is what was recorded. For any other trace, reality is a simulation of the trace on
+the given fleet.
 """
 _EXAMPLES = """examples:
   kavier-twin backtest recording/ --slo slo.yaml --horizons 30,60,120 --every 10
@@ -42,33 +42,35 @@ def add_parser(commands: Any) -> None:
     """Declare the command."""
     parser = commands.add_parser(
         "backtest",
-        help="run the whole twin over a trace and judge its forecasts",
+        help="run the twin over a trace and score its forecasts",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("trace", type=Path, metavar="TRACE", help="a trace file or a recording")
+    parser.add_argument("trace", type=Path, metavar="TRACE", help="trace file or recording")
     parser.add_argument("--slo", type=Path, required=True, metavar="SLO.yaml", help="the objectives")
-    parser.add_argument("--format", choices=sorted(FORMATS), help="the trace's format (default: found by its content)")
-    parser.add_argument("--fleet", type=Path, metavar="FLEET.yaml", help="the fleet, for a trace without latencies")
-    parser.add_argument("--every", type=float, default=60.0, metavar="SECONDS", help="between forecasts (default 60)")
+    parser.add_argument("--format", choices=sorted(FORMATS), help="format of the trace (default: detected)")
+    parser.add_argument("--fleet", type=Path, metavar="FLEET.yaml", help="fleet, for a trace without latencies")
     parser.add_argument(
-        "--horizons", default="60,300,900", metavar="SECONDS,...", help="how far ahead (default 60,300,900)"
+        "--every", type=float, default=60.0, metavar="SECONDS", help="interval between forecasts (default 60)"
     )
-    parser.add_argument("--scenarios", type=int, default=8, metavar="N", help="simulated for each forecast (default 8)")
-    parser.add_argument("--seed", type=int, default=0, help="of the scenarios (default 0)")
     parser.add_argument(
-        "--warm-up", type=float, default=300.0, metavar="SECONDS", help="before the first forecast (default 300)"
+        "--horizons", default="60,300,900", metavar="SECONDS,...", help="horizons of the forecasts (default 60,300,900)"
+    )
+    parser.add_argument("--scenarios", type=int, default=8, metavar="N", help="scenarios for each forecast (default 8)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the scenarios (default 0)")
+    parser.add_argument(
+        "--warm-up", type=float, default=300.0, metavar="SECONDS", help="time before the first forecast (default 300)"
     )
     parser.add_argument(
         "--shape",
         default="",
         metavar="SECONDS:FACTOR,...",
-        help="make the load rise or burst: from each of these times on the requests come so many times as fast, "
-        "straight in between; reality is then simulated",
+        help="change the load: multiply the arrival rate by FACTOR at each SECONDS, with linear interpolation "
+        "in between; reality is then simulated",
     )
-    parser.add_argument("--plots", type=Path, metavar="DIR", help="write the forecast fan and the alert timeline there")
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="write plots of forecasts and alerts to this folder")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Pictures of a backtest: each KPI's forecast fan against what came, and each objective's odds beside its breaches."""
+"""Pictures of a backtest: each KPI's intervals and observed values, each SLO's probability and violations."""
 
 from __future__ import annotations
 
@@ -60,9 +60,11 @@ def _fan(new: Callable[..., Any], kpi: Metric, rows: Sequence[ScoredKpi], slos: 
         table = np.array([[row.time_seconds, *row[3:10]] for row in rows if row.horizon_seconds == horizon])
         low, median, high, wide_low, wide_high, persisted, observed = factor * table[:, 1:].T
         end = clock.of(table[:, 0] + horizon)
-        axes.fill_between(end, wide_low, wide_high, color=_FORESEEN, alpha=0.15, lw=0, label="90 % interval, widened")
+        axes.fill_between(
+            end, wide_low, wide_high, color=_FORESEEN, alpha=0.15, lw=0, label="90 % interval, corrected by past errors"
+        )
         axes.fill_between(end, low, high, color=_FORESEEN, alpha=0.4, lw=0, label="90 % interval of the scenarios")
-        axes.plot(end, median, color=_FORESEEN, lw=1.2, label="median foreseen")
+        axes.plot(end, median, color=_FORESEEN, lw=1.2, label="predicted median")
         axes.plot(end, persisted, color="grey", lw=1.0, ls=":", label="persistence")
         axes.plot(end, observed, color=_CAME, lw=1.2, marker=".", ms=4, label="what came")
         for slo in slos:
@@ -74,7 +76,7 @@ def _fan(new: Callable[..., Any], kpi: Metric, rows: Sequence[ScoredKpi], slos: 
         axes.set_ylim(max(bottom - margin, -0.02 * (top + margin)), top + margin)
         axes.set_ylabel(f"{horizon:g} s ahead{f', {sign.strip()}' if sign.strip() else ''}")
         axes.grid(alpha=0.25)
-    panels[-1].set_xlabel(f"end of the time foreseen, {clock.unit}")
+    panels[-1].set_xlabel(f"end of the horizon, {clock.unit}")
     picture.suptitle(label_of(kpi))
     picture.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize="small")
     return picture
@@ -90,7 +92,7 @@ def _timeline(new: Callable[..., Any], found: Backtest, slo: Slo, moments: Seque
     clock = _Clock([moment.time_seconds for moment in moments])
     times = clock.of(np.array([moment.time_seconds for moment in moments]))
     broken = np.array([moment.breached for moment in moments])
-    odds = np.array([moment.probability for moment in moments])
+    probabilities = np.array([moment.probability for moment in moments])
     picture = new(figsize=(10.0, 4.6), layout="constrained")
     above, beneath = picture.subplots(2, 1, sharex=True)
     for axes in (above, beneath):
@@ -101,12 +103,12 @@ def _timeline(new: Callable[..., Any], found: Backtest, slo: Slo, moments: Seque
     side = "at least" if slo.higher_is_better else "at most"
     above.axhline(factor * slo.threshold, color=_BROKEN, lw=1.0, ls="--", label="objective")
     above.set_ylabel(f"{label_of(slo.metric)}{f', {sign.strip()}' if sign.strip() else ''}\n(over {shortest:g} s)")
-    beneath.step(times, odds, where="post", color=_FORESEEN, lw=1.4, label="odds of a breach ahead")
-    _shade(beneath, times, odds >= ALERT_PROBABILITY, _ALERT, "alert", top=0.08)
+    beneath.step(times, probabilities, where="post", color=_FORESEEN, label="probability of a violation")
+    _shade(beneath, times, probabilities >= ALERT_PROBABILITY, _ALERT, "alert", top=0.08)
     beneath.axhline(ALERT_PROBABILITY, color="grey", lw=1.0, ls="--")
-    beneath.set(ylabel="odds", ylim=(-0.03, 1.03), xlabel=clock.unit)
-    told = f"{slo.name}: {label_of(slo.metric)} {side} {figure(slo.metric, slo.threshold)}"
-    picture.suptitle(f"{told}{_counted(found, slo)}")
+    beneath.set(ylabel="probability", ylim=(-0.03, 1.03), xlabel=clock.unit)
+    title = f"{slo.name}: {label_of(slo.metric)} {side} {figure(slo.metric, slo.threshold)}"
+    picture.suptitle(f"{title}{_counted(found, slo)}")
     handles = [axes.get_legend_handles_labels() for axes in (above, beneath)]
     lines, labels = (first + second for first, second in zip(*handles, strict=True))
     picture.legend(lines, labels, loc="outside lower center", ncols=5, fontsize="small")
@@ -130,7 +132,7 @@ def _counted(found: Backtest, slo: Slo) -> str:
         return ""
     lead = f", median lead {score.median_lead_seconds:.0f} s" if score.lead_seconds else ""
     right = "" if np.isnan(score.precision) else f" ({score.precision:.0%} right)"
-    foreseen = f"{len(score.lead_seconds)} of {score.breaches} breaches foreseen"
+    foreseen = f"{len(score.lead_seconds)} of {score.breaches} violations predicted"
     return f"\n{score.alerts} alert(s){right}, {foreseen}{lead}"
 
 

@@ -34,27 +34,29 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "calibrate-power",
         help="fit a GPU's power model to measured watts",
-        description="Run a trace through a simulated fleet and fit the power of its GPUs to watts measured meanwhile.",
+        description="Simulate a trace on a fleet and fit the power model of its GPUs to measured watts.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("trace", type=Path, metavar="TRACE", help="what the fleet served while watts were measured")
-    parser.add_argument("--watts", type=Path, required=True, metavar="WATTS.csv", help="watts of a GPU over time")
-    parser.add_argument("--format", choices=sorted(FORMATS), help="the trace's format (default: found by its content)")
-    parser.add_argument("--fleet", type=Path, metavar="FLEET.yaml", help="the fleet that served it")
-    parser.add_argument("--footprint", type=Path, metavar="FOOTPRINT.yaml", help="the power model to begin with")
+    parser.add_argument("trace", type=Path, metavar="TRACE", help="trace that the fleet served during the measurement")
+    parser.add_argument(
+        "--watts", type=Path, required=True, metavar="WATTS.csv", help="measured power of a GPU over time"
+    )
+    parser.add_argument("--format", choices=sorted(FORMATS), help="format of the trace (default: detected)")
+    parser.add_argument("--fleet", type=Path, metavar="FLEET.yaml", help="fleet that served the trace")
+    parser.add_argument("--footprint", type=Path, metavar="FOOTPRINT.yaml", help="initial power model")
 
 
 def run(args: argparse.Namespace) -> int:
     """Do it."""
     console = Console(stderr=True)
-    with console.status("simulating; compiled kernels are cached after the first run"):
+    with console.status("simulating (the first run compiles kernels)"):
         scenario = load_scenario(args.trace, trace_format=args.format, fleet_file=args.fleet)
         settings = scenario.fleet
         if args.footprint is not None:
             settings = settings.model_copy(update={"footprint": read_footprint(args.footprint)})
         if settings.footprint is None:
-            raise UserError("the GPU's idle and maximal power are not told; give them with --footprint FOOTPRINT.yaml")
+            raise UserError("the GPU's idle and maximum power are unknown; give them with --footprint FOOTPRINT.yaml")
         try:
             points = np.array(read_series(args.watts, WATTS_COLUMN, HIGHEST_WATTS))
         except SeriesError as error:

@@ -18,13 +18,13 @@ _URL: Final = "http://127.0.0.1:9469"
 _CONNECT_SECONDS: Final = 5.0
 _WAYS_OUT: Final = {
     401: f"give the daemon's token with --token-file, or in the environment variable {TOKEN_VARIABLE}",
-    429: "too many ask, try again in a few seconds",
+    429: "too many concurrent requests; try again in a few seconds",
 }
 
 
 def add_url(parser: argparse._ActionsContainer) -> None:
     """Declare where the daemon is."""
-    parser.add_argument("--url", default=_URL, help="a running daemon (default: %(default)s)")
+    parser.add_argument("--url", default=_URL, help="URL of a running daemon (default: %(default)s)")
 
 
 def add_token(parser: argparse._ActionsContainer) -> None:

@@ -46,15 +46,16 @@ def add_parser(commands: Any) -> None:
     """Declare the command."""
     parser = commands.add_parser(
         "compare",
-        help="policies side by side on one trace: a table, and hit ratio against KV capacity",
-        description="Run a trace under every policy, each also at multiples of its KV cache: one table, one plot.",
+        help="compare policies on one trace",
+        description="Simulate a trace under each policy, also at multiples of its KV cache size. Prints a table and "
+        "writes a plot.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("trace", type=Path, metavar="TRACE", help="a trace file, golden run or recording")
-    parser.add_argument("--policies", type=Path, metavar="POLICIES.yaml", help="the policies (default: see below)")
-    parser.add_argument("--fleet", type=Path, metavar="FLEET.yaml", help="the fleet that they change")
-    parser.add_argument("--format", choices=sorted(FORMATS), help="the trace's format (default: found by its content)")
+    parser.add_argument("trace", type=Path, metavar="TRACE", help="trace file, golden run or recording")
+    parser.add_argument("--policies", type=Path, metavar="POLICIES.yaml", help="policies (default: see below)")
+    parser.add_argument("--fleet", type=Path, metavar="FLEET.yaml", help="fleet that the policies change")
+    parser.add_argument("--format", choices=sorted(FORMATS), help="format of the trace (default: detected)")
     parser.add_argument(
         "--capacities",
         default=DEFAULT_FACTORS,
@@ -62,11 +63,11 @@ def add_parser(commands: Any) -> None:
         help=f"multiples of a policy's own KV blocks to run it at (default {DEFAULT_FACTORS})",
     )
     parser.add_argument(
-        "--plot", type=Path, metavar="OUT.png", help="hit ratio against KV capacity (default compare.png)"
+        "--plot", type=Path, metavar="OUT.png", help="plot of the hit ratio against KV capacity (default compare.png)"
     )
-    parser.add_argument("--no-plot", action="store_true", help="neither plot nor runs at other capacities")
-    parser.add_argument("--workers", type=int, metavar="N", help="simulations at once (default: the cores)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--no-plot", action="store_true", help="skip the plot and the runs at other capacities")
+    parser.add_argument("--workers", type=int, metavar="N", help="concurrent simulations (default: number of cores)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     factors = [] if args.no_plot else _factors(args.capacities)
     figures = None if args.no_plot else _figures(required=args.plot is not None)
     console = Console(stderr=True)
-    with console.status("reading the trace; compiled kernels are cached after the first run"):
+    with console.status("reading the trace (the first run compiles kernels)"):
         scenario = load_scenario(args.trace, trace_format=args.format, fleet_file=args.fleet)
         policies = DEFAULT_POLICIES if args.policies is None else read_policies(args.policies, scenario.fleet)
         workload = with_frontend(scenario.observed.workload, scenario.frontend_seconds)

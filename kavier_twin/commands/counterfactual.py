@@ -38,12 +38,12 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("first", type=Path, metavar="RECORDING_A", help="a folder: requests, meta.json, steps.jsonl.gz")
     parser.add_argument("second", type=Path, metavar="RECORDING_B", help="the other one")
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     """Do it."""
-    with Console(stderr=True).status("simulating; compiled kernels are cached after the first run"):
+    with Console(stderr=True).status("simulating (the first run compiles kernels)"):
         first, second = read_recording(args.first), read_recording(args.second)
         found = [predict(first, second), predict(second, first)]
     if args.json:

@@ -89,7 +89,7 @@ def add_parser(commands: Any) -> None:
         "--port", type=int, default=DEFAULT_PORT, help=f"port to serve on, 0: any free one (default {DEFAULT_PORT})"
     )
     parser.add_argument("--no-ui", action="store_true", help="plain lines instead of the live view")
-    parser.add_argument("--recording", type=Path, metavar="DIR", help="another recording (requests.jsonl, meta.json)")
+    parser.add_argument("--recording", type=Path, metavar="DIR", help="recording to play (requests.jsonl, meta.json)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -217,7 +217,7 @@ class _Watch:
                 self._console.print(self._line())
                 if self._over():
                     ended = True
-                    self._console.print("The recording has ended; its last figures stay served until Ctrl-C.")
+                    self._console.print("The recording has ended; its last figures are served until Ctrl-C.")
             time.sleep(0.1)
 
     def _clock(self) -> str:
@@ -232,7 +232,7 @@ class _Watch:
         else:
             parts.append(Text("No forecast yet.", style="dim"))
         if self._over():
-            parts.append(Text("The recording has ended; its last figures stay served until Ctrl-C.", style="bold"))
+            parts.append(Text("The recording has ended; its last figures are served until Ctrl-C.", style="bold"))
         return Group(*parts)
 
     def _line(self) -> str:
@@ -246,12 +246,12 @@ class _Watch:
         today = _today(view.outlook)
         if today is not None:
             horizon = today.horizons[0]
-            odds = ", ".join(f"{slo} {share:.0%}" for slo, share in horizon.breach.items())
-            parts.append(f"breach odds in {horizon.seconds:g} s: {odds}")
+            probabilities = ", ".join(f"{slo} {share:.0%}" for slo, share in horizon.breach.items())
+            parts.append(f"violation within {horizon.seconds:g} s: {probabilities}")
         if view.outlook is not None and view.outlook.best is not None:
             parts.append(f"best: {view.outlook.best.policy}")
         if not view.calibrated:
-            parts.append("NOT CALIBRATED, not to be trusted")
+            parts.append("NOT CALIBRATED, not trusted")
         return " | ".join(parts)
 
 
@@ -263,7 +263,7 @@ def _sum_up(console: Console, daemon: Daemon, tense: Outlook | None) -> None:
     console.print(_trust(view))
     console.print(comparison(view))
     if tense is not None and tense is not view.outlook:
-        console.print(policies(tense, "Forecast at the tensest moment"))
+        console.print(policies(tense, "Forecast at the most critical moment"))
         console.print(verdict(tense))
     if view.outlook is not None:
         console.print(policies(view.outlook, "Last forecast"))
@@ -294,14 +294,14 @@ def comparison(view: TwinView) -> Table:
     return table
 
 
-def policies(outlook: Outlook, when: str = "What is ahead", *, brief: bool = False) -> Table:
-    """Policies compared, best first: at the longest horizon the KPIs, over all horizons the odds."""
+def policies(outlook: Outlook, when: str = "Forecast", *, brief: bool = False) -> Table:
+    """Policies compared, best first: at the longest horizon the KPIs, over all horizons the probabilities."""
     horizons = max((policy.horizons for policy in outlook.policies), key=len, default=())
     seconds = [f"{horizon.seconds:g}" for horizon in horizons]
     table = Table(
         title=f"{when} ({outlook.event_seconds:.0f} s): the next {seconds[-1]} s by policy, best first",
         caption=f"Median (10 – 90 %) of {outlook.scenarios} scenarios at {outlook.rate_per_second:.1f} requests/s, the "
-        f"same for all policies. Breach odds in % within {' / '.join(seconds)} s.",
+        f"same for all policies. Probability of an SLO violation in % within {' / '.join(seconds)} s.",
         title_justify="left",
         caption_justify="left",
         title_style="bold",
@@ -313,7 +313,7 @@ def policies(outlook: Outlook, when: str = "What is ahead", *, brief: bool = Fal
         table.add_column(label_of(kpi.metric), justify="right", no_wrap=not brief)
     slos = list(horizons[-1].breach)
     for slo in slos:
-        table.add_column(f"breach odds\n{slo}", justify="right")
+        table.add_column(f"violation\n{slo}", justify="right")
     if not brief:
         table.add_column("vllm serve flags", overflow="fold")
     for number, policy in enumerate(outlook.policies):
@@ -322,11 +322,11 @@ def policies(outlook: Outlook, when: str = "What is ahead", *, brief: bool = Fal
             continue
         last = policy.horizons[-1]
         cells = [_spread(last, kpi) for kpi in kpis]
-        odds = [" / ".join(f"{100 * h.breach[slo]:.0f}" for h in policy.horizons) for slo in slos]
+        probabilities = [" / ".join(f"{100 * h.breach[slo]:.0f}" for h in policy.horizons) for slo in slos]
         if not brief:
-            odds.append(" ".join(policy.flags) or ("as it is" if policy.deployable else "hypothetical"))
+            probabilities.append(" ".join(policy.flags) or ("as it is" if policy.deployable else "hypothetical"))
         best = number == 0 and outlook.best is not None
-        table.add_row(policy.name, *cells, *odds, style="bold green" if best else "")
+        table.add_row(policy.name, *cells, *probabilities, style="bold green" if best else "")
     return table
 
 

@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command. Returns the exit status: 0 done, 1 failed, 2 wrong use, 130 interrupted."""
     parser = argparse.ArgumentParser(
         prog="kavier-twin",
-        description="A digital twin for fleets of vLLM servers.",
+        description="Digital twin for fleets of vLLM servers.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -23,8 +23,8 @@ from kavier_twin.recordings.live_recording import KINDS, read_live_recording
 from kavier_twin.simulation.kpi_table import GAUGES, KPIS
 from kavier_twin.simulation.plain import plain
 
-_DESCRIPTION = """Play a live recording through the daemon's own path in fast time: each record reaches the twin when it
-really arrived. Prints by minute what was mirrored, observed and trusted, and what clients saw.
+_DESCRIPTION = """Play a live recording through the daemon in fast time. Each record reaches the twin when it
+really arrived. Prints mirrored and observed figures and trust by minute, and the clients' latencies if recorded.
 """
 _EXAMPLES = """examples:
   kavier-twin mirror incident/
@@ -45,15 +45,15 @@ def add_parser(commands: Any) -> None:
     """Declare the command."""
     parser = commands.add_parser(
         "mirror",
-        help="play a live recording through the daemon and compare the mirror with reality",
+        help="play a live recording and compare the mirror with reality",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("recording", type=Path, metavar="DIR", help="the folder of a live recording")
-    parser.add_argument("--fleet", type=Path, metavar="FLEET.yaml", help="the fleet (default: meta.json's engine)")
+    parser.add_argument("recording", type=Path, metavar="DIR", help="folder of the live recording")
+    parser.add_argument("--fleet", type=Path, metavar="FLEET.yaml", help="fleet (default: the engine in meta.json)")
     parser.add_argument("--without", default="", metavar="KIND,...", help=f"sources to leave out: {', '.join(KINDS)}")
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:

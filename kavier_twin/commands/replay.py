@@ -44,19 +44,21 @@ def add_parser(commands: Any) -> None:
     """Declare the command."""
     parser = commands.add_parser(
         "replay",
-        help="play a recording as if it were a fleet: into Kafka, with metrics as vLLM's",
-        description="Play a recording of a real vLLM at the speed it happened, again and again: its requests into a "
-        "Kafka topic, and what its server said of itself on a page of metrics.",
+        help="play a recording into Kafka as if it were a fleet",
+        description="Play a recording of a real vLLM in real time, in a loop: send its requests to a Kafka topic and "
+        "serve its metrics as a vLLM server would.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--kafka", required=True, metavar="HOST:PORT", help="a broker (needs the extra kafka)")
-    parser.add_argument("--topic", default="llm-requests", help="the topic (default llm-requests)")
-    parser.add_argument("--pool", default="default", help="the pool that the records name (default default)")
-    parser.add_argument("--pod", default="vllm-0", help="the pod that the records name (default vllm-0)")
-    parser.add_argument("--metrics-port", type=int, metavar="PORT", help="serve vLLM's metrics here")
+    parser.add_argument(
+        "--kafka", required=True, metavar="HOST:PORT", help="address of a broker (needs the extra kafka)"
+    )
+    parser.add_argument("--topic", default="llm-requests", help="topic (default llm-requests)")
+    parser.add_argument("--pool", default="default", help="pool named in the records (default: default)")
+    parser.add_argument("--pod", default="vllm-0", help="pod named in the records (default vllm-0)")
+    parser.add_argument("--metrics-port", type=int, metavar="PORT", help="port for vLLM's metrics")
     parser.add_argument("--once", action="store_true", help="stop at the end of the recording")
-    parser.add_argument("--recording", type=Path, metavar="DIR", help="another recording (requests.jsonl, meta.json)")
+    parser.add_argument("--recording", type=Path, metavar="DIR", help="recording to play (requests.jsonl, meta.json)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -50,20 +50,21 @@ def add_parser(commands: Any) -> None:
     """Declare the command."""
     parser = commands.add_parser(
         "run",
-        help="the daemon: mirror a fleet from its telemetry and forecast it",
-        description="Mirror a fleet of vLLM servers from its telemetry, forecast it, and serve metrics and a page.",
+        help="run the daemon: mirror and forecast a fleet",
+        description="Mirror a fleet of vLLM servers from its telemetry, forecast it, and serve metrics, an API and a "
+        "page.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", type=Path, required=True, metavar="TWIN.yaml", help="the settings file")
+    parser.add_argument("--config", type=Path, required=True, metavar="TWIN.yaml", help="settings file")
     parser.add_argument(
         "--warm-up",
         type=seconds_of,
         default=0.0,
         metavar="TIME",
-        help="without a checkpoint, begin with so much of the logs' past, e.g. 30m, and be ready once it is mirrored",
+        help="without a checkpoint, first mirror this much of the logs' past, e.g. 30m; the twin is ready afterwards",
     )
-    parser.add_argument("--check", action="store_true", help="check the settings file and end")
+    parser.add_argument("--check", action="store_true", help="check the settings file and exit")
 
 
 def run(args: argparse.Namespace) -> int:

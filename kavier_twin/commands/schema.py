@@ -17,8 +17,8 @@ def add_parser(commands: Any) -> None:
     """Declare the command."""
     commands.add_parser(
         "schema",
-        help="the JSON Schema of telemetry records, for those who produce them",
-        description="Print the JSON Schema of telemetry records (docs/telemetry.md), for those who produce them.",
+        help="print the JSON Schema of telemetry records",
+        description="Print the JSON Schema of telemetry records (see docs/telemetry.md).",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

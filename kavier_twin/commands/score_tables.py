@@ -30,24 +30,24 @@ def print_scores(console: Console, scores: Scores) -> None:
     console.print(_breaches(scores, wide=wide))
     console.print(_alerts(scores))
     console.print(
-        "Errors are mean absolute ones, of medians as simulated; ratio: over that of persistence, below 1 is better, "
-        "as served (in a wide table: as simulated, and as served). Covered: intervals that held what came, as "
-        "simulated and as served; 90 % is aimed at.",
+        "Error: mean absolute error of simulated medians. Ratio: error divided by that of persistence, "
+        "as served (in a wide table: as simulated, and as served); below 1 is better. Covered: share of "
+        "observed values inside the 90 % interval, as simulated and as served; the target is 90 %.",
         style="dim",
     )
     if scores.unobserved:
         names = ", ".join(label_of(metric) for metric in sorted(scores.unobserved, key=place))
-        console.print(f"Not judged where no telemetry tells them, for some or all of the time: {names}.")
+        console.print(f"Not scored for some or all of the time, for lack of telemetry: {names}.")
     unscored = ", ".join(f"{count} {reason}" for reason, count in scores.unscored.items())
     if scores.pending or unscored:
-        note = f"; not judged: {unscored}" if unscored else ""
+        note = f"; not scored: {unscored}" if unscored else ""
         console.print(f"{scores.pending} forecasts still open{note}.", style="dim")
 
 
 def _kpis(scores: Scores, *, wide: bool) -> Table:
     widths = ("width", "widened") if wide else ()
     names = ("KPI", "ahead", "n", "error", "persistence" if wide else "persist.", "ratio", "covered", *widths)
-    table = _table("KPIs foreseen", names, left=1)
+    table = _table("Predicted KPIs", names, left=1)
     before = ""
     for one in sorted(scores.kpis, key=lambda score: (place(score.kpi), score.horizon_seconds)):
         name = label_of(one.kpi)
@@ -71,9 +71,9 @@ def _ratio(one: KpiScore, *, wide: bool) -> str:
 
 
 def _breaches(scores: Scores, *, wide: bool) -> Table:
-    said = "said -> came (forecasts)" if wide else "said -> came"
+    said = "predicted -> observed (forecasts)" if wide else "predicted -> observed"
     names = ("objective", "ahead", "n", "breached", "Brier", "persistence" if wide else "persist.", said)
-    table = _table("Breaches foreseen", names, left=1)
+    table = _table("Predicted SLO violations", names, left=1)
     table.columns[-1].no_wrap = True
     before = ""
     for one in sorted(scores.breaches, key=lambda score: (score.slo, score.horizon_seconds)):
@@ -96,7 +96,7 @@ def _reliability(bins: Iterable[Bin], between: str) -> str:
 
 def _alerts(scores: Scores) -> Table:
     names = ("objective", "alerts", "breaches", "precision", "recall", "median lead")
-    table = _table(f"Alerts (odds from {ALERT_PROBABILITY:.0%} on)", names, left=1)
+    table = _table(f"Alerts (probability from {ALERT_PROBABILITY:.0%} on)", names, left=1)
     for one in scores.alerts:
         lead = one.median_lead_seconds
         table.add_row(

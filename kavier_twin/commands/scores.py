@@ -32,9 +32,9 @@ def add_parser(commands: Any) -> None:
     """Declare the command."""
     parser = commands.add_parser(
         "scores",
-        help="how good a daemon's forecasts have been",
-        description="Errors beside persistence, coverage of intervals, breach odds and alerts of the forecasts whose "
-        "time has come.",
+        help="show the accuracy of a daemon's forecasts",
+        description="Show the errors of past forecasts against persistence, the coverage of their intervals, and the "
+        "quality of predicted SLO violations and alerts.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -42,7 +42,7 @@ def add_parser(commands: Any) -> None:
     add_url(place)
     place.add_argument("--db", type=Path, metavar="FILE", help=f"the {FILE_NAME} that a daemon keeps")
     add_token(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -53,27 +53,27 @@ def add_parser(commands: Any) -> None:
     """Declare the command."""
     parser = commands.add_parser(
         "simulate",
-        help="run a trace through a simulated fleet",
-        description="Run a trace through a simulated fleet and report its KPIs.",
+        help="simulate a trace on a fleet",
+        description="Simulate a trace on a fleet and report its KPIs.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("trace", type=Path, metavar="TRACE", nargs="?", help="a trace file, golden run or recording")
-    parser.add_argument("--format", choices=sorted(FORMATS), help="the trace's format (default: found by its content)")
+    parser.add_argument("trace", type=Path, metavar="TRACE", nargs="?", help="trace file, golden run or recording")
+    parser.add_argument("--format", choices=sorted(FORMATS), help="format of the trace (default: detected)")
+    parser.add_argument("--fleet", type=Path, metavar="FLEET.yaml", help="fleet: engine, step_time, replicas, router")
     parser.add_argument(
-        "--fleet", type=Path, metavar="FLEET.yaml", help="the fleet: engine, step_time, replicas, router"
-    )
-    parser.add_argument(
-        "--policy", action="append", default=[], metavar="NAME=VALUE", help="override a setting; may be repeated"
+        "--policy", action="append", default=[], metavar="NAME=VALUE", help="override a setting; can be repeated"
     )
     parser.add_argument(
         "--footprint",
         type=Path,
         metavar="FOOTPRINT.yaml",
-        help="what energy, carbon and cost follow from: power (idle_watts, max_watts), pue, carbon, price_per_gpu_hour",
+        help="data for energy, carbon and cost: power (idle_watts, max_watts), pue, carbon, price_per_gpu_hour",
     )
-    parser.add_argument("--reference", action="store_true", help="step through every engine step instead of jumping")
-    parser.add_argument("--pin", action="store_true", help="each request also ends when it really ended (recordings)")
+    parser.add_argument(
+        "--reference", action="store_true", help="use the slow reference simulation that computes each engine step"
+    )
+    parser.add_argument("--pin", action="store_true", help="end each request when it really ended (recordings only)")
     parser.add_argument(
         "--closed-loop",
         metavar="NAME=VALUE,...",
@@ -86,25 +86,25 @@ def add_parser(commands: Any) -> None:
         type=float,
         default=0.33,
         metavar="SHARE",
-        help="fit step times on this first share of a recording (default 0.33)",
+        help="fit step times to this first share of a recording (default 0.33)",
     )
     parser.add_argument(
         "--calibrate-from",
         choices=get_args(CalibrateFrom),
         default="requests",
-        help="fit to a recording's request timings (default), its log of steps, or its scrapes of /metrics",
+        help="fit step times to a recording's request timings (default), its step log, or its scrapes of /metrics",
     )
     parser.add_argument(
         "--slo", action="append", default=[], metavar="NAME=SECONDS", help=f"objective for goodput: {', '.join(_SLOS)}"
     )
-    parser.add_argument("--requests", type=Path, metavar="OUT.jsonl", help="write one JSON line a request")
+    parser.add_argument("--requests", type=Path, metavar="OUT.jsonl", help="write one JSON line for each request")
     parser.add_argument(
         "--export",
         nargs=2,
         metavar=("FORMAT", "DIR"),
         help="write the run for another simulator: opendc (tasks.parquet and fragments.parquet; docs/kavier.md)",
     )
-    parser.add_argument("--json", action="store_true", help="print the KPIs as one JSON object and nothing else")
+    parser.add_argument("--json", action="store_true", help="print the KPIs as one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
     loop = _loop(args)
     slo = _slo(args.slo)
     console = Console(stderr=True)
-    with console.status("reading the trace; compiled kernels are cached after the first run"):
+    with console.status("reading the trace (the first run compiles kernels)"):
         if args.trace is None:
             scenario = without_trace("closed-loop", args.fleet)
         else:

@@ -40,39 +40,55 @@ def add_parser(commands: Any) -> None:
     """Declare the command."""
     parser = commands.add_parser(
         "tap",
-        help="make request records of a fleet's OpenAI traffic, as a proxy or from mirrored traffic",
-        description="Pass OpenAI traffic on to vLLM, or receive a mirror of it, and make records of it without text.",
+        help="record a fleet's OpenAI traffic, as a proxy or from mirrored traffic",
+        description="Forward OpenAI traffic to vLLM, or receive a mirror of it, and write request records that "
+        "contain no text.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--upstream", metavar="URL", help="the vLLM or router behind the tap, which also tokenises")
-    parser.add_argument("--upstream-ca", type=Path, metavar="FILE", help="trust these authorities at an https upstream")
-    parser.add_argument("--mirror", action="store_true", help="receive mirrored traffic: answer 204, pass nothing on")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1)")
-    parser.add_argument("--port", type=int, default=9470, help="port to listen at (9470; 0 takes a free one)")
-    parser.add_argument("--metrics-port", type=int, default=9471, help="port of /metrics (9471; 0 takes a free one)")
+    parser.add_argument("--upstream", metavar="URL", help="vLLM server or router behind the tap; it also tokenises")
+    parser.add_argument("--upstream-ca", type=Path, metavar="FILE", help="CA certificates for an https upstream")
+    parser.add_argument(
+        "--mirror", action="store_true", help="receive mirrored traffic: answer 204 and forward nothing"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=9470, help="port to listen on (default 9470; 0 selects a free one)")
+    parser.add_argument(
+        "--metrics-port", type=int, default=9471, help="port of /metrics (default 9471; 0 selects a free one)"
+    )
     place = parser.add_mutually_exclusive_group(required=True)
     place.add_argument("--kafka", metavar="HOST:PORT,...", help="Kafka's brokers")
-    place.add_argument("--output", type=Path, metavar="FILE.jsonl", help="append the records to a file instead")
-    parser.add_argument("--kafka-security", type=Path, metavar="FILE.yaml", help="tls and sasl of Kafka, see below")
-    parser.add_argument("--topic", default="llm-requests", help="Kafka's topic (llm-requests)")
-    parser.add_argument("--pool", default="default", help="the pool that records name (default)")
-    parser.add_argument("--pod", help="the pod that records name, where the tap stands before one engine")
+    place.add_argument("--output", type=Path, metavar="FILE.jsonl", help="append records to a file instead")
+    parser.add_argument(
+        "--kafka-security", type=Path, metavar="FILE.yaml", help="file with tls and sasl settings of Kafka, see below"
+    )
+    parser.add_argument("--topic", default="llm-requests", help="Kafka topic (default llm-requests)")
+    parser.add_argument("--pool", default="default", help="pool named in the records (default: default)")
+    parser.add_argument("--pod", help="pod named in the records, if the tap serves a single engine")
     parser.add_argument(
         "--tokenizer",
         type=Path,
         metavar="tokenizer.json",
-        help="tokenise in the tap with the model's file or folder and its chat template, rather than ask the engine",
+        help="tokenise in the tap with the model's tokenizer file or folder and its chat template, instead of "
+        "asking the engine",
     )
-    parser.add_argument("--block-tokens", type=int, default=16, help="vLLM's --block-size (16)")
-    parser.add_argument("--hash-algorithm", choices=ALGORITHMS, default="sha256", help="its hash algorithm (sha256)")
+    parser.add_argument("--block-tokens", type=int, default=16, help="vLLM's --block-size (default 16)")
+    parser.add_argument(
+        "--hash-algorithm", choices=ALGORITHMS, default="sha256", help="vLLM's hash algorithm (default sha256)"
+    )
     parser.add_argument(
         "--python-hash-seed",
         default=os.environ.get("PYTHONHASHSEED"),
-        help="the engines' PYTHONHASHSEED, if they have one (the tap's own)",
+        help="PYTHONHASHSEED of the engines (default: the tap's own)",
     )
     parser.add_argument("--hand-over", type=int, help=argparse.SUPPRESS)  # as the middleware starts it
-    parser.add_argument("--grace", type=seconds_of, default=30.0, metavar="TIME", help="for answers at the end (30s)")
+    parser.add_argument(
+        "--grace",
+        type=seconds_of,
+        default=30.0,
+        metavar="TIME",
+        help="time to wait for answers at shutdown (default 30s)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -33,8 +33,9 @@ def add_parser(commands: Any) -> None:
     """Declare the command."""
     parser = commands.add_parser(
         "whatif",
-        help="ask a running daemon what another policy or load would do to the live fleet",
-        description="Ask a running daemon what another policy, fleet size or load would do to the live fleet now.",
+        help="predict the effect of another policy or load on the live fleet",
+        description="Ask a running daemon to predict the effect of another policy, fleet size or load on the live "
+        "fleet.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -44,17 +45,15 @@ def add_parser(commands: Any) -> None:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="a setting to change, as in a policy; may be given several times",
+        help="setting to change, as in a policy; can be repeated",
     )
-    parser.add_argument("--replicas", type=int, metavar="N", help="so many replicas")
-    parser.add_argument("--load", type=_factor, default=1.0, metavar="FACTOR", help="so much load, e.g. 1.5x")
-    parser.add_argument(
-        "--horizon", type=seconds_of, default=900.0, metavar="TIME", help="how far to look, e.g. 15m (the default)"
-    )
-    parser.add_argument("--scenarios", type=int, metavar="N", help="scenarios simulated for each policy")
-    parser.add_argument("--pool", help="the pool asked about, where there are several")
+    parser.add_argument("--replicas", type=int, metavar="N", help="number of replicas")
+    parser.add_argument("--load", type=_factor, default=1.0, metavar="FACTOR", help="load factor, e.g. 1.5x")
+    parser.add_argument("--horizon", type=seconds_of, default=900.0, metavar="TIME", help="horizon (default 15m)")
+    parser.add_argument("--scenarios", type=int, metavar="N", help="number of scenarios for each policy")
+    parser.add_argument("--pool", help="pool, if there are several")
     add_token(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -128,7 +127,7 @@ def _print(answer: Answer) -> None:
         table.add_row(f"breaks {slo}", *(f"{case.breach_probability[slo]:.0%}" for case in answer.cases))
     console.print(table)
     if not answer.calibrated:
-        console.print("Step times are not fitted to this fleet yet: latencies are a guess.")
+        console.print("Step times have not been fitted to this fleet yet: latencies are rough.")
     if answer.vllm_flags:
         console.print(f"deploy with: vllm serve ... {' '.join(answer.vllm_flags)}", soft_wrap=True)
     for reason in answer.hypothetical_reasons:

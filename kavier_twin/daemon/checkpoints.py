@@ -47,7 +47,7 @@ class Checkpoints:
         for problem in problems:
             log.warning("checkpoint %s", problem)
         if saved is None:
-            log.info("no checkpoint in %s: the twin begins anew", self.directory)
+            log.info("no checkpoint in %s: the twin starts from scratch", self.directory)
             for pool in pools.values():
                 pool.scores.resume(self._sequence, None)
             return False
@@ -61,11 +61,17 @@ class Checkpoints:
         document = saved.document["pools"].get(pool.name)
         try:
             if document is None:
-                raise CheckpointError("it is not in there")
+                raise CheckpointError("the checkpoint does not contain it")
             fleet = Saved(document["mirror"], _of(saved, "fleet", pool))
             mirror = mirror_state.restore(fleet, pool.mirror.settings, pool.fleet)
         except CheckpointError as error:
-            log.warning("checkpoint %d in %s: pool %s begins anew: %s", number, self.directory, pool.name, error)
+            log.warning(
+                "checkpoint %d in %s cannot be used for pool %s, which starts from scratch: %s",
+                number,
+                self.directory,
+                pool.name,
+                error,
+            )
             pool.scores.resume(self._sequence, None)
             return False
         caches, power = CacheWatch.restored(document["caches"]), PowerWatch.restored(document["power"])
@@ -73,7 +79,7 @@ class Checkpoints:
         pool.scores.resume(number, Saved(document["scores"], _of(saved, "scores", pool)))
         if pool.metrics and document["metrics"]:
             pool.metrics.restore(document["metrics"])
-        log.info("pool %s goes on from checkpoint %d, %d requests finished", pool.name, number, mirror.finished)
+        log.info("pool %s resumed from checkpoint %d with %d finished requests", pool.name, number, mirror.finished)
         return True
 
     @property
@@ -109,7 +115,7 @@ class Checkpoints:
         except OSError as error:
             self.failures += 1
             if str(error) != self._trouble:
-                log.error("no checkpoint could be written to %s: %s; the last good one stays", self.directory, error)
+                log.error("cannot write a checkpoint to %s: %s; the last one is kept", self.directory, error)
             self._trouble = str(error)
             return
         self._trouble = ""

@@ -38,7 +38,7 @@ class PoolFleet(FleetFile):
     """
 
     step_time: StepTime = Field(default=CRUDE_STEP_TIME, examples=[{"fixed": 0.01, "per_prefill_token": 3e-5}])
-    """How long an engine step lasts. Left out, it is fitted to the stream."""
+    """Step-time coefficients of the engine. By default they are fitted to the stream."""
 
     engine_given: Annotated[
         tuple[str, ...], Field(exclude=True)
@@ -54,8 +54,8 @@ class PoolFleet(FleetFile):
     def _nobody_knows_the_future(self) -> PoolFleet:
         if self.engine.eviction == "belady":
             raise ValueError(
-                "engine.eviction=belady needs to know the future, which a live pool does not; use it in "
-                "forecast.policies, whose scenarios are known"
+                "engine.eviction: belady needs to know future requests, which a live pool does not; use it in "
+                "forecast.policies only"
             )
         return self
 
@@ -69,31 +69,31 @@ class MirrorConfig(_Settings):
     """How the pool is mirrored (`MirrorSettings`), seconds of event time."""
 
     late_seconds: PositiveSeconds = _MIRROR.late_seconds
-    """How late a record may come and still count. A longer time needs more memory."""
+    """Longest delay after which a record is still applied. A longer delay needs more memory."""
 
     recent_seconds: PositiveSeconds = _MIRROR.recent_seconds
-    """The past that scenarios are drawn from."""
+    """Length of the past that scenarios are drawn from."""
 
     recent_requests: Annotated[int, Field(ge=1)] = _MIRROR.recent_requests
-    """At most so many requests of that past."""
+    """Maximum number of past requests that scenarios are drawn from."""
 
     calibrate_after_requests: Annotated[int, Field(ge=30)] = _MIRROR.calibrate_after_requests
-    """Finished requests before step times are first fitted."""
+    """Number of finished requests before step times are fitted for the first time."""
 
     recalibrate_every_requests: Annotated[int, Field(ge=1)] = _MIRROR.recalibrate_every_requests
-    """Finished requests between two fits."""
+    """Number of finished requests between two fits."""
 
     give_up_seconds: PositiveSeconds = _MIRROR.give_up_seconds
-    """A request that has no end for so long is dropped."""
+    """Time after which a request without a finish record is dropped."""
 
     pod_silent_seconds: PositiveSeconds = _MIRROR.pod_silent_seconds
-    """A pod of which nothing is heard for so long, while others are, leaves the mirror."""
+    """Time after which a pod without data is removed from the mirror while other pods have data."""
 
     most_replicas: Annotated[int, Field(ge=1)] = _MIRROR.most_replicas
-    """Pods beyond so many are not mirrored, which bounds the memory."""
+    """Maximum number of mirrored pods. It bounds memory."""
 
     trust: TrustSettings = Field(default=_MIRROR.trust, examples=[{"minimum_requests": 50}])
-    """When figures are to be trusted."""
+    """Error bounds within which figures are trusted."""
 
     @model_validator(mode="before")
     @classmethod
@@ -122,13 +122,13 @@ class CheckpointConfig(_Settings):
     """Where the twin's state is kept across restarts, and how often it is written."""
 
     directory: Path = Field(examples=["state"])
-    """Where checkpoints are written; it must exist."""
+    """Directory for checkpoints. It must exist."""
 
     every_seconds: PositiveSeconds = EVERY_SECONDS
-    """Time between two checkpoints."""
+    """Interval between checkpoints."""
 
     keep: Annotated[int, Field(ge=1, le=100)] = KEEP
-    """Checkpoints kept; the oldest go first."""
+    """Number of checkpoints to keep."""
 
 
 class PoolSettings(_Settings):
@@ -138,10 +138,10 @@ class PoolSettings(_Settings):
     """The engines."""
 
     mirror: MirrorConfig = Field(default=MirrorConfig(), examples=[{"late_seconds": 300}])
-    """How they are mirrored."""
+    """Settings of the mirror."""
 
     forecast: ForecastSettings = Field(default=ForecastSettings(), examples=[{"every_seconds": 60}])
-    """What is forecast."""
+    """Settings of the forecast."""
 
 
 PoolName = Annotated[str, Field(min_length=1, max_length=512)]
@@ -151,41 +151,41 @@ class Settings(_Settings):
     """Everything the daemon is told. `pools`, or for a single one `pool` (its name), `fleet`, `mirror`, `forecast`."""
 
     pool: PoolName = Field(default="default", examples=["chat"])
-    """The name of the only pool."""
+    """Name of the pool, if there is only one."""
 
     fleet: PoolFleet | None = Field(default=None, examples=[{"hardware": {"gpu": "L40S", "model": "Qwen/Qwen3-8B"}}])
-    """The engines of the only pool."""
+    """Engines of the pool, if there is only one."""
 
     mirror: MirrorConfig = Field(default=MirrorConfig(), examples=[{"late_seconds": 300}])
-    """How the only pool is mirrored."""
+    """Settings of the mirror, if there is only one pool."""
 
     forecast: ForecastSettings = Field(default=ForecastSettings(), examples=[{"every_seconds": 60}])
-    """What is forecast of the only pool."""
+    """Settings of the forecast, if there is only one pool."""
 
     pools: dict[PoolName, PoolSettings] = Field(
         default={}, examples=[{"chat": {"fleet": {"hardware": {"gpu": "L40S", "model": "Qwen/Qwen3-8B"}}}}]
     )
-    """Several pools by name, in place of the four settings above."""
+    """Pools by name. Replaces the four settings above."""
 
     sources: Annotated[tuple[AnySource, ...], Field(min_length=1)] = Field(
         examples=[[{"type": "kafka", "brokers": ["kafka:9092"], "topics": ["llm-requests"]}]]
     )
-    """Where telemetry comes from."""
+    """Telemetry sources."""
 
     http: HttpConfig = Field(default=HttpConfig(), examples=[{"host": "0.0.0.0"}])
-    """Where metrics, the API and the page are served, and to whom."""
+    """Address of metrics, API and page, and access to them."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """The least important events that are logged."""
+    """Lowest level of log messages."""
 
     stale_after_seconds: PositiveSeconds = STALE_AFTER_SECONDS
-    """How long a source may fail, or be behind, before figures are called stale."""
+    """Time after which a failing or lagging source makes the figures stale."""
 
     checkpoints: CheckpointConfig | None = Field(default=None, examples=[{"directory": "state"}])
-    """Where the state is kept across restarts. Without it a restart begins anew."""
+    """Where state is kept across restarts. Without it, a restart starts from scratch."""
 
     dead_letters: Path | None = Field(default=None, examples=["rejected.jsonl"])
-    """A file that notes each rejected line: where and why, never its text."""
+    """File for rejected input: its position and the reason, never its text."""
 
     @property
     def by_pool(self) -> Mapping[str, PoolSettings]:
@@ -270,7 +270,7 @@ def _pools_given(content: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any
 
 def _pool_problems(content: Mapping[str, Any]) -> list[str]:
     if not content.get("pools"):
-        return [] if content.get("fleet") is not None else ["fleet: missing; add it, or pools for several"]
+        return [] if content.get("fleet") is not None else ["fleet: missing; add it, or pools if there are several"]
     both = [name for name in ("pool", *PoolSettings.model_fields) if name in content]
     return [f"{name}: belongs to each of the pools; move it to pools.NAME.{name}" for name in both]
 

@@ -186,7 +186,7 @@ class Daemon:
         """Begin; returns at once."""
         if self.http:
             self.http.start()
-            log.info("serving metrics and the status page on %s", self.http.url)
+            log.info("serving metrics and the status page at %s", self.http.url)
         self._thread.start()
 
     def stop(self) -> bool:
@@ -204,7 +204,7 @@ class Daemon:
             self.http.close()
         asked = any(pool.what_if.asked for pool in self.pools.values())  # a what-if is being simulated
         ended = not asked and not any(thread.is_alive() for thread in (self._thread, *endings))
-        log.info("stopped" if ended else "stopped; a computation under way is cut off")
+        log.info("stopped" if ended else "stopped; a running computation was cancelled")
         return ended
 
     # --- ingesting ------------------------------------------------------------------------------------------------
@@ -224,7 +224,7 @@ class Daemon:
             if self._checkpoints:
                 self._checkpoint(self._checkpoints)
         except Exception:
-            log.exception("the mirror failed; the daemon ends")
+            log.exception("the mirror failed; the daemon exits")
             self.failed = True
 
     def _begin(self) -> None:
@@ -250,7 +250,7 @@ class Daemon:
         ends_by = time.monotonic() + DISCOVER_SECONDS
         while not self._stopping.is_set() and not all(told([feed.source]) for feed in tellers):
             if time.monotonic() > ends_by:
-                log.warning("the engines do not tell their settings yet: those of the settings file hold until they do")
+                log.warning("the engines have not reported their settings yet; the settings file applies until they do")
                 break
             for feed in tellers:
                 self._early += feed.poll(BATCH_RECORDS, self.pools)[0]
@@ -295,12 +295,12 @@ class Daemon:
         for state in states:
             if state.ended and state.name not in self._ended:
                 self._ended.add(state.name)
-                log.info("source %s has ended; its last figures stay served", state.name)
+                log.info("source %s has ended; its last figures are still served", state.name)
         self._adopt()
         stale = self._freshness.look(self._feeds, states)
         if self._warming_up and all(map(self._freshness.is_caught_up, self._feeds, states)):
             self._warming_up = False
-            log.info("warmed up: the logs are read up to the present")
+            log.info("warm-up done: the logs were read up to the present")
         kept = self._checkpoints
         views = {}
         for name, pool in self.pools.items():
@@ -345,7 +345,7 @@ class _RejectLog:
         for name, reasons in rejected.items():
             if reasons != self._told.get(name):
                 told = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
-                log.warning("source %s: input rejected so far: %s", name, told)
+                log.warning("source %s: rejected input so far: %s", name, told)
         self._told, self._told_at = rejected, now
 
 

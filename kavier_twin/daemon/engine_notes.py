@@ -62,7 +62,7 @@ class EngineNotes:
         before = self._newest.get(engine)
         if before and before.vllm_version and sample.vllm_version not in (None, before.vllm_version):
             log.warning(
-                "pool %s: %s runs vLLM %s now, was %s",
+                "pool %s: %s now runs vLLM %s (was %s)",
                 self._pool,
                 _name(sample),
                 sample.vllm_version,

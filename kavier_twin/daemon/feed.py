@@ -80,7 +80,7 @@ class Feed:
         if pool not in self._unknown and len(self._unknown) < _NAMES_LOGGED:
             self._unknown.add(pool)
             log.warning(
-                "source %s: records of pool %r are passed over; the settings know %s",
+                "source %s: records of pool %r are ignored; configured pools: %s",
                 self.source.name,
                 pool or UNNAMED_POOL,
                 ", ".join(pools),

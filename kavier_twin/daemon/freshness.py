@@ -53,9 +53,9 @@ class Freshness:
         reasons = {reason.partition(": ")[0]: reason for reason in stale}
         before = self._told.get(pool, frozenset())
         for name in reasons.keys() - before:
-            log.warning("pool %s: its figures are stale: %s", pool, reasons[name])
+            log.warning("pool %s: figures are stale: %s", pool, reasons[name])
         if before and not reasons:
-            log.info("pool %s: its figures are fresh again", pool)
+            log.info("pool %s: figures are fresh again", pool)
         self._told[pool] = frozenset(reasons)
 
     def _reason(self, number: int, feed: Feed, state: SourceState, now: float) -> str:
@@ -66,7 +66,7 @@ class Freshness:
         if feed.every_seconds is not None:
             limit = max(limit, _ROUNDS * feed.every_seconds)
             if now - newest > limit:
-                return f"{state.name}: it has told nothing for more than {limit:g} s"
+                return f"{state.name}: no data for more than {limit:g} s"
         elif state.lag_records > 0 and now - newest > limit:
-            return f"{state.name}: what was read of it is more than {limit:g} s old"
+            return f"{state.name}: its newest data is more than {limit:g} s old"
         return ""

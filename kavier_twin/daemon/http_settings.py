@@ -22,30 +22,30 @@ class HttpConfig(Settings):
     """
 
     host: Name = DEFAULT_HOST
-    """The address to listen on; 0.0.0.0 for all."""
+    """Address to listen on. 0.0.0.0 listens on all interfaces."""
 
     port: Annotated[int, Field(ge=0, le=65535)] = DEFAULT_PORT
-    """The TCP port; 0 takes a free one."""
+    """TCP port. 0 selects a free port."""
 
     open_reading: bool = True
-    """Whether figures may be read without the token."""
+    """Whether figures can be read without the token."""
 
     token: SecretPlace | None = Field(default=None, examples=[{"file": "/run/secrets/twin/token"}])
-    """The bearer token for what-ifs and changes; without one, nobody may."""
+    """Bearer token for what-ifs and changes. Without a token both are disabled."""
 
     max_body_bytes: Annotated[int, Field(ge=1_024)] = _LIMITS.body_bytes
-    """The longest body of a request."""
+    """Maximum size of a request body."""
 
     max_requests_at_once: Annotated[int, Field(ge=1)] = _LIMITS.at_once
-    """Requests served at once; beyond, the answer is 503."""
+    """Maximum number of concurrent requests. Further requests get status 503."""
 
     max_horizon_seconds: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = _LIMITS.horizon_seconds
-    """How far ahead a what-if may look."""
+    """Longest horizon of a what-if."""
 
     @model_validator(mode="after")
     def _someone_may_read(self) -> Self:
         if not self.open_reading and self.token is None:
-            raise ValueError("open_reading: false needs a token, or nobody could read; give token (env or file)")
+            raise ValueError("open_reading: false needs a token, otherwise no one could read; set token (env or file)")
         return self
 
     @property

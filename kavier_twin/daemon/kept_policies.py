@@ -38,14 +38,18 @@ class KeptPolicies:
             return None
         try:
             if _POLICIES.validate_python(entry["configured"]) != configured:
-                log.info("pool %s: the settings file has other policies now: those set through the API are gone", pool)
+                log.info(
+                    "pool %s: the policies in the settings file have changed; policies set through the API are "
+                    "discarded",
+                    pool,
+                )
                 return None
             kept = PolicySet.model_validate({"policies": entry["policies"]}).policies
         except (ValidationError, KeyError, TypeError):
-            log.warning("%s: of pool %s it keeps nothing that can be used: the settings file counts", self._path, pool)
+            log.warning("%s: no usable policies for pool %s; the settings file applies", self._path, pool)
             return None
         names = ", ".join(policy.name for policy in kept)
-        log.info("pool %s: its policies are those that were set through the API: %s", pool, names)
+        log.info("pool %s: using the policies set through the API: %s", pool, names)
         return kept
 
     def keep(self, pool: str, configured: tuple[Policy, ...], policies: tuple[Policy, ...]) -> bool:
@@ -60,7 +64,7 @@ class KeptPolicies:
                 with replacing(self._path) as file:
                     file.write(json.dumps(by_pool).encode())
             except OSError as error:
-                log.error("policies of pool %s cannot be kept: %s; they last until the twin ends", pool, error)
+                log.error("cannot save the policies of pool %s: %s; they are lost when the twin stops", pool, error)
                 return False
             self._by_pool = by_pool
         return True
@@ -73,6 +77,6 @@ class KeptPolicies:
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
-            log.warning("%s cannot be read (%s): policies are the settings file's", self._path, error)
+            log.warning("cannot read %s (%s); the policies in the settings file apply", self._path, error)
             return {}
         return found

@@ -146,13 +146,13 @@ class PoolTwin:
                 self.mirror.adopt(new)
             except PolicyError as error:
                 self._refused = new
-                log.warning("pool %s: what the engines say of their settings cannot be: %s", self.name, error)
+                log.warning("pool %s: the settings reported by the engines are impossible: %s", self.name, error)
                 return
             if self.metrics:
                 self.metrics.use(self.mirror.fleet.settings.engine)
             self.forecast_under(self.forecaster.settings.policies)
         log.info(
-            "pool %s: engine settings adopted as the engines tell them: %s%s",
+            "pool %s: adopted engine settings reported by the engines: %s%s",
             self.name,
             ", ".join(f"{name} {value} (was {getattr(engine, name)})" for name, value in new.items()),
             f"; kept as given: {', '.join(sorted(self._given))}" if self._given else "",
@@ -269,7 +269,7 @@ class PoolTwin:
         now = self._clock()
         if not self._live and abs(now - self.mirror.newest_seconds) < LIVE_WITHIN_SECONDS:
             self._live = True
-            log.info("pool %s: the stream is live: its time is the wall clock's", self.name)
+            log.info("pool %s: the stream is live; its time follows the wall clock", self.name)
         return now if self._live else None
 
     def _tell_of_calibration(self) -> None:
@@ -278,8 +278,8 @@ class PoolTwin:
         if calibration is not None and not self._told_calibration:
             self._told_calibration = True
             log.info(
-                "pool %s: step times fitted on %d requests: mean TTFT %.3f and mean end-to-end latency %.3f of those "
-                "observed",
+                "pool %s: step times fitted to %d requests: simulated mean TTFT is %.3f times the observed one, "
+                "mean end-to-end latency %.3f times",
                 self.name,
                 calibration.requests,
                 calibration.mean_ttft_ratio,
@@ -287,11 +287,11 @@ class PoolTwin:
             )
         if change is not None and change != self._told_change:
             log.warning(
-                "pool %s: since about %.0f s of event time an engine step lasts %.2f times what it did; step times "
-                "are fitted anew",
+                "pool %s: engine steps have taken %.2f times as long as before since event time %.0f s; step "
+                "times will be fitted again",
                 self.name,
-                change.since_seconds,
                 change.ratio,
+                change.since_seconds,
             )
         self._told_change = change
 
@@ -301,8 +301,8 @@ class PoolTwin:
         if late > self._told_late and time.monotonic() >= self._tell_late_at:
             self._told_late, self._tell_late_at = late, time.monotonic() + LATE_LOGGED_EVERY_SECONDS
             log.warning(
-                "pool %s: %d records so far came more than %g s late and are left out; set the clocks that stamp them "
-                "alike, or raise mirror.late_seconds",
+                "pool %s: %d records so far were more than %g s late and were ignored; synchronise the clocks "
+                "that stamp them, or raise mirror.late_seconds",
                 self.name,
                 late,
                 self.mirror.settings.late_seconds,

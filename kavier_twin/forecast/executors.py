@@ -18,7 +18,7 @@ _TRIES: Final = 2  # on a Ray cluster, before a simulation is run in this proces
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 Cancelled = Callable[[], bool]
-"""Whether nobody waits for a result any more. A long task asks now and then, and ends early."""
+"""Whether the result is no longer needed. Long tasks check it from time to time and stop early."""
 
 
 def never() -> bool:

@@ -53,7 +53,7 @@ class Forecaster:
         Raises RuntimeError if already started.
         """
         if self._scheduler is not None:
-            raise RuntimeError("the forecaster is already started")
+            raise RuntimeError("the forecaster is already running")
         self._stopping.clear()
         self._scheduler = BackgroundScheduler(timezone=UTC)
         self._scheduler.add_job(
@@ -91,7 +91,7 @@ class Forecaster:
             pass  # told to stop
         except Exception:
             self.failures += 1
-            log.exception("a forecast failed; the next one is tried in %g s", self.settings.every_seconds)
+            log.exception("a forecast failed; the next one starts in %g s", self.settings.every_seconds)
 
     def _count(self, forecast: Forecast, seconds: float) -> None:
         self.cycles += 1
@@ -103,8 +103,8 @@ class Forecaster:
             self._told_shed = forecast.shed
             if forecast.shed:
                 log.warning(
-                    "pool %s: no time to simulate %s; "
-                    "raise forecast.budget_seconds, or give fewer policies or scenarios",
+                    "pool %s: not enough time to simulate %s; raise forecast.budget_seconds, or configure fewer "
+                    "policies or scenarios",
                     forecast.pool,
                     ", ".join(forecast.shed),
                 )

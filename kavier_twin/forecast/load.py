@@ -47,7 +47,7 @@ _FEWEST_STEPS = 4  # fewer say less than the recent requests themselves
 _FEWEST_TRAINING_STEPS = 12
 _FEWEST_TRIED_STEPS = 12  # less of a scenario is mostly chance
 _SHORTEST_WINDOW_SECONDS = 1.0  # two requests in a millisecond are no rate of thousands a second
-_IMPOSSIBLE_REQUESTS = 14.0  # none where so many were due has odds of one in a million: exp(-14)
+_IMPOSSIBLE_REQUESTS = 14.0  # none where so many were due has a probability of one in a million: exp(-14)
 _NEIGHBOURS = 6  # buckets on each side of a gap that tell how many were due
 _DISPERSION_REQUESTS = 50  # fewer tell nothing of how bursty they are
 _DISPERSION_BUCKETS = 360  # an hour
@@ -73,24 +73,24 @@ class LoadAhead:
 
     horizon_seconds: Annotated[float, Field(examples=[300])]
     mean: Annotated[float, Field(examples=[4.2])]
-    p10: Annotated[float, Field(description="Of the rate at the horizon's end.", examples=[3.5])]
-    p90: Annotated[float, Field(description="Of the rate at the horizon's end.", examples=[5.0])]
-    by_method: Annotated[dict[str, float], Field(description="The mean by method.", examples=[{"persistence": 4.0}])]
+    p10: Annotated[float, Field(description="Percentile of the rate at the end of the horizon.", examples=[3.5])]
+    p90: Annotated[float, Field(description="Percentile of the rate at the end of the horizon.", examples=[5.0])]
+    by_method: Annotated[dict[str, float], Field(description="Mean rate by method.", examples=[{"persistence": 4.0}])]
 
 
 @dataclass(frozen=True)
 class LoadOutlook:
     """How the load to come is forecast."""
 
-    method: Annotated[str, Field(description="In use: best over the recent past.", examples=["exponential_smoothing"])]
+    method: Annotated[str, Field(description="Method in use.", examples=["exponential_smoothing"])]
     errors: Annotated[
         dict[str, Figure],
         Field(
-            description="Mean absolute scaled error by method; null: not tried yet.", examples=[{"persistence": 1.1}]
+            description="Mean absolute scaled error by method. Null: not measured yet.", examples=[{"persistence": 1.1}]
         ),
     ]
     dispersion_ratio: Annotated[
-        float, Field(description="Variance over mean of arrival counts; 1: Poisson.", examples=[1.0])
+        float, Field(description="Variance divided by mean of arrival counts. 1 is a Poisson process.", examples=[1.0])
     ]
     refitted_seconds: Annotated[Figure, Field(description="Event time of the last fit.", examples=[1767225600.5])]
     ahead: Annotated[tuple[LoadAhead, ...], Field(description="By horizon.")]

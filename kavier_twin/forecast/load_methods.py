@@ -303,7 +303,7 @@ def fit_all(history: History, names: Sequence[str]) -> dict[str, Method]:
         try:
             method.fit(history)
         except Exception as error:  # a library's, on data it was not made for: the other methods go on
-            log.warning("the load forecast goes on without %s: %s: %s", name, type(error).__name__, error)
+            log.warning("the load forecast continues without %s: %s: %s", name, type(error).__name__, error)
             continue
         fitted[name] = method
     return fitted

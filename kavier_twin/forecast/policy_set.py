@@ -48,7 +48,8 @@ class PolicySet(BaseModel):
     policies: tuple[Policy, ...] = Field(
         min_length=1,
         max_length=MOST_POLICIES,
-        description="Names differ; the one without overrides is today's, with which the others are compared.",
+        description="Policies with unique names. The one without overrides is the current policy, against which the "
+        "others are compared.",
     )
 
     @field_validator("policies")
@@ -63,9 +64,9 @@ class PolicyInForce:
 
     name: Annotated[str, Field(examples=["half_max_num_seqs"])]
     overrides: Annotated[Mapping[str, Override], Field(examples=[{"max_num_seqs": "0.5x"}])]
-    flags: Annotated[tuple[str, ...], Field(description="Of `vllm serve`.", examples=[["--max-num-seqs 128"]])]
-    deployable: Annotated[bool, Field(description="Whether the flags deploy all of it.", examples=[True])]
-    problem: Annotated[str, Field(description="Why it cannot be applied; empty: it can.", examples=[""])] = ""
+    flags: Annotated[tuple[str, ...], Field(description="Flags of `vllm serve`.", examples=[["--max-num-seqs 128"]])]
+    deployable: Annotated[bool, Field(description="Whether the flags deploy the whole policy.", examples=[True])]
+    problem: Annotated[str, Field(description="Why the policy cannot be applied. Empty if it can.", examples=[""])] = ""
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,17 @@ class Policies:
 
     policies: tuple[PolicyInForce, ...]
     configured: Annotated[
-        bool, Field(description="In the settings file; false: set through this API.", examples=[False])
+        bool,
+        Field(
+            description="Whether the policy comes from the settings file. False: it was set through this API.",
+            examples=[False],
+        ),
     ]
     kept: Annotated[
         bool,
         Field(
-            description="A restart of the twin goes on with them, as long as the settings file names the same as now; "
-            "false: it keeps no checkpoints, or could not write.",
+            description="Whether the policies survive a restart of the twin, as long as the policies in the settings "
+            "file do not change. False: there are no checkpoints, or they could not be written.",
             examples=[True],
         ),
     ]
@@ -90,7 +95,9 @@ def with_today(policies: tuple[Policy, ...]) -> tuple[Policy, ...]:
     """The same policies. Raises ValueError where names are given twice or today's policy is missing."""
     refuse_doubles([policy.name for policy in policies])
     if all(policy.overrides for policy in policies):
-        raise ValueError("one policy without overrides is needed: today's, which the others are compared with")
+        raise ValueError(
+            "one policy without overrides is needed: the current policy, against which the others are compared"
+        )
     return policies
 
 

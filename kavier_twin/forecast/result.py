@@ -13,7 +13,7 @@ from kavier_twin.simulation.kpi_table import Metric
 from kavier_twin.simulation.plain import Figure, plain
 
 StopReason = Literal["certain", "time", "all_scenarios"]
-"""Why no more scenarios were simulated: the best policy is known, the budget ended, or there were enough."""
+"""Why simulation stopped: the best policy is certain, the time budget was used up, or all scenarios were simulated."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,18 @@ class Gain:
     by_objective: Annotated[
         dict[str, float],
         Field(
-            description="Of slo: expected breaches avoided; of the rest: the share saved (0.1: a tenth less).",
+            description="For slo, the expected number of violations avoided; otherwise the relative saving (0.1: 10 % "
+            "less).",
             examples=[{"slo": 1.25, "latency": 0.2}],
         ),
     ]
-    decided_by: Annotated[str, Field(description="The objective in which they differ.", examples=["slo"])]
+    decided_by: Annotated[str, Field(description="Objective in which the policies differ.", examples=["slo"])]
     probability: Annotated[
         Figure,
-        Field(description="That it is truly better in that objective; null for today's own.", examples=[0.98]),
+        Field(
+            description="Probability that the policy is better in that objective. Null for the current policy.",
+            examples=[0.98],
+        ),
     ]
 
 

@@ -30,13 +30,13 @@ class RollingRestart(_Settings):
     """
 
     startup_seconds: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 120.0
-    """Until a restarted engine serves."""
+    """Time until a restarted engine is ready."""
 
     drain_seconds: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 30.0
-    """How long an engine may end what it serves; the rest begins again elsewhere."""
+    """Time that an engine has to finish its requests. Unfinished requests start again on another replica."""
 
     max_unavailable_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.25
-    """Share of the replicas that are out at once. Where that is none, a new one starts first."""
+    """Share of replicas that are unavailable at the same time. If that is none, a new replica starts first."""
 
 
 class ForecastSettings(_Settings):
@@ -48,51 +48,51 @@ class ForecastSettings(_Settings):
     """
 
     every_seconds: Seconds = 30.0
-    """Time between two forecasts."""
+    """Interval between forecasts."""
 
     budget_seconds: Seconds | None = Field(default=None, examples=[24.0])
-    """What a forecast may take; 80 % of `every_seconds` unless given."""
+    """Time budget of a forecast. The default is 80 % of `every_seconds`."""
 
     horizons_seconds: Annotated[tuple[Seconds, ...], Field(min_length=1)] = (60.0, 300.0, 900.0)
-    """How far ahead, each."""
+    """Horizons of the forecast."""
 
     scenarios: Count = Field(default=9, validation_alias=AliasChoices("scenarios", "futures"))
-    """Scenarios simulated for each policy, at most. Every third follows the trend of the load, for alerts."""
+    """Maximum number of scenarios for each policy. Every third one follows the trend of the load, for alerts."""
 
     least_scenarios: Count = Field(default=4, validation_alias=AliasChoices("least_scenarios", "least_futures"))
-    """Scenarios simulated before the ranking may end a forecast."""
+    """Number of scenarios simulated before a forecast may stop early."""
 
     certainty: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
-    """Probability of the ranking at which a forecast may end."""
+    """Probability of the ranking at which a forecast may stop early."""
 
     quantiles: tuple[Annotated[float, Field(gt=0.0, lt=1.0)], ...] = (0.05, 0.1, 0.5, 0.9, 0.95)
-    """Quantiles over the scenarios that are told of each KPI."""
+    """Quantiles over scenarios that are reported for each KPI."""
 
     workers: Count = Field(default_factory=lambda: os.cpu_count() or 1, examples=[2])
-    """Simulations at once; the processor's cores unless given."""
+    """Number of concurrent simulations. The default is the number of CPU cores."""
 
     executor: Literal["threads", "ray"] = "threads"
-    """Where simulations run: in threads of the daemon, or on a Ray cluster."""
+    """Where simulations run: in threads of the daemon or on a Ray cluster."""
 
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of the scenarios drawn."""
+    """Seed of the scenarios."""
 
     policies: tuple[Policy, ...] = Field(
         default=DEFAULT_POLICIES,
         examples=[[{"name": "today"}, {"name": "fp8", "overrides": {"kv_cache_dtype": "fp8"}}]],
     )
-    """What is compared, the most important first; one without overrides is today's."""
+    """Policies to compare, the most important first. The one without overrides is the current policy."""
 
     slos: tuple[Slo, ...] = Field(
         default=DEFAULT_SLOS, examples=[[{"name": "fast", "metric": "ttft_p99_seconds", "threshold": 2.0}]]
     )
-    """Service level objectives whose breach is foreseen."""
+    """Service level objectives (SLOs) whose violation is predicted."""
 
     objective: Annotated[tuple[Objective, ...], Field(min_length=1)] = ("slo", "latency")
-    """What makes a policy best; a later entry decides where earlier ones are equal."""
+    """What makes a policy the best. A later entry decides if the earlier ones are equal."""
 
     switch: RollingRestart = Field(default=RollingRestart(), examples=[{"startup_seconds": 300}])
-    """How a new policy would be brought to the engines."""
+    """How a new policy would be rolled out to the engines."""
 
     @property
     def cycle_seconds(self) -> float:

@@ -17,13 +17,13 @@ class Slo(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     name: Annotated[str, Field(min_length=1)] = Field(examples=["fast"])
-    """How metrics and alerts call it."""
+    """Name in metrics and alerts."""
 
     metric: Metric = Field(examples=["ttft_p99_seconds"])
-    """The KPI that is bounded."""
+    """KPI with the bound."""
 
     threshold: Annotated[float, Field(allow_inf_nan=False)] = Field(examples=[2.0])
-    """The bound, in the KPI's unit."""
+    """Bound in the KPI's unit."""
 
     @property
     def higher_is_better(self) -> bool:

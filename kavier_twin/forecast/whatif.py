@@ -38,22 +38,25 @@ class Question(BaseModel):
 
     overrides: dict[str, Override] = Field(
         default={},
-        description="Settings to change, `replicas` included; names and factors such as `0.5x` as in a policy.",
+        description="Settings to change, including `replicas`. Names and factors such as `0.5x` are those of a policy.",
         examples=[{"kv_cache_dtype": "fp8", "replicas": 6}],
     )
     load: Annotated[float, Field(gt=0.0, le=100.0, allow_inf_nan=False)] = Field(
-        default=1.0, description="Arrivals as a multiple of those foreseen.", examples=[1.5]
+        default=1.0, description="Arrival rate as a multiple of the predicted rate.", examples=[1.5]
     )
     horizon_seconds: Annotated[float, Field(gt=0.0, le=86_400.0, allow_inf_nan=False)] = Field(
-        default=900.0, description="Seconds from now.", examples=[900.0]
+        default=900.0, description="Horizons in seconds from now.", examples=[900.0]
     )
-    scenarios: Annotated[int, Field(ge=1, le=64)] = Field(default=8, description="Scenarios simulated at most.")
+    scenarios: Annotated[int, Field(ge=1, le=64)] = Field(default=8, description="Maximum number of scenarios.")
     budget_seconds: Annotated[float, Field(gt=0.0, le=60.0)] = Field(
-        default=2.0, description="Time to answer in; where it does not suffice, fewer scenarios are simulated, but one."
+        default=2.0,
+        description="Time budget for the answer. If it is too short, fewer scenarios are simulated, but at least one.",
     )
-    seed: Annotated[int, Field(ge=0)] = Field(default=0, description="The same seed and state give the same answer.")
+    seed: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="Seed. The same seed and state give the same answer."
+    )
     pool: str | None = Field(
-        default=None, description="The pool asked about; may be left out where there is one.", examples=["chat"]
+        default=None, description="Name of the pool. Optional if there is only one.", examples=["chat"]
     )
 
 
@@ -74,12 +77,12 @@ class Case(BaseModel):
     name: CaseName = Field(examples=["asked"])
     overrides: dict[str, Override] = Field(examples=[{"kv_cache_dtype": "fp8"}])
     load: float = Field(examples=[1.5])
-    kpis: dict[Metric, Spread] = Field(description="By KPI, in the unit that its name ends with.")
+    kpis: dict[Metric, Spread] = Field(description="Quantiles by KPI, in the unit at the end of its name.")
     breach_probability: dict[str, float] = Field(
-        description="By SLO: the share of scenarios that break it.", examples=[{"ttft_p99": 0.5}]
+        description="Share of scenarios that violate the SLO, by SLO.", examples=[{"ttft_p99": 0.5}]
     )
     breach_interval: dict[str, tuple[float, float]] = Field(
-        description="By SLO: its 90 % credible interval.", examples=[{"ttft_p99": [0.3, 0.7]}]
+        description="90 % credible interval of the violation probability, by SLO.", examples=[{"ttft_p99": [0.3, 0.7]}]
     )
 
 
@@ -87,22 +90,28 @@ class Answer(BaseModel):
     """Today's policy beside the one asked about, on the same scenarios."""
 
     pool: str = Field(examples=["chat"])
-    event_seconds: float = Field(description="Event time of the state asked.", examples=[1767225600.5])
+    event_seconds: float = Field(description="Event time of the state that was used.", examples=[1767225600.5])
     calibrated: bool = Field(examples=[True])
     horizon_seconds: float = Field(examples=[900.0])
     scenarios: int = Field(examples=[2])
-    rate_requests_per_second: float = Field(description="Arrivals foreseen, before `load`.", examples=[4.2])
-    deployable: bool = Field(description="Whether `vllm serve` has a flag for all that changes.", examples=[True])
+    rate_requests_per_second: float = Field(
+        description="Predicted arrival rate, before `load` is applied.", examples=[4.2]
+    )
+    deployable: bool = Field(description="Whether `vllm serve` has flags for all changes.", examples=[True])
     vllm_flags: tuple[str, ...] = Field(examples=[["--kv-cache-dtype fp8"]])
     hypothetical_reasons: tuple[str, ...] = Field(
-        description="Why flags do not deploy it, where they do not.", examples=[[]]
+        description="Why flags cannot deploy the change, if they cannot.", examples=[[]]
     )
-    cases: tuple[Case, ...] = Field(description="Today's policy first, what was asked last; what is equal is one case.")
-    duration_seconds: float = Field(description="Wall clock, without waiting for other questions.", examples=[1.5])
+    cases: tuple[Case, ...] = Field(
+        description="The current policy first, the one asked about last. Equal policies are one case."
+    )
+    duration_seconds: float = Field(
+        description="Duration in seconds, without the time spent waiting for other requests.", examples=[1.5]
+    )
 
 
 class Busy(Exception):
-    """Too many questions wait already."""
+    """Too many requests are waiting."""
 
 
 class NothingYet(Exception):
@@ -192,7 +201,7 @@ class WhatIf:
             with self._answering:
                 snapshot = self._snapshot_source()
                 if snapshot is None:
-                    raise NothingYet("the mirror has processed no telemetry yet")
+                    raise NothingYet("the mirror has not processed any telemetry yet")
                 arrivals = self._load.forecast(snapshot, question.horizon_seconds, refit=False)
                 return answer(snapshot, question, self._slos, self._executor, arrivals)
         finally:

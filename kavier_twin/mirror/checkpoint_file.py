@@ -70,11 +70,11 @@ def read(path: Path) -> Saved:
     """Raises CheckpointError, OSError."""
     content = path.read_bytes()
     if not content.startswith(_MAGIC):
-        raise CheckpointError("not a checkpoint")
+        raise CheckpointError("not a checkpoint file")
     at = len(_MAGIC)
     digest, body = content[at : at + 32], memoryview(content)[at + 32 :]
     if hashlib.sha256(body).digest() != digest:
-        raise CheckpointError("damaged: its checksum does not fit")
+        raise CheckpointError("damaged: the checksum does not match")
     length = int.from_bytes(body[:8], "little")
     head = json.loads(bytes(body[8 : 8 + length]))
     if head["version"] != VERSION or head["layout"] != layout_digest():

@@ -382,7 +382,7 @@ class Mirror:
         self._fold_to(reached, whole=True)
 
     def _keep_fork(self, second: float) -> None:
-        """Keep a fork, and fewer of the older ones, the oldest as old as events may be late or are to be folded again."""
+        """Keep a fork, and fewer of the older ones, as far back as events may be late or wait to be folded again."""
         kept = [(second, self.fold.fork())]
         oldest = min(second - self.settings.late_seconds, self.timeline.dirty_seconds)
         for time, fold in reversed(self._forks):

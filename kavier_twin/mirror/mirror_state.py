@@ -46,7 +46,7 @@ def restore(saved: Saved, settings: MirrorSettings, fleet: FleetSettings) -> Mir
     # Step times move with calibration, the footprint with the grid: neither is part of the state.
     same = configured.model_copy(update={"step_time": fleet.step_time, "footprint": fleet.footprint})
     if same != fleet:
-        raise CheckpointError("the fleet's settings have changed since")
+        raise CheckpointError("the settings of the fleet have changed since then")
     mirror = Mirror(settings, fleet)
     fold = _restore_fold(Fold(settings, fleet), document["fold"], FleetState(**saved.arrays), fleet)
     mirror.timeline.restore(document["timeline"])

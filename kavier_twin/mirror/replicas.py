@@ -29,12 +29,14 @@ class Replica:
     """A mirrored replica; counters since it joined."""
 
     replica: Annotated[int, Field(examples=[0])]
-    pod: Annotated[str, Field(description="That it stands for; empty: none has claimed it.", examples=["vllm-0"])]
+    pod: Annotated[
+        str, Field(description="Pod that the replica mirrors. Empty if no pod is assigned.", examples=["vllm-0"])
+    ]
     state: Annotated[ReplicaState, Field(examples=["ready"])]
     requests_running: Annotated[int, Field(examples=[12])]
     requests_waiting: Annotated[int, Field(examples=[3])]
     kv_cache_usage_ratio: Annotated[Figure, Field(examples=[0.71])]
-    prefix_cache_hit_ratio: Annotated[Figure, Field(description="Null: no request yet.", examples=[0.44])]
+    prefix_cache_hit_ratio: Annotated[Figure, Field(description="Null if there was no request yet.", examples=[0.44])]
     requests_finished: Annotated[int, Field(examples=[1830])]
     output_tokens: Annotated[int, Field(examples=[240113])]
     preemptions: Annotated[int, Field(examples=[0])]
@@ -48,7 +50,9 @@ class LiveRequest:
     age_seconds: Annotated[float, Field(examples=[1.25])]
     prompt_tokens: Annotated[int, Field(examples=[812])]
     output_tokens: Annotated[int, Field(description="So far.", examples=[57])]
-    cached_tokens: Annotated[int, Field(description="Prefix hits at its admission.", examples=[512])]
+    cached_tokens: Annotated[
+        int, Field(description="Prompt tokens found in the prefix cache at admission.", examples=[512])
+    ]
     blocks: Annotated[int, Field(examples=[28])]
     preemptions: Annotated[int, Field(examples=[0])]
 
@@ -58,15 +62,19 @@ class ReplicaDetail:
     """A mirrored replica with its cache and its batch."""
 
     summary: Replica
-    block_tokens: Annotated[int, Field(description="Tokens of a block.", examples=[16])]
+    block_tokens: Annotated[int, Field(description="Tokens in a block.", examples=[16])]
     blocks: Annotated[int, Field(description="Without vLLM's null block.", examples=[2999])]
-    blocks_in_use: Annotated[int, Field(description="Held by requests.", examples=[2130])]
-    blocks_cached: Annotated[int, Field(description="Not held; their content can still be found.", examples=[869])]
+    blocks_in_use: Annotated[int, Field(description="Blocks held by requests.", examples=[2130])]
+    blocks_cached: Annotated[
+        int, Field(description="Blocks that no request holds and whose content can still be reused.", examples=[869])
+    ]
     blocks_empty: Annotated[int, Field(examples=[0])]
-    evictions: Annotated[int, Field(description="Blocks that lost their content since it joined.", examples=[14031])]
+    evictions: Annotated[int, Field(description="Blocks evicted since the replica joined.", examples=[14031])]
     max_num_seqs: Annotated[int, Field(examples=[256])]
     max_num_batched_tokens: Annotated[int, Field(examples=[8192])]
-    requests: Annotated[tuple[LiveRequest, ...], Field(description="Running first, then waiting; the first 256.")]
+    requests: Annotated[
+        tuple[LiveRequest, ...], Field(description="Requests: running first, then waiting. At most 256.")
+    ]
 
 
 def replicas(mirror: Mirror) -> tuple[Replica, ...]:

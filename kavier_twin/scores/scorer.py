@@ -97,20 +97,20 @@ class KpiScore:
     kpi: Kpi
     horizon_seconds: HorizonSeconds
     forecasts: Annotated[int, Field(description="Judged.", examples=[120])]
-    error: Annotated[Figure, Field(description="Of the medians as simulated.", examples=[0.08])]
+    error: Annotated[Figure, Field(description="Mean absolute error of the simulated medians.", examples=[0.08])]
     persistence_error: Annotated[
-        Figure, Field(description="Of saying that it stays as it was, where that is known.", examples=[0.11])
+        Figure, Field(description="Mean absolute error of persistence, if known.", examples=[0.11])
     ]
     error_to_persistence_ratio: Annotated[Figure, Field(description="Below 1 is better.", examples=[0.73])]
-    served_error: Annotated[Figure, Field(description="Of medians corrected by what was observed.", examples=[0.07])]
+    served_error: Annotated[Figure, Field(description="Mean absolute error of the corrected medians.", examples=[0.07])]
     served_error_to_persistence_ratio: Annotated[Figure, Field(examples=[0.64])]
     coverage_ratio: Annotated[
-        Figure, Field(description="Intervals, as simulated, that held what came.", examples=[0.7])
+        Figure, Field(description="Share of observed values inside the simulated interval.", examples=[0.7])
     ]
     widened_coverage_ratio: Annotated[
-        Figure, Field(description="The same, widened by what was observed.", examples=[0.9])
+        Figure, Field(description="Share of observed values inside the widened interval.", examples=[0.9])
     ]
-    width: Annotated[Figure, Field(description="Mean, as simulated.", examples=[0.2])]
+    width: Annotated[Figure, Field(description="Mean simulated interval width.", examples=[0.2])]
     widened_width: Annotated[Figure, Field(examples=[0.4])]
 
 
@@ -118,10 +118,12 @@ class KpiScore:
 class Bin:
     """Forecasts with breach probabilities of about the same size."""
 
-    lower: Annotated[float, Field(description="End of the bin, a tenth wide.", examples=[0.3])]
+    lower: Annotated[float, Field(description="Lower bound of the bin. Bins are 0.1 wide.", examples=[0.3])]
     forecasts: Annotated[int, Field(examples=[14])]
     probability: Annotated[float, Field(description="Mean.", examples=[0.34])]
-    breached_ratio: Annotated[float, Field(description="How often it came.", examples=[0.36])]
+    breached_ratio: Annotated[
+        float, Field(description="Share of forecasts that were followed by a violation.", examples=[0.36])
+    ]
 
 
 @dataclass(frozen=True)
@@ -131,11 +133,11 @@ class BreachScore:
     slo: SloName
     horizon_seconds: HorizonSeconds
     forecasts: ForecastCount
-    breached: Annotated[int, Field(description="Forecasts whose breach came.", examples=[9])]
-    brier: Annotated[Figure, Field(description="Mean squared error, 0 is perfect.", examples=[0.04])]
-    simulated_brier: Annotated[Figure, Field(description="Of the share of scenarios.", examples=[0.05])]
-    persistence_brier: Annotated[Figure, Field(description="Of saying that it stays as it is.", examples=[0.07])]
-    reliability: Annotated[tuple[Bin, ...], Field(description="Ascending, without empty bins.")]
+    breached: Annotated[int, Field(description="Number of forecasts that were followed by a violation.", examples=[9])]
+    brier: Annotated[Figure, Field(description="Brier score. 0 is perfect.", examples=[0.04])]
+    simulated_brier: Annotated[Figure, Field(description="Brier score of the share of scenarios.", examples=[0.05])]
+    persistence_brier: Annotated[Figure, Field(description="Brier score of persistence.", examples=[0.07])]
+    reliability: Annotated[tuple[Bin, ...], Field(description="Bins in ascending order, without empty ones.")]
 
 
 @dataclass(frozen=True)
@@ -146,17 +148,21 @@ class AlertScore:
     alerts: Annotated[int, Field(examples=[4])]
     breaches: Annotated[int, Field(examples=[3])]
     precision: Annotated[
-        Figure, Field(description="Alerts that a breach followed within the longest horizon, of all.", examples=[0.75])
+        Figure,
+        Field(
+            description="Share of alerts that were followed by a violation within the longest horizon.", examples=[0.75]
+        ),
     ]
-    recall: Annotated[Figure, Field(description="Breaches that an alert came before, of all.", examples=[1.0])]
+    recall: Annotated[Figure, Field(description="Share of violations that were preceded by an alert.", examples=[1.0])]
     lead_seconds: Annotated[
-        tuple[float, ...], Field(description="From alert to breach, of each.", examples=[[340, 420, 610]])
+        tuple[float, ...],
+        Field(description="Time from the alert to the violation, one value each.", examples=[[340, 420, 610]]),
     ]
     median_lead_seconds: Annotated[Figure, Field(examples=[420])]
     most_lead_seconds: Annotated[
         tuple[float, ...],
         Field(
-            description="Of the same breaches: what an alert would give that began right after the breach before.",
+            description="Lead times if each alert had started right after the previous violation.",
             examples=[[900, 420, 1800]],
         ),
     ] = ()
@@ -172,7 +178,7 @@ class Interval:
     median: Annotated[Figure, Field(examples=[0.7])]
     high: Annotated[Figure, Field(examples=[0.8])]
     wide_low: Annotated[Figure, Field(examples=[0.5])]
-    served: Annotated[Figure, Field(description="The corrected median.", examples=[0.72])]
+    served: Annotated[Figure, Field(description="Corrected median.", examples=[0.72])]
     wide_high: Annotated[Figure, Field(examples=[0.9])]
 
 
@@ -184,14 +190,18 @@ class Scores:
     breaches: tuple[BreachScore, ...] = ()
     alerts: tuple[AlertScore, ...] = ()
     intervals: tuple[Interval, ...] = ()
-    pending: Annotated[int, Field(description="Forecasts, by horizon, whose time has not come.", examples=[12])] = 0
+    pending: Annotated[
+        int,
+        Field(description="Number of forecasts, summed over horizons, whose horizon has not ended yet.", examples=[12]),
+    ] = 0
     unscored: Annotated[
-        Mapping[str, int], Field(description="Not judged, by reason.", examples=[{"interrupted": 3}])
+        Mapping[str, int],
+        Field(description="Number of forecasts that could not be scored, by reason.", examples=[{"interrupted": 3}]),
     ] = field(default_factory=dict)
     unobserved: Annotated[
         Mapping[Metric, int],
         Field(
-            description="By KPI: forecasts of whose time no telemetry told it, so that it was not judged.",
+            description="Number of forecasts that could not be scored because no telemetry reported the KPI, by KPI.",
             examples=[{"power_watts": 120}],
         ),
     ] = field(default_factory=dict)
@@ -207,7 +217,7 @@ class Foreseen(NamedTuple):
     time_seconds: float
     horizon_seconds: float
     kpis: dict[Metric, Foretold]
-    breach: dict[str, tuple[float, float]]  # by objective: odds as served, and the share of scenarios
+    breach: dict[str, tuple[float, float]]  # by objective: the probability as served, and the share of scenarios
 
 
 class Scorer:
@@ -283,8 +293,8 @@ class Scorer:
             self._keep(Foreseen(forecast.time_seconds, horizon, kpis, breach))
         self._intervals = tuple(Interval(metric, horizon, *one[:6]) for (horizon, metric), one in told.items())
         shortest = min(row.horizon_seconds for row in rows)
-        odds = {one.slo: one.probability for one in forecast.first_breaches if one.policy == policy}
-        self._moments.append((forecast.time_seconds, shortest, {slo: odds.get(slo, 0.0) for slo in self._slos}))
+        first = {one.slo: one.probability for one in forecast.first_breaches if one.policy == policy}
+        self._moments.append((forecast.time_seconds, shortest, {slo: first.get(slo, 0.0) for slo in self._slos}))
         return shown
 
     def _foretell(self, time_seconds: float, row: Row) -> dict[tuple[float, Metric], Foretold]:
@@ -348,11 +358,11 @@ class Scorer:
                 self._judge(one, measure, settled)
         self._pending = waiting
         while self._moments and self._known(self._moments[0][0], now_seconds):
-            time, window, odds = self._moments.popleft()
+            time, window, probabilities = self._moments.popleft()
             if time - window < self.reality.since_seconds:
                 continue
             now = measure(time - window, time)
-            for name, probability in odds.items():
+            for name, probability in probabilities.items():
                 if name in self._slos and self._slos[name].metric in now:
                     breached = self._slos[name].breached(now[self._slos[name].metric])
                     settled.moments.append(Moment(time, name, probability, breached))

@@ -57,7 +57,7 @@ def breach_probability(slo: Slo, low: float, median: float, high: float) -> floa
 
 
 def _row(row: Row, told: Mapping[tuple[float, Metric], Foretold], slos: Sequence[Slo]) -> Row:
-    kpis, odds, credible = dict(row.kpis), dict(row.breach_probability), dict(row.breach_interval)
+    kpis, breaches, credible = dict(row.kpis), dict(row.breach_probability), dict(row.breach_interval)
     for metric, values in row.kpis.items():
         one = told.get((row.horizon_seconds, metric))
         if one is None or not math.isfinite(values.p50):
@@ -69,10 +69,10 @@ def _row(row: Row, told: Mapping[tuple[float, Metric], Foretold], slos: Sequence
         low, median, high = interval(values)
         ends = moved.value(low, -1.0), moved.value(median, 0.0), moved.value(high, 1.0)
         for slo in slos:
-            if slo.metric == metric and slo.name in odds:
-                odds[slo.name] = breach_probability(slo, *ends)
-                credible[slo.name] = share_interval(odds[slo.name] * row.scenarios, row.scenarios)
-    return dataclasses.replace(row, kpis=kpis, breach_probability=odds, breach_interval=credible)
+            if slo.metric == metric and slo.name in breaches:
+                breaches[slo.name] = breach_probability(slo, *ends)
+                credible[slo.name] = share_interval(breaches[slo.name] * row.scenarios, row.scenarios)
+    return dataclasses.replace(row, kpis=kpis, breach_probability=breaches, breach_interval=credible)
 
 
 def movement(simulated: float, served: float) -> tuple[float, float]:

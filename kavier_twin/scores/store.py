@@ -54,7 +54,7 @@ class ScoreStore:
                 damaged = path.with_name(path.name + suffix)
                 if damaged.exists():
                     damaged.rename(aside.with_name(aside.name + suffix))
-            log.warning("%s is damaged (%s): moved to %s; scores begin anew", path, error, aside.name)
+            log.warning("%s is damaged (%s): moved to %s; scores start from scratch", path, error, aside.name)
             self._db = _open(path)
 
     def close(self) -> None:
@@ -77,7 +77,7 @@ class ScoreStore:
         except sqlite3.Error as error:
             self.failures += 1
             if str(error) != self._trouble:
-                log.error("scores could not be written to %s: %s", self.path, error)
+                log.error("cannot write scores to %s: %s", self.path, error)
             self._trouble = str(error)
 
     def roll_back(self, pool: str, checkpoint: int | None) -> None:

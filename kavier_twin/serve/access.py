@@ -31,14 +31,14 @@ class Access:
         if self.token is None:
             raise ProblemError(
                 HTTPStatus.FORBIDDEN,
-                "no token is configured, so nobody may do this; give http.token (env or file) in the settings file",
+                "this needs a token, and none is configured; set http.token (env or file) in the settings file",
             )
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         # compare_digest takes as long wherever the difference lies.
         if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self.token().encode()):
             raise ProblemError(
                 HTTPStatus.UNAUTHORIZED,
-                "give the token of http.token: Authorization: Bearer TOKEN",
+                "send the token configured in http.token: Authorization: Bearer TOKEN",
                 headers={"WWW-Authenticate": 'Bearer realm="kavier-twin"'},
             )
 

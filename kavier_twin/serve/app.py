@@ -90,19 +90,19 @@ class Twin:
 class PolicyChange(PolicySet):
     """The policies a pool shall be forecast under."""
 
-    pool: str = Field(default="", description="May be left out where there is one pool.", examples=["chat"])
+    pool: str = Field(default="", description="Name of the pool. Optional if there is only one.", examples=["chat"])
 
 
-_Pool = Annotated[str | None, Query(description="Only this pool; without it all of them.")]
+_Pool = Annotated[str | None, Query(description="Name of a pool. By default all pools.")]
 _REFUSALS: Final = {
-    400: "The body is not text.",
+    400: "The body is not UTF-8 text.",
     401: "The token is missing or wrong.",
     403: "No token is configured.",
-    404: "There is no such pool or replica.",
+    404: "The pool or replica does not exist.",
     413: "The body is too long.",
-    422: "A field is wrong; `errors` names it.",
-    429: "Too many questions wait already.",
-    503: "Too many requests at once, or there is nothing to ask yet.",
+    422: "A field is invalid. `errors` names it.",
+    429: "Too many requests are waiting.",
+    503: "Too many concurrent requests, or there is no data yet.",
 }
 
 
@@ -111,7 +111,7 @@ def make_app(twin: Twin, access: Access, limits: Limits) -> ASGIApp:
     app = FastAPI(
         title="Kavier Twin",
         version=__version__,
-        summary="The twin of a fleet of vLLM servers: what it mirrors, what it foresees, how far to trust it.",
+        summary="Digital twin of a fleet of vLLM servers: its mirrored state, its forecasts and their accuracy.",
         docs_url=None,  # both would load scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,
@@ -148,14 +148,16 @@ def _plain(twin: Twin, access: Access) -> APIRouter:
         access.to_read(request)
         return _metrics(registry, request.headers.get("accept", ""))
 
-    @router.get("/healthz", summary="Whether the process serves")
+    @router.get("/healthz", summary="Whether the process is alive")
     async def healthy() -> PlainTextResponse:
         return PlainTextResponse("ok\n")
 
     @router.get(
         "/readyz",
-        summary="Whether there are figures to serve",
-        responses={503: {"description": "Not yet: a line for each pool and reason.", "content": {"text/plain": {}}}},
+        summary="Whether the twin is ready",
+        responses={
+            503: {"description": "Not ready. One line for each pool and reason.", "content": {"text/plain": {}}}
+        },
     )
     def ready() -> PlainTextResponse:
         reasons = [f"pool {name}: {why}" for name, view in twin.current().items() for why in view.not_ready]
@@ -175,42 +177,42 @@ def _reading(twin: Twin, access: Access) -> APIRouter:
         dependencies=[] if access.open_reading else [Security(_BEARER)],
     )
 
-    @router.get("/kpis", summary="Every KPI: its unit, its statistics, how it is judged and shown")
+    @router.get("/kpis", summary="All KPIs: unit, statistics, error bound and display")
     def kpis() -> KpiTable:
         return KpiTable.model_validate({"kpis": tuple(KPIS.values()), "metrics": STATISTICS})
 
-    @router.get("/state", summary="The mirror, by pool and replica")
+    @router.get("/state", summary="State of the mirror, by pool and replica")
     def state(pool: _Pool = None) -> State:
         return State(version=__version__, unix_seconds=time.time(), pools=_views(twin, pool))
 
-    @router.get("/state/{pool}/replicas/{replica}", summary="A replica with its cache and its batch")
+    @router.get("/state/{pool}/replicas/{replica}", summary="State of a replica with its cache and batch")
     def replica(
         pool: Annotated[str, Path(description="The pool.")],
-        replica: Annotated[int, Path(ge=0, lt=2**31, description="The replica's number, as in /v1/state.")],
+        replica: Annotated[int, Path(ge=0, lt=2**31, description="Number of the replica, as in /v1/state.")],
     ) -> ReplicaDetail:
         found = _pool(twin, pool).replica(replica)
         if found is None:
             raise ProblemError(HTTPStatus.NOT_FOUND, f"pool {pool} has no replica {replica}", field="replica")
         return found
 
-    @router.get("/fidelity", summary="How far to trust the figures")
+    @router.get("/fidelity", summary="Errors of the mirror and trust in its figures")
     def fidelity(pool: _Pool = None) -> Pools[PoolFidelity]:
         return Pools[PoolFidelity](pools=_views(twin, pool))
 
-    @router.get("/forecast", summary="What is forecast, policy by policy")
+    @router.get("/forecast", summary="Forecast by policy")
     def forecast(pool: _Pool = None) -> Pools[PoolForecast]:
         return Pools[PoolForecast](pools=_views(twin, pool))
 
-    @router.get("/scores", summary="How good the forecasts have been")
+    @router.get("/scores", summary="Accuracy of past forecasts")
     def scores(pool: _Pool = None) -> Pools[PoolScores]:
         return Pools[PoolScores](pools=_views(twin, pool))
 
-    @router.get("/history", summary="The last hour, mirrored and observed")
+    @router.get("/history", summary="Mirrored and observed KPIs of the last hour")
     def history(pool: _Pool = None) -> Pools[PoolHistory]:
         views = _views(twin, pool)
         return Pools[PoolHistory](pools=tuple(PoolHistory(pool=view.pool, **vars(view.history)) for view in views))
 
-    @router.get("/policies", summary="The policies that are forecast")
+    @router.get("/policies", summary="Policies that are forecast")
     def policies(pool: _Pool = None) -> Pools[PoolPolicies]:
         return _policies(twin, [view.pool for view in _views(twin, pool)])
 
@@ -226,7 +228,7 @@ def _changing(twin: Twin, access: Access, limits: Limits) -> APIRouter:
         dependencies=[Security(_BEARER)],
     )
 
-    @router.put("/policies", summary="Forecast other policies from the next cycle on")
+    @router.put("/policies", summary="Replace the policies, starting with the next forecast")
     def set_policies(change: PolicyChange) -> Pools[PoolPolicies]:
         name = _named(twin, change.pool)
         try:
@@ -235,7 +237,7 @@ def _changing(twin: Twin, access: Access, limits: Limits) -> APIRouter:
             raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, str(error), field=error.field) from None
         return _policies(twin, [name])
 
-    @router.post("/whatif", summary="What another policy or load would do from now on", responses=_problems(429))
+    @router.post("/whatif", summary="Predict the effect of another policy or load", responses=_problems(429))
     def what_if(question: Question) -> Answer:
         name = _named(twin, question.pool or "")
         pool = _pool(twin, name)
@@ -252,7 +254,7 @@ def _changing(twin: Twin, access: Access, limits: Limits) -> APIRouter:
     return router
 
 
-_BEARER: Final = HTTPBearer(auto_error=False, scheme_name="token", description="The token of http.token.")
+_BEARER: Final = HTTPBearer(auto_error=False, scheme_name="token", description="Token configured in http.token.")
 
 
 def _views(twin: Twin, pool: str | None) -> tuple[TwinView, ...]:

@@ -132,9 +132,9 @@ def judged(view: TwinView, mirror: Mirror) -> TwinView:
     observed = {score.kpi for score in mirror.scores} & trust.keys()
     reasons = [trust[kpi].reason for kpi in trust if kpi in observed and not trust[kpi].trusted]
     if not observed:
-        reasons.append("nothing was observed yet that a prediction could be compared with")
+        reasons.append("no observations yet to compare predictions with")
     if not mirror.calibrated:
-        reasons.append("step times are not fitted to this pool yet")
+        reasons.append("step times have not been fitted to this pool yet")
     return replace(
         view,
         step_time_deviation={name: found.deviation for name, found in fitted.items()},

@@ -90,7 +90,7 @@ class _Connection(H11Protocol):
             self._look_again(self.cycle)
 
     def send_400_response(self, msg: str) -> None:
-        told = answer(400, "this is no HTTP request, or its headers are too long")
+        told = answer(400, "not an HTTP request, or its headers are too long")
         headers = [*told.raw_headers, (b"connection", b"close")]
         for event in (
             h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),

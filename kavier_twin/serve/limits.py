@@ -22,7 +22,7 @@ HEADERS: Final = {
 _ALWAYS: Final = frozenset(
     {"/healthz", "/readyz", "/metrics"}
 )  # probes and scrapes get through however busy the API is
-TOO_LONG: Final = "the body is longer than http.max_body_bytes"
+TOO_LONG: Final = "the body exceeds http.max_body_bytes"
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Envelope:
             return
         counted = scope["path"] not in _ALWAYS
         if counted and self._under_way >= self._limits.at_once:
-            busy = answer(503, "too many requests at once; try again in a second", headers={"Retry-After": "1"})
+            busy = answer(503, "too many concurrent requests; try again in a second", headers={"Retry-After": "1"})
             await busy(scope, receive, with_headers)
             return
         if scope["method"] == "HEAD":  # the server leaves the body out

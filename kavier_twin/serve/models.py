@@ -27,10 +27,10 @@ from kavier_twin.simulation.plain import Figure
 
 PoolName = Annotated[str, Field(description="The pool.", examples=["chat"])]
 EventSeconds = Annotated[
-    Figure, Field(description="On the stream's clock: unix time for live sources.", examples=[1767225600.5])
+    Figure, Field(description="Event time: Unix seconds for live sources.", examples=[1767225600.5])
 ]
-Flags = Annotated[tuple[str, ...], Field(description="Of `vllm serve`.", examples=[["--max-num-seqs 128"]])]
-Deployable = Annotated[bool, Field(description="Whether the flags deploy all of it.", examples=[True])]
+Flags = Annotated[tuple[str, ...], Field(description="Flags of `vllm serve`.", examples=[["--max-num-seqs 128"]])]
+Deployable = Annotated[bool, Field(description="Whether the flags deploy the whole policy.", examples=[True])]
 Quantiles = Mapping[float, Figure]
 """Quantile (0..1) over the simulated scenarios -> value."""
 Counts = Mapping[str, int]
@@ -52,7 +52,7 @@ class Statistic(BaseModel):
     model_config = ConfigDict(from_attributes=True)
 
     kpi: str = Field(examples=["ttft_seconds"])
-    statistic: str = Field(description="p50, p99, ... of a latency; else empty.", examples=["p99"])
+    statistic: str = Field(description="Statistic of a latency (p50, p99, ...); otherwise empty.", examples=["p99"])
 
 
 class KpiTable(BaseModel):
@@ -61,7 +61,7 @@ class KpiTable(BaseModel):
     model_config = ConfigDict(from_attributes=True, json_schema_serialization_defaults_required=True)
 
     kpis: tuple[Kpi, ...]
-    metrics: dict[str, Statistic] = Field(description="What SLOs bound, and scores and what-ifs name.")
+    metrics: dict[str, Statistic] = Field(description="Metric name, as SLOs, scores and what-ifs use it.")
 
 
 # --- the mirror ---------------------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ class Gauge:
 
     kpi: Annotated[str, Field(examples=["requests_running"])]
     mirrored: Annotated[Figure, Field(examples=[12])]
-    observed: Annotated[Figure, Field(description="Null: no engine reported it lately.", examples=[11])]
+    observed: Annotated[Figure, Field(description="Null if no engine reported it recently.", examples=[11])]
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,22 @@ class SourceState:
     name: Annotated[str, Field(examples=["kafka:requests"])]
     ended: Annotated[bool, Field(examples=[False])]
     rejected: Annotated[
-        Counts, Field(description="Pieces of input that made no record, by reason.", examples=[{"not-json": 2}])
+        Counts,
+        Field(
+            description="Number of messages that could not be turned into records, by reason.",
+            examples=[{"not-json": 2}],
+        ),
     ]
-    trouble: Annotated[str, Field(description="What keeps it from reading now; empty: nothing.", examples=[""])] = ""
+    trouble: Annotated[str, Field(description="Why the source cannot be read. Empty if it can.", examples=[""])] = ""
     last_record_seconds: EventSeconds = math.nan
-    lag_records: Annotated[Figure, Field(description="In the log and not read yet.", examples=[0])] = math.nan
+    lag_records: Annotated[
+        Figure, Field(description="Records in the source that have not been read yet.", examples=[0])
+    ] = math.nan
     lost: Annotated[
-        Counts, Field(description="Records that left the log unread, by reason.", examples=[{"expired": 0}])
+        Counts,
+        Field(
+            description="Records deleted from the source before they were read, by reason.", examples=[{"expired": 0}]
+        ),
     ] = field(default_factory=dict)
 
 
@@ -122,44 +131,45 @@ class PoolState(OfPool, ABC):
 
     event_seconds: EventSeconds = math.nan
     lag_seconds: Annotated[
-        Figure, Field(description="By which the mirror trails the newest record.", examples=[0.5])
+        Figure, Field(description="Event time between the newest record and the mirror's state.", examples=[0.5])
     ] = math.nan
     last_record_unix_seconds: Annotated[Figure, Field(examples=[1767225600.5])] = math.nan
     buffered_records: Annotated[int, Field(examples=[4])] = 0
-    records: Annotated[Counts, Field(description="By what became of them.", examples=[{"accepted": 5321}])] = field(
-        default_factory=dict
-    )
-    dropped: Annotated[Counts, Field(description="Requests given up, by reason.", examples=[{"never_finished": 0}])] = (
+    records: Annotated[Counts, Field(description="Number of records by result.", examples=[{"accepted": 5321}])] = (
         field(default_factory=dict)
     )
+    dropped: Annotated[
+        Counts,
+        Field(description="Requests that the mirror could not follow, by reason.", examples=[{"never_finished": 0}]),
+    ] = field(default_factory=dict)
     finished_requests: Annotated[int, Field(examples=[2601])] = 0
     gauges: tuple[Gauge, ...] = ()
     replicas: tuple[Replica, ...] = ()
     sources: tuple[SourceState, ...] = ()
-    notes: Annotated[tuple[str, ...], Field(description="What a reader must know.", examples=[[]])] = ()
+    notes: Annotated[tuple[str, ...], Field(description="Notes for the reader.", examples=[[]])] = ()
     stale: Annotated[
         tuple[str, ...],
         Field(
-            description="Why the figures are old, a line for each source that fails or is behind; empty: they are not.",
+            description="Why the figures are stale, one line for each failing or lagging source. Empty if fresh.",
             examples=[[]],
         ),
     ] = ()
-    compiling: Annotated[Compiling | None, Field(description="Null: the kernels are ready.", examples=[None])] = None
+    compiling: Annotated[Compiling | None, Field(description="Null if the kernels are ready.", examples=[None])] = None
 
     @computed_field(  # type: ignore[prop-decorator]
-        description="Why there are no figures yet; empty: there are.", examples=[[]]
+        description="Why there are no figures yet. Empty if there are.", examples=[[]]
     )
     @property
     @abstractmethod
     def not_ready(self) -> tuple[str, ...]:
-        """Why there are no figures yet; empty: there are."""
+        """Why there are no figures yet. Empty if there are."""
 
 
 class State(Pools[PoolState]):
     """The mirror of every pool asked for."""
 
     version: str = Field(examples=["0.1.0"])
-    unix_seconds: float = Field(description="When this was answered.", examples=[1767225600.5])
+    unix_seconds: float = Field(description="Unix time of the answer.", examples=[1767225600.5])
 
 
 @dataclass(frozen=True)
@@ -179,8 +189,9 @@ class History:
     event_seconds: Annotated[
         tuple[float, ...],
         Field(
-            description="Ends of the stretches of time, mostly minutes, that the values are of: requests that ended "
-            "or samples taken since the end before. The last stretch is under way and ends now.",
+            description="End times of the intervals that the values belong to, mostly minutes. A value covers the "
+            "requests that finished, or the samples taken, since the previous end time. The last interval is "
+            "incomplete and ends now.",
             examples=[[1767225600, 1767225624]],
         ),
     ] = ()
@@ -202,14 +213,14 @@ class CacheAgreement:
     pod: Annotated[str, Field(examples=["vllm-0"])]
     engine: Annotated[str, Field(description="Data-parallel rank.", examples=["0"])]
     agreement_ratio: Annotated[
-        Figure, Field(description="Blocks both have, of those that either has.", examples=[0.97])
+        Figure, Field(description="Blocks in both caches divided by blocks in either.", examples=[0.97])
     ] = math.nan
     both: Annotated[int, Field(description="Blocks.", examples=[380])] = 0
     only_mirrored: Annotated[int, Field(examples=[12])] = 0
     only_real: Annotated[int, Field(examples=[8])] = 0
     filled: Annotated[
         int | None,
-        Field(description="Blocks taken over from the engine at the start; null: none were.", examples=[350]),
+        Field(description="Blocks taken over from the engine at the start. Null if there were none.", examples=[350]),
     ] = None
 
 
@@ -217,23 +228,27 @@ class CacheAgreement:
 class PoolFidelity(OfPool):
     """How far to trust one pool's figures."""
 
-    trusted: Annotated[bool, Field(description="Every KPI that is observed is.", examples=[True])] = False
-    untrusted_reasons: Annotated[tuple[str, ...], Field(description="Why not; empty where it is.", examples=[[]])] = ()
-    source: Annotated[str, Field(description="What the mirror follows: stream or metrics.", examples=["stream"])] = (
+    trusted: Annotated[bool, Field(description="Whether all observed KPIs are trusted.", examples=[True])] = False
+    untrusted_reasons: Annotated[
+        tuple[str, ...], Field(description="Why the KPI is not trusted. Empty if it is.", examples=[[]])
+    ] = ()
+    source: Annotated[str, Field(description="Source of the mirror: stream or metrics.", examples=["stream"])] = (
         "stream"
     )
     trust: Annotated[Mapping[str, Trust], Field(description="By KPI.")] = field(default_factory=dict)
     errors: tuple[WindowScore, ...] = ()
-    caches: Annotated[tuple[CacheAgreement, ...], Field(description="Of engines that tell of their cache.")] = ()
+    caches: Annotated[tuple[CacheAgreement, ...], Field(description="Engines that publish KV events.")] = ()
     calibrated: Annotated[
-        bool, Field(description="Whether step times were fitted to the stream or given.", examples=[True])
+        bool, Field(description="Whether step times were fitted to the stream or configured.", examples=[True])
     ] = False
     calibrated_on_requests: Annotated[int, Field(examples=[800])] = 0
     step_time_scale_ratio: Annotated[
-        float, Field(description="How much longer real steps last than the coefficients say.", examples=[1.02])
+        float,
+        Field(description="Observed duration of an engine step divided by its modelled duration.", examples=[1.02]),
     ] = 1.0
     exact_cache_ratio: Annotated[
-        Figure, Field(description="Requests whose prefix hits were exact.", examples=[0.993])
+        Figure,
+        Field(description="Share of requests whose prefix-cache hit was predicted to the token.", examples=[0.993]),
     ] = math.nan
     step_time: Annotated[
         Mapping[str, Figure], Field(description="Coefficients, seconds.", examples=[{"fixed": 0.008}])
@@ -273,8 +288,8 @@ class Predicted:
 
     kpi: Annotated[str, Field(examples=["ttft_seconds"])]
     statistic: Annotated[str, Field(examples=["p99"])]
-    quantiles: Annotated[Quantiles, Field(description="Quantile over the scenarios: value.", examples=[{"0.5": 0.8}])]
-    trusted: Annotated[bool, Field(description="Whether the KPI is to be trusted now.", examples=[True])]
+    quantiles: Annotated[Quantiles, Field(description="Value by quantile over the scenarios.", examples=[{"0.5": 0.8}])]
+    trusted: Annotated[bool, Field(description="Whether the KPI is trusted now.", examples=[True])]
 
 
 @dataclass(frozen=True)
@@ -283,13 +298,20 @@ class Horizon:
 
     seconds: Annotated[float, Field(examples=[300])]
     predicted: tuple[Predicted, ...]
-    breach: Annotated[Mapping[str, float], Field(description="Probability by SLO.", examples=[{"ttft_p99": 0.25}])]
+    breach: Annotated[
+        Mapping[str, float],
+        Field(
+            description="Probability that the SLO is violated within the horizon, by SLO.",
+            examples=[{"ttft_p99": 0.25}],
+        ),
+    ]
     breach_trusted: Annotated[
-        Mapping[str, bool], Field(description="By SLO: whether its KPI is.", examples=[{"ttft_p99": True}])
+        Mapping[str, bool],
+        Field(description="Whether the SLO's KPI is trusted, by SLO.", examples=[{"ttft_p99": True}]),
     ]
     breach_interval: Annotated[
         Mapping[str, tuple[float, float]],
-        Field(description="90 % credible interval of that probability by SLO.", examples=[{"ttft_p99": (0.05, 0.6)}]),
+        Field(description="90 % credible interval of that probability, by SLO.", examples=[{"ttft_p99": (0.05, 0.6)}]),
     ]
 
     def median(self, kpi: str, statistic: str = "") -> float:
@@ -312,25 +334,27 @@ class PolicyOutlook:
     flags: Flags
     deployable: Deployable
     horizons: tuple[Horizon, ...]
-    problem: Annotated[str, Field(description="Why it could not be simulated; empty: it was.", examples=[""])] = ""
+    problem: Annotated[
+        str, Field(description="Why the policy could not be simulated. Empty if it was.", examples=[""])
+    ] = ""
     first_breach: Annotated[
         Mapping[str, Quantiles],
         Field(
-            description="By SLO: seconds to its first breach, in the worst tenth of scenarios and the median one; "
-            "null: none within the longest horizon.",
+            description="Seconds to the first violation, by SLO, in the worst 10 % of scenarios and in the median "
+            "scenario. Null if there is none within the longest horizon.",
             examples=[{"ttft_p99": {"0.1": 300.0, "0.5": 840.0}}],
         ),
     ] = field(default_factory=dict)
     first_breach_probability: Annotated[
         Mapping[str, float],
         Field(
-            description="By SLO: share of scenarios in which it comes within the longest horizon. Alerts follow it.",
+            description="Share of scenarios with a violation within the longest horizon, by SLO. Alerts use it.",
             examples=[{"ttft_p99": 0.55}],
         ),
     ] = field(default_factory=dict)
-    in_force: Annotated[bool, Field(description="Whether it is today's: it overrides nothing.", examples=[False])] = (
-        False
-    )
+    in_force: Annotated[
+        bool, Field(description="Whether it is the current policy, which overrides nothing.", examples=[False])
+    ] = False
 
 
 @dataclass(frozen=True)
@@ -340,34 +364,38 @@ class Best:
     policy: Annotated[str, Field(examples=["half_max_num_seqs"])]
     flags: Flags
     deployable: Deployable
-    reason: Annotated[str, Field(examples=["expected SLO breaches 0.25 (today's: 1.50)"])]
+    reason: Annotated[str, Field(examples=["expected SLO breaches 0.25 (current policy: 1.50)"])]
     gain: Gain | None = None
     switch: Annotated[
         tuple[Horizon, ...],
-        Field(description="With the restart that brings it, from now on; empty: none needed."),
+        Field(description="Verdict including the restart that the policy needs. Empty if it needs none."),
     ] = ()
-    switch_gain: Annotated[Gain | None, Field(description="What is gained in spite of that restart.")] = None
+    switch_gain: Annotated[Gain | None, Field(description="Gain including the cost of that restart.")] = None
 
 
 @dataclass(frozen=True)
 class Outlook:
     """One forecast."""
 
-    event_seconds: Annotated[float, Field(description="Where the scenario begins.", examples=[1767225600.5])]
+    event_seconds: Annotated[
+        float, Field(description="Event time at which the forecast starts.", examples=[1767225600.5])
+    ]
     made_unix_seconds: Annotated[float, Field(examples=[1767225601.0])]
-    duration_seconds: Annotated[Figure, Field(description="That it took.", examples=[2.5])]
+    duration_seconds: Annotated[Figure, Field(description="Wall-clock seconds that the forecast took.", examples=[2.5])]
     scenarios: Annotated[int, Field(examples=[8])]
     rate_per_second: Annotated[Figure, Field(description="Arrivals assumed.", examples=[4.2])]
-    calibrated: Annotated[bool, Field(description="False: not to be trusted.", examples=[True])]
+    calibrated: Annotated[bool, Field(description="False if the figures must not be trusted.", examples=[True])]
     policies: Annotated[tuple[PolicyOutlook, ...], Field(description="Best first.")]
     best: Best | None
     load: LoadOutlook | None = None
     stopped_because: Annotated[
         str,
-        Field(description="Why no more scenarios were simulated: certain, time, all_scenarios.", examples=["certain"]),
+        Field(description="Why simulation stopped: certain, time or all_scenarios.", examples=["certain"]),
     ] = ""
-    shed: Annotated[tuple[str, ...], Field(description="Policies for which no time was left.", examples=[()])] = ()
-    notes: Annotated[tuple[str, ...], Field(description="What a reader of the figures must know.", examples=[()])] = ()
+    shed: Annotated[
+        tuple[str, ...], Field(description="Policies that were not simulated for lack of time.", examples=[()])
+    ] = ()
+    notes: Annotated[tuple[str, ...], Field(description="Notes for readers of the figures.", examples=[()])] = ()
 
 
 @dataclass(frozen=True)
@@ -379,7 +407,10 @@ class Objective:
     statistic: Annotated[str, Field(examples=["p99"])]
     threshold: Annotated[float, Field(examples=[1.0])]
     higher_is_better: Annotated[
-        bool, Field(description="Breached below the threshold instead of above.", examples=[False])
+        bool,
+        Field(
+            description="Whether values below the threshold violate the SLO, instead of values above.", examples=[False]
+        ),
     ]
 
 
@@ -397,10 +428,12 @@ class SweepCounts:
 class PoolForecast(OfPool):
     """What is forecast for one pool."""
 
-    currency: Annotated[str, Field(description="Of costs (ISO 4217); empty: none told.", examples=["EUR"])] = ""
-    every_seconds: Annotated[Figure, Field(description="Between two forecasts.", examples=[30])] = math.nan
+    currency: Annotated[
+        str, Field(description="Currency of costs (ISO 4217). Empty if not configured.", examples=["EUR"])
+    ] = ""
+    every_seconds: Annotated[Figure, Field(description="Interval between forecasts.", examples=[30])] = math.nan
     forecasts: Annotated[
-        Counts, Field(description="Made since the start, by result.", examples=[{"succeeded": 12}])
+        Counts, Field(description="Number of forecasts since the start, by result.", examples=[{"succeeded": 12}])
     ] = field(default_factory=dict)
     slos: tuple[Objective, ...] = ()
     outlook: Outlook | None = None
@@ -459,7 +492,7 @@ class TwinView(PoolState, PoolFidelity, PoolForecast, PoolScores):
         if self.compiling is not None:
             return (f"compiling kernels, {self.compiling.compiled} of {self.compiling.kernels}",)
         reasons = (
-            (self.warming_up, "warming up: the past of the logs is being mirrored"),
+            (self.warming_up, "warming up: mirroring the past of the logs"),
             (not math.isfinite(self.event_seconds), "no telemetry record has been processed yet"),
             (self.outlook is None, "no forecast has been made yet"),
         )

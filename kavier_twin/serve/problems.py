@@ -24,18 +24,18 @@ MEDIA_TYPE = "application/problem+json"
 class FieldProblem(BaseModel):
     """What is wrong with one field of the request."""
 
-    field: str = Field(description="Path of the field, its parts joined by dots.", examples=["horizon_seconds"])
-    detail: str = Field(description="What is wrong and what would be right.", examples=["at most 3600"])
+    field: str = Field(description="Path of the field, with dots between its parts.", examples=["horizon_seconds"])
+    detail: str = Field(description="What is wrong and what is expected.", examples=["at most 3600"])
 
 
 class Problem(BaseModel):
     """Why a request was not answered (RFC 9457)."""
 
-    type: str = Field(default="about:blank", description="`about:blank`: the status says it all.")
-    title: str = Field(description="The status in words.", examples=["Unprocessable Content"])
-    status: int = Field(description="The HTTP status.", examples=[422])
+    type: str = Field(default="about:blank", description="`about:blank`: the status is the whole type.")
+    title: str = Field(description="Reason phrase of the status.", examples=["Unprocessable Content"])
+    status: int = Field(description="HTTP status.", examples=[422])
     detail: str = Field(description="What happened and what to do.", examples=["horizon_seconds: at most 3600"])
-    errors: tuple[FieldProblem, ...] = Field(default=(), description="One entry for each field at fault.")
+    errors: tuple[FieldProblem, ...] = Field(default=(), description="One entry for each invalid field.")
 
 
 class ProblemError(Exception):
@@ -71,7 +71,7 @@ def install(app: FastAPI) -> None:
             wrong = FieldProblem(field="body", detail="cannot be read; send JSON in UTF-8")
             return answer(400, f"{wrong.field}: {wrong.detail}", [wrong])
         if error.status_code == 404:
-            return answer(404, "nothing is here; /openapi.json lists what there is")
+            return answer(404, "not found; /openapi.json lists all paths")
         if error.status_code == 405:
             allowed = ", ".join(_allowed(app, request))
             return answer(405, f"not for this path; allowed: {allowed}", headers={"Allow": allowed})
@@ -84,7 +84,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     def _unforeseen(_: Request, error: Exception) -> JSONResponse:
-        return answer(500, "an error inside the twin; its log says more")  # which uvicorn writes
+        return answer(500, "internal error; see the twin's log")  # which uvicorn writes
 
 
 def _allowed(app: FastAPI, request: Request) -> list[str]:

@@ -116,9 +116,9 @@ def test_from_records_to_metrics() -> None:
         for horizon in ("5", "10"):
             at = {"policy": policy.name, "horizon": horizon}
             assert metric(text, "kavier_twin_predicted_ttft_seconds", statistic="p99", quantile="0.5", **at) is not None
-            odds = metric(text, "kavier_twin_slo_breach_probability_ratio", slo="ttft_p99", **at)
-            assert odds is not None
-            assert 0.0 <= odds <= 1.0
+            probability = metric(text, "kavier_twin_slo_breach_probability_ratio", slo="ttft_p99", **at)
+            assert probability is not None
+            assert 0.0 <= probability <= 1.0
 
 
 def test_whole_records_in_order_of_arrival_are_never_late() -> None:

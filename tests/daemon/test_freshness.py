@@ -60,10 +60,10 @@ def test_metrics_that_stop_make_stale_and_a_quiet_night_does_not() -> None:
     quiet = SourceState("p", False, {}, last_record_seconds=100.0, lag_records=0.0)
     assert reasons(Feed(MemorySource()), (100, quiet), (9_999, quiet)) == ["", ""]
     told = reasons(Feed(MemorySource(), every_seconds=15.0), (159, quiet), (161, quiet))
-    assert told == ["", "p: it has told nothing for more than 60 s"]
+    assert told == ["", "p: no data for more than 60 s"]
     assert reasons(Feed(MemorySource(), every_seconds=60.0), (161, quiet), (279, quiet), (281, quiet))[1:] == [
         "",
-        "p: it has told nothing for more than 180 s",
+        "p: no data for more than 180 s",
     ]
     never = SourceState("p", False, {})
     assert reasons(Feed(MemorySource(), every_seconds=15.0), (59, never), (61, never))[0] == ""
@@ -73,9 +73,7 @@ def test_metrics_that_stop_make_stale_and_a_quiet_night_does_not() -> None:
 
 def test_a_log_read_behind_makes_stale() -> None:
     behind = SourceState("k", False, {}, last_record_seconds=100.0, lag_records=5.0)
-    assert (
-        reasons(Feed(MemorySource()), (159, behind), (161, behind))[1] == "k: what was read of it is more than 60 s old"
-    )
+    assert reasons(Feed(MemorySource()), (159, behind), (161, behind))[1] == "k: its newest data is more than 60 s old"
 
 
 def test_the_daemon_says_stale_once_and_again_when_it_is_over(caplog: pytest.LogCaptureFixture) -> None:
@@ -99,8 +97,8 @@ def test_the_daemon_says_stale_once_and_again_when_it_is_over(caplog: pytest.Log
         assert daemon.stop()
     messages = [record.message for record in caplog.records if record.name == "kavier_twin.daemon.freshness"]
     assert messages == [
-        "pool default: its figures are stale: bus: no broker can be reached",
-        "pool default: its figures are fresh again",
+        "pool default: figures are stale: bus: no broker can be reached",
+        "pool default: figures are fresh again",
     ]
 
 

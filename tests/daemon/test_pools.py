@@ -146,7 +146,7 @@ def test_settings_of_several_pools(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ({}, "fleet: missing; add it, or pools for several"),
+        ({}, "fleet: missing; add it, or pools if there are several"),
         ({"pools": {"a": {"fleet": FLEET_SETTINGS}}, "mirror": {}}, "mirror: belongs to each of the pools"),
         ({"pools": {"a": {"flet": FLEET_SETTINGS}}}, "pools.a.flet: unknown setting; did you mean fleet?"),
         ({"pools": {"a": {"fleet": {"engine": {"num_gpu_blocks": 0}}}}}, "pools.a.fleet.engine.num_gpu_blocks: is 0"),

@@ -96,7 +96,7 @@ def test_a_damaged_one_is_passed_over(events: list[RequestSeen | RequestFinished
     assert number == 1
     assert [text.split(": ", 1)[0] for text in problems] == [str(path) for path in reversed(files[1:])]
     assert "checksum" in problems[0]
-    assert "not a checkpoint" in problems[2]
+    assert "not a checkpoint file" in problems[2]
 
 
 def test_another_layout_is_refused(

@@ -79,7 +79,7 @@ def test_clocks_that_are_too_far_apart_are_reported(caplog: pytest.LogCaptureFix
     assert ingested["late"] > 0
     assert ingested["accepted"] + ingested["late"] == 400
     assert twin.mirror.finished >= 100
-    assert "set the clocks that stamp them alike, or raise mirror.late_seconds" in caplog.text
+    assert "synchronise the clocks that stamp them, or raise mirror.late_seconds" in caplog.text
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Forecasts judged: reality's KPIs, errors, coverage, breach odds, alerts, and intervals that learn to cover."""
+"""Forecasts judged: reality's KPIs, errors, coverage, breach probability, alerts, and intervals that learn to cover."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_one_forecast_a_moment() -> None:
     assert scorer.scores().pending == 1
 
 
-def test_alerts_are_judged_by_the_odds_of_a_first_breach() -> None:
+def test_alerts_are_judged_by_the_probability_of_a_first_breach() -> None:
     """A breach at the end of a horizon may leave the KPI over all of it within its bound."""
     scorer = Scorer([SLOW])
     scorer.reality = reality({float(t): 1.0 if t < 600 else 3.0 for t in range(0, 700)})
@@ -188,7 +188,7 @@ def test_alerts(breached: str, alert: str, precision: float, recall: float, lead
     assert score.lead_seconds == leads
 
 
-def test_reliability_of_calibrated_odds() -> None:
+def test_reliability_of_calibrated_probabilities() -> None:
     rng = np.random.default_rng(1)
     said = rng.random(20_000)
     rows = [ScoredBreach(float(n), 60.0, "slow", p, bool(rng.random() < p), p) for n, p in enumerate(said.tolist())]
@@ -286,7 +286,7 @@ def test_forecasts_that_overlap_count_once() -> None:
 
 
 def test_what_is_served() -> None:
-    """Simulated far too low: the policy in force is raised, others alike; odds follow; what was simulated is kept."""
+    """Simulated far too low: the policy in force is raised, and others too; probabilities follow."""
     scorer = Scorer([SLOW])
     scorer.reality = reality({float(t): 1.9 for t in range(0, 4000)})
     for minute in range(5, 60):
@@ -297,9 +297,9 @@ def test_what_is_served() -> None:
     assert other.kpis["e2e_p95_seconds"].p50 == pytest.approx(9.0 * today.kpis["e2e_p95_seconds"].p50)
     values = list(today.kpis["e2e_p95_seconds"].values.values())
     assert values == sorted(values)
-    odds = today.breach_probability["slow"]
-    assert 0.0 < odds < 0.5 < other.breach_probability["slow"]
-    assert today.breach_interval["slow"] == share_interval(odds * today.scenarios, today.scenarios)
+    probability = today.breach_probability["slow"]
+    assert 0.0 < probability < 0.5 < other.breach_probability["slow"]
+    assert today.breach_interval["slow"] == share_interval(probability * today.scenarios, today.scenarios)
     (last,) = scorer.scores().intervals
     assert (last.low, last.median, last.high) == (0.5, 1.0, 1.5)
     assert last.served == today.kpis["e2e_p95_seconds"].p50

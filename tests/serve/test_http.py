@@ -254,7 +254,7 @@ def test_reading_may_need_the_token_too() -> None:
         (b"{}", "policies", "missing; add it"),
         (b'{"policies": []}', "policies", "at least 1"),
         (b'{"policies": [{"name": "a", "oh": 1}]}', "policies.0.oh", "unknown; remove it"),
-        (b'{"policies": [{"name": "a", "overrides": {"x": 1}}]}', "policies", "today's"),
+        (b'{"policies": [{"name": "a", "overrides": {"x": 1}}]}', "policies", "current policy"),
         (b'{"policies": [{"name": "a"}, {"name": "a"}]}', "policies", "more than once: a"),
         (b'{"policies": [{"name": "a"}, {"name": "b", "overrides": {"x": 1}}]}', "policies.1.overrides", "unknown"),
     ],

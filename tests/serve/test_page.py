@@ -120,8 +120,8 @@ def test_the_figures_are_those_of_the_api(page: Page, served: Served) -> None:
     assert row == [row[0], *figures, "500 requests in 5m"]
     assert next(row for row in shown if row[0] == "requests waiting")[2] == "–"  # not known is not zero
     horizon = api(served, "/v1/forecast")["outlook"]["policies"][0]["horizons"][0]
-    assert cells(page, "#odds")[0][1] == f"{100 * horizon['breach']['fast']:.0f} % 4 % – 65 %" == "25 % 4 % – 65 %"
-    assert cells(page, "#odds")[1][1] == "0 % 0 % – 37 % not trusted"  # the objective's KPI is not
+    assert cells(page, "#breach")[0][1] == f"{100 * horizon['breach']['fast']:.0f} % 4 % – 65 %" == "25 % 4 % – 65 %"
+    assert cells(page, "#breach")[1][1] == "0 % 0 % – 37 % not trusted"  # the objective's KPI is not
 
 
 def test_the_charts_show_mirror_reality_and_the_fan_on_one_axis(page: Page, served: Served) -> None:
@@ -161,7 +161,7 @@ def test_figures_are_written_as_on_the_command_line(page: Page) -> None:
 
 
 def test_how_right_past_forecasts_were_is_told(page: Page, served: Served) -> None:
-    expect(page.locator("#scores-words")).to_have_text("None was judged yet: 0 forecasts wait for their time to come.")
+    expect(page.locator("#scores-words")).to_have_text("No forecast has been scored yet: 0 forecasts pending.")
     kpi = KpiScore("ttft_p99_seconds", 60.0, 40, 0.09, 0.1, 0.9, 0.08, 0.8, 0.6, 0.9, 0.2, 0.4)
     scores = Scores(
         (kpi, replace(kpi, horizon_seconds=300.0, served_error=0.3, served_error_to_persistence_ratio=1.5)),
@@ -172,7 +172,7 @@ def test_how_right_past_forecasts_were_is_told(page: Page, served: Served) -> No
         {},
     )
     served.views["chat"] = replace(served.views["chat"], scores=scores)
-    expect(page.locator("#scores-words")).to_contain_text("40 forecasts judged; 1 forecast waits")
+    expect(page.locator("#scores-words")).to_contain_text("40 forecasts scored; 1 forecast pending")
     expect(page.locator("#scores-words")).to_contain_text("in 1 of 2 figures")
     [row] = cells(page, "#scores")
     assert row[1:] == [
@@ -191,7 +191,7 @@ def test_a_breach_ahead_is_pointed_at(page: Page, served: Served) -> None:
     outlook = replace(view.outlook, policies=(replace(today, horizons=horizons), *view.outlook.policies[1:]))
     served.views["chat"] = replace(view, outlook=outlook)
     expect(page.locator("#ahead-alert")).to_have_text("▲ A breach is more likely than not: fast within 5 min.")
-    assert cells(page, "#odds")[0][2].startswith("▲ 75 %")
+    assert cells(page, "#breach")[0][2].startswith("▲ 75 %")
     expect(page).to_have_title("▲ Kavier Twin")
     expect(page.locator(".chart.alert")).to_have_count(1)
 
@@ -199,7 +199,7 @@ def test_a_breach_ahead_is_pointed_at(page: Page, served: Served) -> None:
 def test_the_page_is_there_while_kernels_are_compiled(page: Page, served: Served) -> None:
     ready = served.views["chat"]
     served.views["chat"] = replace(empty_view(), compiling=Compiling(120, 258))
-    expect(page.locator("#trust-word")).to_have_text("Getting ready")
+    expect(page.locator("#trust-word")).to_have_text("Starting")
     expect(page.locator("#trust-why")).to_have_text("compiling kernels, 120 of 258")
     bar = page.locator("#compiling")
     assert (bar.get_attribute("value"), bar.get_attribute("max")) == ("120", "258")
@@ -255,7 +255,7 @@ def test_a_what_if_refused_says_why_and_marks_the_field(page: Page, served: Serv
     expect(page.get_by_label("Setting")).to_have_attribute("aria-invalid", "true")
     page.get_by_label("Load").fill("much")
     page.get_by_role("button", name="Ask").click()
-    expect(page.locator("#whatif-answer")).to_contain_text("Load, times today’s: a number is needed")
+    expect(page.locator("#whatif-answer")).to_contain_text("Load factor: a number is needed")
     page.get_by_label("Load").fill("1")
     page.get_by_label("Look ahead").fill("61")
     page.get_by_role("button", name="Ask").click()
@@ -276,10 +276,10 @@ def test_trusted_stale_and_gone_look_so(page: Page, served: Served) -> None:
     why = "ttft_seconds mean is 40 % off"
     served.views["chat"] = replace(served.views["chat"], trusted=False, untrusted_reasons=(why,))
     expect(trust).to_have_class("card trust bad")
-    expect(trust).to_contain_text("✕ Not to be trusted")
+    expect(trust).to_contain_text("✕ Not trusted")
     expect(trust).to_contain_text(why)
     served.views["chat"] = replace(served.views["chat"], stale=("kafka: no broker answers",))
-    expect(trust).to_contain_text("Stale: not to be trusted")
+    expect(trust).to_contain_text("Stale: not trusted")
     expect(trust).to_contain_text("stale: kafka: no broker answers")
     expect(page.locator("body")).to_have_class("stale")
     outlook = replace(served.views["chat"].outlook, made_unix_seconds=time.time() - 1000.0)
@@ -291,7 +291,7 @@ def test_trusted_stale_and_gone_look_so(page: Page, served: Served) -> None:
     expect(trust).to_contain_text("no telemetry record has been processed yet")
     expect(page.locator("#policies")).to_be_empty()
     served.server.close()
-    expect(page.locator("#connection")).to_contain_text("it cannot be reached")
+    expect(page.locator("#connection")).to_contain_text("it is unreachable")
     expect(page.locator("body")).to_have_class("old")
 
 

@@ -30,10 +30,10 @@ class TrustSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     max_error: dict[str, Bound] = MAX_ERROR
-    """The largest error by KPI: relative, and a difference for ratios. Those not named keep their defaults."""
+    """Largest trusted error by KPI: relative, or absolute for ratios. KPIs that are not listed keep their defaults."""
 
     minimum_requests: Annotated[int, Field(ge=1)] = 30
-    """Observations that a judgement needs."""
+    """Number of observations needed before a KPI is trusted."""
 
     @field_validator("max_error")
     @classmethod
@@ -53,7 +53,7 @@ class Trust:
 
     trusted: Annotated[bool, Field(examples=[False])]
     reason: Annotated[
-        str, Field(description="Why not; empty where it is.", examples=["fewer than 30 observations"])
+        str, Field(description="Why the KPI is not trusted. Empty if it is.", examples=["fewer than 30 observations"])
     ] = ""
 
 

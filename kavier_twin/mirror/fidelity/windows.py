@@ -32,9 +32,13 @@ class WindowScore:
     """One statistic of a KPI over a window of event time, predictions made before the end was known."""
 
     kpi: Annotated[str, Field(examples=["ttft_seconds"])]
-    statistic: Annotated[str, Field(description="mean, p50, ... of a latency; else empty.", examples=["mean"])]
+    statistic: Annotated[
+        str, Field(description="Statistic of a latency (mean, p50, ...); otherwise empty.", examples=["mean"])
+    ]
     window: Annotated[str, Field(examples=["5m"])]
-    observations: Annotated[int, Field(description="Requests, or samples of the engines' gauges.", examples=[412])]
+    observations: Annotated[
+        int, Field(description="Number of requests, or samples of the engines' gauges.", examples=[412])
+    ]
     predicted: Annotated[Figure, Field(examples=[0.12])]
     observed: Annotated[Figure, Field(examples=[0.11])]
     error: Annotated[

@@ -18,18 +18,19 @@ def cache_metrics(pool: str, caches: tuple[CacheAgreement, ...]) -> Iterator[Met
     """Of each engine whose KV events are read."""
     agreement = gauge(
         "kv_cache_agreement_ratio",
-        "Blocks in both the real and the mirrored cache per block in either, 0 to 1, by KV events; a block counts as "
-        "really cached if it was within a quarter of a second. No sample where the stream's hashes are not vLLM's.",
+        "Blocks in both the real and the mirrored cache divided by blocks in either, according to KV "
+        "events. Changes within the last 0.25 s are tolerated. No sample if the stream's block hashes "
+        "are not vLLM's.",
         _LABELS,
     )
     blocks = gauge(
         "kv_cache_blocks",
-        "Cached blocks by where they are: both, only_mirrored, only_real.",
+        "Number of cached blocks by where they are cached: both, only_mirrored, only_real.",
         [*_LABELS, "where"],
     )
     filled = gauge(
         "kv_cache_filled_blocks",
-        "Blocks that the mirrored cache took over from the real one when the twin began.",
+        "Number of blocks that the mirrored cache took over from the real one at the start.",
         _LABELS,
     )
     for cache in caches:

@@ -14,7 +14,7 @@ def calibration_metrics(view: TwinView) -> Iterator[Metric]:
     """Coefficients' uncertainty, when they were last fitted, jumps of the fleet's speed."""
     deviations = gauge(
         "step_time_coefficient_deviation_seconds",
-        "One standard deviation of a fitted coefficient, a lower bound, in the coefficient's unit.",
+        "Standard deviation of a fitted step-time coefficient (a lower bound), in the coefficient's unit.",
         ["pool", "coefficient"],
     )
     for name, deviation in view.step_time_deviation.items():
@@ -22,25 +22,26 @@ def calibration_metrics(view: TwinView) -> Iterator[Metric]:
     yield deviations
     yield pool_gauge(
         "calibration_last_timestamp_seconds",
-        "Event time of the last fit of step times: unix time for live sources.",
+        "Event time of the last fit of step times, in Unix seconds for live sources.",
         view.pool,
         view.calibration.event_seconds,
     )
     yield counter(
         "calibration_changes",
-        "Jumps of the fleet's speed that were found and met by forgetting what was before.",
+        "Number of sudden changes of the engines' speed that were detected. Older observations are discarded.",
         ["pool"],
         [([view.pool], view.calibration.changes)],
     )
     yield pool_gauge(
         "calibration_change_ratio",
-        "Duration of an engine step after the last such jump over that before it.",
+        "Duration of an engine step after the last sudden change of speed, divided by its duration before.",
         view.pool,
         view.calibration.change_ratio,
     )
     yield counter(
         "calibration_failures",
-        "Fits of step times that could not be made: too_few_latencies (of requests with TTFT and end-to-end latency).",
+        "Number of fits of step times that failed: too_few_latencies (too few requests with TTFT and "
+        "end-to-end latency).",
         ["pool", "reason"],
         [([view.pool, reason], count) for reason, count in sorted(view.calibration.failures.items())],
     )

@@ -15,13 +15,13 @@ def engine_metrics(pool: str, engines: Sequence[Engine]) -> Iterator[Metric]:
     """Of the engines whose metrics are read."""
     info = InfoMetricFamily(
         f"{PREFIX}_engine",
-        "An engine that metrics tell of, with its model and the version of vLLM where it is known, always 1.",
+        "Engine seen in metrics, with its model and, if known, its vLLM version. Always 1.",
         labels=["pool", "pod", "engine"],
     )
     ages = gauge(
         "engine_kv_block_seconds",
-        "Mean age of KV blocks since the engine began, as vLLM samples it with --kv-cache-metrics: lifetime until "
-        "eviction, idle_before_evict, reuse_gap between two hits.",
+        "Mean age of KV blocks in seconds since the engine started, from vLLM's --kv-cache-metrics: "
+        "lifetime (until eviction), idle_before_evict, reuse_gap (between two hits).",
         ["pool", "pod", "engine", "age"],
     )
     for engine in engines:

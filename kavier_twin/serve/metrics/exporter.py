@@ -69,14 +69,14 @@ def registry_of(current: Callable[[], Mapping[str, TwinView]]) -> CollectorRegis
 
 
 def _build() -> Metric:
-    build = InfoMetricFamily(f"{PREFIX}_build", "The running twin, always 1.")
+    build = InfoMetricFamily(f"{PREFIX}_build", "Version of the running twin. Always 1.")
     build.add_metric([], {"version": __version__})
     return build
 
 
 def _metrics(view: TwinView) -> Iterator[Metric]:
     if view.currency:
-        currency = InfoMetricFamily(f"{PREFIX}_cost", "The currency of costs (ISO 4217), always 1.", labels=["pool"])
+        currency = InfoMetricFamily(f"{PREFIX}_cost", "Currency of costs (ISO 4217). Always 1.", labels=["pool"])
         currency.add_metric([view.pool], {"currency": view.currency})
         yield currency
     yield from engine_metrics(view.pool, view.engines)
@@ -99,14 +99,15 @@ def _metrics(view: TwinView) -> Iterator[Metric]:
 def _stream(view: TwinView) -> Iterator[Metric]:
     yield counter(
         "records",
-        "Telemetry records by what became of them since the start: accepted, duplicate, late (behind the watermark), "
-        "future_time (far ahead of all others), rejected (not a record).",
+        "Number of telemetry records by result: accepted, completed (replaced a less complete record of "
+        "the same request), duplicate, late (older than mirror.late_seconds), future_time (far ahead of "
+        "all other records), rejected (not a valid record).",
         ["pool", "result"],
         [([view.pool, result], count) for result, count in sorted(view.records.items())],
     )
     yield counter(
         "source_rejected",
-        "Pieces of input that made no record since the start, by source and reason.",
+        "Number of messages that could not be turned into records, by reason.",
         ["pool", "source", "reason"],
         [
             ([view.pool, source.name, reason], count)
@@ -116,33 +117,33 @@ def _stream(view: TwinView) -> Iterator[Metric]:
     )
     up = gauge(
         "source_up",
-        "Whether the source can be read (1), or its figures are stale for a reason told in the log and the status (0).",
+        "Whether the source is readable (1) or not (0). The status and the log give the reason.",
         labels=["pool", "source"],
     )
     yield pool_gauge(
         "stale",
-        "Whether the pool's figures are old (1), as a source fails or is behind for longer than stale_after_seconds, "
-        "or fresh (0). The status tells why.",
+        "Whether the pool's figures are stale (1) because a source has failed or lagged for longer than "
+        "stale_after_seconds, or fresh (0). The status gives the reason.",
         view.pool,
         float(bool(view.stale)),
     )
     yield pool_gauge(
         "engine_contradictions",
-        "Settings that an engine tells otherwise than the settings file, whose word holds, or than another engine. The "
-        "notes of the status name them.",
+        "Number of settings for which an engine reports another value than the settings file or another "
+        "engine. The settings file takes precedence. The status lists the settings.",
         view.pool,
         view.engine_contradictions,
     )
     yield pool_gauge(
         "notes",
-        "Notes of the status: what a reader of the pool's figures must know, such as series that engines do not expose "
-        "and features that are not modelled.",
+        "Number of notes in the pool's status, such as series that engines do not expose and features "
+        "that are not modelled.",
         view.pool,
         len(view.notes),
     )
     newest = gauge(
         "source_last_record_timestamp_seconds",
-        "Event time of the source's newest record: unix time for live sources.",
+        "Event time of the source's newest record, in Unix seconds for live sources.",
         labels=["pool", "source"],
     )
     for source in view.sources:
@@ -151,7 +152,8 @@ def _stream(view: TwinView) -> Iterator[Metric]:
     yield from (up, newest)
     yield counter(
         "source_lost_records",
-        "Records that left a source's log unread since the start: expired (by retention), truncated (the log was cut).",
+        "Number of records that were deleted from the source before the twin read them: expired "
+        "(retention), truncated (log truncation).",
         ["pool", "source", "reason"],
         [
             ([view.pool, source.name, reason], count)
@@ -161,7 +163,7 @@ def _stream(view: TwinView) -> Iterator[Metric]:
     )
     lag = gauge(
         "source_lag_records",
-        "Records in the source's log that the twin has not read yet.",
+        "Number of records in the source that the twin has not read yet.",
         labels=["pool", "source"],
     )
     for source in view.sources:
@@ -169,45 +171,45 @@ def _stream(view: TwinView) -> Iterator[Metric]:
     yield lag
     yield counter(
         "requests_dropped",
-        "Requests that the mirror could not follow since the start: unknown_request (a finish without an arrival), "
-        "never_finished (no finish record came in time), ended_after_all (of those, ends that came later), "
-        "replica_restarted (their pod began anew before they ended), "
-        "not_simulated (gone from the simulation before their end was told: lost in a restart, or refused), "
-        "too_many_pods (they went where the router said).",
+        "Number of requests that the mirror could not follow: unknown_request (finish record without an "
+        "arrival record), never_finished (no finish record in time), ended_after_all (finish record "
+        "arrived after never_finished), replica_restarted (the pod restarted before the request "
+        "finished), not_simulated (lost in a restart or rejected in the simulation), too_many_pods "
+        "(routed by the simulated router because no replica was free for the pod).",
         ["pool", "reason"],
         [([view.pool, reason], count) for reason, count in sorted(view.dropped.items())],
     )
     yield counter(
         "requests_finished",
-        "Requests whose end the mirror has followed since the start.",
+        "Number of requests that the mirror has followed to their end.",
         ["pool"],
         [([view.pool], view.finished_requests)],
     )
     yield pool_gauge(
         "stream_lag_seconds",
-        "Seconds of event time by which the mirror trails the newest record now.",
+        "Event time between the newest record and the mirror's state, in seconds.",
         view.pool,
         view.lag_seconds,
     )
     yield pool_gauge(
-        "buffered_records", "Records taken in and waiting for the watermark now.", view.pool, view.buffered_records
+        "buffered_records", "Number of records received and not yet applied.", view.pool, view.buffered_records
     )
     if view.checkpoint_unix_seconds is not None:
         yield pool_gauge(
             "checkpoint_timestamp_seconds",
-            "Unix time at which the twin's state was last written to disk.",
+            "Unix time of the last successful checkpoint.",
             view.pool,
             view.checkpoint_unix_seconds,
         )
         yield counter(
             "checkpoint_failures",
-            "Times that the state could not be written to disk.",
+            "Number of checkpoints that could not be written.",
             ["pool"],
             [([view.pool], view.checkpoint_failures)],
         )
     yield pool_gauge(
         "last_record_timestamp_seconds",
-        "Unix time at which the newest record was taken in.",
+        "Unix time at which the newest record was received.",
         view.pool,
         view.last_record_unix_seconds,
     )
@@ -216,12 +218,12 @@ def _stream(view: TwinView) -> Iterator[Metric]:
 def _mirror(view: TwinView) -> Iterator[Metric]:
     yield pool_gauge(
         "mirror_event_seconds",
-        "Event time the mirror stands at: unix time for live sources, seconds since its start for a trace.",
+        "Event time of the mirror's state: Unix seconds for live sources, seconds since the start for a trace.",
         view.pool,
         view.event_seconds,
     )
     states = Counter(replica.state for replica in view.replicas)
-    replicas = gauge("mirrored_replicas", "Mirrored replicas by state: ready, draining.", ["pool", "state"])
+    replicas = gauge("mirrored_replicas", "Number of mirrored replicas by state: ready, draining.", ["pool", "state"])
     for state in (ReplicaState.READY, ReplicaState.DRAINING):
         add(replicas, [view.pool, state], states[state])
     yield replicas
@@ -247,19 +249,20 @@ def _mirror(view: TwinView) -> Iterator[Metric]:
 def _fidelity(view: TwinView) -> Iterator[Metric]:
     yield pool_gauge(
         "calibrated",
-        "Whether step times are fitted to this pool or given (1), or a crude prior not to be trusted (0).",
+        "Whether step times are fitted to this pool or configured (1), or taken from a default that must "
+        "not be trusted (0).",
         view.pool,
         float(view.calibrated),
     )
     yield pool_gauge(
         "calibration_requests",
-        "Finished requests that the current step times were fitted on.",
+        "Number of finished requests that the current step times were fitted to.",
         view.pool,
         view.calibrated_on_requests if view.calibrated_on_requests else math.nan,
     )
     coefficients = gauge(
         "step_time_coefficient_seconds",
-        "Coefficients of the engine's step time in use now, seconds per step, token or sequence as their name says.",
+        "Step-time coefficients in use, in seconds per step, token or sequence.",
         labels=["pool", "coefficient"],
     )
     for name, value in view.step_time.items():
@@ -267,19 +270,19 @@ def _fidelity(view: TwinView) -> Iterator[Metric]:
     yield coefficients
     yield pool_gauge(
         "frontend_seconds",
-        "Constant time outside the engine in each time to first token, in seconds, as fitted.",
+        "Fitted constant share of the time to first token that is spent outside the engine, in seconds.",
         view.pool,
         view.frontend_seconds,
     )
     yield pool_gauge(
         "step_time_scale_ratio",
-        "Real duration of an engine step over what the coefficients say, over the last seconds of event time.",
+        "Observed duration of an engine step divided by its modelled duration, over the last seconds of event time.",
         view.pool,
         view.step_time_scale_ratio,
     )
     yield pool_gauge(
         "fidelity_exact_cache_ratio",
-        "Requests whose prefix cache hit was mirrored to the token, 0 to 1, over the last hour of event time.",
+        "Share of requests whose prefix-cache hit the mirror predicted to the token, over the last hour of event time.",
         view.pool,
         view.exact_cache_ratio,
     )
@@ -288,7 +291,7 @@ def _fidelity(view: TwinView) -> Iterator[Metric]:
 def _forecasts(view: TwinView) -> Iterator[Metric]:
     yield counter(
         "forecasts",
-        "Forecast cycles by result since the start.",
+        "Number of forecast cycles by result.",
         ["pool", "result"],
         [([view.pool, result], count) for result, count in sorted(view.forecasts.items())],
     )
@@ -297,31 +300,31 @@ def _forecasts(view: TwinView) -> Iterator[Metric]:
     outlook = view.outlook
     yield pool_gauge(
         "forecast_duration_seconds",
-        "Wall-clock seconds that the last forecast took, all policies together.",
+        "Duration of the last forecast over all policies, in seconds.",
         view.pool,
         outlook.duration_seconds,
     )
     yield pool_gauge(
         "forecast_timestamp_seconds",
-        "Unix time at which the last forecast was made.",
+        "Unix time of the last forecast.",
         view.pool,
         outlook.made_unix_seconds,
     )
     yield pool_gauge(
         "forecast_event_seconds",
-        "Event time at which the last forecast starts: every horizon counts from there.",
+        "Event time at which the last forecast starts. Horizons count from this time.",
         view.pool,
         outlook.event_seconds,
     )
     yield pool_gauge(
         "forecast_scenarios",
-        "Scenarios that the last forecast simulated for each policy.",
+        "Number of scenarios that the last forecast simulated for each policy.",
         view.pool,
         outlook.scenarios,
     )
     yield pool_gauge(
         "forecast_arrivals_per_second",
-        "Mean arrival rate that the last forecast assumes up to its longest horizon, requests per second.",
+        "Mean arrival rate of the last forecast over its longest horizon, in requests per second.",
         view.pool,
         outlook.rate_per_second,
     )
@@ -351,18 +354,18 @@ def _predictions(pool: str, source: str, outlook: Outlook) -> Iterator[Metric]:
         yield family
     breach = gauge(
         "slo_breach_probability_ratio",
-        "Probability, 0 to 1, that the SLO is breached within the horizon (seconds): by the simulated scenarios, "
-        "corrected by what earlier forecasts missed.",
+        "Probability, 0 to 1, that the SLO is violated within the horizon (seconds), from the simulated "
+        "scenarios and corrected by the errors of earlier forecasts.",
         labels=["pool", "policy", "in_force", "horizon", "slo", "trusted", "source"],
     )
     best = gauge(
         "best_policy",
-        "Whether the last forecast holds this policy best over all its horizons (1) or not (0).",
+        "Whether this policy is the best of the last forecast over all horizons (1) or not (0).",
         labels=["pool", "policy"],
     )
     info = InfoMetricFamily(
         f"{PREFIX}_policy",
-        "Policies that the last forecast compared, with the vllm serve flags that deploy them, always 1.",
+        "Policy of the last forecast, with the `vllm serve` flags that deploy it. Always 1.",
         labels=["pool", "policy", "in_force"],
     )
     for policy in outlook.policies:

@@ -14,13 +14,14 @@ def fidelity_metrics(view: TwinView) -> Iterator[Metric]:
     """Errors of predictions made before the end was known, and trust."""
     errors = gauge(
         "fidelity_error_ratio",
-        "Error of the mirror before it was corrected, over a window of event time that ends now: (predicted - "
-        "observed) / observed, or predicted - observed for KPIs that are ratios.",
+        "Error of the mirror before correction, over a window of event time that ends now: (mirrored - "
+        "observed) / observed, or mirrored - observed for ratios.",
         ["pool", "kpi", "statistic", "window"],
     )
     observations = gauge(
         "fidelity_observed_requests",
-        "Requests that the errors of the window were observed on; samples for running, waiting and KV cache usage.",
+        "Number of observations behind the errors of the window: requests, or samples for running, "
+        "waiting and KV cache usage.",
         ["pool", "kpi", "window"],
     )
     for entry in view.errors:
@@ -29,8 +30,8 @@ def fidelity_metrics(view: TwinView) -> Iterator[Metric]:
             observations.add_metric([view.pool, entry.kpi, entry.window], entry.observations)
     trusted = gauge(
         "trusted",
-        "Whether predictions of the KPI are to be trusted (1): its errors lately lie within the bounds of the "
-        "settings; or not (0), also for want of observations.",
+        "Whether predictions of the KPI are trusted (1) because its recent errors are within the "
+        "configured bounds, or not (0). A KPI without observations is not trusted.",
         ["pool", "kpi"],
     )
     for kpi, trust in view.trust.items():
@@ -38,7 +39,7 @@ def fidelity_metrics(view: TwinView) -> Iterator[Metric]:
     yield from (errors, observations, trusted)
     yield pool_gauge(
         "pool_trusted",
-        "Whether every KPI that is observed is to be trusted and step times are fitted (1), or not (0).",
+        "Whether all observed KPIs are trusted and step times are fitted (1) or not (0).",
         view.pool,
         float(view.trusted),
     )

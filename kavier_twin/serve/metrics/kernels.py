@@ -12,12 +12,12 @@ from kavier_twin.serve.models import KernelCounts
 
 def kernel_metrics(kernels: KernelCounts) -> Iterator[Metric]:
     """Of the whole process, whatever its pools."""
-    compiling = gauge("compiling_kernel_libraries", "Libraries of simulation kernels being compiled now.", [])
+    compiling = gauge("compiling_kernel_libraries", "Number of kernel libraries that are being compiled.", [])
     compiling.add_metric([], kernels.compiling)
     yield compiling
     yield counter(
         "kernel_libraries_compiled",
-        "Libraries of simulation kernels compiled, not loaded from the cache, since the start.",
+        "Number of kernel libraries that were compiled instead of loaded from the cache.",
         [],
         [([], kernels.compiled)],
     )

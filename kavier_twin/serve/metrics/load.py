@@ -16,15 +16,14 @@ def load_metrics(pool: str, load: LoadOutlook) -> Iterator[Metric]:
     """The forecast of one pool's arrivals."""
     method = InfoMetricFamily(
         f"{PREFIX}_load_forecast_method",
-        "How the arrival rate is forecast now: the method that was best over the recent past. Always 1.",
+        "Method that forecasts the arrival rate. Always 1.",
         labels=["pool"],
     )
     method.add_metric([pool], {"method": load.method})
     yield method
     errors = gauge(
         "load_forecast_error_ratio",
-        "Mean absolute scaled error of each method over the recent past; 1 is as bad as the last value taken for the "
-        "next.",
+        "Mean absolute scaled error of each method over the recent past. 1 is the error of repeating the last value.",
         ["pool", "method"],
     )
     for name, error in load.errors.items():
@@ -33,12 +32,12 @@ def load_metrics(pool: str, load: LoadOutlook) -> Iterator[Metric]:
     yield errors
     rates = gauge(
         "load_forecast_requests_per_second",
-        "Mean arrival rate over the horizon as each method foresees it.",
+        "Predicted mean arrival rate over the horizon, by method.",
         ["pool", "method", "horizon"],
     )
     ends = gauge(
         "load_forecast_end_requests_per_second",
-        "Percentiles of the arrival rate at the horizon's end as the method in use foresees it.",
+        "Predicted percentiles of the arrival rate at the end of the horizon, by the method in use.",
         ["pool", "percentile", "horizon"],
     )
     for ahead in load.ahead:
@@ -51,13 +50,14 @@ def load_metrics(pool: str, load: LoadOutlook) -> Iterator[Metric]:
     yield ends
     yield pool_gauge(
         "load_forecast_refitted_event_seconds",
-        "Event time at which the methods were last fitted and compared.",
+        "Event time at which the methods were last fitted and compared, in Unix seconds for live sources.",
         pool,
         load.refitted_seconds,
     )
     yield pool_gauge(
         "load_forecast_dispersion_ratio",
-        "Variance of the number of arrivals over its mean, as scenarios are drawn: 1 is Poisson, more is bursty.",
+        "Variance of the number of arrivals divided by its mean in the drawn scenarios. 1 is a Poisson "
+        "process; bursty load has more.",
         pool,
         load.dispersion_ratio,
     )

@@ -14,14 +14,18 @@ def power_metrics(pool: str, power: GpuPower | None) -> Iterator[Metric]:
     """Of a pool whose power model is told. Nothing of a GPU's idle neighbours or of PUE is in these watts."""
     watts = gauge(
         "gpu_power_watts",
-        "Mean watts of one GPU over the last ten minutes of event time: as the GPU exporter tells, and mirrored by the "
-        "power model that was in use before they were observed.",
+        "Mean power of one GPU in watts over the last ten minutes of event time: as observed by the GPU "
+        "exporter, and as mirrored by the power model in use before.",
         ["pool", "side"],
     )
-    error = gauge("gpu_power_error_ratio", "(Mirrored - observed) / observed mean watts of one GPU.", ["pool"])
+    error = gauge(
+        "gpu_power_error_ratio",
+        "Error of the mirrored mean power of one GPU: (mirrored - observed) / observed.",
+        ["pool"],
+    )
     fits = counter(
         "gpu_power_calibrations",
-        "Times that the power model was fitted to observed watts.",
+        "Number of times that the power model was fitted to observed watts.",
         ["pool"],
         [] if power is None else [([pool], power.calibrations)],
     )

@@ -14,29 +14,30 @@ from kavier_twin.simulation.kpi_table import STATISTICS
 def score_metrics(pool: str, scores: Scores) -> Iterator[Metric]:
     """All of them; a figure that is not known has no sample."""
     kpi = ["pool", "kpi", "statistic", "horizon"]
-    judged = gauge("score_forecasts", "Forecasts judged that the scores of this KPI and horizon are of.", kpi)
+    judged = gauge("score_forecasts", "Number of forecasts scored for this KPI and horizon.", kpi)
     error = gauge(
         "score_absolute_error",
-        "Mean absolute error of what was simulated (method=forecast), of that corrected by what was observed "
-        "(method=served), and of saying that the KPI stays as it was over as "
-        "long a time before (method=persistence), in the KPI's unit.",
+        'Mean absolute error in the KPI\'s unit: of the simulation (method="forecast"), of the simulation '
+        'corrected by past errors ("served"), and of the KPI\'s value over an equally long time before '
+        'the forecast ("persistence").',
         [*kpi, "method"],
     )
     ratio = gauge(
         "score_error_to_persistence_ratio",
-        "Error over that of persistence; below 1 is better. Of what was simulated (method=forecast) and of what was "
-        "served.",
+        'Mean absolute error divided by that of persistence, for the simulation (method="forecast") and '
+        'for the corrected forecast ("served"). Below 1 is better than persistence.',
         [*kpi, "method"],
     )
     coverage = gauge(
         "score_coverage_ratio",
-        "Share of intervals that held what came: as simulated, and widened by what was observed (0.9 is aimed at).",
+        "Share of observed values that were inside the 90 % interval: as simulated, and widened by past "
+        "errors. The target is 0.9.",
         [*kpi, "interval"],
     )
     bound = gauge(
         "prediction_bound",
-        "Ends and median of the interval of the last forecast under today's policy, in the KPI's unit: as simulated, "
-        "and as served (widened, the median corrected).",
+        "Bounds and median of the last forecast's 90 % interval under the current policy, in the KPI's "
+        "unit: as simulated, and as served (widened and corrected by past errors).",
         [*kpi, "interval", "bound"],
     )
     for one in scores.kpis:
@@ -60,16 +61,21 @@ def score_metrics(pool: str, scores: Scores) -> Iterator[Metric]:
     yield from (judged, error, ratio, coverage, bound)
     yield from _breaches(pool, scores)
     yield from _alerts(pool, scores)
-    yield pool_gauge("pending_forecasts", "Forecasts, by horizon, whose time has not come.", pool, scores.pending)
+    yield pool_gauge(
+        "pending_forecasts",
+        "Number of forecasts, summed over horizons, whose horizon has not ended yet.",
+        pool,
+        scores.pending,
+    )
     yield counter(
         "unscored_forecasts",
-        "Forecasts that could not be judged since the start: interrupted (the twin was not there all of their time).",
+        "Number of forecasts that could not be scored: interrupted (the twin was not running for the whole horizon).",
         ["pool", "reason"],
         [([pool, reason], count) for reason, count in sorted(scores.unscored.items())],
     )
     yield counter(
         "score_unobserved_forecasts",
-        "Forecasts, by KPI, of whose time no telemetry told the KPI since the start, so that it was not judged.",
+        "Number of forecasts that could not be scored for this KPI because no telemetry reported it.",
         ["pool", "kpi", "statistic"],
         [([pool, *STATISTICS[metric]], count) for metric, count in sorted(scores.unobserved.items())],
     )
@@ -79,19 +85,22 @@ def _breaches(pool: str, scores: Scores) -> Iterator[Metric]:
     slo = ["pool", "slo", "horizon"]
     brier = gauge(
         "score_brier",
-        "Mean squared error of breach probabilities (method=forecast), of the share of scenarios that break the "
-        "objective (method=simulated), and of saying that it stays as it is (method=persistence); 0 is perfect.",
+        "Brier score (mean squared error) of the SLO violation probability: as served "
+        '(method="forecast"), as the plain share of scenarios ("simulated"), and for the assumption that '
+        'the SLO\'s state does not change ("persistence"). 0 is perfect.',
         [*slo, "method"],
     )
     said = gauge(
         "score_reliability_predicted_ratio",
-        "Mean breach probability of the forecasts in a bin of probabilities (its lower end).",
+        "Mean predicted probability of the forecasts in this bin. The label is the bin's lower bound.",
         [*slo, "bin"],
     )
     came = gauge(
-        "score_reliability_observed_ratio", "Share of the forecasts in the bin whose breach came.", [*slo, "bin"]
+        "score_reliability_observed_ratio",
+        "Share of the forecasts in this bin that were followed by a violation.",
+        [*slo, "bin"],
     )
-    count = gauge("score_reliability_forecasts", "Forecasts in the bin.", [*slo, "bin"])
+    count = gauge("score_reliability_forecasts", "Number of forecasts in this bin.", [*slo, "bin"])
     for one in scores.breaches:
         labels = [pool, one.slo, f"{one.horizon_seconds:g}"]
         add(brier, [*labels, "forecast"], one.brier)
@@ -107,12 +116,18 @@ def _breaches(pool: str, scores: Scores) -> Iterator[Metric]:
 def _alerts(pool: str, scores: Scores) -> Iterator[Metric]:
     labels = ["pool", "slo"]
     alerts = gauge(
-        "score_alerts", "Alerts judged: runs of forecasts with odds as KavierTwinSloBreachPredicted asks for.", labels
+        "score_alerts",
+        "Number of alerts scored. An alert is a run of forecasts for which KavierTwinSloBreachPredicted fires.",
+        labels,
     )
-    breaches = gauge("score_breaches", "Breaches that the alerts are judged by.", labels)
-    precision = gauge("score_alert_precision_ratio", "Share of alerts that a breach followed in time.", labels)
-    recall = gauge("score_alert_recall_ratio", "Share of breaches that an alert came before.", labels)
-    lead = gauge("score_alert_lead_seconds", "Median time from an alert to its breach.", labels)
+    breaches = gauge("score_breaches", "Number of SLO violations that alerts are scored against.", labels)
+    precision = gauge(
+        "score_alert_precision_ratio",
+        "Share of alerts that were followed by a violation within the longest horizon.",
+        labels,
+    )
+    recall = gauge("score_alert_recall_ratio", "Share of violations that were preceded by an alert.", labels)
+    lead = gauge("score_alert_lead_seconds", "Median time from an alert to the violation, in seconds.", labels)
     for one in scores.alerts:
         add(alerts, [pool, one.slo], one.alerts)
         add(breaches, [pool, one.slo], one.breaches)

@@ -15,26 +15,27 @@ def sweep_metrics(view: TwinView) -> Iterator[Metric]:
     pool, counts, outlook = view.pool, view.sweeps, view.outlook
     yield counter(
         "forecast_late",
-        "Forecast cycles that took longer than they come, since the start.",
+        "Number of forecast cycles that took longer than forecast.every_seconds.",
         ["pool"],
         [([pool], counts.late)],
     )
     yield counter(
         "forecast_simulated_scenarios",
-        "Scenarios that all forecast cycles simulated, since the start.",
+        "Number of scenarios simulated.",
         ["pool"],
         [([pool], counts.scenarios)],
     )
     yield counter(
         "forecast_shed",
-        "Forecast cycles that had no time left for this policy, since the start.",
+        "Number of forecast cycles that had no time left for this policy.",
         ["pool", "policy"],
         [([pool, policy], count) for policy, count in sorted(counts.shed.items())],
     )
     yield counter(
         "forecast_stops",
-        "Forecast cycles by why they simulated no more scenarios: certain (which policy is best), time (the cycle's "
-        "budget ended), all_scenarios (as many as are set), since the start.",
+        "Number of forecast cycles by the reason for which they stopped simulating: certain (the best "
+        "policy is certain), time (the time budget was used up), all_scenarios (all configured scenarios "
+        "were simulated).",
         ["pool", "reason"],
         [([pool, reason], count) for reason, count in sorted(counts.stopped.items())],
     )
@@ -47,21 +48,22 @@ def sweep_metrics(view: TwinView) -> Iterator[Metric]:
 def _breaches(pool: str, source: str, outlook: Outlook) -> Iterator[Metric]:
     bounds = gauge(
         "slo_breach_probability_bound_ratio",
-        "Ends (low, high) of the 90 % credible interval of the SLO's breach probability, 0 to 1: few scenarios, wide "
-        "interval.",
+        "Bounds (low, high) of the 90 % credible interval of the probability that the SLO is violated "
+        "within the horizon. The interval narrows with the number of scenarios.",
         ["pool", "policy", "in_force", "horizon", "slo", "trusted", "source", "bound"],
     )
     first = gauge(
         "time_to_breach_seconds",
-        "Seconds from the forecast's start to the SLO's first breach over a window of the shortest horizon: in the "
-        'median scenario (scenarios="median") and in the worst tenth of them ("worst"). No sample: none within the '
-        "longest horizon.",
+        "Time from the start of the forecast to the first violation of the SLO, measured over windows as "
+        'long as the shortest horizon, in seconds: in the median scenario (scenarios="median") and in '
+        'the worst 10 % of scenarios ("worst"). No sample if there is no violation within the longest '
+        "horizon.",
         ["pool", "policy", "in_force", "slo", "trusted", "source", "scenarios"],
     )
-    odds = gauge(
+    probability = gauge(
         "slo_first_breach_probability_ratio",
-        "Probability, 0 to 1, that the SLO is broken over any window as long as the shortest horizon before the "
-        "longest one ends: the share of scenarios. Alerts follow it.",
+        "Share of scenarios in which the SLO is violated over any window as long as the shortest "
+        "horizon, before the longest horizon ends. Alerts use this probability.",
         ["pool", "policy", "in_force", "slo", "trusted", "source"],
     )
     for policy in outlook.policies:
@@ -74,26 +76,27 @@ def _breaches(pool: str, source: str, outlook: Outlook) -> Iterator[Metric]:
             about = [*policy_labels(pool, policy), slo, breach_flag(policy.horizons[-1], slo), source]
             for quantile, seconds in sorted(times.items()):
                 add(first, [*about, "median" if quantile == 0.5 else "worst"], seconds)
-            odds.add_metric(about, policy.first_breach_probability[slo])
-    yield from (bounds, first, odds)
+            probability.add_metric(about, policy.first_breach_probability[slo])
+    yield from (bounds, first, probability)
 
 
 def _gains(pool: str, best: Best) -> Iterator[Metric]:
     probability = gauge(
         "best_policy_gain_probability_ratio",
-        'Probability, 0 to 1, that the best policy is truly better than today\'s: once in place (switch="no") and with '
-        'the restart that brings it counted ("yes"). No sample where today\'s is best.',
+        "Probability, 0 to 1, that the best policy is better than the current one: after the switch "
+        '(switch="no") and including the cost of the restart (switch="yes"). No sample if the current '
+        "policy is the best.",
         ["pool", "policy", "switch"],
     )
     saved = gauge(
         "best_policy_gain_ratio",
-        "Share that the best policy saves of today's latency (e2e p95), cost or energy at the longest horizon; below "
-        "0: it costs more.",
+        "Relative saving of the best policy in latency (e2e p95), cost or energy at the longest horizon, "
+        "against the current policy. Negative if it is worse.",
         ["pool", "policy", "objective", "switch"],
     )
     avoided = gauge(
         "best_policy_avoided_breaches",
-        "Expected SLO breaches, summed over SLOs and horizons, that the best policy avoids.",
+        "Expected number of SLO violations that the best policy avoids, summed over SLOs and horizons.",
         ["pool", "policy", "switch"],
     )
     for switch, gain in (("no", best.gain), ("yes", best.switch_gain)):

@@ -2,7 +2,7 @@
 
 import { figure, known, percent } from "./words.js";
 
-export const LIKELY = 0.5; // odds of a breach from here on are pointed at
+export const LIKELY = 0.5; // probabilities from here on are highlighted
 
 export function element(tag, text, cls) {
   const node = document.createElement(tag);
@@ -20,7 +20,7 @@ export function named(tag, name) {
 
 /* A table in place of what `place` holds. Cells are text or elements; a row may have a className. */
 export function table(place, head, rows, caption, cls = "") {
-  if (!rows.length) { place.replaceChildren(element("p", "Nothing yet.", "soft")); return; }
+  if (!rows.length) { place.replaceChildren(element("p", "No data yet.", "soft")); return; }
   const node = element("table", "", cls), top = element("tr"), body = element("tbody"), thead = element("thead");
   node.setAttribute("aria-label", caption);
   top.append(...head.map((cell) => (cell instanceof Node ? cell : element("th", cell))));
@@ -59,8 +59,8 @@ export function interval(quantiles, kpi) {
   return node;
 }
 
-/* A table cell with the odds of a breach and their interval. */
-export function odds(share, range) {
+/* A table cell with a probability and its interval. */
+export function probability(share, range) {
   const node = element("td", `${share >= LIKELY ? "▲ " : ""}${percent(share)}`, share >= LIKELY ? "bad-text" : "");
   if (range) node.append(element("span", range.map(percent).join(" – "), "range"));
   return node;

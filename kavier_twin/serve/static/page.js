@@ -1,7 +1,7 @@
 /* The page: asks the API every two seconds and shows what it says. Names from outside are text, never markup. */
 
 import { drawCharts } from "./charts.js";
-import { LIKELY, element, interval, keepFocus, named, odds, table } from "./elements.js";
+import { LIKELY, element, interval, keepFocus, named, probability, table } from "./elements.js";
 import { drawScores } from "./scores.js";
 import { settingsKnown, startWhatIf } from "./whatif.js";
 import { clock, errorOf, figure, known, kpiName, kpisThat, label, percent, setKpis, span } from "./words.js";
@@ -9,8 +9,8 @@ import { clock, errorOf, figure, known, kpiName, kpisThat, label, percent, setKp
 const $ = (id) => document.getElementById(id);
 const EVERY_MS = 2000;
 const LATE_CYCLES = 3; // a forecast older than so many cycles is late
-const told = new URLSearchParams(location.hash.slice(1)); // a token in the fragment never leaves the browser by itself
-const page = { pool: told.get("pool"), token: told.get("token") ?? "", horizon: null, sort: null, replica: null, answeredAt: null, kpis: null, currency: "" };
+const fragment = new URLSearchParams(location.hash.slice(1)); // a token in the fragment never leaves the browser by itself
+const page = { pool: fragment.get("pool"), token: fragment.get("token") ?? "", horizon: null, sort: null, replica: null, answeredAt: null, kpis: null, currency: "" };
 
 // --- asking ---------------------------------------------------------------------------------------------------------
 
@@ -19,7 +19,7 @@ async function ask(path) {
   const answer = await fetch(path, { headers, cache: "no-store" });
   if (answer.status === 401 || answer.status === 403) {
     $("token-form").hidden = false;
-    throw new Error("reading needs a token");
+    throw new Error("a token is required");
   }
   if (!answer.ok) throw new Error((await answer.json()).detail);
   return answer.json();
@@ -74,8 +74,8 @@ function connected(problem) {
   $("connection").hidden = problem === null;
   if (problem === null) return;
   const since = page.answeredAt ? ` These figures are ${span(Math.round((Date.now() - page.answeredAt) / 1000))} old.` : "";
-  const why = problem instanceof TypeError ? "it cannot be reached" : problem.message;
-  $("connection").textContent = `✕ The twin does not answer: ${why}.${since}`;
+  const why = problem instanceof TypeError ? "it is unreachable" : problem.message;
+  $("connection").textContent = `✕ No answer from the twin: ${why}.${since}`;
 }
 
 // --- showing --------------------------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ function draw(state, fidelity, forecast, policies, history, scores) {
   });
   $("charts-none").hidden = history.series.length > 0 || Boolean(forecast.outlook);
   const some = forecast.outlook?.policies.find((one) => one.horizons.length)?.horizons[0].predicted[0];
-  if (some) $("fan-words").textContent = `median and ${rangeWords(some.quantiles)} of the scenarios, today’s policy`;
+  if (some) $("fan-words").textContent = `median and ${rangeWords(some.quantiles)} of the scenarios, current policy`;
   keepFocus(() => {
     drawComparison(pool, fidelity);
     drawProbabilities(forecast, today);
@@ -119,18 +119,18 @@ function drawTrust(pool, fidelity, forecast, late, age) {
   const compiling = pool.compiling;
   $("compiling").hidden = !compiling;
   if (compiling) Object.assign($("compiling"), { max: compiling.kernels, value: compiling.compiled });
-  else if (!fidelity.calibrated) notYet.push("step times are not fitted to this fleet yet");
-  if (late) why.push(`the last forecast is ${span(Math.round(age))} old; one is due every ${span(forecast.every_seconds)}`);
+  else if (!fidelity.calibrated) notYet.push("step times have not been fitted to this fleet yet");
+  if (late) why.push(`the last forecast is ${span(Math.round(age))} old; forecasts are due every ${span(forecast.every_seconds)}`);
   document.body.classList.toggle("stale", pool.stale.length > 0);
   const level = notYet.length ? "warn" : why.length || !fidelity.trusted ? "bad" : "good";
   const [mark, word] = {
-    good: ["✓", "Trusted"], warn: ["…", compiling ? "Getting ready" : "Not to be trusted yet"], bad: ["✕", pool.stale.length ? "Stale: not to be trusted" : "Not to be trusted"],
+    good: ["✓", "Trusted"], warn: ["…", compiling ? "Starting" : "Not trusted yet"], bad: ["✕", pool.stale.length ? "Stale: not trusted" : "Not trusted"],
   }[level];
   const pace = fidelity.step_time_scale_ratio, slower = pace >= 1;
-  const good = [`Step times are fitted on ${fidelity.calibrated_on_requests} requests` + (Math.abs(pace - 1) < 0.005 ? "." :
+  const good = [`Step times are fitted to ${fidelity.calibrated_on_requests} requests` + (Math.abs(pace - 1) < 0.005 ? "." :
     `; right now the engines are ${(slower ? pace : 1 / pace).toFixed(2)} times ${slower ? "slower" : "faster"}, which the mirror follows.`)];
   if (known(fidelity.exact_cache_ratio)) {
-    good.push(`Prefix-cache hits are exact to the token for ${(100 * fidelity.exact_cache_ratio).toFixed(1)} % of requests.`);
+    good.push(`The mirror predicts prefix-cache hits to the token for ${(100 * fidelity.exact_cache_ratio).toFixed(1)} % of requests.`);
   }
   if ($("trust").dataset.word !== word) {
     $("trust").dataset.word = word;
@@ -155,7 +155,7 @@ function drawKpis(fidelity) {
     return [line];
   });
   $("kpis-words").hidden = !lines.length;
-  $("kpis-words").textContent = `Error of the mirror against reality over the last ${usual}:`;
+  $("kpis-words").textContent = `Error of the mirror over the last ${usual}:`;
   $("trust-kpis").replaceChildren(...lines);
 }
 
@@ -173,9 +173,9 @@ function drawComparison(pool, fidelity) {
 function drawProbabilities(forecast, today) {
   const policies = forecast.outlook?.policies ?? [];
   const now = policies.find((policy) => policy.name === today && policy.horizons.length);
-  if (!now) { $("ahead-alert").hidden = true; $("odds").replaceChildren(element("p", "No forecast yet.", "soft")); return; }
+  if (!now) { $("ahead-alert").hidden = true; $("breach").replaceChildren(element("p", "No forecast yet.", "soft")); return; }
   const cell = (share, interval, trusted) => {
-    const node = odds(share, interval);
+    const node = probability(share, interval);
     if (!trusted) {
       node.className = "doubtful";
       node.append(element("span", "not trusted", "range"));
@@ -187,23 +187,23 @@ function drawProbabilities(forecast, today) {
     return node;
   };
   const rows = Object.keys(now.horizons[0].breach).map((slo) => {
-    const told = forecast.slos.find((one) => one.name === slo);
+    const objective = forecast.slos.find((one) => one.name === slo);
     const name = named("th", slo);
-    if (told) name.append(element("span", `${kpiName(told.kpi, told.statistic)} ${told.higher_is_better ? "≥" : "≤"} ` +
-      figure(told.threshold, told.kpi), "soft range"));
+    if (objective) name.append(element("span", `${kpiName(objective.kpi, objective.statistic)} ${objective.higher_is_better ? "≥" : "≤"} ` +
+      figure(objective.threshold, objective.kpi), "soft range"));
     const first = now.first_breach?.[slo];
     const when = first && (known(first["0.5"]) ? `in ${span(Math.round(first["0.5"]))}` : known(first["0.1"])
-      ? `in ${span(Math.round(first["0.1"]))} at worst` : "none seen");
+      ? `in ${span(Math.round(first["0.1"]))} at worst` : "none");
     return [name, ...now.horizons.map((horizon) => cell(horizon.breach[slo], horizon.breach_interval[slo], horizon.breach_trusted[slo])), when ?? "–"];
   });
   const likely = Object.keys(now.horizons[0].breach)
     .flatMap((slo) => now.horizons.filter((horizon) => horizon.breach[slo] >= LIKELY).slice(0, 1).map((horizon) => [slo, horizon.seconds]));
   $("ahead-alert").hidden = !likely.length;
-  const alert = likely.length ? `▲ A breach is more likely than not: ${likely.map(([slo, seconds]) => `${slo} within ${span(seconds)}`).join(", ")}.` : "";
+  const alert = likely.length ? `▲ A violation is likely: ${likely.map(([slo, seconds]) => `${slo} within ${span(seconds)}`).join(", ")}.` : "";
   if ($("ahead-alert").textContent !== alert) $("ahead-alert").textContent = alert;
   document.title = `${likely.length ? "▲ " : ""}Kavier Twin`;
-  table($("odds"), ["objective", ...now.horizons.map((horizon) => `within ${span(horizon.seconds)}`), "first breach"], rows,
-    "Odds of breach", "odds");
+  table($("breach"), ["objective", ...now.horizons.map((horizon) => `within ${span(horizon.seconds)}`), "first violation"], rows,
+    "Probability of a violation", "breach");
 }
 
 // --- policies -------------------------------------------------------------------------------------------------------
@@ -224,7 +224,7 @@ function drawForecast(forecast, late, age) {
   if (!horizons.includes(page.horizon)) page.horizon = horizons.at(-1);
   $("ahead-words").textContent = `${late ? "LATE: made" : "Made"} ${span(Math.max(0, Math.round(age)))} ago, from the fleet as it ` +
     `stood at ${clock(outlook.event_seconds)}: ${outlook.scenarios} scenarios at ${figure(outlook.rate_per_second, "")} requests/s, the ` +
-    "same for every policy." + (outlook.calibrated ? "" : " Made before calibration: not to be trusted.");
+    "the same for all policies." + (outlook.calibrated ? "" : " Made before calibration: not to be trusted.");
   $("ahead-words").classList.toggle("bad-text", late);
   drawBest(outlook);
   $("horizons").replaceChildren(...horizons.map((seconds) => {
@@ -240,10 +240,10 @@ function drawForecast(forecast, late, age) {
 
 function drawBest(outlook) {
   const best = outlook.best;
-  if (!best) { $("best").replaceChildren(element("p", "No verdict: today’s policy could not be simulated.")); return; }
+  if (!best) { $("best").replaceChildren(element("p", "No recommendation: the current policy could not be simulated.")); return; }
   const words = element("p");
   words.append(element("span", "recommended", "tag"), " ", element("b", best.policy), ` · ${best.reason}`);
-  if (!best.deployable) words.append(" · ", element("span", "hypothetical: no flag deploys all of it", "tag warn"));
+  if (!best.deployable) words.append(" · ", element("span", "hypothetical: vllm serve has no flags for all of it", "tag warn"));
   $("best").replaceChildren(words);
   if (best.flags.length) $("best").append(flags(best.flags, "vllm serve … ", "best"));
 }
@@ -301,7 +301,7 @@ function drawPolicies(forecast, outlook, again) {
       why.colSpan = head.length - 1;
       return Object.assign([row[0], why], { className: "" });
     }
-    for (const slo of slos) row.push(odds(horizon.breach[slo], horizon.breach_interval[slo]));
+    for (const slo of slos) row.push(probability(horizon.breach[slo], horizon.breach_interval[slo]));
     for (const [kpi, statistic] of columns) row.push(interval(predictedOf(horizon, kpi.name, statistic), kpi.name));
     const how = element("td", "", "left");
     how.append(policy.flags.length ? flags(policy.flags, "", policy.name)
@@ -397,12 +397,12 @@ function drawStream(pool, fidelity, forecast) {
   $("notes").replaceChildren(...pool.notes.map((note) => element("p", note, "soft")));
   const facts = [
     ...Object.entries(pool.records).map(([result, count]) => [`records ${result.replaceAll("_", " ")}`, count]),
-    ["requests followed to their end", pool.finished_requests],
+    ["finished requests", pool.finished_requests],
     ...Object.entries(pool.dropped).map(([reason, count]) => [reason.replaceAll("_", " "), count]),
-    ["mirror behind the newest record", known(pool.lag_seconds) ? `${pool.lag_seconds.toFixed(1)} s` : "–"],
-    ["records buffered", pool.buffered_records],
+    ["lag of the mirror", known(pool.lag_seconds) ? `${pool.lag_seconds.toFixed(1)} s` : "–"],
+    ["buffered records", pool.buffered_records],
     ...Object.entries(forecast.forecasts).map(([result, count]) => [`forecasts ${result}`, count]),
-    ["last forecast took", known(forecast.outlook?.duration_seconds) ? `${forecast.outlook.duration_seconds.toFixed(2)} s` : "–"],
+    ["duration of the last forecast", known(forecast.outlook?.duration_seconds) ? `${forecast.outlook.duration_seconds.toFixed(2)} s` : "–"],
     ...pool.sources.map((source) => [source.name, source.ended ? "ended" : source.trouble || "open"]),
   ];
   $("facts").replaceChildren(...facts.map(([name, value]) => {

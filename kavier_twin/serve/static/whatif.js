@@ -1,10 +1,10 @@
 /* The what-if form: a question about the live state, and its answer beside today's policy. */
 
-import { element, interval, odds, table } from "./elements.js";
+import { element, interval, probability, table } from "./elements.js";
 import { figure, known, kpisThat, label, span } from "./words.js";
 
 const $ = (id) => document.getElementById(id);
-const CASES = { today: "today", today_at_load: "today, at that load", asked: "asked" };
+const CASES = { today: "today", today_at_load: "current policy, at that load", asked: "asked" };
 /* Fields of the question and where they are entered. */
 const FIELDS = { load: "w-load", horizon_seconds: "w-minutes", "overrides.replicas": "w-replicas" };
 
@@ -73,38 +73,38 @@ async function askTwin(page, asked) {
   const token = $("w-token").value || page.token;
   const headers = { "Content-Type": "application/json", ...(token ? { Authorization: `Bearer ${token}` } : {}) };
   const answer = await fetch("v1/whatif", { method: "POST", headers, body: JSON.stringify(asked) });
-  const told = await answer.json();
-  if (answer.ok) { showAnswer(told, page.currency); return; }
-  for (const error of told.errors ?? []) {
+  const found = await answer.json();
+  if (answer.ok) { showAnswer(found, page.currency); return; }
+  for (const error of found.errors ?? []) {
     const input = FIELDS[error.field] ?? [...$("w-changes").children].flatMap((row) => [...row.querySelectorAll("input")])
       .find((one) => error.field === "overrides" || error.field === `overrides.${one.value.trim()}`)?.id;
     if (input) $(input).setAttribute("aria-invalid", "true");
   }
   if (answer.status === 401) $("w-token").setAttribute("aria-invalid", "true");
-  refuse(told.detail);
+  refuse(found.detail);
 }
 
 function refuse(why) {
   $("whatif-answer").replaceChildren(element("p", `✕ ${why}`, "notice bad"));
 }
 
-function showAnswer(told, currency) {
-  const slos = Object.keys(told.cases[0].breach_probability);
-  const columns = kpisThat((kpi) => kpi.compared).filter(([metric]) => told.cases.some((one) => known(one.kpis[metric]?.p50)));
-  const rows = told.cases.map((one) => {
+function showAnswer(found, currency) {
+  const slos = Object.keys(found.cases[0].breach_probability);
+  const columns = kpisThat((kpi) => kpi.compared).filter(([metric]) => found.cases.some((one) => known(one.kpis[metric]?.p50)));
+  const rows = found.cases.map((one) => {
     const quantiles = (metric) => one.kpis[metric] && { 0.1: one.kpis[metric].p10, 0.5: one.kpis[metric].p50, 0.9: one.kpis[metric].p90 };
     const changed = Object.entries(one.overrides).map(([name, value]) => `${name}=${value}`);
     if (one.load !== 1) changed.push(`load ${one.load}x`);
     const name = element("th", CASES[one.name] ?? one.name);
     if (changed.length) name.append(element("span", changed.join(" "), "soft range"));
-    return [name, ...slos.map((slo) => odds(one.breach_probability[slo], one.breach_interval[slo])), ...columns.map(([metric, kpi]) => interval(quantiles(metric), kpi.name))];
+    return [name, ...slos.map((slo) => probability(one.breach_probability[slo], one.breach_interval[slo])), ...columns.map(([metric, kpi]) => interval(quantiles(metric), kpi.name))];
   });
   const place = element("div", "", "scroll");
   table(place, ["case", ...slos.map((slo) => `breach ${slo}`), ...columns.map(([, kpi, statistic]) => label(kpi, statistic, currency))], rows, "What if");
-  const how = told.vllm_flags.length ? `vllm serve … ${told.vllm_flags.join(" ")}` : told.hypothetical_reasons.join("; ");
-  const parts = [element("p", `The next ${span(told.horizon_seconds)}, ${told.scenarios} scenarios at ` +
-    `${figure(told.rate_requests_per_second, "")} requests/s; simulated in ${told.duration_seconds.toFixed(1)} s.` +
-    (told.calibrated ? "" : " Not calibrated yet: not to be trusted."), "soft"), place];
+  const how = found.vllm_flags.length ? `vllm serve … ${found.vllm_flags.join(" ")}` : found.hypothetical_reasons.join("; ");
+  const parts = [element("p", `The next ${span(found.horizon_seconds)}, ${found.scenarios} scenarios at ` +
+    `${figure(found.rate_requests_per_second, "")} requests/s; simulated in ${found.duration_seconds.toFixed(1)} s.` +
+    (found.calibrated ? "" : " Not calibrated yet: not trusted."), "soft"), place];
   if (how) parts.push(element("p")) && parts.at(-1).append(element("code", how));
   $("whatif-answer").replaceChildren(...parts);
 }

@@ -4,9 +4,9 @@ let kpis = new Map(); // by name, in the order of tables
 let metrics = new Map(); // by name: [KPI, statistic]
 
 /* What GET /v1/kpis answers. */
-export function setKpis(told) {
-  kpis = new Map(told.kpis.map((kpi) => [kpi.name, kpi]));
-  metrics = new Map(Object.entries(told.metrics).map(([name, one]) => [name, [kpis.get(one.kpi), one.statistic]]));
+export function setKpis(found) {
+  kpis = new Map(found.kpis.map((kpi) => [kpi.name, kpi]));
+  metrics = new Map(Object.entries(found.metrics).map(([name, one]) => [name, [kpis.get(one.kpi), one.statistic]]));
 }
 
 /* The KPIs that `chosen` picks: [metric, KPI, statistic] of each, the highest of its statistics. */

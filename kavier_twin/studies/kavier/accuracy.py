@@ -32,7 +32,7 @@ def accuracy(console: Console, data: Path) -> None:
     gpu, parameters = GPUS["A10"], PARAMETERS["Llama-3-8B"]
     again_prefill = prefill_seconds(sizes, parameters, gpu)
     again_decode = prefill_seconds(_DECODE_PROMPT_TOKENS, parameters, gpu) + decode_seconds(outputs, parameters, gpu)
-    with Console(stderr=True).status("simulating; compiled kernels are cached after the first run"):
+    with Console(stderr=True).status("simulating (the first run compiles kernels)"):
         ours_prefill, ours_decode = _alone(sizes, outputs)
     for name, again, ours in (("prefill", again_prefill, ours_prefill), ("decode", again_decode, ours_decode)):
         published, real = column(points, f"kavier_{name}"), column(points, f"reality_{name}")
