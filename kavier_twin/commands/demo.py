@@ -333,7 +333,7 @@ def policies(outlook: Outlook, when: str = "Forecast", *, brief: bool = False) -
 def verdict(outlook: Outlook) -> Text:
     """The best policy, why, and how to deploy it."""
     if outlook.best is None:
-        return Text("No verdict: today's policy could not be simulated.")
+        return Text("No recommendation: the current policy could not be simulated.")
     best = outlook.best
     text = Text.assemble(("Best: ", "bold"), (best.policy, "bold green"), f": {best.reason}")
     if best.flags:

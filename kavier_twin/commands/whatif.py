@@ -23,7 +23,7 @@ _EXAMPLE = """examples:
   kavier-twin whatif --token-file token --policy kv_cache_dtype=fp8 --replicas 6 --load 1.5x --horizon 15m
   kavier-twin whatif --url https://twin.example:9469 --token-file token --policy num_gpu_blocks=0.5x --json
 
-The daemon forks its live state, simulates today's policy and the one asked about in the same scenarios, and answers;
+The daemon forks its live state and simulates the current policy and yours in the same scenarios;
 its mirror and its forecasts go on undisturbed. Nothing about the fleet is changed.
 exit status: 0 answered, 1 not answered (the message says why), 2 wrong use
 """
@@ -106,7 +106,7 @@ def _factor(text: str) -> float:
 
 def _print(answer: Answer) -> None:
     console = wide_console()
-    titles = {"today": "today's policy", "today_at_load": "today's policy", "asked": "what if"}
+    titles = {"today": "current policy", "today_at_load": "current policy", "asked": "what if"}
     table = Table(
         title=f"pool {answer.pool}: the next {answer.horizon_seconds:g} s over {answer.scenarios} scenarios, median "
         "(10th–90th percentile)",

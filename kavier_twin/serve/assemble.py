@@ -188,17 +188,17 @@ def _rank(policy: PolicyOutlook, verdict: Verdict) -> tuple[bool, bool, float, f
 
 def _best(verdict: Verdict) -> Best:
     breaches, latency = f"{verdict.expected_breaches:.2f}", f"{verdict.e2e_p95_seconds:.2f} s"
-    if verdict.vllm_flags or not verdict.deployable:  # beside today's where it is another
-        breaches += f" (today's: {verdict.today_expected_breaches:.2f})"
-        latency += f" (today's: {verdict.today_e2e_p95_seconds:.2f} s)"
+    if verdict.vllm_flags or not verdict.deployable:  # with the current one's figures where it is another
+        breaches += f" (current policy: {verdict.today_expected_breaches:.2f})"
+        latency += f" (current policy: {verdict.today_e2e_p95_seconds:.2f} s)"
     reason = f"expected SLO breaches {breaches}"
     if math.isfinite(verdict.e2e_p95_seconds):
         reason += f", e2e p95 {latency}"
     if math.isfinite(verdict.gain.probability):
-        reason += f"; better than today's with probability {verdict.gain.probability:.2f}"
+        reason += f"; better than the current policy with probability {verdict.gain.probability:.2f}"
     switch = verdict.switch
     if switch is not None:
-        reason += f", {switch.gain.probability:.2f} while it is brought to the engines"
+        reason += f", {switch.gain.probability:.2f} including the rollout"
     return Best(
         verdict.policy,
         verdict.vllm_flags,

@@ -222,9 +222,9 @@ function drawForecast(forecast, late, age) {
   }
   const horizons = [...new Set(outlook.policies.flatMap((policy) => policy.horizons.map((one) => one.seconds)))].sort((a, b) => a - b);
   if (!horizons.includes(page.horizon)) page.horizon = horizons.at(-1);
-  $("ahead-words").textContent = `${late ? "LATE: made" : "Made"} ${span(Math.max(0, Math.round(age)))} ago, from the fleet as it ` +
-    `stood at ${clock(outlook.event_seconds)}: ${outlook.scenarios} scenarios at ${figure(outlook.rate_per_second, "")} requests/s, the ` +
-    "the same for all policies." + (outlook.calibrated ? "" : " Made before calibration: not to be trusted.");
+  $("ahead-words").textContent = `${late ? "LATE: made" : "Made"} ${span(Math.max(0, Math.round(age)))} ago, from the state ` +
+    `at ${clock(outlook.event_seconds)}: ${outlook.scenarios} scenarios at ${figure(outlook.rate_per_second, "")} requests/s, ` +
+    "the same for all policies." + (outlook.calibrated ? "" : " Made before calibration: not trusted.");
   $("ahead-words").classList.toggle("bad-text", late);
   drawBest(outlook);
   $("horizons").replaceChildren(...horizons.map((seconds) => {
