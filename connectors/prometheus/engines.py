@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from connectors.prometheus.names import Place, is_bare, model_of, place_of, rank_of
 from connectors.prometheus.readings import Reading, Reject
@@ -76,6 +76,9 @@ def engine_samples(
             **engine.fields(reject),
         )
     return list(found.values())
+
+
+_LARGEST: Final = 1e100  # far beyond what an engine counts; sums of values up to this are finite
 
 
 @dataclass
@@ -167,7 +170,7 @@ def _is_a_routers(reading: Reading) -> bool:
 def _good(place: Place, value: float) -> bool:
     if place.part == "started" and value > FARTHEST_SECONDS:
         return False
-    return math.isfinite(value) and value >= 0.0 and not (place.field.endswith("_ratio") and value > 1.0)
+    return 0.0 <= value <= _LARGEST and not (place.field.endswith("_ratio") and value > 1.0)
 
 
 def _is_limit(text: str | None) -> bool:

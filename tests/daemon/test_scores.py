@@ -202,7 +202,7 @@ def test_a_write_that_fails_is_counted(tmp_path: Path, caplog: pytest.LogCapture
     go_on(keeper, 0, 100)  # goes on in memory
     assert keeper.scores.kpis
     assert store.failures == 10
-    assert caplog.text.count("could not be written") == 1
+    assert caplog.text.count("cannot write scores") == 1
 
 
 def test_metrics_show_both_intervals() -> None:

@@ -112,7 +112,7 @@ def test_another_layout_is_refused(
 
 def test_another_fleet_is_refused(events: list[RequestSeen | RequestFinished]) -> None:
     saved = mirror_state.save(follow(Mirror(SETTINGS, FLEET), events[:10]))
-    with pytest.raises(CheckpointError, match="settings have changed"):
+    with pytest.raises(CheckpointError, match="settings of the fleet have changed"):
         mirror_state.restore(saved, SETTINGS, FLEET.model_copy(update={"replicas": 3}))
     slower = FLEET.model_copy(update={"step_time": StepTime(fixed=0.5)})
     assert mirror_state.restore(saved, SETTINGS, slower).fleet.settings.step_time == FLEET.step_time

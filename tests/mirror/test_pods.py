@@ -274,5 +274,5 @@ def test_a_checkpoint_goes_on_as_if_nothing_had_been() -> None:
         arrays = {name: array.copy() for name, array in saved.arrays.items()}
         again = mirror_state.restore(Saved(saved.document, arrays), SETTINGS, FLEET)
         assert digest(fed(records[cut:], again)) == digest(fed(records))
-    with pytest.raises(CheckpointError, match="settings have changed"):
+    with pytest.raises(CheckpointError, match="settings of the fleet have changed"):
         mirror_state.restore(Saved(saved.document, arrays), SETTINGS, FLEET.model_copy(update={"replicas": 3}))

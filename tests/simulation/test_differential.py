@@ -8,7 +8,9 @@ from hypothesis import given
 from effort import examples
 from kavier_twin.simulation import state as layout
 from kavier_twin.simulation.fleet import Fleet
+from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
 from kavier_twin.simulation.state import FleetState
+from kavier_twin.simulation.workload import make_workload
 from simulation.invariants import free_list, queue, ring
 from simulation.scenarios import Player, Scenario, outcomes_by_index, scenarios
 
@@ -156,6 +158,19 @@ def play_both(scenario: Scenario) -> tuple[Fleet, Fleet]:
     assert next(expected, None) is None, "the reference had to be stopped more often"
     assert_same_latencies(fast.fleet, reference.fleet)
     return fast.fleet, reference.fleet
+
+
+def test_a_block_enters_the_cache_in_its_turn() -> None:
+    """Under asynchronous scheduling after what ends in the same batch, also where a run stopped in between."""
+    engine = EngineSettings(block_size=1, num_gpu_blocks=8, async_scheduling=True, eviction="fifo")
+    settings = FleetSettings(engine=engine, step_time=StepTime(fixed=0.01))
+    fleets = [Fleet(settings, stepping=stepping) for stepping in (False, True)]
+    for fleet in fleets:
+        fleet.feed(make_workload([0.0, 0.0, 0.001], 1, np.array([3, 1, 1])))
+    for seconds in (0.0005, 0.002, 0.0105, 1.0):
+        for fleet in fleets:
+            fleet.run(seconds)
+        assert_same_state(*fleets)
 
 
 @examples(100)

@@ -653,8 +653,9 @@ def complete(state, number):
             if not stale:
                 request.placeholders -= 1
             if request.state == RUNNING and engine.prefix_caching:
-                full = (request.computed - request.placeholders) // engine.block_size
-                register(state, number, request, full)
+                # `refresh` may have written `computed` of one that joined the flow since, ahead of `placeholders`.
+                computed = request.flow_computed if request.flowing else request.computed
+                register(state, number, request, (computed - request.placeholders) // engine.block_size)
         if stale and request.state == PREEMPTED:
             request.stalled_since = time
         if request.tokens >= request.prompt + request.output:
