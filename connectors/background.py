@@ -73,8 +73,8 @@ class BackgroundSource(ABC):
         try:
             self._fetch()
         except Exception:
-            self._set_trouble("it failed; see the log")
-            log.exception("source %s failed and reads no more", self.name)
+            self._set_trouble("the source failed; see the log")
+            log.exception("source %s failed and stopped reading", self.name)
 
     def _offer(self, record: TelemetryRecord) -> None:
         """Add a record, once there is room. Dropped when the source is being closed."""
@@ -96,7 +96,7 @@ class BackgroundSource(ABC):
         if trouble and trouble != self.trouble:
             log.warning("source %s: %s", self.name, trouble)
         elif self.trouble and not trouble:
-            log.info("source %s: all is well", self.name)
+            log.info("source %s: recovered", self.name)
         self.trouble = trouble
 
 

@@ -41,10 +41,10 @@ class SecretPlace(Settings):
     """Where a password or token lies; never the secret itself. A relative path counts from the settings file."""
 
     env: Name | None = Field(default=None, examples=["TWIN_TOKEN"])
-    """The name of an environment variable."""
+    """Name of an environment variable."""
 
     file: Path | None = Field(default=None, examples=["/run/secrets/twin/token"])
-    """A file with nothing but the secret."""
+    """File that contains only the secret."""
 
     @model_validator(mode="before")
     @classmethod

@@ -31,7 +31,7 @@ def _checked_url(url: str) -> str:
         raise ValueError("expected a URL like http://host:9090")
     if parts.auth:
         raise PydanticCustomError(
-            SECRET_GIVEN, "leave user and password out of the URL; give user and password below it"
+            SECRET_GIVEN, "remove user and password from the URL; use the settings user and password"
         )
     return url
 
@@ -46,7 +46,7 @@ class LiveSource(Settings):
     """Name of the source in metrics and logs. The default is derived from its address."""
 
     pool: Name | None = Field(default=None, examples=["chat"])
-    """Whose figures these are; needed where there are several pools."""
+    """Pool of the source. Required if there are several pools."""
 
     def open(self, pool: str, engine: Mapping[str, object]) -> Source:
         """The source of a pool's records. `engine` is the twin's idea of an engine's settings."""
@@ -57,22 +57,22 @@ class TraceFile(Settings):
     """A trace file; followed as it grows unless told otherwise. A relative path counts from the settings file."""
 
     type: Literal["trace_file"]
-    """The kind of source."""
+    """Kind of source."""
 
     path: Path = Field(examples=["requests.jsonl"])
     """The file."""
 
     format: str | None = Field(default=None, examples=["telemetry"])
-    """Its format; found by content unless given."""
+    """Format of the file. By default it is detected."""
 
     follow: bool = True
-    """Whether the file is read on as it grows."""
+    """Whether the file is followed as it grows."""
 
     name: Name | None = Field(default=None, examples=["gateway"])
-    """What metrics and the log call the source; its path unless given."""
+    """Name of the source in metrics and logs. The default is its path."""
 
     pool: Name | None = Field(default=None, examples=["chat"])
-    """The pool of records that name none."""
+    """Pool of records that name no pool."""
 
     @field_validator("format")
     @classmethod
@@ -93,33 +93,33 @@ class HttpSource(LiveSource):
     """How to reach and to convince a server. `ca_file` replaces the system's certificate authorities."""
 
     bearer_token: SecretPlace | None = Field(default=None, examples=[{"file": "/run/secrets/prometheus/token"}])
-    """The token that the server asks for."""
+    """Bearer token for the server."""
 
     user: Name | None = Field(default=None, examples=["twin"])
-    """The user of HTTP basic authentication."""
+    """User for HTTP basic authentication."""
 
     password: SecretPlace | None = Field(default=None, examples=[{"env": "PROMETHEUS_PASSWORD"}])
-    """That user's password."""
+    """Password for HTTP basic authentication."""
 
     headers: dict[Name, str | SecretPlace] = Field(
         default={}, examples=[{"X-Scope-OrgID": "team-a", "X-Api-Key": {"env": "PROMETHEUS_KEY"}}]
     )
-    """Headers of every request, such as the tenant of Mimir and Cortex; secret ones as {env: NAME} or {file: PATH}."""
+    """Headers of each request, such as the tenant of Mimir and Cortex. Give secrets as {env: NAME} or {file: PATH}."""
 
     ca_file: Path | None = Field(default=None, examples=["/etc/ssl/fleet-ca.pem"])
-    """Certificate authorities in place of the system's (PEM)."""
+    """CA certificates (PEM) that replace the system's."""
 
     certificate_file: Path | None = Field(default=None, examples=["/run/secrets/twin/tls.crt"])
-    """The certificate to show the server (PEM)."""
+    """Client certificate (PEM)."""
 
     key_file: Path | None = Field(default=None, examples=["/run/secrets/twin/tls.key"])
-    """That certificate's key (PEM)."""
+    """Key of the client certificate (PEM)."""
 
     verify_tls: bool = True
     """Whether the server's certificate is checked."""
 
     timeout_seconds: Seconds = 10.0
-    """How long an answer may take."""
+    """Timeout of a request."""
 
     @field_validator("headers", mode="before")
     @classmethod
@@ -134,7 +134,7 @@ class HttpSource(LiveSource):
     def _header_names(cls, headers: dict[str, str | SecretPlace]) -> dict[str, str | SecretPlace]:
         for name, value in headers.items():
             if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
-                raise ValueError(f"{name!r} is no name of a header; give name: value, as in X-Scope-OrgID: team-a")
+                raise ValueError(f"{name!r} is not a header name; expected name: value, as in X-Scope-OrgID: team-a")
             if isinstance(value, str) and name.lower() in _SECRET_HEADERS:
                 raise PydanticCustomError(
                     SECRET_GIVEN,
@@ -142,7 +142,7 @@ class HttpSource(LiveSource):
                     {"name": name},
                 )
             if isinstance(value, str) and (not value.isprintable() or not value.isascii()):
-                raise ValueError(f"the value of {name} is no text that a header can hold; correct it")
+                raise ValueError(f"the value of {name} is not valid in a header; correct it")
         return headers
 
     @model_validator(mode="after")
@@ -152,7 +152,9 @@ class HttpSource(LiveSource):
         if self.user is not None and self.bearer_token is not None:
             raise ValueError("give either bearer_token or user and password")
         if (self.user or self.bearer_token) and any(name.lower() == "authorization" for name in self.headers):
-            raise ValueError("headers: Authorization is made of bearer_token, or of user and password; give one")
+            raise ValueError(
+                "headers: Authorization follows from bearer_token, or from user and password; set one of them"
+            )
         return self
 
     def access(self) -> Access:
@@ -174,10 +176,10 @@ class MetricsSource(HttpSource):
     """Metrics, which are always there to be read."""
 
     interval_seconds: Seconds
-    """Time between two readings."""
+    """Interval between queries."""
 
     metric_prefix: str = Field(default="", examples=["nim_"])
-    """What metrics begin with in place of `vllm:`, where a collector renamed them to something without `vllm`."""
+    """Prefix of metric names instead of `vllm:`, if a collector renamed them to something without `vllm`."""
 
 
 class Prometheus(MetricsSource):
@@ -187,32 +189,32 @@ class Prometheus(MetricsSource):
     """
 
     type: Literal["prometheus"]
-    """The kind of source."""
+    """Kind of source."""
 
     url: Url = Field(examples=["http://prometheus:9090"])
-    """The Prometheus server, or what speaks its API; with what its queries need at the end, as in `?namespace=chat`."""
+    """URL of a server with the Prometheus API, with the query parameters that it needs, as in `?namespace=chat`."""
 
     engines: dict[str, str] = Field(default={}, examples=[{"namespace": "chat"}])
     """Label values that select the pool's vLLM series."""
 
     gpus: dict[str, str] | None = Field(default={}, examples=[{"namespace": "chat"}])
-    """Label values of the pool's series of NVIDIA's or AMD's GPU exporter; null leaves GPUs out."""
+    """Label values that select the pool's series of NVIDIA's or AMD's GPU exporter. Null disables GPU metrics."""
 
     interval_seconds: Seconds = 15.0
-    """Time between two readings."""
+    """Interval between queries."""
 
     warm_up_seconds: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
-    """How much of the past is read at a first start."""
+    """Length of the past that is read at the first start."""
 
     max_backfill_seconds: Seconds = 3_600.0
-    """How much of the past is read at most after an interruption."""
+    """Maximum length of the past that is read after an interruption."""
 
     @field_validator("engines", "gpus")
     @classmethod
     def _label_names(cls, labels: dict[str, str] | None) -> dict[str, str] | None:
         for label in labels or ():
             if not (label.isascii() and label.isidentifier()):
-                raise ValueError(f"{label!r} is no label name; give label: value, as in namespace: chat")
+                raise ValueError(f"{label!r} is not a label name; expected label: value, as in namespace: chat")
         return labels
 
     @model_validator(mode="after")
@@ -239,28 +241,28 @@ class EngineAddress(Settings):
     """A vLLM server's `/metrics`, and the pod it runs in."""
 
     url: Url = Field(examples=["http://vllm-0:8000/metrics"])
-    """The engine's metrics page."""
+    """URL of the engine's metrics."""
 
     pod: str = Field(default="", examples=["vllm-0"])
-    """The pod it runs in, as request records name it."""
+    """Pod of the engine, as in request records."""
 
     model: str = Field(default="", examples=["meta-llama/Llama-3.1-8B"])
-    """The served model to read, where the page has several; all unless given."""
+    """Served model to read, if the page has several. The default is all."""
 
 
 class VllmMetrics(MetricsSource):
     """The engines' own `/metrics`."""
 
     type: Literal["vllm_metrics"]
-    """The kind of source."""
+    """Kind of source."""
 
     engines: Annotated[tuple[EngineAddress, ...], Field(min_length=1)] = Field(
         examples=[[{"url": "http://vllm-0:8000/metrics", "pod": "vllm-0"}]]
     )
-    """The engines to scrape."""
+    """Engines to scrape."""
 
     interval_seconds: Seconds = 5.0
-    """Time between two scrapes."""
+    """Interval between scrapes."""
 
     def open(self, pool: str, engine: Mapping[str, object]) -> Source:
         return VllmMetricsSource(
@@ -278,22 +280,22 @@ class KvEvents(LiveSource):
     """The KV-cache events of one engine; with `bind`, of all engines that connect to `endpoint`."""
 
     type: Literal["kv_events"]
-    """The kind of source."""
+    """Kind of source."""
 
     endpoint: str = Field(examples=["tcp://vllm-0:5557"])
-    """The ZeroMQ address that events are published at."""
+    """ZeroMQ address of the event publisher."""
 
     replay_endpoint: str | None = Field(default=None, examples=["tcp://vllm-0:5558"])
-    """The address that missed events are asked from."""
+    """ZeroMQ address for replaying missed events."""
 
     topic: str = Field(default="", examples=["kv@"])
-    """Only topics that begin so; empty for all."""
+    """Prefix of the topics to read. Empty reads all."""
 
     pod: str = Field(default="", examples=["vllm-0"])
     """The pod of the engine; unless given, what its topic (`kv@<pod>@<model>`) says, which comes first with `bind`."""
 
     bind: bool = False
-    """Listen at `endpoint` for engines that connect, in place of connecting to one."""
+    """Whether to listen at `endpoint` for engines that connect, instead of connecting to one."""
 
     @field_validator("endpoint", "replay_endpoint")
     @classmethod

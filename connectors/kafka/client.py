@@ -96,7 +96,7 @@ class GroupOffsets:
     def _answered(self, _: object, answer: object) -> None:
         failed = isinstance(answer, Exception)
         if failed and not self._failed:
-            log.warning("offsets cannot be committed to the group %s (%s); its lag stands still", self._group, answer)
+            log.warning("cannot commit offsets to the group %s (%s); its lag is not updated", self._group, answer)
         self._failed = failed
 
 
@@ -134,5 +134,5 @@ class LetterTopic:
 
     def _lose(self, error: object) -> None:
         if not self.lost:
-            log.warning("dead letters cannot be written to the topic %s (%s)", self._topic, error)
+            log.warning("cannot write dead letters to topic %s (%s)", self._topic, error)
         self.lost += 1

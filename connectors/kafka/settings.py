@@ -15,13 +15,13 @@ from connectors.secret import Name, SecretPlace, Settings
 
 def _topic(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,249}", name):
-        raise ValueError("it should be the name of a topic: letters, digits, dots, dashes and underscores")
+        raise ValueError("expected the name of a topic: letters, digits, dots, dashes and underscores")
     return name
 
 
 def _broker(address: str) -> str:
     if not re.fullmatch(r"[^\s,]+:\d{1,5}", address):
-        raise ValueError("it should be host:port")
+        raise ValueError("expected host:port")
     return address
 
 
@@ -33,32 +33,32 @@ class Tls(Settings):
     """TLS to the brokers. `ca` in place of the system's authorities; `certificate` and `key` where clients show one."""
 
     ca: Path | None = Field(default=None, examples=["/etc/kafka/ca.pem"])
-    """Certificate authorities in place of the system's (PEM)."""
+    """CA certificates (PEM) that replace the system's."""
 
     certificate: Path | None = Field(default=None, examples=["/run/secrets/kafka/tls.crt"])
-    """The certificate to show the brokers (PEM)."""
+    """Client certificate (PEM)."""
 
     key: Path | None = Field(default=None, examples=["/run/secrets/kafka/tls.key"])
-    """That certificate's key (PEM)."""
+    """Key of the client certificate (PEM)."""
 
     key_password: SecretPlace | None = Field(default=None, examples=[{"file": "/run/secrets/kafka/key-password"}])
-    """What the key is encrypted with."""
+    """Passphrase of the key."""
 
     verify_hostname: bool = True
-    """Whether a broker's certificate must name its host."""
+    """Whether the host name in the broker's certificate is checked."""
 
 
 class Sasl(Settings):
     """A user and password. PLAIN sends the password as it is: only over TLS."""
 
     mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = Field(examples=["SCRAM-SHA-512"])
-    """How the password is shown."""
+    """SASL mechanism."""
 
     username: Name = Field(examples=["twin"])
     """The user."""
 
     password: SecretPlace = Field(examples=[{"env": "KAFKA_PASSWORD"}])
-    """That user's password."""
+    """Password."""
 
 
 def _start(value: object) -> object:
@@ -71,7 +71,7 @@ def _start(value: object) -> object:
         except ValueError:
             value = None
     if not isinstance(value, datetime) or value.tzinfo is None:
-        raise ValueError("it should be earliest, latest, or a time with its zone, such as 2026-01-31T08:00:00Z")
+        raise ValueError("expected earliest, latest, or a time with its zone, such as 2026-01-31T08:00:00Z")
     return value.timestamp()
 
 
@@ -83,30 +83,30 @@ class KafkaSettings(Settings):
     """
 
     type: Literal["kafka"] = "kafka"
-    """The kind of source."""
+    """Kind of source."""
 
     brokers: Annotated[tuple[Broker, ...], Field(min_length=1)] = Field(examples=[["kafka-0:9092", "kafka-1:9092"]])
-    """Brokers to begin with, host:port."""
+    """Bootstrap brokers, as host:port."""
 
     topics: Annotated[tuple[Topic, ...], Field(min_length=1)] = Field(examples=[["llm-requests"]])
-    """Topics of request records or of OpenTelemetry spans, mixed at will."""
+    """Topics with request records or OpenTelemetry spans. A topic can contain both."""
 
     name: Name | None = Field(default=None, examples=["main"])
-    """What metrics and the log call the source; its topics unless given."""
+    """Name of the source in metrics and logs. The default is its topics."""
 
     pool: Name | None = Field(default=None, examples=["chat"])
-    """The pool of records that name none, as spans do."""
+    """Pool of records that name no pool, such as spans."""
 
     start: Annotated[Literal["earliest", "latest"] | float, PlainValidator(_start)] = Field(
         default="latest", examples=["2026-01-31T08:00:00Z"]
     )
-    """Where reading begins without a checkpoint: earliest, latest, or a time with its zone."""
+    """Where reading starts without a checkpoint: earliest, latest, or a time with its zone."""
 
     group: Name | None = "kavier-twin"
-    """The consumer group, only committed to, for those who watch its lag; null for none."""
+    """Consumer group to which offsets are committed, for lag monitoring only. Null disables commits."""
 
     tls: Tls | None = Field(default=None, examples=[{"ca": "/etc/kafka/ca.pem"}])
-    """TLS to the brokers; {} trusts the system's authorities."""
+    """TLS to the brokers. {} trusts the system's CA certificates."""
 
     sasl: Sasl | None = Field(
         default=None,
@@ -115,15 +115,15 @@ class KafkaSettings(Settings):
     """User and password."""
 
     dead_letter_topic: Topic | None = Field(default=None, examples=["llm-requests-rejected"])
-    """A topic that notes each rejected record: where and why, never its content."""
+    """Topic for rejected records: their position and the reason, never their content."""
 
     buffer_bytes: Annotated[int, Field(ge=2**20)] = 64 * 2**20
-    """Read ahead of the twin at most."""
+    """Maximum number of records read ahead."""
 
     @model_validator(mode="after")
     def _letters_do_not_come_back(self) -> KafkaSettings:
         if self.dead_letter_topic in self.topics:
-            raise ValueError("dead_letter_topic is one of topics: rejected records would be read again and again")
+            raise ValueError("dead_letter_topic is one of topics: rejected records would be read repeatedly")
         return self
 
     def problems(self) -> list[str]:

@@ -243,7 +243,7 @@ class KafkaSource(BackgroundSource):
         try:
             ends = consumer.end_offsets(list(self._offsets), timeout_ms=ANSWER_MS // 4) if self._offsets else {}
         except KafkaError as error:
-            self._set_trouble(f"the brokers do not answer ({error})")
+            self._set_trouble(f"no answer from the brokers ({error})")
             return False
         handed_out = self._handed_out()
         self.lag_records = float(sum(max(0, end - handed_out[partition]) for partition, end in ends.items()))
@@ -314,10 +314,14 @@ class KafkaSource(BackgroundSource):
             target = offset
             if offset < first:
                 target = first
-                self._lose("expired", first - offset, f"{_key(partition)}: offsets {offset} to {first - 1} are gone")
+                self._lose(
+                    "expired", first - offset, f"{_key(partition)}: offsets {offset} to {first - 1} no longer exist"
+                )
             elif offset > end:
                 target = min(end, self._after_cut(consumer, partition, first, end))
-                told = f"{_key(partition)}: the log ends at {end}, the position was {offset}; going on at {target}"
+                told = (
+                    f"{_key(partition)}: the log ends at {end}, but the position was {offset}; continuing at {target}"
+                )
                 self._lose("truncated", offset - end, told)
             self._offsets[partition] = target
             consumer.seek(partition, target)

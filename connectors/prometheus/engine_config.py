@@ -110,7 +110,7 @@ def _capacity(labels: Mapping[str, Any], block_size: int | None, blocks: int | N
             return _Capacity(
                 block_size,
                 None,
-                f"a hybrid model does not tell its capacity, which is not num_gpu_blocks {blocks} times block_size "
+                f"the capacity of a hybrid model is unknown; it is not num_gpu_blocks {blocks} times block_size "
                 f"{block_size}; set fleet.engine.num_gpu_blocks",
             )
         return _Capacity(block_size, blocks)

@@ -90,15 +90,15 @@ class HttpClient:
                 said = body[:300].decode(errors="replace").strip()
                 raise FetchError(f"http-{status}", f"{_shown(url)}: {said}{_hint(status, said)}")
             if not location:
-                raise FetchError(f"http-{status}", f"{_shown(url)}: a redirect that does not say where to")
+                raise FetchError(f"http-{status}", f"{_shown(url)}: a redirect without a target")
             target = urljoin(asked, location)
             # Followed within the server alone: elsewhere the redirect would carry the token and headers along.
             if status not in _REDIRECTS or _server(target) != _server(asked):
                 raise FetchError(
-                    f"http-{status}", f"{_shown(url)} redirects to {_shown(target)}; if that is right, set it as url"
+                    f"http-{status}", f"{_shown(url)} redirects to {_shown(target)}; set this as url if it is correct"
                 )
             asked = target
-        raise FetchError("too-many-redirects", f"{_shown(url)} redirects again and again, last to {_shown(asked)}")
+        raise FetchError("too-many-redirects", f"{_shown(url)} redirects too often, last to {_shown(asked)}")
 
     def _answer(
         self, method: str, url: str, fields: Mapping[str, str] | None, deadline: float

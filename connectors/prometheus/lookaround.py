@@ -36,7 +36,7 @@ def what_is_there(api: PrometheusApi, wanted: Mapping[str, str], prefix: str) ->
     except FetchError:
         return f"no-engine: no series of vLLM{f' has {asked}' if asked else ''}; correct engines"
     hint = prefix_hint(names) or "does the server scrape the engines' /metrics?"
-    return f"no-engine: there is no series of vLLM, such as {series_of('requests_running')}; {hint}"
+    return f"no-engine: no vLLM series such as {series_of('requests_running')}; {hint}"
 
 
 def prefix_hint(names: Iterable[str]) -> str:

@@ -196,14 +196,16 @@ class PrometheusSource(BackgroundSource):
         if seconds <= _SHORTEST_WINDOW_SECONDS:
             raise FetchError(
                 error.reason,
-                f"{str(error).partition(': ')[2]}; so even of {seconds + _COMMIT_SECONDS:.0f} s at a time: raise the "
+                f"{str(error).partition(': ')[2]}; even for ranges of {seconds + _COMMIT_SECONDS:.0f} s: raise the "
                 "server's limit, or select fewer series by engines",
             )
         self._window, self._windows_accepted = max(_SHORTEST_WINDOW_SECONDS, 0.5 * seconds), 0
         if error.reason == "timeout":
             raise error  # it may as well be away
         log.info(
-            "source %s: ranges of %.0f s at a time from now on, as longer ones are refused", self.name, self._window
+            "source %s: queries are limited to ranges of %.0f s because the server refuses longer ones",
+            self.name,
+            self._window,
         )
 
     def _take(self, start_seconds: float, end_seconds: float) -> None:
@@ -318,7 +320,7 @@ class PrometheusSource(BackgroundSource):
         skewed = abs(self.clock_skew_seconds) > _SKEW_TOLD_SECONDS
         if skewed and not self._skew_told:
             log.warning(
-                "source %s: the server's clock is %.0f s %s ours; times are the server's",
+                "source %s: the server's clock is %.0f s %s this host's; the server's clock is used",
                 self.name,
                 abs(self.clock_skew_seconds),
                 "ahead of" if self.clock_skew_seconds > 0.0 else "behind",

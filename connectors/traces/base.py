@@ -467,7 +467,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     try:
         return json_object(path.read_bytes().decode("utf-8"))
     except FileNotFoundError:
-        raise TraceError(f"{path} is missing: the trace needs it; put it beside the trace") from None
+        raise TraceError(f"{path} is missing: the trace needs it; put it next to the trace") from None
     except OSError as error:
         raise TraceError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from None
     except UnicodeDecodeError:

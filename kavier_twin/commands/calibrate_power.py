@@ -21,7 +21,7 @@ from kavier_twin.recordings.scenario import load_scenario, read_footprint
 _EPILOG = """examples:
   kavier-twin calibrate-power trace.jsonl --watts watts.csv --fleet fleet.yaml > power.yaml
 
-the file of watts: CSV with the columns time and watts (the mean of a GPU), for example
+format of the watts file: CSV with the columns time and watts (the mean of a GPU), for example
   time,watts
   2026-01-31T23:00:00Z,412.5
 from Prometheus: avg by (pod) (DCGM_FI_DEV_POWER_USAGE). What is printed on standard output goes into the fleet's or the
@@ -68,8 +68,8 @@ def run(args: argparse.Namespace) -> int:
         found = calibrate_power(settings.footprint.power, observed)
     except CalibrationError as error:
         raise UserError(
-            f"--watts {args.watts}: {error}; do its times fit the trace's? time_zero in the footprint is the moment "
-            "that the trace's 0 s stands for"
+            f"--watts {args.watts}: {error}; check that its times match the trace's; time_zero in the "
+            "footprint is the time of the trace's 0 s"
         ) from None
     _report(console, found)
     rounded = {name: float(f"{value:.4g}") for name, value in found.power.model_dump().items()}
@@ -85,6 +85,6 @@ def _report(console: Console, found: PowerCalibration) -> None:
         console.print(f"{name}: standard deviation {deviation:.1f} W", style="dim", highlight=False)
     if found.undetermined:
         console.print(
-            f"[yellow]not determined by this data, the prior stands:[/] {', '.join(found.undetermined)}. "
-            "It takes times of idleness, of prefill and of decode in different measure."
+            f"[yellow]not determined by this data, the initial value is kept:[/] {', '.join(found.undetermined)}. "
+            "Fitting needs periods with different shares of idle time, prefill and decode."
         )

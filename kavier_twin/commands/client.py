@@ -60,7 +60,7 @@ def ask(args: argparse.Namespace, path: str, body: str | None = None, *, seconds
         refused = isinstance(error, urllib3.exceptions.NewConnectionError)
         if isinstance(error, urllib3.exceptions.TimeoutError) and not refused:
             raise UserError(f"{url}: no answer within {seconds:g} s") from None
-        raise UserError(f"{url}: no daemon answers there; start one with kavier-twin run, or correct --url") from None
+        raise UserError(f"{url}: no daemon answers; start one with kavier-twin run, or correct --url") from None
     if response.status != 200:
         raise UserError(_refusal(url, response.status, response.data))
     return response.data

@@ -1,4 +1,4 @@
-"""`kavier-twin counterfactual`: from one recorded run, predict another under other settings."""
+"""`kavier-twin counterfactual`: predict a recorded run from another one with other settings."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from rich.table import Table
 
 from kavier_twin.studies.counterfactual import Counterfactual, predict, read_recording
 
-_DESCRIPTION = """Two recordings of the same users on the same server under different settings. From each alone predict
+_DESCRIPTION = """Take two recordings of the same users on the same server with different settings. Predict each from
 the other: prefix-cache hit ratio, mean TTFT and mean end-to-end latency.
 
-Users wait for their answers: a next turn arrives when the simulated turn before it ended and the recorded think time
-passed. Latencies are told raw and scaled by how much longer the other run's steps lasted for equal batches, as the
-step logs of both runs tell: a machine is not equally fast in two runs.
+The next turn of a session arrives after the simulated end of its previous turn and the recorded think time. Latencies
+are given unscaled, and scaled by the ratio of step times of equal batches in the step logs of both runs, because the
+speed of a machine differs between runs.
 """
 _EXAMPLES = """examples:
   kavier-twin counterfactual recordings/cached recordings/uncached
@@ -31,13 +31,15 @@ def add_parser(commands: Any) -> None:
     """Declare the command."""
     parser = commands.add_parser(
         "counterfactual",
-        help="from one recorded run, predict another under other settings",
+        help="predict a recorded run from another one with other settings",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("first", type=Path, metavar="RECORDING_A", help="a folder: requests, meta.json, steps.jsonl.gz")
-    parser.add_argument("second", type=Path, metavar="RECORDING_B", help="the other one")
+    parser.add_argument(
+        "first", type=Path, metavar="RECORDING_A", help="folder with requests, meta.json and steps.jsonl.gz"
+    )
+    parser.add_argument("second", type=Path, metavar="RECORDING_B", help="folder of the other recording")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

@@ -74,21 +74,19 @@ def add_parser(commands: Any) -> None:
     """Declare the command."""
     parser = commands.add_parser(
         "demo",
-        help="watch the twin mirror a recorded vLLM and forecast it",
-        description="Replay a recording of a real vLLM as if live: mirror it, forecast it under several policies, "
-        "serve metrics and a status page. Needs no service and no network.",
+        help="mirror and forecast a recorded vLLM server",
+        description="Replay a recording of a real vLLM server: mirror it, forecast it under several policies, "
+        "serve metrics and a page. Needs no service and no network.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--speed", type=float, help="times faster than it happened (default: so that all takes about a minute)"
-    )
-    parser.add_argument("--once", action="store_true", help="stop at the end of the recording, after one scrape")
+    parser.add_argument("--speed", type=float, help="speed-up factor (default: the recording takes about a minute)")
+    parser.add_argument("--once", action="store_true", help="stop at the end of the recording")
     parser.add_argument("--host", default=DEFAULT_HOST, help=f"address to serve on (default {DEFAULT_HOST})")
     parser.add_argument(
         "--port", type=int, default=DEFAULT_PORT, help=f"port to serve on, 0: any free one (default {DEFAULT_PORT})"
     )
-    parser.add_argument("--no-ui", action="store_true", help="plain lines instead of the live view")
+    parser.add_argument("--no-ui", action="store_true", help="print plain lines instead of the live view")
     parser.add_argument("--recording", type=Path, metavar="DIR", help="recording to play (requests.jsonl, meta.json)")
 
 
@@ -131,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
         console.print(f"Page: {daemon.http.url}/#token={token}   metrics: {daemon.http.url}/metrics   (Ctrl-C ends)\n")
         _wait_for_kernels(console, daemon, signals)
         if not daemon.preparing:
-            console.print(f"Replayed {source.speed:.1f} times as fast as it happened.")
+            console.print(f"Replay speed: {source.speed:.1f} times real time.")
         watch = _Watch(console, daemon, source)
         show = watch.live if console.is_terminal and not args.no_ui else watch.plain
         show(signals, once=args.once)
@@ -158,7 +156,7 @@ def _wait_for_kernels(console: Console, daemon: Daemon, signals: StopSignals) ->
     """Tell how far they are; says nothing where they come from the cache."""
     began = told_at = time.monotonic()
     every_seconds = 1.0 if console.is_terminal else PLAIN_EVERY_SECONDS
-    with console.status("Getting the simulation kernels ready ...") as status:
+    with console.status("Loading the simulation kernels ...") as status:
         while daemon.preparing and signals.received is None and not daemon.failed:
             time.sleep(0.1)
             far, now = daemon.view.compiling, time.monotonic()
@@ -339,20 +337,20 @@ def verdict(outlook: Outlook) -> Text:
     if best.flags:
         text.append(f"\n      vllm serve ... {' '.join(best.flags)}")
     if not outlook.calibrated:
-        text.append("\n      made before calibration: not to be trusted", style="yellow")
+        text.append("\n      made before calibration: not trusted", style="yellow")
     return text
 
 
 def _trust(view: TwinView) -> Text:
     if not view.calibrated:
-        return Text("Not calibrated yet: step times are a crude prior, figures are not to be trusted.", style="yellow")
+        return Text("Not calibrated yet: step times are a default, figures are not trusted.", style="yellow")
     text = Text(
-        f"Calibrated on {view.calibrated_on_requests} requests of this stream; {view.finished_requests} followed to "
-        f"their end; real steps last {view.step_time_scale_ratio:.2f} times what the coefficients say now.",
+        f"Calibrated on {view.calibrated_on_requests} requests of this stream; {view.finished_requests} "
+        f"finished. Observed steps last {view.step_time_scale_ratio:.2f} times as long as modelled.",
         style="green",
     )
     if math.isfinite(view.exact_cache_ratio):
-        text.append(f" Prefix hits exact to the token for {view.exact_cache_ratio:.1%} of requests.")
+        text.append(f" Prefix hits are exact to the token for {view.exact_cache_ratio:.1%} of requests.")
     return text
 
 

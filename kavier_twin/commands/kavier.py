@@ -16,9 +16,9 @@ from kavier_twin.studies.kavier.model import Scope
 from kavier_twin.studies.kavier.prefix import prefix
 
 _EXPERIMENTS: Final = {
-    "accuracy": "experiment 1: seconds of prefill and decode on an A10, beside the measured ones",
+    "accuracy": "experiment 1: seconds of prefill and decode on an A10, against measurements",
     "kv-cache": "experiment 2: hours on an A100 with the KV cache on and off, four models",
-    "prefix": "experiment 3: hit ratio and prefill hours of prompt caches, beside a real block cache",
+    "prefix": "experiment 3: hit ratio and prefill hours of prompt caches, against a real block cache",
 }
 
 
@@ -37,7 +37,7 @@ def add_parser(commands: Any) -> None:
         "kavier",
         help="repeat the experiments of the Kavier paper",
         description="Repeat the experiments of the Kavier paper (arXiv 2605.25247): its model's figures, ours, and "
-        "the published ones. docs/kavier.md tells what can be compared.",
+        "the published ones. See docs/kavier.md for what can be compared.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -29,9 +29,9 @@ COMMANDS = (
 )
 
 _EXAMPLES = """examples:
-  kavier-twin demo                                 watch the twin mirror a recorded vLLM and forecast it
-  kavier-twin simulate trace.jsonl --fleet f.yaml  what a fleet makes of a trace
-  kavier-twin run --config twin.yaml               the daemon
+  kavier-twin demo                                 mirror and forecast a recorded vLLM server
+  kavier-twin simulate trace.jsonl --fleet f.yaml  simulate a trace
+  kavier-twin run --config twin.yaml               run the daemon
 """
 
 

@@ -16,7 +16,7 @@ from kavier_twin.errors import set_up_logging
 _EXAMPLE = """examples:
   kavier-twin run --check --config twin.yaml
   kavier-twin run --config twin.yaml
-  kavier-twin run --config twin.yaml --warm-up 30m    a first start beside a running fleet
+  kavier-twin run --config twin.yaml --warm-up 30m    start next to a running fleet
 
 an example of a settings file:
   pool: chat

@@ -41,7 +41,7 @@ def print_scores(console: Console, scores: Scores) -> None:
     unscored = ", ".join(f"{count} {reason}" for reason, count in scores.unscored.items())
     if scores.pending or unscored:
         note = f"; not scored: {unscored}" if unscored else ""
-        console.print(f"{scores.pending} forecasts still open{note}.", style="dim")
+        console.print(f"{scores.pending} forecasts pending{note}.", style="dim")
 
 
 def _kpis(scores: Scores, *, wide: bool) -> Table:

@@ -22,9 +22,9 @@ _SCORES: Final = TypeAdapter(Scores)
 _ANSWER_SECONDS: Final = 10.0
 
 _EXAMPLES = f"""examples:
-  kavier-twin scores                            of the daemon on this machine
+  kavier-twin scores                            scores of the daemon on this machine
   kavier-twin scores --url http://twin:9469
-  kavier-twin scores --db state/{FILE_NAME}  of the file beside a daemon's checkpoints, running or not
+  kavier-twin scores --db state/{FILE_NAME}  scores in a daemon's checkpoint directory
 """
 
 
@@ -40,7 +40,7 @@ def add_parser(commands: Any) -> None:
     )
     place = parser.add_mutually_exclusive_group()
     add_url(place)
-    place.add_argument("--db", type=Path, metavar="FILE", help=f"the {FILE_NAME} that a daemon keeps")
+    place.add_argument("--db", type=Path, metavar="FILE", help=f"path of a daemon's {FILE_NAME}")
     add_token(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     for pool, scores in pools.items():
         console.print(f"Pool {pool}", style="bold", markup=False)
         if not scores.kpis and not scores.alerts:
-            console.print(f"No forecast's time has come yet; {scores.pending} are open.")
+            console.print(f"No forecast has been scored yet; {scores.pending} are pending.")
         else:
             print_scores(console, scores)
     return 0
@@ -76,7 +76,7 @@ def _from_daemon(args: argparse.Namespace) -> dict[str, Scores]:
         pools = _known(json.loads(body))["pools"]
         return {pool["pool"]: _SCORES.validate_python(pool["scores"]) for pool in pools}
     except (ValueError, KeyError, AttributeError, TypeError, ValidationError):
-        raise UserError(f"{args.url}: answers with something else than scores; is it a Kavier Twin?") from None
+        raise UserError(f"{args.url}: the answer is not a list of scores; is it a Kavier Twin?") from None
 
 
 def _known(value: Any) -> Any:

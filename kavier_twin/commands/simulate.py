@@ -313,7 +313,7 @@ def _print(console: Console, scenario: Scenario, fleet: FleetSettings, outcomes:
     )
     if scenario.calibration is not None:
         console.print(
-            f"step times fitted on the first {scenario.calibration.requests} {_FITTED_ON[scenario.calibrated_from]}",
+            f"step times fitted to the first {scenario.calibration.requests} {_FITTED_ON[scenario.calibrated_from]}",
             style="dim",
         )
         if scenario.calibration.undetermined:

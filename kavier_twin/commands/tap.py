@@ -114,7 +114,7 @@ def _records(args: argparse.Namespace) -> RecordSettings:
     problems = _problems(args)
     kafka = _kafka_options(args, problems) if args.kafka else None
     if problems:
-        raise UserError("\n  ".join((f"{len(problems)} to mend, nothing was started:", *problems)))
+        raise UserError("\n  ".join((f"{len(problems)} to fix; nothing was started:", *problems)))
     from kavier_twin.tap import worker
 
     return worker.RecordSettings(

@@ -24,7 +24,7 @@ _EXAMPLE = """examples:
   kavier-twin whatif --url https://twin.example:9469 --token-file token --policy num_gpu_blocks=0.5x --json
 
 The daemon forks its live state and simulates the current policy and yours in the same scenarios;
-its mirror and its forecasts go on undisturbed. Nothing about the fleet is changed.
+the mirror and the forecasts continue. Nothing in the fleet is changed.
 exit status: 0 answered, 1 not answered (the message says why), 2 wrong use
 """
 
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         answer = Answer.model_validate_json(body)
     except ValidationError:
-        raise UserError(f"{args.url}: answers with something else than a what-if; is it a Kavier Twin?") from None
+        raise UserError(f"{args.url}: the answer is not a what-if; is it a Kavier Twin?") from None
     if args.json:
         print(answer.model_dump_json())
     else:
@@ -85,7 +85,7 @@ def _question(args: argparse.Namespace) -> Question:
     try:
         return Question.model_validate(given)
     except ValidationError as error:
-        raise UserError(f"the question cannot be asked: {'; '.join(problems_of(error, _option))}") from None
+        raise UserError(f"invalid request: {'; '.join(problems_of(error, _option))}") from None
 
 
 def _option(place: tuple[str | int, ...]) -> str:

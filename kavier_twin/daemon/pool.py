@@ -287,11 +287,11 @@ class PoolTwin:
             )
         if change is not None and change != self._told_change:
             log.warning(
-                "pool %s: engine steps have taken %.2f times as long as before since event time %.0f s; step "
-                "times will be fitted again",
+                "pool %s: for the last %.0f s engine steps have taken %.2f times as long as before; step times will be "
+                "fitted again",
                 self.name,
+                self.mirror.time_seconds - change.since_seconds,
                 change.ratio,
-                change.since_seconds,
             )
         self._told_change = change
 

@@ -33,7 +33,7 @@ def test_the_fitted_model_is_printed_as_settings(tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("watts", "said"),
     [
-        ("time,watts\n2026-01-31T23:00:00Z,100\n", "do its times fit the trace's?"),
+        ("time,watts\n2026-01-31T23:00:00Z,100\n", "check that its times match"),
         ("time,watt\n0,100\n", "found time,watt"),
         ("time,watts\n0,-5\n", "watts '-5'"),
     ],

@@ -526,7 +526,7 @@ def test_redirects_elsewhere_are_not_followed_but_named(closing: list[Any]) -> N
     other = Pages(lambda path, _: asked.append(path) or (200, "text/plain", b"stolen"))
     server = Pages(lambda *_: (302, "text/plain", f"{other.url}/login?token=abc".encode()))
     closing += [server, other]
-    with pytest.raises(FetchError, match=rf"^http-302: .* redirects to {other.url}/login; if") as e:
+    with pytest.raises(FetchError, match=rf"^http-302: .* redirects to {other.url}/login; set this") as e:
         HttpClient(Access()).get(f"{server.url}/metrics")
     assert "abc" not in str(e.value)
     assert asked == []
@@ -702,5 +702,5 @@ def test_a_source_that_never_found_an_engine_looks_at_once(closing: list[Any]) -
     closing.append(source)
     source._api._http = Direct()  # type: ignore[assignment]
     source.poll(1)
-    wait_until(lambda: source.trouble.startswith("no-engine: there is no series of vLLM, such as vllm:num_requests"))
+    wait_until(lambda: source.trouble.startswith("no-engine: no vLLM series such as vllm:num_requests"))
     assert len(queries) <= 6

@@ -215,7 +215,7 @@ def test_a_live_pool_does_not_know_the_future(tmp_path: Path) -> None:
     refused["fleet"]["engine"]["eviction"] = "belady"
     (problem,) = problems(tmp_path, refused)
     assert problem.startswith("fleet")
-    assert "engine.eviction=belady needs to know the future" in problem
+    assert "engine.eviction: belady needs to know future" in problem
     policies = [{"name": "today"}, {"name": "bound", "overrides": {"eviction": "belady"}}]
     assert len(read(tmp_path, minimal(forecast={"policies": policies})).forecast.policies) == 2
 
@@ -253,8 +253,8 @@ def test_all_that_is_wrong_with_a_kafka_source(tmp_path: Path) -> None:
     )
     text = "\n".join(found)
     for where in (
-        "sources.0.brokers.0: is 'localhost'; it should be host:port",
-        "sources.0.start: is 'yesterday'; it should be earliest, latest, or a time with its zone",
+        "sources.0.brokers.0: is 'localhost'; expected host:port",
+        "sources.0.start: is 'yesterday'; expected earliest, latest, or a time with its zone",
         "sources.0.topic: unknown setting; did you mean topics?",
         "sources.0.topics.0: is 'a b'",
         "sources.0.tls.cafile: unknown setting; did you mean ca?",

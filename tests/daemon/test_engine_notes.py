@@ -103,7 +103,7 @@ def test_another_version_is_logged_and_engines_that_are_gone_are_forgotten(caplo
     assert caplog.messages == []
     notes.take(sample.model_copy(update={"vllm_version": "0.32.0"}))
     notes.take(sample.model_copy(update={"vllm_version": "0.33.0"}))
-    assert caplog.messages == ["pool chat: vllm-0 runs vLLM 0.33.0 now, was 0.32.0"]
+    assert caplog.messages == ["pool chat: vllm-0 now runs vLLM 0.33.0 (was 0.32.0)"]
     assert [(engine.pod, engine.vllm_version) for engine in notes.engines()] == [("vllm-0", "0.33.0")]
     notes.take(sample.model_copy(update={"pod": "vllm-1", "time_seconds": 6.0 + FORGET_SECONDS}))
     assert [engine.pod for engine in notes.engines()] == ["vllm-1"]

@@ -67,16 +67,16 @@ def test_one_of_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"type": "prometheus"}, "sources.0.url: missing; add it"),
         ({**PROMETHEUS, "intervall_seconds": 5}, "did you mean interval_seconds?"),
         ({**PROMETHEUS, "interval_seconds": 0}, "sources.0.interval_seconds: is 0"),
-        ({**PROMETHEUS, "engines": {"a-b": "c"}}, "sources.0.engines: 'a-b' is no label name"),
+        ({**PROMETHEUS, "engines": {"a-b": "c"}}, "sources.0.engines: 'a-b' is not a label name"),
         ({**PROMETHEUS, "warm_up_seconds": 7200}, "sources.0: warm_up_seconds is more than max_backfill_seconds"),
         ({**PROMETHEUS, "user": "a"}, "sources.0: user and password belong together"),
         ({**PROMETHEUS, "ca_file": "gone.pem"}, "sources.0.ca_file: there is no file "),
         ({**PROMETHEUS, "bearer_token": {"env": "TWIN_UNSET"}}, "variable TWIN_UNSET is empty or not set; set it"),
         ({**PROMETHEUS, "bearer_token": {}}, "sources.0.bearer_token: give either env"),
-        ({**PROMETHEUS, "headers": {"X Scope": "a"}}, "sources.0.headers: 'X Scope' is no name of a header"),
+        ({**PROMETHEUS, "headers": {"X Scope": "a"}}, "sources.0.headers: 'X Scope' is not a header name"),
         (
             {**PROMETHEUS, "headers": {"X-Scope-OrgID": "a\nb"}},
-            "sources.0.headers: the value of X-Scope-OrgID is no text",
+            "sources.0.headers: the value of X-Scope-OrgID is not valid in a header",
         ),
         (
             {**PROMETHEUS, "headers": {"X-Key": {"env": "TWIN_UNSET"}}},
@@ -85,7 +85,7 @@ def test_one_of_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({**PROMETHEUS, "headers": {"X-Key": {"file": "gone"}}}, "sources.0.headers.X-Key: "),
         (
             {**PROMETHEUS, "bearer_token": {"env": "HOME"}, "headers": {"Authorization": {"env": "HOME"}}},
-            "Authorization is made of bearer_token",
+            "Authorization follows from bearer_token",
         ),
         ({"type": "vllm_metrics", "engines": []}, "sources.0.engines: "),
         (
