@@ -18,6 +18,7 @@ from copy import copy
 from dataclasses import replace
 from typing import Final
 
+from kavier_twin.mirror.answers import Answers
 from kavier_twin.mirror.applied import Applied
 from kavier_twin.mirror.calibration.online import Change
 from kavier_twin.mirror.calibration.requests import Calibration
@@ -41,6 +42,7 @@ from kavier_twin.telemetry import (
     EngineSample,
     GpuSample,
     KvEventBatch,
+    RequestFinished,
     RequestRecord,
     RequestSeen,
     TelemetryRecord,
@@ -70,6 +72,7 @@ class Mirror:
         self.evidence = Evidence(settings.bucket_seconds, settings.trust)
         self.folded_again = 0  # times
         self.delays = Delays()
+        self.answers = Answers()
         self._forks: list[tuple[float, Fold]] = [(-math.inf, self.fold.fork())]  # by time, oldest first
         self._looks_ahead = False
 
@@ -86,17 +89,32 @@ class Mirror:
         if isinstance(record, EngineSample | CarbonSample):
             self.timeline.observe(record)
             counts["accepted"] += 1
-        elif isinstance(record, GpuSample | KvEventBatch):  # observed beside the simulation
+        elif isinstance(record, GpuSample):  # observed beside the simulation
             counts["accepted"] += 1
+        elif isinstance(record, KvEventBatch):
+            counts["accepted"] += 1
+            for ended in self.answers.take(record):
+                self.timeline.offer(ended)
         elif isinstance(record, RequestRecord):
-            counts.update(self.timeline.offer(record.seen()))
+            self._offer(record.seen())
             finished = record.finished()
             if finished is not None and finished.time_seconds - record.time_seconds > self.settings.give_up_seconds:
                 counts["future_time"] += 1  # it would have been given up by then
             elif finished is not None:
-                counts.update(self.timeline.offer(finished, foretold=True))
+                self._offer(finished, foretold=True)
         else:
-            counts.update(self.timeline.offer(record))
+            self._offer(record)
+
+    def _offer(self, record: RequestSeen | RequestFinished, *, foretold: bool = False) -> None:
+        """Put it in its place; what KV events tell of an answer completes its end."""
+        ended = None
+        if isinstance(record, RequestSeen):
+            ended = self.answers.seen(record)
+        else:
+            record = self.answers.finished(record)
+        self.ingested.update(self.timeline.offer(record, foretold=foretold))
+        if ended is not None:
+            self.timeline.offer(ended)
 
     def advance(self, now_seconds: float | None = None, *, go_back: bool = True) -> list[Applied]:
         """Apply what is due. `now_seconds` (event time) lets time pass where no record comes.

@@ -31,6 +31,7 @@ def save(mirror: Mirror) -> Saved:
         "reached_seconds": mirror.time_seconds,
         "fold": _save_fold(fold),
         "timeline": mirror.timeline.save(),
+        "answers": mirror.answers.save(),
         "evidence": mirror.evidence.save(),
     }
     return Saved(document, dict(fold.fleet.state._asdict()))
@@ -50,6 +51,7 @@ def restore(saved: Saved, settings: MirrorSettings, fleet: FleetSettings) -> Mir
     mirror = Mirror(settings, fleet)
     fold = _restore_fold(Fold(settings, fleet), document["fold"], FleetState(**saved.arrays), fleet)
     mirror.timeline.restore(document["timeline"])
+    mirror.answers.restore(document["answers"])
     mirror.evidence.restore(document["evidence"])
     mirror.resume(fold, document["fork_seconds"], document["reached_seconds"])
     return mirror
