@@ -105,7 +105,8 @@ def _fleet(path: Path) -> PoolFleet:
 
 def _print(console: Console, played: Played) -> None:
     table = Table(title="mirrored / observed, by minute")
-    columns = [(name, "") for name in GAUGES] + list(REQUEST_KPIS)
+    every = dict.fromkeys([*((name, "") for name in GAUGES), *REQUEST_KPIS])
+    columns = [one for one in every if any(name_of(*one) in minute.mirrored for minute in played.minutes)]
     headings = [f"{KPIS[kpi].label} {statistic}".strip() for kpi, statistic in columns]
     for heading in ("minute", *headings, "trusted", "clients TTFT p99, e2e p95"):
         table.add_column(heading, justify="right")

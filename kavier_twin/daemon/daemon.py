@@ -130,7 +130,7 @@ class Daemon:
             except TraceError as error:
                 raise UserError(str(error)) from None
             every_seconds = entry.interval_seconds if isinstance(entry, MetricsSource) else None
-            feeds.append(Feed(source, entry.pool or "", every_seconds))
+            feeds.append(Feed(source, entry.pool or "", every_seconds, checks_only=entry.type == "kv_events"))
         return cls(
             pools,
             feeds,

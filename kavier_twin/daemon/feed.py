@@ -24,12 +24,14 @@ _NAMES_LOGGED: Final = 10
 class Feed:
     """`pool` gets the records that name none; empty where only one pool is there, or every record names its own.
 
-    `every_seconds` is how often a source speaks that always has something to tell: metrics, not requests.
+    `every_seconds` is how often a source speaks that always has something to tell: metrics, not requests. What
+    `checks_only` corrects and checks the mirror, which can do without it.
     """
 
     source: Source
     pool: str = ""
     every_seconds: float | None = None
+    checks_only: bool = False
     refused: Counter[str] = field(default_factory=Counter)  # records that no pool takes, by reason
     _unknown: set[str] = field(default_factory=set)
 
@@ -65,6 +67,7 @@ class Feed:
             source.exhausted,
             {**source.rejected(), **self.refused},
             trouble=source.trouble,
+            checks_only=self.checks_only,
             last_record_seconds=math.nan if source.last_record_seconds is None else source.last_record_seconds,
             lag_records=from_log.lag_records if from_log else math.nan,
             lost=dict(from_log.lost()) if from_log else {},

@@ -20,7 +20,7 @@ _ROUNDS: Final = 3  # that a source which speaks regularly may miss
 
 
 class Freshness:
-    """Follows the sources between looks. A request stream may be silent; metrics may not."""
+    """Follows the sources between looks. A request stream may be silent; metrics may not; a check never matters."""
 
     def __init__(self, stale_after_seconds: float, clock: Callable[[], float] = time.time) -> None:
         self._stale_after_seconds = stale_after_seconds
@@ -38,7 +38,8 @@ class Freshness:
                 self._troubled_since.setdefault(number, now)
             else:
                 self._troubled_since.pop(number, None)
-            found.append("" if state.ended else self._reason(number, feed, state, now))
+            never = state.ended or feed.checks_only
+            found.append("" if never else self._reason(number, feed, state, now))
         return found
 
     def is_caught_up(self, feed: Feed, state: SourceState) -> bool:

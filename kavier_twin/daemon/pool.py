@@ -196,6 +196,7 @@ class PoolTwin:
             frontend_seconds=mirror.frontend_seconds if mirror.calibration else math.nan,
             step_time={name: getattr(settings.step_time, name) for name in COEFFICIENTS},
             exact_cache_ratio=mirror.windows.exact_ratio("prefix_cache_hit_ratio", mirror.time_seconds),
+            stream_coverage_ratio=mirror.doubts.coverage_ratio,
             gauges=assemble.gauges(mirror, self._reported.at(mirror.time_seconds)),
             replicas=replicas(mirror),
             caches=assemble.caches(self.caches),

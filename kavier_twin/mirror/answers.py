@@ -4,11 +4,15 @@ A request record identifies the blocks of its prompt. The next turn of the sessi
 in the cache, which only the engine knows: it publishes each block with the hash of its parent when the block is full
 (vLLM's v1/core/block_pool.py, `cache_full_blocks`). From the last block of the prompt the published chain leads through
 the answer. A finish record without hashes is completed with that chain.
+
+Prompts that begin alike may end in the same full block, so a block can have several children. A request takes the one
+that was published when it should have filled its block, and that no other request took.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from dataclasses import astuple, dataclass
 from typing import Any, Final, NamedTuple
 
 from kavier_twin.telemetry import KvBlocksStored, KvEventBatch, RequestFinished, RequestSeen
@@ -17,6 +21,7 @@ REMEMBERED_SECONDS: Final = 900.0  # for which published blocks are remembered
 MOST_BLOCKS: Final = 200_000
 MOST_REQUESTS: Final = 20_000
 SLACK_SECONDS: Final = 1.0  # between the clocks of the engine and of who wrote the records
+_NEWER: Final = 0.1  # the weight of the newest request
 
 
 class Prompt(NamedTuple):
@@ -29,11 +34,13 @@ class Prompt(NamedTuple):
     hashes: tuple[int, ...]
 
 
-class _Stored(NamedTuple):
+@dataclass(slots=True, eq=False)
+class _Stored:
     time_seconds: float
     pod: str
     parent: int
     block: int
+    taken_by: str = ""  # the request whose block it is
 
 
 class Answers:
@@ -44,6 +51,7 @@ class Answers:
         self._incomplete: OrderedDict[str, RequestFinished] = OrderedDict()  # waiting for an arrival or for events
         self._stored: deque[_Stored] = deque()
         self._children: dict[int, list[_Stored]] = {}  # by parent, in the order of time
+        self._token_seconds = 0.0  # of recent requests, by token after the first
 
     def seen(self, record: RequestSeen) -> RequestFinished | None:
         """Take an arrival in. Returns the end that it helps to complete, if there is one."""
@@ -102,7 +110,8 @@ class Answers:
         return {
             "prompts": [[name, *prompt] for name, prompt in self._prompts.items()],
             "incomplete": [one.model_dump(mode="json", exclude_defaults=True) for one in self._incomplete.values()],
-            "stored": [list(stored) for stored in self._stored],
+            "stored": [astuple(stored) for stored in self._stored],
+            "token_seconds": self._token_seconds,
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
@@ -111,6 +120,7 @@ class Answers:
             self._prompts[name] = Prompt(pod, time_seconds, tokens, block_tokens, tuple(hashes))
         for one in map(RequestFinished.model_validate, saved["incomplete"]):
             self._incomplete[one.id] = one
+        self._token_seconds = saved["token_seconds"]
         for stored in (_Stored(*one) for one in saved["stored"]):
             self._stored.append(stored)
             self._children.setdefault(stored.parent, []).append(stored)
@@ -120,17 +130,32 @@ class Answers:
         if not prompt.hashes or prompt.block_tokens <= 0:
             return ()
         begin, end = prompt.time_seconds - SLACK_SECONDS, record.time_seconds + SLACK_SECONDS
+        token_seconds = self._learn(record)
         hashes = list(prompt.hashes)
-        for _ in range(_full_blocks(prompt, record) - len(hashes)):
+        for number in range(len(hashes) + 1, _full_blocks(prompt, record) + 1):
             found = [
-                one.block
+                one
                 for one in self._children.get(hashes[-1], ())
-                if begin <= one.time_seconds <= end and (not prompt.pod or not one.pod or one.pod == prompt.pod)
+                if begin <= one.time_seconds <= end
+                and (not prompt.pod or not one.pod or one.pod == prompt.pod)
+                and one.taken_by in ("", record.id)
             ]
             if not found:
                 break
-            hashes.append(found[-1])
+            tokens_after = prompt.tokens + record.output_tokens - number * prompt.block_tokens
+            filled_seconds = record.time_seconds - tokens_after * token_seconds
+            nearest = min(found, key=lambda one: abs(one.time_seconds - filled_seconds))
+            nearest.taken_by = record.id
+            hashes.append(nearest.block)
         return tuple(hashes) if len(hashes) > len(prompt.hashes) else ()
+
+    def _learn(self, record: RequestFinished) -> float:
+        """Seconds for a token of the answer, or of recent answers where the record does not say."""
+        if record.e2e_seconds is None or record.ttft_seconds is None or record.output_tokens < 2:
+            return self._token_seconds
+        found = max(0.0, record.e2e_seconds - record.ttft_seconds) / (record.output_tokens - 1)
+        self._token_seconds += _NEWER * (found - self._token_seconds)
+        return found
 
     def _forget(self, before_seconds: float) -> None:
         while self._stored and (self._stored[0].time_seconds < before_seconds or len(self._stored) > MOST_BLOCKS):

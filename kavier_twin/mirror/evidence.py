@@ -13,6 +13,7 @@ from dataclasses import astuple
 from typing import Any, Final
 
 from kavier_twin.mirror.applied import Applied, Arrived, Dropped, Ended, GivenUp, Sized
+from kavier_twin.mirror.fidelity.doubts import Doubts
 from kavier_twin.mirror.fidelity.gauges import Gauges
 from kavier_twin.mirror.fidelity.trust import Judge, TrustSettings
 from kavier_twin.mirror.fidelity.windows import Windows, WindowScore
@@ -32,6 +33,7 @@ class Evidence:
         self.windows = Windows(bucket_seconds)
         self.gauges = Gauges()
         self.judge = Judge(trust)
+        self.doubts = Doubts(trust.max_error)
         self.scores: tuple[WindowScore, ...] = ()  # as of the last judgement
         self.counts: Counter[str] = Counter()  # records by result
         self.applied: list[Applied] = []  # since they were last taken
@@ -58,8 +60,11 @@ class Evidence:
             return
         self._looked_seconds = second
         self.applied.append(Sized(float(second), replicas))
-        for pair in self.gauges.due(second):
-            self.windows.add(*pair)
+        pairs = self.gauges.due(second)
+        for pair in pairs:
+            self.windows.add(pair.kpi, pair.time_seconds, pair.mirrored, pair.observed)
+        self.doubts.gauges(pairs)
+        self.doubts.records(second, self.counts)
         if self.beside is not None:
             self.beside(fleet)
         if second % JUDGE_EVERY_SECONDS == 0:

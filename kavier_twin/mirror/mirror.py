@@ -22,7 +22,8 @@ from kavier_twin.mirror.answers import Answers
 from kavier_twin.mirror.applied import Applied
 from kavier_twin.mirror.calibration.online import Change
 from kavier_twin.mirror.calibration.requests import Calibration
-from kavier_twin.mirror.evidence import Evidence
+from kavier_twin.mirror.evidence import JUDGE_EVERY_SECONDS, Evidence
+from kavier_twin.mirror.fidelity.doubts import Doubts
 from kavier_twin.mirror.fidelity.gauges import KEPT_SECONDS, Gauges
 from kavier_twin.mirror.fidelity.trust import Judge
 from kavier_twin.mirror.fidelity.windows import Windows, WindowScore
@@ -49,6 +50,8 @@ from kavier_twin.telemetry import (
 )
 
 FORK_EVERY_SECONDS: Final = 5
+COVERAGE_SECONDS: Final = 60.0  # over which arrivals by records and by engines' counters are compared
+COVERAGE_LAG_SECONDS: Final = 60.0  # that records may take until they are missed
 _KEPT_EVERY_SECONDS: Final = ((30.0, 5.0), (120.0, 15.0), (math.inf, 60.0))  # up to an age, forks of these multiples
 MOST_FORK_BYTES: Final = 512 * 2**20
 FEWEST_FORKS: Final = 3
@@ -234,6 +237,11 @@ class Mirror:
         return self.evidence.judge
 
     @property
+    def doubts(self) -> Doubts:
+        """What takes trust at once."""
+        return self.evidence.doubts
+
+    @property
     def scores(self) -> tuple[WindowScore, ...]:
         """All errors as of the last judgement."""
         return self.evidence.scores
@@ -355,6 +363,9 @@ class Mirror:
             fold.tick(second, evidence)
             if evidence is not None:
                 evidence.look(second, fold.fleet, fold.load())
+                if second % JUDGE_EVERY_SECONDS == 0 and self.settings.phantoms:
+                    begin = second - COVERAGE_LAG_SECONDS - COVERAGE_SECONDS
+                    evidence.doubts.arrivals(*self.timeline.arrivals(begin, second - COVERAGE_LAG_SECONDS))
                 if second % FORK_EVERY_SECONDS == 0:
                     self._keep_fork(second)
             second += 1

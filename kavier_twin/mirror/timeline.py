@@ -18,7 +18,7 @@ from copy import copy
 from typing import Any, Final, NamedTuple
 
 from kavier_twin.mirror.calibration.requests import Calibration
-from kavier_twin.mirror.phantoms import Recorded
+from kavier_twin.mirror.phantoms import Recorded, finished_requests, requests_inside, restarted
 from kavier_twin.simulation.policies import Override
 from kavier_twin.simulation.settings import StepTime
 from kavier_twin.telemetry import CarbonSample, EngineSample, RequestFinished, RequestSeen
@@ -177,9 +177,7 @@ class Timeline:
         place = bisect_right(times, sample.time_seconds)
         if place >= len(times):
             return None
-        entry = self.entries[bisect_left(self.entries, (times[place], 2, name), key=_key)]
-        assert isinstance(entry.event, EngineSample)
-        return entry.event
+        return self._sample(name, times[place])
 
     def recorded(self, pod: str, after_seconds: float, until_seconds: float) -> Recorded:
         """What records tell of a pod in (after, until]: all of them where they name no pod. Ends count where the
@@ -198,6 +196,41 @@ class Timeline:
             elif isinstance(event, RequestFinished) and event.id in self._pods:
                 ends += _share(self._pods[event.id], pod, ranks, len(engines))
         return Recorded(arrivals, ends)
+
+    def arrivals(self, begin_seconds: float, end_seconds: float) -> tuple[float, float]:
+        """Arrivals that records tell of, and that engines counted, between samples of each engine around these times.
+
+        Both 0 where no engine has two samples, or none that tells.
+        """
+        recorded = counted = 0.0
+        engines = [name.split("/") for name in self._samples]
+        came: dict[str | None, list[float]] = {}  # times by pod, rising
+        begin = bisect_left(self.entries, (begin_seconds, *BEFORE), key=_key)
+        for place in range(begin, bisect_right(self.entries, (end_seconds, math.inf, ""), key=_key)):
+            entry = self.entries[place]
+            if isinstance(entry.event, RequestSeen):
+                came.setdefault(entry.event.pod, []).append(entry.time_seconds)
+        for name, times in self._samples.items():
+            first, last = bisect_left(times, begin_seconds), bisect_right(times, end_seconds) - 1
+            if first >= last:
+                continue
+            before, after = (self._sample(name, times[place]) for place in (first, last))
+            was, level = requests_inside(before), requests_inside(after)
+            ended_before, ended = finished_requests(before), finished_requests(after)
+            if was is None or level is None or ended is None or ended_before is None or restarted(before, after):
+                continue
+            pod = name.split("/")[1]
+            ranks = max(1, sum(one[1] == pod for one in engines))
+            counted += max(0.0, level + ended - was - ended_before)
+            for named, at in came.items():
+                requests = bisect_right(at, times[last]) - bisect_right(at, times[first])
+                recorded += requests * _share(named, pod, ranks, len(engines))
+        return recorded, counted
+
+    def _sample(self, name: str, time_seconds: float) -> EngineSample:
+        found = self.entries[bisect_left(self.entries, (time_seconds, 2, name), key=_key)].event
+        assert isinstance(found, EngineSample)
+        return found
 
     def fold_again_from(self, time_seconds: float) -> None:
         """What happened since then has to be applied again."""

@@ -126,11 +126,18 @@ def outlook(forecast: Forecast, made_unix_seconds: float, policies: Mapping[str,
 
 
 def judged(view: TwinView, mirror: Mirror) -> TwinView:
-    """The view with the mirror's errors and calibration in it, and what is to be trusted marked in all it shows."""
+    """The view with the mirror's errors and calibration in it, and what is to be trusted marked in all it shows.
+
+    Nothing is trusted while a source that the mirror follows cannot be read, or the newest evidence is against it.
+    """
     fitted = mirror.calibration.coefficients if mirror.calibration else {}
     trust = dict(mirror.judge.trust)
     observed = {score.kpi for score in mirror.scores} & trust.keys()
-    reasons = [trust[kpi].reason for kpi in trust if kpi in observed and not trust[kpi].trusted]
+    away = [source for source in view.sources if source.trouble and not source.ended and not source.checks_only]
+    doubts = [f"{source.name} cannot be read: {source.trouble}" for source in away] + mirror.doubts.reasons()
+    reasons = doubts + [trust[kpi].reason for kpi in trust if kpi in observed and not trust[kpi].trusted]
+    if doubts:
+        trust = {kpi: Trust(False, doubts[0]) for kpi in trust}
     if not observed:
         reasons.append("no observations yet to compare predictions with")
     if not mirror.calibrated:

@@ -90,6 +90,9 @@ class SourceState:
         ),
     ]
     trouble: Annotated[str, Field(description="Why the source cannot be read. Empty if it can.", examples=[""])] = ""
+    checks_only: Annotated[
+        bool, Field(description="Whether the mirror can do without this source.", examples=[False])
+    ] = False
     last_record_seconds: EventSeconds = math.nan
     lag_records: Annotated[
         Figure, Field(description="Records in the source that have not been read yet.", examples=[0])
@@ -230,7 +233,7 @@ class PoolFidelity(OfPool):
 
     trusted: Annotated[bool, Field(description="Whether all observed KPIs are trusted.", examples=[True])] = False
     untrusted_reasons: Annotated[
-        tuple[str, ...], Field(description="Why the KPI is not trusted. Empty if it is.", examples=[[]])
+        tuple[str, ...], Field(description="Why the figures are not trusted. Empty if they are.", examples=[[]])
     ] = ()
     source: Annotated[str, Field(description="Source of the mirror: stream or metrics.", examples=["stream"])] = (
         "stream"
@@ -246,6 +249,13 @@ class PoolFidelity(OfPool):
         float,
         Field(description="Observed duration of an engine step divided by its modelled duration.", examples=[1.02]),
     ] = 1.0
+    stream_coverage_ratio: Annotated[
+        Figure,
+        Field(
+            description="Share of the requests received by the engines that records told of. Null without metrics.",
+            examples=[1.0],
+        ),
+    ] = math.nan
     exact_cache_ratio: Annotated[
         Figure,
         Field(description="Share of requests whose prefix-cache hit was predicted to the token.", examples=[0.993]),

@@ -102,6 +102,7 @@ def full_view(pool: str = "chat") -> TwinView:
         step_time={"fixed": 0.01, "per_prefill_token": 3e-5},
         step_time_deviation={"fixed": 0.001, "per_prefill_token": math.inf},
         calibration=CalibrationState(1.7e9, 2, 1.4, {"too_few_latencies": 1}),
+        stream_coverage_ratio=1.0,
         exact_cache_ratio=0.99,
         gauges=(
             Gauge("requests_running", 3.0, 4.0),

@@ -27,6 +27,7 @@ class Pair(NamedTuple):
     time_seconds: float
     mirrored: float
     observed: float
+    engine: str = ""
 
 
 class Gauges:
@@ -80,8 +81,11 @@ class Gauges:
             if mirrored is None:
                 continue
             reported = [getattr(sample, name) for name in GAUGES]
+            engine = f"{sample.namespace}/{sample.pod}/{sample.engine}"
             pairs += [
-                Pair(kpi, sample.time_seconds, ours, _grains(theirs))
+                Pair(
+                    kpi, sample.time_seconds, ours, _grains(theirs), f"{sample.namespace}/{sample.pod}/{sample.engine}"
+                )
                 for kpi, ours, theirs in zip(GAUGES, mirrored, reported, strict=True)
                 if theirs is not None
             ]

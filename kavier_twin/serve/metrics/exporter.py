@@ -281,6 +281,13 @@ def _fidelity(view: TwinView) -> Iterator[Metric]:
         view.step_time_scale_ratio,
     )
     yield pool_gauge(
+        "stream_coverage_ratio",
+        "Share of the requests received by the engines, according to their counters, that request records told of: "
+        "over a minute of event time that ended a minute ago.",
+        view.pool,
+        view.stream_coverage_ratio,
+    )
+    yield pool_gauge(
         "fidelity_exact_cache_ratio",
         "Share of requests whose prefix-cache hit the mirror predicted to the token, over the last hour of event time.",
         view.pool,
