@@ -501,7 +501,7 @@ class TwinView(PoolState, PoolFidelity, PoolForecast, PoolScores):
         """What the process has still to do before it works; empty: nothing. No traffic is no reason."""
         if self.compiling is not None:
             return (f"compiling kernels, {self.compiling.compiled} of {self.compiling.kernels}",)
-        return ("warming up: the past of the logs is being mirrored",) if self.warming_up else ()
+        return ("warming up: mirroring the past of the logs",) if self.warming_up else ()
 
     @property
     def not_ready(self) -> tuple[str, ...]:

@@ -280,7 +280,10 @@ def test_a_broker_that_restarts_costs_nothing(real_topic: Topic, real_kafka: Our
         real_kafka.stop(kill=kill)
         records += take(source, 40)  # read ahead
         try:
-            until(lambda: source.poll(10) == [] and "do not answer" in source.trouble, "the outage is noticed")
+            until(
+                lambda: source.poll(10) == [] and "no answer from the brokers" in source.trouble,
+                "the outage is noticed",
+            )
         finally:
             real_kafka.start()
         real_topic.send(map(seen, range(100, 200)))
@@ -298,7 +301,10 @@ def test_a_broker_out_of_reach_costs_nothing(real_topic: Topic, real_kafka: OurB
         records = take(source, 100, batch=7)
         real_kafka.suspend()
         try:
-            until(lambda: source.poll(10) == [] and "do not answer" in source.trouble, "the outage is noticed")
+            until(
+                lambda: source.poll(10) == [] and "no answer from the brokers" in source.trouble,
+                "the outage is noticed",
+            )
         finally:
             real_kafka.resume()
         real_topic.send(map(seen, range(100, 200)))

@@ -322,7 +322,7 @@ def test_demo_runs_once_and_shows_its_tables(launch: Callable[..., Process]) -> 
     assert series is not None
     assert int(series[1]) > 100
     # The recorded machine changed its speed at times, as the mirror finds.
-    assert [line for line in process.err.read_text().splitlines() if "an engine step lasts" not in line] == []
+    assert [line for line in process.err.read_text().splitlines() if "engine steps have taken" not in line] == []
 
 
 @pytest.mark.slow

@@ -99,7 +99,7 @@ def test_a_run_is_simulated_as_its_version(
 
 
 def test_what_is_no_version_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="scenario.json: vllm is 'latest'"):
+    with pytest.raises(UserError, match=r"scenario\.json: vllm is 'latest'"):
         load_scenario(scenario_of(tmp_path, vllm="latest"))
 
 

@@ -117,7 +117,7 @@ def test_a_full_disk_costs_checkpoints_until_there_is_room(small_disk: Path, cap
         assert failures > 0
     finally:
         daemon.stop()
-    assert "no checkpoint could be written" in caplog.text
+    assert "cannot write a checkpoint" in caplog.text
     restored = PoolTwin(FLEET, MirrorSettings(), ForecastSettings(every_seconds=3_600.0))
     assert Checkpoints(small_disk).restore({restored.name: restored}, [])
     assert restored.mirror.ingested["accepted"] == 4

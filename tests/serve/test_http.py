@@ -61,7 +61,7 @@ def test_health_and_readiness(served: Served) -> None:
     ]
     for change, why in (
         ({"compiling": Compiling(1, 3)}, "compiling kernels, 1 of 3"),
-        ({"warming_up": True}, "warming up: the past of the logs is being mirrored"),
+        ({"warming_up": True}, "warming up: mirroring the past of the logs"),
     ):
         served.views["code"] = replace(empty_view("code"), **change)
         assert served.ask("GET", "/healthz")[0] == 200
