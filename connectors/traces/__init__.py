@@ -136,7 +136,7 @@ def _open_directory(path: Path, named: type[Reader] | None) -> Reader:
         if reader.trace_file is None or reader.settings_file is None:
             continue
         wanted.append(f"{reader.name}: {reader.trace_file} (or .gz) and {reader.settings_file}")
-        for name in (reader.trace_file, f"{reader.trace_file}.gz"):
+        for name in (reader.trace_file, f"{reader.trace_file}.gz", f"{reader.trace_file}.gz.gz"):
             if (path / name).is_file() and (path / reader.settings_file).is_file():
                 found.append((reader, path / name))
     if found:  # formats that name their files alike are told apart by content; damaged content is the first one's

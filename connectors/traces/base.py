@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, TypeVar, cast
 
@@ -146,12 +147,28 @@ class LineReader:
         return line
 
 
+class _Unpacked(gzip.GzipFile):
+    """Unpacks a stream, and closes it in the end."""
+
+    def __init__(self, packed: BinaryIO) -> None:
+        super().__init__(fileobj=packed, mode="rb")
+        self._packed = packed
+
+    def close(self) -> None:
+        super().close()
+        self._packed.close()
+
+
 def open_bytes(path: Path) -> BinaryIO:
-    """Open for reading, unpacking gzip by its first bytes, whatever the name. Raises OSError."""
+    """Open for reading, unpacking gzip by its first bytes, whatever the name, also twice. Raises OSError."""
     stream = path.open("rb")
-    if stream.peek(2)[:2] == GZIP_MAGIC:
-        stream.close()
-        return cast(BinaryIO, gzip.open(path, "rb"))
+    for _ in range(2):
+        try:
+            packed = stream.peek(2)[:2] == GZIP_MAGIC
+        except (EOFError, zlib.error, gzip.BadGzipFile):  # whoever reads finds the damage, too
+            break
+        if packed:
+            stream = cast(BufferedReader, _Unpacked(stream))
     return stream
 
 

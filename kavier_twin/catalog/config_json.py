@@ -14,8 +14,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from kavier_twin.catalog.errors import CatalogError
-from kavier_twin.catalog.gpu import ComputeType
-from kavier_twin.catalog.model import Dtype, Experts, LatentAttention, ModelShape, Quantization
+from kavier_twin.catalog.model import Dtype, Experts, Indexer, KvDtype, LatentAttention, ModelShape, Quantization
+from kavier_twin.catalog.not_understood import WINDOW_LAYERS, refuse_what_is_not_understood
+from kavier_twin.catalog.quantization_config import NotUnderstood, read_kv_cache_dtype, read_quantization
 from kavier_twin.errors import problems_of
 
 # The first name that the file has counts. A dot goes into a nested object.
@@ -29,6 +30,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
         "num_kv_heads",
         "n_head_kv",
         "multi_query_group_num",
+        "num_attention_groups",
     ),
     "head_dim": ("head_dim", "kv_channels", "attention_head_dim"),
     "intermediate_size": (
@@ -55,6 +57,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
         "num_experts_per_token",
         "moe_top_k",
         "moe_k",
+        "top_k_experts",
         "ffn_config.moe_top_k",
     ),
     "expert_intermediate_size": (
@@ -68,6 +71,8 @@ ALIASES: dict[str, tuple[str, ...]] = {
 }
 
 
+# The usual name of a size, for errors, where it is not the first of ALIASES.
+_USUAL = {"vocab_size": "vocab_size", "intermediate_size": "intermediate_size"}
 _SHARED_EXPERT_SIZES = ("shared_expert_intermediate_size", "shared_intermediate_size", "share_expert_dim")
 
 
@@ -95,7 +100,6 @@ FAMILIES: dict[str, Family] = {
     "gemma": Family(tied=True),
     "gemma2": Family(norms=4, tied=True),
     "gemma3": Family(norms=4, qk_norm=True, tied=True),
-    "gemma3_text": Family(norms=4, qk_norm=True, tied=True),
     "glm4": Family(norms=4),
     "glm4_moe": Family(qkv_bias=True),
     "gpt2": Family(gated=False, norm_bias=True, qkv_bias=True, out_bias=True, tied=True, learned_positions=True),
@@ -107,22 +111,53 @@ FAMILIES: dict[str, Family] = {
     "opt": Family(gated=False, norm_bias=True, qkv_bias=True, out_bias=True, tied=True, learned_positions=True),
     "phi": Family(gated=False, norms=1, norm_bias=True, qkv_bias=True, out_bias=True),
     "qwen2": Family(qkv_bias=True),
+    "qwen2_5_omni": Family(qkv_bias=True),
+    "qwen2_5_vl": Family(qkv_bias=True),
     "qwen2_moe": Family(qkv_bias=True),
+    "qwen2_vl": Family(qkv_bias=True),
     "qwen3": _QWEN3,
     "qwen3_moe": _QWEN3,
+    "qwen3_omni_moe": _QWEN3,
+    "qwen3_vl": _QWEN3,
+    "qwen3_vl_moe": _QWEN3,
     "starcoder2": Family(gated=False, norm_bias=True, qkv_bias=True, out_bias=True, tied=True),
 }
 
-# What is refused rather than read wrongly: layers that keep a state instead of a growing cache (state-space, linear
-# attention), and fields that give layers sizes of their own, which one shape for all layers cannot tell.
-_STATE_LAYERS = {"linear_attention", "mamba", "mamba2", "ssm", "recurrent", "conv"}
-_STATE_FAMILIES = {"mamba", "mamba2", "falcon_mamba", "jamba", "bamba", "nemotron_h", "rwkv", "zamba2", "lfm2"}
-_FOREIGN_FIELDS = (
-    "linear_attn_config",
-    "block_configs",
-    "compress_ratios",
-    "swa_num_key_value_heads",
-    "global_head_dim",
+# What the configuration classes of transformers take where a file leaves it out. Multimodal files rely on it: their
+# text part repeats only what differs. A null in the file is no omission.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "gemma": {"num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 256, "vocab_size": 256_000,
+              "max_position_embeddings": 8192},
+    "gemma2": {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 256_000,
+               "max_position_embeddings": 8192, "sliding_window": 4096},
+    "gemma3": {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262_208,
+               "max_position_embeddings": 131_072, "sliding_window": 4096},
+    "llama": {"hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32, "num_attention_heads": 32,
+              "vocab_size": 32_000, "max_position_embeddings": 2048},
+    "llama4": {"hidden_size": 5120, "intermediate_size": 8192, "intermediate_size_mlp": 16_384,
+               "num_hidden_layers": 48, "num_attention_heads": 40, "num_key_value_heads": 8, "head_dim": 128,
+               "vocab_size": 202_048, "max_position_embeddings": 131_072, "attention_chunk_size": 8192,
+               "num_local_experts": 16, "num_experts_per_tok": 1, "interleave_moe_layer_step": 1},
+    "mistral": {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32,
+                "num_key_value_heads": 8, "vocab_size": 32_000, "max_position_embeddings": 131_072},
+    "qwen2": {"hidden_size": 4096, "intermediate_size": 22_016, "num_hidden_layers": 32, "num_attention_heads": 32,
+              "num_key_value_heads": 32, "vocab_size": 151_936, "max_position_embeddings": 32_768,
+              "use_sliding_window": False},
+    "qwen2_5_omni": {"hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28,
+                     "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152_064,
+                     "max_position_embeddings": 32_768, "use_sliding_window": False},
+}  # fmt: skip
+# Where a multimodal file keeps its language model, outermost first.
+_NESTED = ("thinker_config", "text_config", "llm_config", "language_config", "language_model_config", "llm")
+
+_HYBRID_LAYERS = ("layer_types", "layers_block_type")
+# Fields of attention, layers and cache that the reader below takes into account, beside those of ALIASES.
+_UNDERSTOOD = frozenset(
+    {alias.partition(".")[0] for names in ALIASES.values() for alias in names}
+    | set(_HYBRID_LAYERS)
+    | {"kv_lora_rank", "sliding_window", "use_sliding_window", "sliding_window_pattern", "_sliding_window_pattern"}
+    | {"max_window_layers", "attention_chunk_size", "multi_query", "multi_query_attention", "decoder_sparse_step"}
+    | {"index_topk", "index_n_heads", "index_head_dim", "parallel_attn", "new_decoder_architecture"}
 )
 
 
@@ -131,11 +166,18 @@ class _Config:
 
     def __init__(self, raw: Mapping[str, Any], origin: str) -> None:
         self.origin = origin
-        nested = raw.get("text_config") or raw.get("llm_config")
-        # A multimodal model's language part; what it does not repeat is said outside.
-        self.raw: dict[str, Any] = {**raw, **nested} if isinstance(nested, Mapping) else dict(raw)
-        self.family_name = str(self.raw.get("model_type", "llama"))
+        inner, outer = raw, dict(raw)
+        while nested := next((inner[name] for name in _NESTED if isinstance(inner.get(name), Mapping)), None):
+            inner = nested
+            outer |= inner
+        family = str(inner.get("model_type") or raw.get("model_type") or "llama")
+        self.family_name = family.removesuffix("_text")
         self.family = FAMILIES.get(self.family_name, Family())
+        defaults = DEFAULTS.get(self.family_name, {})
+        if inner is raw and not self.family_name.startswith("gemma"):
+            defaults = {}  # a plain file names its sizes; without them it is broken
+        # A multimodal model's language part; what it does not repeat is said outside.
+        self.raw: dict[str, Any] = {**defaults, **outer}
 
     def get(self, name: str) -> Any:
         """The value under a dotted name; None if absent or null."""
@@ -148,13 +190,18 @@ class _Config:
         return next((value for alias in ALIASES[name] if (value := self.get(alias)) is not None), None)
 
     def number(self, name: str, default: int | None = None) -> int:
-        value = self.find(name)
+        alias, value = next(
+            ((alias, value) for alias in ALIASES[name] if (value := self.get(alias)) is not None),
+            (_USUAL.get(name, ALIASES[name][0]), None),
+        )
         if isinstance(value, list):  # some families list one size per layer
-            value = value[0] if len(set(map(str, value))) == 1 else None
+            if len(set(map(str, value))) != 1:
+                raise CatalogError(f"{self.origin}: {alias}: models whose layers differ in size are not simulated")
+            value = value[0]
         if value is None:
             value = default
         if isinstance(value, bool) or not isinstance(value, int | float) or int(value) != value:
-            raise CatalogError(f"{self.origin}: {ALIASES[name][0]}: a whole number is needed, got {value!r}")
+            raise CatalogError(f"{self.origin}: {alias}: a whole number is needed, got {value!r}")
         return int(value)
 
     def flag(self, *names: str, default: bool) -> bool:
@@ -169,19 +216,25 @@ def read_config(raw: Mapping[str, Any], origin: str) -> ModelShape:
     if not isinstance(raw, Mapping):
         raise CatalogError(f"{origin}: a JSON object is needed")
     config = _Config(raw, origin)
-    layer_types = [str(kind) for kind in config.get("layer_types") or config.get("layers_block_type") or []]
-    states = sorted(_STATE_LAYERS.intersection(layer_types)) + sorted(
-        _STATE_FAMILIES.intersection({config.family_name})
+    layer_types = _layer_types(config)
+    refuse_what_is_not_understood(
+        config.raw, family=config.family_name, layer_types=layer_types, understood=_UNDERSTOOD, origin=origin
     )
-    if states:
-        raise CatalogError(f"{origin}: {states[0]}: layers that keep a state instead of a cache are not simulated")
-    foreign = next((field for field in _FOREIGN_FIELDS if config.get(field)), None)
-    if foreign:
-        raise CatalogError(f"{origin}: {foreign}: models whose layers differ in size or kind are not simulated")
     try:
         return _shape(config, layer_types)
     except ValidationError as error:
         raise CatalogError(f"{origin}: {problems_of(error)[0]}") from None
+
+
+def _layer_types(config: _Config) -> list[str]:
+    """The kind of each layer; empty where the file does not list them."""
+    listed = next((config.get(name) for name in _HYBRID_LAYERS if config.get(name)), None) or []
+    kinds, layers = [str(kind) for kind in listed], config.find("layers")
+    if not kinds or not isinstance(layers, int):
+        return kinds
+    if len(kinds) < layers:
+        raise CatalogError(f"{config.origin}: layer_types: {len(kinds)} kinds for {layers} layers")
+    return kinds[:layers]  # those of multi-token prediction may follow
 
 
 def _shape(config: _Config, layer_types: list[str]) -> ModelShape:
@@ -198,6 +251,7 @@ def _shape(config: _Config, layer_types: list[str]) -> ModelShape:
         intermediate //= 2
     experts = _experts(config, layers)
     window, sliding_layers = _sliding(config, layers, layer_types)
+    quantization, kv_cache_dtype, unread = _checkpoint_types(config, layers, has_experts=experts is not None)
     shape = ModelShape(
         name=str(config.get("_name_or_path") or config.origin),
         architecture=config.family_name,
@@ -208,6 +262,7 @@ def _shape(config: _Config, layer_types: list[str]) -> ModelShape:
         head_dim=head_dim,
         value_head_dim=value_head_dim,
         latent=latent,
+        indexer=_indexer(config),
         sliding_window_tokens=window,
         sliding_layers=sliding_layers,
         intermediate_size=intermediate,
@@ -218,7 +273,9 @@ def _shape(config: _Config, layer_types: list[str]) -> ModelShape:
         position_embeddings=config.number("max_model_len") if config.family.learned_positions else 0,
         max_model_len=config.number("max_model_len", default=2048),
         dtype=_dtype(config),
-        quantization=_quantization(config),
+        quantization=quantization,
+        kv_cache_dtype=kv_cache_dtype,
+        unread=unread,
     )
     return shape.model_copy(update={"vector_parameters": _vectors(config, shape)})
 
@@ -251,6 +308,14 @@ def _latent(config: _Config) -> LatentAttention | None:
     )
 
 
+def _indexer(config: _Config) -> Indexer | None:
+    if config.get("index_topk") is None:
+        return None
+    return Indexer(
+        top_k=config.get("index_topk"), heads=config.get("index_n_heads"), head_dim=config.get("index_head_dim")
+    )
+
+
 def _experts(config: _Config, layers: int) -> Experts | None:
     count = config.find("experts") or 0
     if not config.flag("enable_moe_block", default=True) or not isinstance(count, int) or count <= 1:
@@ -263,7 +328,7 @@ def _experts(config: _Config, layers: int) -> Experts | None:
         None,
     )
     if shared is None:
-        default = 1 if config.family_name in ("llama4", "llama4_text") else 0
+        default = 1 if config.family_name == "llama4" else 0
         shared = config.number("shared_experts", default=default) * size
     return Experts(
         layers=_layers_with_experts(config, layers),
@@ -277,6 +342,16 @@ def _experts(config: _Config, layers: int) -> Experts | None:
 def _layers_with_experts(config: _Config, layers: int) -> int:
     if config.get("moe_layers") is not None:
         return len(config.get("moe_layers"))
+    if config.get("mlp_layer_types") is not None:
+        return [str(kind) for kind in config.get("mlp_layer_types")][:layers].count("sparse")
+    if config.get("moe_layers_enum") is not None:  # "3,4,5"
+        return len(str(config.get("moe_layers_enum")).split(","))
+    if config.get("moe_layer_start_index") is not None or config.get("moe_layer_interval") is not None:
+        start, end = config.get("moe_layer_start_index") or 0, config.get("moe_layer_end_index")
+        step = int(config.get("moe_layer_interval") or 1)
+        # ERNIE 4.5: the last of each `step`, from start to end (-1: the last layer).
+        last = layers - 1 if end in (None, -1) else int(end)
+        return sum(1 for layer in range(int(start), last + 1) if (layer + 1) % step == 0)
     every = config.get("moe_layer_freq")
     if isinstance(every, list):  # one flag per layer
         return sum(map(bool, every))
@@ -293,19 +368,47 @@ def _sliding(config: _Config, layers: int, layer_types: list[str]) -> tuple[int 
     window = config.get("sliding_window") or config.get("attention_chunk_size")
     if not isinstance(window, int) or not config.flag("use_sliding_window", default=True):
         return None, 0
+    pattern = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern")
     if layer_types:
-        sliding = sum(1 for kind in layer_types if kind in ("sliding_attention", "chunked_attention"))
-    elif isinstance(config.get("sliding_window_pattern"), int):
-        sliding = layers - layers // int(config.get("sliding_window_pattern"))
-    elif config.family_name in ("gemma3", "gemma3_text"):
+        sliding = sum(1 for kind in layer_types if kind in WINDOW_LAYERS)
+    elif config.get("sliding_window") is None:
+        sliding = _chunked_layers(config, layers)
+    elif isinstance(pattern, int) and pattern > 0:
+        sliding = layers - layers // pattern
+    elif isinstance(pattern, str) and pattern:  # EXAONE 4: "LLLG", local and global layers
+        sliding = sum(1 for layer in range(layers) if pattern[layer % len(pattern)] == "L")
+    elif config.family_name == "gemma3":
         sliding = layers - layers // 6  # transformers' default pattern: every sixth layer is global
-    elif config.family_name == "gemma2":
+    elif config.family_name in ("gemma2", "gpt_oss"):
         sliding = (layers + 1) // 2
-    elif config.family_name in ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe"):
+    elif config.family_name in (
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_moe",
+        "qwen2_5_vl",
+        "qwen2_5_omni",
+        "qwen2_vl",
+        "qwen3_omni_moe",
+    ):
         sliding = max(0, layers - int(config.get("max_window_layers") or 0))
     else:
         sliding = layers
     return (window, sliding) if sliding else (None, 0)
+
+
+def _chunked_layers(config: _Config, layers: int) -> int:
+    """Layers that attend within a chunk: those of Llama 4 with rotary embeddings.
+
+    `no_rope_layers` has a 1 for each of them; empty or absent, every fourth layer is without and global (transformers,
+    `Llama4TextConfig`).
+    """
+    if config.family_name != "llama4":
+        raise CatalogError(f"{config.origin}: attention_chunk_size: the file does not tell which layers have it")
+    rotary = config.get("no_rope_layers")
+    if rotary:
+        return sum(map(bool, rotary[:layers]))
+    return layers - layers // int(config.get("no_rope_layer_interval") or 4)
 
 
 def _dtype(config: _Config) -> Dtype:
@@ -314,55 +417,25 @@ def _dtype(config: _Config) -> Dtype:
     return "fp16" if name == "float16" else "bf16"
 
 
-def _quantization(config: _Config) -> Quantization | None:
-    """From `quantization_config`, as quantisers write it. None: not quantised."""
-    raw = config.get("quantization_config")
+def _checkpoint_types(
+    config: _Config, layers: int, *, has_experts: bool
+) -> tuple[Quantization | None, KvDtype, dict[str, str]]:
+    """How the checkpoint keeps weights (None: not quantised) and cache, and what of that is not understood."""
+    raw = config.get("quantization_config") or config.get("compression_config")
     if not raw:
-        return None
-    method = str(raw.get("quant_method") or raw.get("quant_algo") or "").lower()
-    algorithm = str(raw.get("quant_algo") or "").lower()
-    if method in ("fp8", "fbgemm_fp8") or algorithm.startswith("fp8"):
-        return Quantization(name="fp8", bits_per_weight=8.0, compute="fp8")
-    if method == "mxfp4":
-        return Quantization(name="mxfp4", bits_per_weight=4.25, compute="bf16", experts_only=True)
-    if algorithm == "nvfp4" or method == "nvfp4":
-        return Quantization(name="nvfp4", bits_per_weight=4.5, compute="fp4")
-    if method in ("gptq", "awq", "auto-round"):
-        bits, group = int(raw.get("bits") or raw.get("w_bit") or 4), int(raw.get("group_size") or 128)
-        return _integer_weights(method, bits, group)
-    if method == "bitsandbytes":
-        return _integer_weights(method, 4 if raw.get("load_in_4bit") else 8, 64)
-    if method == "compressed-tensors":
-        return _compressed_tensors(raw, config.origin)
-    raise CatalogError(
-        f"{config.origin}: quantization_config: method {method!r} is not known; known: fp8, mxfp4, nvfp4, gptq, awq,"
-        " auto-round, bitsandbytes, compressed-tensors"
-    )
-
-
-def _integer_weights(name: str, bits: int, group: int) -> Quantization:
-    """Weight-only: a 16-bit scale and a zero point of `bits` per group (-1: one group per row, negligible)."""
-    overhead = (16 + bits) / group if group > 0 else 0.0
-    return Quantization(name=f"{name}-int{bits}", bits_per_weight=bits + overhead, compute="bf16")
-
-
-def _compressed_tensors(raw: Mapping[str, Any], origin: str) -> Quantization:
-    groups = raw.get("config_groups") or {}
-    first: Mapping[str, Any] = next(iter(groups.values()), {})
-    weights, activations = first.get("weights") or {}, first.get("input_activations")
-    if not weights.get("num_bits"):
-        raise CatalogError(f"{origin}: quantization_config.config_groups: no group gives weights.num_bits")
-    bits, group = int(weights["num_bits"]), int(weights.get("group_size") or -1)
-    if not activations:
-        return _integer_weights("compressed-tensors", bits, group)
-    floating = weights.get("type") == "float"
-    compute: ComputeType = ("fp4" if floating else "bf16") if bits == 4 else ("fp8" if floating else "int8")
-    scale_bits = 8 / group if floating and bits == 4 and group > 0 else 0.0
-    return Quantization(
-        name=f"compressed-tensors-{'fp' if floating else 'int'}{bits}",
-        bits_per_weight=bits + scale_bits,
-        compute=compute,
-    )
+        return None, "auto", {}
+    unread: dict[str, str] = {}
+    quantization: Quantization | None = None
+    kv_cache_dtype: KvDtype = "auto"
+    try:
+        quantization = read_quantization(raw, layers=layers, has_experts=has_experts)
+    except NotUnderstood as error:
+        unread["quantization"] = f"{config.origin}: quantization_config: {error}"
+    try:
+        kv_cache_dtype = read_kv_cache_dtype(raw)
+    except NotUnderstood as error:
+        unread["kv_cache_dtype"] = f"{config.origin}: quantization_config: {error}"
+    return quantization, kv_cache_dtype, unread
 
 
 def _vectors(config: _Config, shape: ModelShape) -> int:

@@ -37,7 +37,8 @@ class Deployment(BaseModel):
 
 
 def check(model: ModelShape, deployment: Deployment) -> None:
-    """Raises CatalogError where vLLM would refuse to start: heads or experts that do not divide."""
+    """Raises CatalogError where vLLM would refuse to start, as heads or experts do not divide, and where the choice of
+    a type is left to a checkpoint that is not understood."""
     tensor = deployment.tensor_parallel_size
     if model.attention_heads % tensor:
         raise CatalogError(
@@ -45,6 +46,10 @@ def check(model: ModelShape, deployment: Deployment) -> None:
         )
     if deployment.enable_expert_parallel and model.experts is None:
         raise CatalogError(f"enable_expert_parallel: {model.name} has no experts")
+    if deployment.quantization is None and model.named_quantization is None and "quantization" in model.unread:
+        raise CatalogError(f"{model.unread['quantization']}; set hardware.quantization")
+    if deployment.kv_cache_dtype == "auto" and "kv_cache_dtype" in model.unread:
+        raise CatalogError(f"{model.unread['kv_cache_dtype']}; set engine.kv_cache_dtype to fp8")
 
 
 def weight_bytes_per_gpu(model: ModelShape, deployment: Deployment) -> int:
@@ -53,15 +58,19 @@ def weight_bytes_per_gpu(model: ModelShape, deployment: Deployment) -> int:
     """
     tensor = deployment.tensor_parallel_size
     kept = model.stored_as(deployment.quantization)
-    expert_bytes = kept.bits_per_weight / 8
-    layer_bytes = 2.0 if kept.experts_only else expert_bytes
     copies = 1.0 if model.latent else max(1.0, tensor / model.kv_heads)  # of each key and value head
     key_values = model.layers * model.key_value_parameters
-    layers = (model.attention_parameters - key_values + key_values * copies + model.dense_mlp_parameters) / tensor
+    attention = (model.attention_parameters - key_values + key_values * copies) / tensor
+    dense = model.dense_mlp_parameters / tensor
     experts = (model.experts.count if model.experts else 0) * model.expert_parameters / deployment.expert_gpus
     replicated = model.router_parameters + model.vector_parameters + model.position_embeddings * model.hidden_size
     sharded = (model.embedding_parameters - model.position_embeddings * model.hidden_size) / tensor
-    return round(layers * layer_bytes + experts * expert_bytes + 2 * (replicated + sharded))
+    bits = (
+        attention * kept.of_attention.bits_per_weight
+        + dense * kept.of_dense_layers.bits_per_weight
+        + experts * kept.bits_per_weight
+    )
+    return round(bits / 8 + 2 * (replicated + sharded))
 
 
 def largest_batch(gpu: Gpu, *, max_model_len: int) -> tuple[int, int]:

@@ -21,7 +21,7 @@ Share = Annotated[float, Field(gt=0.0, le=1.0)]
 Bend = Annotated[float, Field(ge=1.0)]
 
 # Words of a card's name that tell no two cards apart.
-_NOISE = {"nvidia", "amd", "geforce", "instinct", "tensor", "core", "gpu", "accelerator", "edition"}
+_NOISE = {"nvidia", "amd", "intel", "geforce", "instinct", "tensor", "core", "gpu", "accelerator", "edition"}
 
 
 class DenseTflops(BaseModel):
@@ -50,7 +50,7 @@ class Gpu(BaseModel):
 
     name: str
     aliases: tuple[str, ...] = ()
-    vendor: Literal["NVIDIA", "AMD"]
+    vendor: Literal["NVIDIA", "AMD", "Intel"]
     architecture: str
     dense_tflops: DenseTflops
     memory_bandwidth_bytes_per_second: PositiveNumber

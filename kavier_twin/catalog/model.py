@@ -19,7 +19,7 @@ class Quantization(BaseModel):
     """How the weights of the linear layers are kept. Embeddings, output head, norms and the router stay in 16 bits.
 
     `bits_per_weight` includes the scales; `compute` is the type the matrix units work in; `experts_only`: attention
-    and dense layers stay in 16 bits as well, as in gpt-oss.
+    and dense layers stay in 16 bits as well, as in gpt-oss; `attention`: how attention is kept where it differs.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -28,6 +28,17 @@ class Quantization(BaseModel):
     bits_per_weight: Annotated[float, Field(gt=0.0, le=32.0)]
     compute: ComputeType
     experts_only: bool = False
+    attention: Quantization | None = None
+
+    @property
+    def of_attention(self) -> Quantization:
+        """How the linear layers of attention are kept."""
+        return QUANTIZATIONS["bf16"] if self.experts_only else self.attention or self
+
+    @property
+    def of_dense_layers(self) -> Quantization:
+        """How dense layers and shared experts are kept."""
+        return QUANTIZATIONS["bf16"] if self.experts_only else self
 
 
 # Bits with scales. INT4: one 16-bit scale per 128 weights (GPTQ and AWQ as usually published); MXFP4: one 8-bit scale
@@ -58,6 +69,23 @@ class LatentAttention(BaseModel):
     qk_rope_head_dim: Positive
 
 
+class Indexer(BaseModel):
+    """Sparse attention (DeepSeek-V3.2, arXiv 2512.02556): `heads` of `head_dim` score every token of the context, and
+    attention reads the `top_k` best. The indexer keeps one key of `head_dim` a token and layer, in 8 bits with a
+    32-bit scale (vllm/v1/attention/backends/mla/indexer.py)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    top_k: Positive
+    heads: Positive
+    head_dim: Positive
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of a token's key in one layer."""
+        return self.head_dim + 4
+
+
 class Experts(BaseModel):
     """The mixture-of-experts layers: `layers` of the model's, each with `count` experts, `per_token` of them used, and
     shared experts that every token passes, counted together."""
@@ -82,7 +110,10 @@ class ModelShape(BaseModel):
 
     Sizes are numbers of elements, `sliding_layers` the layers that attend to no more than the last
     `sliding_window_tokens`; `vector_parameters` counts biases, norms and other small ones over all layers;
-    `quantization` is how the published weights are kept (None: in `dtype`).
+    `quantization` is how the published weights are kept (None: in `dtype`), `kv_cache_dtype` the type of cache that
+    the checkpoint asks for. `unread` says what of either was not understood, by the field's name here; it matters where
+    the deployment leaves the choice to the checkpoint. `rule` says how the model was found where a name
+    meant it, and `named_quantization` is the one that the name tells.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -96,6 +127,7 @@ class ModelShape(BaseModel):
     head_dim: Positive
     value_head_dim: Positive
     latent: LatentAttention | None = None
+    indexer: Indexer | None = None
     sliding_window_tokens: Positive | None = None
     sliding_layers: Count = 0
     intermediate_size: Positive
@@ -108,6 +140,10 @@ class ModelShape(BaseModel):
     max_model_len: Positive
     dtype: Dtype = "bf16"
     quantization: Quantization | None = None
+    kv_cache_dtype: KvDtype = "auto"
+    unread: dict[str, str] = {}
+    rule: str = ""
+    named_quantization: QuantizationName | None = None
 
     @model_validator(mode="after")
     def _is_plausible(self) -> ModelShape:
@@ -140,10 +176,19 @@ class ModelShape(BaseModel):
         return self.hidden_size * self.kv_heads * (self.head_dim + self.value_head_dim)
 
     @property
+    def indexer_parameters(self) -> int:
+        """Of one layer's indexer: queries, the key, and the weights of its heads."""
+        if self.indexer is None:
+            return 0
+        queries = (self.latent.q_lora_rank if self.latent else None) or self.hidden_size
+        width = self.indexer.heads * self.indexer.head_dim
+        return queries * width + self.hidden_size * (self.indexer.head_dim + self.indexer.heads)
+
+    @property
     def attention_parameters(self) -> int:
         """Of the linear layers of attention, over all layers."""
         output = self.attention_heads * self.value_head_dim * self.hidden_size
-        return self.layers * (self.query_parameters + self.key_value_parameters + output)
+        return self.layers * (self.query_parameters + self.key_value_parameters + output + self.indexer_parameters)
 
     @property
     def dense_mlp_parameters(self) -> int:
@@ -201,17 +246,22 @@ class ModelShape(BaseModel):
     # ---- bytes ----------------------------------------------------------------------------------------------------
 
     def stored_as(self, quantization: QuantizationName | None) -> Quantization:
-        """How the linear layers are kept: as asked for, else as published, else in `dtype`."""
-        if quantization is not None:
-            return QUANTIZATIONS[quantization]
+        """How the linear layers are kept: as asked for, else as its name tells, else as published, else in `dtype`."""
+        if (asked := quantization or self.named_quantization) is not None:
+            return QUANTIZATIONS[asked]
         return self.quantization or QUANTIZATIONS[self.dtype]
 
     def weight_bytes(self, quantization: QuantizationName | None = None) -> int:
         """Bytes of all weights: the linear layers as `quantization` says (None: as published), the rest in 16 bits."""
         kept = self.stored_as(quantization)
         experts = (self.experts.count if self.experts else 0) * self.expert_parameters
-        quantized = experts if kept.experts_only else experts + self.attention_parameters + self.dense_mlp_parameters
-        return round(quantized * kept.bits_per_weight / 8) + 2 * (self.total_parameters - quantized)
+        linear = experts + self.attention_parameters + self.dense_mlp_parameters
+        bits = (
+            experts * kept.bits_per_weight
+            + self.attention_parameters * kept.of_attention.bits_per_weight
+            + self.dense_mlp_parameters * kept.of_dense_layers.bits_per_weight
+        )
+        return round(bits / 8) + 2 * (self.total_parameters - linear)
 
     def kv_elements_per_token(self, tensor_parallel: int = 1) -> int:
         """Numbers that one token adds to the cache of one GPU in one layer.
@@ -224,5 +274,14 @@ class ModelShape(BaseModel):
         return max(1, self.kv_heads // tensor_parallel) * (self.head_dim + self.value_head_dim)
 
     def kv_bytes_per_token(self, kv_dtype: KvDtype = "auto", tensor_parallel: int = 1) -> int:
-        """Bytes that one token adds to the cache of one GPU, over all layers ("auto": 16 bits)."""
-        return self.layers * self.kv_elements_per_token(tensor_parallel) * (1 if kv_dtype == "fp8" else 2)
+        """Bytes that one token adds to the cache of one GPU, over all layers ("auto": 16 bits).
+
+        The indexer's key comes on top. With it an 8-bit latent vector keeps its rotated part in 16 bits and a 32-bit
+        scale for each 128 elements (vLLM's fp8_ds_mla: 656 bytes for 512 + 64 elements).
+        """
+        layer = self.kv_elements_per_token(tensor_parallel) * (1 if kv_dtype == "fp8" else 2)
+        if self.indexer:
+            if self.latent and kv_dtype == "fp8":
+                layer += self.latent.qk_rope_head_dim + self.latent.kv_lora_rank // 32
+            layer += self.indexer.bytes_per_token
+        return self.layers * layer

@@ -120,6 +120,12 @@ class Hardware(BaseModel):
     def engine(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Engine settings as vLLM would choose them here, `given` ones first. Raises CatalogError if nothing fits."""
         shape = self.shape
+        kv_dtype = given.get("kv_cache_dtype", "auto")
+        if kv_dtype == "auto":  # vLLM takes it from the checkpoint
+            kv_dtype = shape.kv_cache_dtype
+        deployment = self.deployment(kv_dtype)
+        check(shape, deployment)
+        gpus = self.tensor_parallel_size
         length = given.get("max_model_len", shape.max_model_len)
         tokens, sequences = largest_batch(self.card, max_model_len=length)
         engine = {
@@ -127,13 +133,16 @@ class Hardware(BaseModel):
             "max_num_seqs": sequences,
             "max_model_len": length,
             "block_size": 16,
+            # What vLLM's offloading counts: the bytes on every GPU of the engine (v1/kv_offload/cpu/spec.py).
+            "kv_bytes_per_token": gpus * shape.kv_bytes_per_token("fp8" if kv_dtype == "fp8" else "auto", gpus),
             **given,
+            "kv_cache_dtype": kv_dtype,
         }
         if "num_gpu_blocks" not in given:
             engine["num_gpu_blocks"] = num_gpu_blocks(
                 self.card,
                 shape,
-                self.deployment(given.get("kv_cache_dtype", "auto")),
+                deployment,
                 gpu_memory_utilization=self.gpu_memory_utilization,
                 block_size=engine["block_size"],
                 max_num_batched_tokens=engine["max_num_batched_tokens"],
@@ -186,7 +195,8 @@ class FleetFile(FleetSettings):
         if self.hardware is None or self.step_time != self.prior:
             return "as given"
         found = _prior(self.hardware, self.engine.kv_cache_dtype)
-        return f"{found.source} ({found.reason})"
+        rule = self.hardware.shape.rule
+        return f"{found.source} ({found.reason})" + (f"; {rule}" if rule else "")
 
     @property
     def floor(self) -> StepTime | None:

@@ -157,7 +157,8 @@ def _compile(system: str, model: ModelShape, deployment: Deployment) -> Any:
     gpus = deployment.expert_gpus
     kept = model.stored_as(deployment.quantization)
     products, experts = _QUANTIZATIONS.get(kept.name, (None, None))
-    if products is None and deployment.quantization is not None:
+    asked = deployment.quantization or model.named_quantization
+    if products is None and asked is not None:
         raise SiliconUnavailable(f"no measured operators of {kept.name}")
     settings: dict[str, Any] = {
         "tp_size": deployment.tensor_parallel_size,
@@ -171,7 +172,7 @@ def _compile(system: str, model: ModelShape, deployment: Deployment) -> Any:
         shipped = _shipped_config(model)
         for name, text in (shipped or {"config.json": json.dumps(_as_llama(model))}).items():
             (Path(folder) / name).write_text(text, encoding="utf-8")
-        if not shipped or deployment.quantization is not None:  # else the library takes what its config.json says
+        if not shipped or asked is not None:  # else the library takes what its config.json says
             settings |= {"gemm_quant_mode": products, "moe_quant_mode": experts if model.experts else None}
         return EngineHandle.compile(folder, system, "vllm", **settings)
 

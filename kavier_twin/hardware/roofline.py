@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from kavier_twin.catalog.deployment import Deployment, check
 from kavier_twin.catalog.gpu import Bend, ComputeType, Gpu, Share
-from kavier_twin.catalog.model import ModelShape
+from kavier_twin.catalog.model import Indexer, ModelShape
 from kavier_twin.simulation.settings import StepTime
 
 Seconds = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -153,7 +153,7 @@ def step_time(
     attention = _attention(rates, model, deployment)
     head = model.head_parameters / tensor
     kept = model.stored_as(deployment.quantization)
-    narrow = not kept.experts_only and rates.is_narrow(kept.compute)
+    narrow = rates.is_narrow(kept.of_attention.compute)
     all_reduces = 2 * model.layers * _all_reduce_launch(rates, deployment)
     return StepTime(
         fixed=(
@@ -200,9 +200,17 @@ def _linear_layers(rates: _Rates, model: ModelShape, deployment: Deployment) -> 
 def _linear_seconds(rates: _Rates, model: ModelShape, deployment: Deployment, tokens: int) -> float:
     """Seconds that `tokens` of one rank spend outside attention, launches aside."""
     kept, tensor = model.stored_as(deployment.quantization), deployment.tensor_parallel_size
-    dense_bits, compute = (16.0, model.dtype) if kept.experts_only else (kept.bits_per_weight, kept.compute)
-    dense = (model.attention_parameters + model.dense_mlp_parameters) / tensor
-    seconds = rates.product(dense * dense_bits / 8, 2.0 * dense * tokens, compute)
+    parts: dict[tuple[float, ComputeType], int] = {}
+    for part, parameters in (
+        (kept.of_attention, model.attention_parameters),
+        (kept.of_dense_layers, model.dense_mlp_parameters),
+    ):
+        way = (part.bits_per_weight, part.compute)
+        parts[way] = parts.get(way, 0) + parameters
+    seconds = sum(
+        rates.product(parameters / tensor * bits / 8, 2.0 * parameters / tensor * tokens, compute)
+        for (bits, compute), parameters in parts.items()
+    )
     if model.experts:
         everyone = tokens * deployment.data_parallel_size
         share = 1.0 / deployment.expert_gpus
@@ -264,6 +272,8 @@ def _attention(rates: _Rates, model: ModelShape, deployment: Deployment) -> _Att
     )
     decode = max(reading, 2.0 * heads * width / operations)
     pair = 2.0 * heads * (model.head_dim + model.value_head_dim) / operations
+    if model.indexer:
+        return _indexed_attention(rates, model, model.indexer, decode, pair)
     sliding = model.sliding_layers if model.sliding_layers < model.layers else 0
     window = (model.sliding_window_tokens or 0) * sliding
     full = model.layers - sliding
@@ -272,6 +282,21 @@ def _attention(rates: _Rates, model: ModelShape, deployment: Deployment) -> _Att
         per_pair=full * pair,
         per_decode_sequence=window * decode,
         per_prefill_token=window * pair,
+    )
+
+
+def _indexed_attention(rates: _Rates, model: ModelShape, indexer: Indexer, decode: float, pair: float) -> _Attention:
+    """Attention to the `top_k` tokens that an indexer chooses, taken to be filled, and the indexer's own scan.
+
+    Every GPU scans with all of the indexer's heads, in 8 bits (DeepGEMM's `fp8_mqa_logits`).
+    """
+    score = 2.0 * indexer.heads * indexer.head_dim / rates.operations("fp8", rates.roofline.attention_share)
+    scan = max(indexer.bytes_per_token / rates.bytes_read, score)
+    return _Attention(
+        per_context_token=model.layers * scan,
+        per_pair=model.layers * score,
+        per_decode_sequence=model.layers * indexer.top_k * decode,
+        per_prefill_token=model.layers * indexer.top_k * pair,
     )
 
 

@@ -19,7 +19,7 @@ from kavier_twin.telemetry import KvBlocksStored, KvEventBatch, RequestFinished,
 
 REMEMBERED_SECONDS: Final = 900.0  # for which published blocks are remembered
 MOST_BLOCKS: Final = 200_000
-MOST_REQUESTS: Final = 20_000
+MOST_REQUESTS: Final = 10_000
 SLACK_SECONDS: Final = 1.0  # between the clocks of the engine and of who wrote the records
 _NEWER: Final = 0.1  # the weight of the newest request
 

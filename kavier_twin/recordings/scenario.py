@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,11 +32,16 @@ from kavier_twin.mirror.calibration.steps import calibrate_counters, calibrate_s
 from kavier_twin.recordings.engine_logs import counted, logged_steps
 from kavier_twin.simulation.footprint import Footprint
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
+from kavier_twin.simulation.versions import NEWEST, nearest_profile, release
 from kavier_twin.simulation.workload import Workload, make_workload, take_rows
+
+log = logging.getLogger(__name__)
 
 CalibrateFrom = Literal["requests", "steps", "metrics"]
 Model = TypeVar("Model", bound=BaseModel)
 
+# What a recording's `engine` says of the server beside its settings: its name, the model's shape.
+_DESCRIBED = frozenset({"engine", "gpu", "model"})
 _PART = 20_000  # requests that are arrays at once
 
 DEFAULT_HARDWARE = Hardware(gpu="H100 SXM 80GB", model="meta-llama/Llama-3.1-8B")
@@ -98,13 +105,14 @@ def load_scenario(
         return Scenario(trace, fleet, 0.0, None, f"{fleet_file}, step times: {source}")
     if trace.format == "golden":
         settings = trace.settings
+        engine = _golden_engine(settings, f"{path}: scenario.json")
         fleet = FleetSettings(
-            engine=_engine(settings.get("engine"), f"{path}: scenario.json"),
+            engine=engine,
             step_time=_checked(StepTime, settings.get("step_seconds"), f"{path}: scenario.json: step_seconds"),
         )
         return Scenario(trace, fleet, 0.0, None, "scenario.json")
     if trace.format in ("recording", "llmservingsim"):
-        engine = _engine(trace.settings.get("engine"), f"{path}: meta.json")
+        engine = _recorded_engine(trace.settings.get("engine"), f"{path}: meta.json")
         calibration = _fit(trace, engine, calibrate_until, calibrate_from)
         fleet = FleetSettings(engine=engine, step_time=calibration.step_time)
         return Scenario(trace, fleet, calibration.frontend_seconds, calibration, "meta.json", calibrate_from)
@@ -213,11 +221,34 @@ def _yaml(path: Path) -> Any:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
 
 
-def _engine(settings: Any, where: str) -> EngineSettings:
-    """Engine settings that lie beside a trace; what vLLM was further told (model shape, ...) is passed over."""
-    if isinstance(settings, Mapping):
-        settings = {name: value for name, value in settings.items() if name in EngineSettings.model_fields}
-    return _checked(EngineSettings, settings, f"{where}: engine")
+def _golden_engine(settings: Mapping[str, Any], where: str) -> EngineSettings:
+    """The engine of a golden run. A setting that is not modelled is refused. Raises UserError."""
+    engine, version = settings.get("engine"), settings.get("vllm")
+    if isinstance(engine, Mapping) and version is not None:
+        engine = {"vllm": _profile(version, where), **engine}
+    return _checked(EngineSettings, engine, f"{where}: engine")
+
+
+def _recorded_engine(engine: Any, where: str) -> EngineSettings:
+    """The engine of a recording, which tells all of its server: what is not modelled is named. Raises UserError."""
+    if isinstance(engine, Mapping):
+        told = re.search(r"vllm\s+(\S+)", str(engine.get("engine", "")), re.IGNORECASE)
+        for name in sorted(engine.keys() - EngineSettings.model_fields.keys() - _DESCRIBED):
+            log.warning("%s: engine.%s is not modelled: the simulation leaves it out", where, name)
+        engine = {name: value for name, value in engine.items() if name in EngineSettings.model_fields}
+        if told and release(told[1]) is not None:
+            engine = {"vllm": _profile(told[1], where), **engine}
+    return _checked(EngineSettings, engine, f"{where}: engine")
+
+
+def _profile(version: object, where: str) -> str:
+    """The profile that a version of vLLM is simulated with; says so if it is another one's. Raises UserError."""
+    profile = nearest_profile(version)
+    if profile is None:
+        raise UserError(f'{where}: vllm is {version!r}; expected a version such as "{NEWEST}.0"')
+    if release(version) != profile:
+        log.warning("%s: vLLM %s is not among the versions reproduced: it is simulated as %s", where, version, profile)
+    return profile
 
 
 def _checked(model: type[Model], values: Any, where: str) -> Model:

@@ -5,7 +5,7 @@
 | `/` | the page; its parts lie under `/static/` |
 | `/metrics` | Prometheus text or OpenMetrics, as the scraper asks |
 | `/healthz` | 200 while the process serves |
-| `/readyz` | 200 once there are figures to serve, else 503 and why |
+| `/readyz` | 200 once the process works, else 503 and why; then a line for each pool that has no figures yet |
 | `/v1/...` | the API, described by `/openapi.json` and in docs/api.md |
 
 Handlers are plain functions: they run on threads, so that the event loop is free while one of them works.
@@ -154,16 +154,19 @@ def _plain(twin: Twin, access: Access) -> APIRouter:
 
     @router.get(
         "/readyz",
-        summary="Whether the twin is ready",
+        summary="Whether the twin is ready: its kernels are compiled, and a warm-up is over",
         responses={
-            503: {"description": "Not ready. One line for each pool and reason.", "content": {"text/plain": {}}}
+            200: {"description": "Ready. One further line for each pool without figures, with the reason."},
+            503: {"description": "Not ready. One line for each pool and reason.", "content": {"text/plain": {}}},
         },
     )
     def ready() -> PlainTextResponse:
-        reasons = [f"pool {name}: {why}" for name, view in twin.current().items() for why in view.not_ready]
-        if not reasons:
-            return PlainTextResponse("ready\n")
-        return PlainTextResponse("".join(f"not ready: {why}\n" for why in reasons), HTTPStatus.SERVICE_UNAVAILABLE)
+        views = twin.current().items()
+        starting = [f"not ready: pool {name}: {why}\n" for name, view in views for why in view.starting]
+        if starting:
+            return PlainTextResponse("".join(starting), HTTPStatus.SERVICE_UNAVAILABLE)
+        waiting = [f"pool {name}: {why}\n" for name, view in views for why in view.not_ready]
+        return PlainTextResponse("".join(["ready\n", *waiting]))
 
     return router
 

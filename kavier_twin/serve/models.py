@@ -497,16 +497,22 @@ class TwinView(PoolState, PoolFidelity, PoolForecast, PoolScores):
     kernels: KernelCounts = KernelCounts()
 
     @property
+    def starting(self) -> tuple[str, ...]:
+        """What the process has still to do before it works; empty: nothing. No traffic is no reason."""
+        if self.compiling is not None:
+            return (f"compiling kernels, {self.compiling.compiled} of {self.compiling.kernels}",)
+        return ("warming up: the past of the logs is being mirrored",) if self.warming_up else ()
+
+    @property
     def not_ready(self) -> tuple[str, ...]:
         """Why the figures are not there yet; empty when they are."""
         if self.compiling is not None:
-            return (f"compiling kernels, {self.compiling.compiled} of {self.compiling.kernels}",)
+            return self.starting
         reasons = (
-            (self.warming_up, "warming up: mirroring the past of the logs"),
             (not math.isfinite(self.event_seconds), "no telemetry record has been processed yet"),
             (self.outlook is None, "no forecast has been made yet"),
         )
-        return tuple(why for holds, why in reasons if holds)
+        return self.starting + tuple(why for holds, why in reasons if holds)
 
     def score(self, kpi: str, statistic: str = "") -> WindowScore | None:
         """A KPI as mirrored and as observed over the shortest window that has it, or None where neither is known."""

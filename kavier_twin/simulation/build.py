@@ -12,6 +12,7 @@ from kavier_twin.simulation.kernels import POLICIES, TIERS
 from kavier_twin.simulation.kernels import entries as kernels
 from kavier_twin.simulation.settings import COEFFICIENTS, EngineSettings, FleetSettings, StepTime
 from kavier_twin.simulation.state import FleetState, Records
+from kavier_twin.simulation.versions import PROFILES
 from kavier_twin.simulation.workload import Workload
 
 ROUTERS = {
@@ -192,7 +193,7 @@ def with_tiers(state: FleetState, old: EngineSettings, new: EngineSettings) -> F
         _write_tier(state, number, new)
         if len(tokens) == 2 and tokens[0] == tokens[1]:
             kernels.carry_over(before, state, number)
-    for name in ("stored", "stores", "probed"):
+    for name in ("stored", "stores", "probed", "tier_rank"):
         state.requests[name] = 0
     return state
 
@@ -223,6 +224,10 @@ def write_engine(row: Records, engine: EngineSettings, step_time: StepTime, *, s
     row["chunked_prefill"] = engine.enable_chunked_prefill
     row["reserve_full_isl"] = engine.scheduler_reserve_full_isl
     row["priority_policy"] = engine.scheduling_policy == "priority"
+    profile = PROFILES[engine.vllm]
+    row["self_preemption_ends_pass"] = profile.self_preemption_ends_pass
+    row["offload_ranks_by_request"] = profile.offload_ranks_by_request
+    row["offload_offers_again"] = profile.offload_offers_again
     # What decodes write through has to be offered step by step.
     decodes_stored = engine.host_tier is not None and not engine.host_tier.offload_prompt_only
     row["stepping"] = stepping or decodes_stored

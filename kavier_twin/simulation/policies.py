@@ -203,6 +203,8 @@ def _tier_flags(base: EngineSettings, changed: EngineSettings) -> list[str]:
 def hypothetical_reasons(base: FleetSettings, changed: FleetSettings) -> list[str]:
     """Why no flags of `vllm serve` turn `base` into `changed`, one line a reason. None: it is deployable."""
     reasons = []
+    if changed.engine.vllm != base.engine.vllm:
+        reasons.append(f"vllm={changed.engine.vllm}: that is another version of vLLM, no flag sets it")
     if changed.engine.eviction != "lru":
         reasons.append(f"eviction={changed.engine.eviction}: vLLM's GPU tier has LRU only")
     for name in ("router", "router_max_imbalance"):

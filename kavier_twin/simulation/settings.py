@@ -7,10 +7,11 @@ from typing import Annotated, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from kavier_twin.simulation.footprint import Footprint
 from kavier_twin.simulation.state import MAX_KNOTS
+from kavier_twin.simulation.versions import release
 
 Positive = Annotated[int, Field(ge=1)]
 Coefficient = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
@@ -173,6 +174,9 @@ class EngineSettings(_Settings):
     `num_gpu_blocks` counts vLLM's null block, as vLLM does: one less is usable.
     """
 
+    vllm: Literal["0.32", "0.33"] = "0.32"
+    """The version of vLLM whose decisions are reproduced."""
+
     block_size: Annotated[int, Field(ge=1, le=8192)] = 16
     """Tokens of a KV-cache block (`--block-size`)."""
 
@@ -232,6 +236,11 @@ class EngineSettings(_Settings):
 
     disk_tier: DiskTier | None = Field(default=None, examples=[{"capacity_gib": 1000}])
     """A disk behind the host memory."""
+
+    @field_validator("vllm", mode="before")
+    @classmethod
+    def _release_of_vllm(cls, value: object) -> object:
+        return release(value) or value
 
     @model_validator(mode="after")
     def _tiers_must_fit(self) -> EngineSettings:

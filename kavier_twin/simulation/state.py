@@ -141,6 +141,7 @@ REQUEST = _record(
     ("load_last", np.int32),
     ("arrived", np.int32),  # the load is known to be complete
     ("last_store", np.int64),  # number of its latest store
+    ("tier_rank", np.int64),  # its chunks' rank in the host tier while it lives, 0 = it used none yet
     ("load_done", np.float64),  # when its load is complete, seconds; infinity = not submitted yet
     ("preemptions", np.int32),
     ("flowing", np.int32),  # decodes with the flow (kernels/step/flow.py)
@@ -279,6 +280,9 @@ ENGINE = _record(
     ("reserve_full_isl", np.int32),
     ("priority_policy", np.int32),
     ("stepping", np.int32),  # the reference: never jump
+    ("self_preemption_ends_pass", np.int32),  # this and the next two: see versions.Profile
+    ("offload_ranks_by_request", np.int32),
+    ("offload_offers_again", np.int32),
     ("fixed", np.float64),  # step time, see settings.StepTime
     ("per_prefill_token", np.float64),
     ("per_decode_sequence", np.float64),
@@ -352,6 +356,8 @@ CHUNK = _record(
     ("slot", np.int32),  # the request it is for
     ("uid", np.int64),
     ("number", np.int64),  # a store's
+    ("rank", np.int64),  # lru: RECENT is sorted by it and among equals by `position`, the highest first
+    ("position", np.int64),  # place in its request's chunks, 0 where the rank is its own
     ("done", np.float64),  # when it is complete, seconds
 )
 
@@ -374,6 +380,7 @@ TIER = _record(
     ("target", np.float64),  # arc: wanted length of RECENT
     ("idle", np.int64),  # chunks no transfer uses
     ("offers", np.int64),
+    ("next_rank", np.int64),  # the rank given last
     ("next_store", np.int64),
     ("oldest_store", np.int64),  # all with lower numbers are known to be complete
     ("admitted_from", np.int64),  # requests with this run_order or a higher one are admitted with the batch at hand

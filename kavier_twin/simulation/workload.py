@@ -58,6 +58,8 @@ def make_workload(
         raise ValueError("arrivals must be finite and sorted")
 
     def column(values: npt.ArrayLike, dtype: type) -> npt.NDArray[np.int64]:
+        if np.ndim(values) == 0:
+            return np.full(n, values, dtype=dtype)  # the mirror makes a workload of each request
         # Copied, as a broadcast array may only be read, and kernels would be compiled once more for such columns.
         return np.array(np.broadcast_to(np.asarray(values, dtype=dtype), (n,)))
 

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kavier_twin.catalog.config_json import read_config
+from kavier_twin.catalog.deployment import Deployment, check
 from kavier_twin.catalog.errors import CatalogError
-from kavier_twin.catalog.models import find_model, models
+from kavier_twin.catalog.models import find_model
 
 # Totals of the published weights: Hugging Face, safetensors metadata of each repository.
 TOTALS = {
@@ -33,6 +36,28 @@ TOTALS = {
     "openai/gpt-oss-20b": 20_914_757_184,
     "openai/gpt-oss-120b": 116_829_156_672,
     "bigcode/starcoder2-15b": 15_957_889_024,
+    "Qwen/Qwen3-4B": 4_022_468_096,
+    "Qwen/Qwen3-14B": 14_768_307_200,
+    "Qwen/Qwen2.5-0.5B": 494_032_768,
+    "Qwen/Qwen2.5-1.5B": 1_543_714_304,
+    "Qwen/Qwen2.5-3B": 3_085_938_688,
+    "Qwen/Qwen2.5-7B": 7_615_616_512,
+    "Qwen/Qwen2.5-14B": 14_770_033_664,
+    "Qwen/Qwen2.5-32B": 32_763_876_352,
+    "Qwen/Qwen2.5-72B": 72_706_203_648,
+    "mistralai/Mistral-Small-24B-Base-2501": 23_572_403_200,
+    "mistralai/Mistral-Nemo-12B-2407": 12_247_782_400,
+    "mistralai/Mistral-Large-2411": 122_610_069_504,
+    "mistralai/Mixtral-8x22B-v0.1": 140_620_634_112,
+    "google/gemma-2-9b": 9_241_705_984,
+    "google/gemma-2-27b": 27_227_128_320,
+    "google/gemma-3-1b": 999_885_952,
+    "microsoft/phi-4": 14_659_507_200,
+    "microsoft/Phi-4-mini-instruct": 3_836_021_760,
+    "TinyLlama/TinyLlama-1.1B-Chat-v1.0": 1_100_048_384,
+    "HuggingFaceTB/SmolLM2-1.7B": 1_711_376_384,
+    "meta-llama/Llama-3.1-405B": 405_853_388_800,
+    "deepseek-ai/DeepSeek-V2-Lite": 15_706_484_224,
 }
 # Rounded figures of model cards, in billions: (total, active).
 ROUNDED = {
@@ -43,6 +68,10 @@ ROUNDED = {
     "ibm-granite/granite-20b-code-base-8k": (20.1, 20.1),
     "mosaicml/mpt-30b": (29.96, 29.96),
     "google/gemma-3-27b": (27.0, 27.0),
+    "meta-llama/Llama-4-Scout-17B-16E-Instruct": (107.8, 17.0),
+    "meta-llama/Llama-4-Maverick-17B-128E-Instruct": (400.7, 17.0),
+    "MiniMaxAI/MiniMax-M2.5": (228.7, 11.0),
+    "ibm-granite/granite-3.3-8b": (8.17, 8.17),
 }
 
 
@@ -216,9 +245,20 @@ def test_how_quantizers_say_it(raw: dict[str, Any], bits: float, compute: str) -
         ([], "a JSON object"),
         ({**LLAMA, "hidden_size": None}, "hidden_size: a whole number"),
         ({**LLAMA, "num_key_value_heads": 3}, "kv_heads: 4 attention heads"),
-        ({**LLAMA, "quantization_config": {"quant_method": "magic"}}, "method 'magic' is not known; known: fp8"),
         ({**LLAMA, "layer_types": ["linear_attention", "full_attention"]}, "linear_attention: .*not simulated"),
         ({**LLAMA, "block_configs": [{}]}, "block_configs: .*not simulated"),
+        ({**LLAMA, "layer_types": ["full_attention"]}, "layer_types: 1 kinds for 2 layers"),
+        ({**LLAMA, "layer_types": ["full_attention", "tidal"]}, "layers of kind 'tidal'"),
+        ({**LLAMA, "mamba_d_state": 16}, "mamba_d_state: .*state"),
+        ({**LLAMA, "full_attention_interval": 4}, "full_attention_interval: .*state"),
+        ({**LLAMA, "num_kv_shared_layers": 1}, "num_kv_shared_layers: not understood"),
+        ({**LLAMA, "cross_attention_layers": [1]}, "cross_attention_layers: not understood"),
+        ({**LLAMA, "sparse_attention_config": {"x": 1}}, "sparse_attention_config: not understood"),
+        ({**LLAMA, "attn_type_list": [1, 0]}, "attn_type_list: not understood"),
+        ({**LLAMA, "attention_chunk_size": 64}, "attention_chunk_size: .*which layers"),
+        ({**LLAMA, "num_key_value_heads": [1, 2]}, "num_key_value_heads: .*differ in size"),
+        ({**LLAMA, "vocab_size": None}, "vocab_size: a whole number"),
+        ({**LLAMA, "model_type": "whisper"}, "whisper: only decoders"),
         ({**LLAMA, "num_experts": 4, "num_experts_per_tok": 5}, "per_token: 5 experts"),
     ],
 )
@@ -228,12 +268,92 @@ def test_what_is_not_understood_is_refused_in_one_line(raw: Any, message: str) -
     assert "\n" not in str(error.value)
 
 
-def test_names_and_files(tmp_path: Path) -> None:
-    assert find_model("meta-llama/Llama-2-7b-hf") is models()["meta-llama/Llama-2-7b"]
-    assert find_model("CodeLlama-34b-Instruct-hf") is models()["codellama/CodeLlama-34b"]
-    assert find_model("Meta-Llama-3.1-8B-Instruct") is models()["meta-llama/Llama-3.1-8B"]
-    with pytest.raises(CatalogError, match=r"'gpt-5'.*Qwen/Qwen3-32B.*config.json"):
-        find_model("gpt-5")
+@settings(max_examples=100)
+@given(
+    stem=st.sampled_from(["attention", "kv", "window", "mamba", "cache", "layer_types", "ssm", "block_type", "sparse"]),
+    before=st.from_regex(r"[a-z]{3,8}_", fullmatch=True),
+    value=st.one_of(st.integers(1, 99), st.just([1, 2]), st.just({"a": 1})),
+)
+def test_no_unknown_field_that_tells_of_a_cache_is_passed_over(stem: str, before: str, value: Any) -> None:
+    name = f"zz{before}{stem}"
+    read_config(LLAMA | {name: None}, "mine.json")  # a null tells nothing
+    with pytest.raises(CatalogError, match=f"{name}: "):
+        read_config(LLAMA | {name: value}, "mine.json")
+
+
+def test_what_changes_neither_cache_nor_layers_is_passed_over() -> None:
+    plain = read_config(LLAMA, "x")
+    harmless = {
+        "attention_dropout": 0.1, "attention_probs_dropout_prob": 0.1, "use_cache": True,
+        "attn_logit_softcapping": 50.0,
+        "_attn_implementation": "sdpa", "query_pre_attn_scalar": 256, "attention_multiplier": 0.1, "is_decoder": True,
+        "rope_local_base_freq": 10_000, "attn_type_list": [1, 1], "encoder_no_repeat_ngram_size": 0,
+    }  # fmt: skip
+    assert read_config(LLAMA | harmless, "x") == plain
+
+
+def test_a_hybrid_family_without_hybrid_layers() -> None:
+    """Granite 4 micro lists attention for every layer and keeps the family's fields of Mamba."""
+    fields = {"model_type": "granitemoehybrid", "layer_types": ["attention"] * 2, "mamba_d_state": 128}
+    assert read_config(LLAMA | fields, "x").layers == 2
+
+
+@pytest.mark.parametrize(
+    ("raw", "parts"),
+    [
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head", "*self_attn*"]}, (16.0, 4.5)),
+        ({"quant_method": "fp8", "modules_to_not_convert": ["gate", "lm_head"]}, (8.0, 8.0)),
+        (
+            {"quant_method": "compressed-tensors", "ignore": ["re:.*self_attn.*"], "config_groups": {"group_0": {
+                "targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "group_size": 32}}}},
+            (16.0, 4.625),
+        ),
+    ],
+)  # fmt: skip
+def test_layers_that_a_quantizer_spared(raw: dict[str, Any], parts: tuple[float, float]) -> None:
+    kept = read_config(LLAMA | {"quantization_config": raw}, "x").stored_as(None)
+    assert (kept.of_attention.bits_per_weight, kept.of_dense_layers.bits_per_weight) == parts
+
+
+@pytest.mark.parametrize(
+    ("raw", "dtype"),
+    [
+        ({"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}, "fp8"),
+        ({"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": None}, "auto"),
+        ({"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8"}}, "fp8"),
+        ({"quant_method": "fp8", "kv_cache_scheme": {"num_bits": 8, "type": "float"}}, "fp8"),
+        ({"quant_method": "fp8", "kv_cache_scheme": None}, "auto"),
+    ],
+)
+def test_the_cache_that_a_checkpoint_asks_for(raw: dict[str, Any], dtype: str) -> None:
+    assert read_config(LLAMA | {"quantization_config": raw}, "x").kv_cache_dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"quant_method": "magic"}, "method 'magic' is not known; known: fp8.*set hardware.quantization"),
+        ({"quant_method": "modelopt", "quant_algo": "W3A3"}, "quant_algo 'W3A3' is not known.*hardware.quantization"),
+        ({"quant_method": "fp8", "kv_cache_quant_algo": "NVFP4"}, "kv_cache_quant_algo: 'NVFP4'.*kv_cache_dtype"),
+        (
+            {"quant_method": "fp8", "kv_cache_scheme": {"num_bits": 8, "type": "int"}},
+            "kv_cache_scheme: 8 bits of type 'int'",
+        ),
+    ],
+)
+def test_types_that_are_not_known_matter_where_the_checkpoint_decides(raw: dict[str, Any], message: str) -> None:
+    shape = read_config(LLAMA | {"quantization_config": raw}, "mine.json")
+    with pytest.raises(CatalogError, match=f"mine.json: quantization_config: {message}"):
+        check(shape, Deployment())
+    check(shape, Deployment(quantization="fp8", kv_cache_dtype="fp8"))
+
+
+def test_the_defaults_of_a_family_stand_for_what_a_text_part_leaves_out() -> None:
+    llava = {"model_type": "llava", "text_config": {"model_type": "llama", "vocab_size": 32_064}}
+    assert read_config(llava, "x").kv_bytes_per_token() == find_model("Llama-2-7b").kv_bytes_per_token()
+
+
+def test_files(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     assert find_model(str(tmp_path)).hidden_size == 64
     (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))

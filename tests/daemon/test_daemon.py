@@ -95,11 +95,11 @@ def test_from_records_to_metrics() -> None:
         url = daemon.http.url
         assert get(f"{url}/healthz")[0] == 200
         status, why = get(f"{url}/readyz")
-        assert (status, "no telemetry record" in why) == (503, True)
+        assert (status, "no telemetry record" in why) == (200, True)
         for event in events(recorded(100)):
             source.push(event)
         source.push(EngineSample(time_seconds=1.0, requests_running=2, requests_waiting=1, kv_cache_usage_ratio=0.5))
-        until(lambda: get(f"{url}/readyz")[0] == 200, "ready")
+        until(lambda: get(f"{url}/readyz")[1] == "ready\n", "figures of the pool")
         source.end()
         until(lambda: daemon.view.finished_requests == 100 and daemon.view.calibrated, "all requests followed")
         until(lambda: daemon.view.outlook and daemon.view.outlook.calibrated, "a forecast from calibrated figures")
@@ -260,7 +260,8 @@ def test_run_follows_a_file_counts_what_is_broken_and_ends_on_sigterm(
     process = launch("run", "--config", str(config(tmp_path)))
     url = process.url()
     assert get(f"{url}/healthz") == (200, "ok\n")
-    assert get(f"{url}/readyz")[0] == 503  # the file is not there yet
+    until(lambda: get(f"{url}/readyz")[0] == 200, "ready, though the file is not there yet")
+    assert get(f"{url}/readyz")[1] != "ready\n"
     stream = events(recorded(40))
     lines = [event.model_dump_json(exclude_none=True) for event in stream]
     watermark = stream[-1].time_seconds - MirrorSettings().ordering_seconds
@@ -273,7 +274,7 @@ def test_run_follows_a_file_counts_what_is_broken_and_ends_on_sigterm(
     with path.open("a") as file:
         file.writelines(line + "\n" for line in lines[40:])
     until(lambda: metric(get(f"{url}/metrics")[1], "kavier_twin_requests_finished_total") == ends, "the last ends")
-    until(lambda: get(f"{url}/readyz")[0] == 200, "ready")
+    until(lambda: get(f"{url}/readyz")[1] == "ready\n", "figures of the pool")
     text = get(f"{url}/metrics")[1]
     assert metric(text, "kavier_twin_records_total", result="rejected") == 2.0
     assert metric(text, "kavier_twin_source_rejected_total", reason="not-json") == 1.0

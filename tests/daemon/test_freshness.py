@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,17 @@ def test_metrics_that_stop_make_stale_and_a_quiet_night_does_not() -> None:
     assert reasons(Feed(MemorySource(), every_seconds=15.0), (59, never), (61, never))[0] == ""
     ended = SourceState("p", True, {}, trouble="gone", last_record_seconds=0.0)
     assert reasons(Feed(MemorySource(), every_seconds=15.0), (0, ended), (999, ended)) == ["", ""]
+
+
+def test_a_check_that_is_away_changes_nothing_and_a_source_takes_trust_at_once() -> None:
+    broken = SourceState("kv", False, {}, trouble="no publisher")
+    assert reasons(Feed(MemorySource(), checks_only=True), (0, broken), (9_999, broken)) == ["", ""]
+    pool = PoolTwin(FLEET, calibrated=True)
+    check, stream = replace(broken, checks_only=True), replace(broken, name="bus", trouble="no broker")
+    assert not any("cannot be read" in reason for reason in pool.view((check,)).untrusted_reasons)
+    view = pool.view((check, stream))
+    assert view.untrusted_reasons[0] == "bus cannot be read: no broker"
+    assert {trust.reason for trust in view.trust.values()} == {"bus cannot be read: no broker"}
 
 
 def test_a_log_read_behind_makes_stale() -> None:

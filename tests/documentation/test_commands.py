@@ -202,7 +202,7 @@ def daemon(world: World) -> Iterator[str]:
     """`kavier-twin run` on the trace: host:port, once it has forecast."""
     with started(world, ["run", "--config", "live.yaml"]) as process:
         address = process.said(r"http://(127\.0\.0\.1:\d+)")
-        wait_for(lambda: urllib3.request("GET", f"http://{address}/readyz", retries=False).status == 200, process)
+        wait_for(lambda: urllib3.request("GET", f"http://{address}/readyz", retries=False).data == b"ready\n", process)
         yield address
         assert process.stopped() == 0, process.log()
 

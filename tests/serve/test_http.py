@@ -15,6 +15,7 @@ from kavier_twin.serve.access import Access
 from kavier_twin.serve.app import RefusedError, Twin
 from kavier_twin.serve.http import AddressError, HttpServer
 from kavier_twin.serve.limits import Limits
+from kavier_twin.serve.models import Compiling
 from serve.twins import TOKEN, Served
 from serve.views import empty_view, full_view
 from waiting import PATIENCE_SECONDS, until
@@ -52,11 +53,20 @@ def test_health_and_readiness(served: Served) -> None:
     served.views["code"] = empty_view("code")
     assert served.ask("GET", "/healthz")[0] == 200
     status, _, body = served.ask("GET", "/readyz")
-    assert status == 503
+    assert status == 200  # no traffic yet is a state of the pool, not of the process
     assert body.decode().splitlines() == [
-        "not ready: pool code: no telemetry record has been processed yet",
-        "not ready: pool code: no forecast has been made yet",
+        "ready",
+        "pool code: no telemetry record has been processed yet",
+        "pool code: no forecast has been made yet",
     ]
+    for change, why in (
+        ({"compiling": Compiling(1, 3)}, "compiling kernels, 1 of 3"),
+        ({"warming_up": True}, "warming up: the past of the logs is being mirrored"),
+    ):
+        served.views["code"] = replace(empty_view("code"), **change)
+        assert served.ask("GET", "/healthz")[0] == 200
+        status, _, body = served.ask("GET", "/readyz")
+        assert (status, body.decode()) == (503, f"not ready: pool code: {why}\n")
 
 
 @pytest.mark.parametrize("path", ["/", "/metrics", "/v1/forecast", "/healthz", "/readyz", "/nothing"])

@@ -32,8 +32,13 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end -}}
 {{- end -}}
 
+{{/* A digest alone, or with the tag if one is given: REGISTRY/REPOSITORY:TAG@DIGEST. */}}
 {{- define "kavier-twin.image" -}}
-{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
+{{- $image := .Values.image -}}
+{{- with $image.registry }}{{ trimSuffix "/" . }}/{{ end -}}
+{{- $image.repository -}}
+{{- if or $image.tag (not $image.digest) }}:{{ $image.tag | default .Chart.AppVersion }}{{ end -}}
+{{- with $image.digest }}@{{ . }}{{ end -}}
 {{- end -}}
 
 {{- define "kavier-twin.givenSettings" -}}
@@ -46,18 +51,16 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- mergeOverwrite (include "kavier-twin.givenSettings" . | fromYaml) $fixed | toYaml -}}
 {{- end -}}
 
-{{/* Pod Security Standards, profile "restricted". */}}
-{{- define "kavier-twin.podSecurityContext" -}}
-runAsNonRoot: true
-runAsUser: 10001
-runAsGroup: 10001
-fsGroup: 10001
-fsGroupChangePolicy: OnRootMismatch
-seccompProfile: {type: RuntimeDefault}
+{{/* The claim in which the StatefulSet keeps checkpoints; empty: it has none of its own. */}}
+{{- define "kavier-twin.claimSpec" -}}
+{{- if and .Values.persistence.enabled (not .Values.persistence.existingClaim) -}}
+accessModes: {{- toYaml .Values.persistence.accessModes | nindent 2 }}
+{{- if eq .Values.persistence.storageClassName "-" }}
+storageClassName: ""
+{{- else if .Values.persistence.storageClassName }}
+storageClassName: {{ .Values.persistence.storageClassName | quote }}
+{{- end }}
+resources:
+  requests: {storage: {{ .Values.persistence.size | quote }}}
 {{- end -}}
-
-{{- define "kavier-twin.securityContext" -}}
-allowPrivilegeEscalation: false
-readOnlyRootFilesystem: true
-capabilities: {drop: [ALL]}
 {{- end -}}

@@ -74,7 +74,7 @@ class Doubts:
     def _close(self, kpi: str, pairs: list[Pair]) -> None:
         mirrored = sum(pair.mirrored for pair in pairs) / len(pairs)
         observed = sum(pair.observed for pair in pairs) / len(pairs)
-        bound = 2.0 * self._max_error[kpi]
+        bound = self._max_error[kpi]
         if KPIS[kpi].error == "difference":
             wrong = abs(mirrored - observed) > bound
         else:

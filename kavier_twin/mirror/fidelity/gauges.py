@@ -83,9 +83,7 @@ class Gauges:
             reported = [getattr(sample, name) for name in GAUGES]
             engine = f"{sample.namespace}/{sample.pod}/{sample.engine}"
             pairs += [
-                Pair(
-                    kpi, sample.time_seconds, ours, _grains(theirs), f"{sample.namespace}/{sample.pod}/{sample.engine}"
-                )
+                Pair(kpi, sample.time_seconds, ours, _grains(theirs), engine)
                 for kpi, ours, theirs in zip(GAUGES, mirrored, reported, strict=True)
                 if theirs is not None
             ]

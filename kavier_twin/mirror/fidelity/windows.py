@@ -224,7 +224,10 @@ class Windows:
         elif number not in self._own:
             bucket = self._buckets[number] = {name: _Sums().take(sums) for name, sums in bucket.items()}
         self._own.add(number)
-        return bucket.setdefault(kpi, _Sums())
+        sums = bucket.get(kpi)
+        if sums is None:
+            sums = bucket[kpi] = _Sums()
+        return sums
 
 
 def _bin(seconds: float) -> int:

@@ -59,6 +59,32 @@ def steps_within(first, slope, seconds):
 
 
 @kernel
+def end_of(origin, first, slope, steps):
+    """When `steps` steps end of which the first begins at `origin`.
+
+    Steps of equal length are added one by one, as the reference does: an arrival may come at exactly the end of one,
+    and then rounding would decide who is admitted.
+    """
+    if slope != 0.0:
+        return origin + span(first, slope, float(steps))
+    for _ in range(steps):
+        origin += first
+    return origin
+
+
+@kernel
+def _steps_until(origin, first, slope, until, most):
+    """How many steps, at most `most`, end by `until`."""
+    steps = min(most, steps_within(first, slope, until - origin))
+    if slope == 0.0 and until < np.inf:
+        while steps > 0 and end_of(origin, first, slope, steps) > until:
+            steps -= 1
+        while steps < most and end_of(origin, first, slope, steps + 1) <= until:
+            steps += 1
+    return steps
+
+
+@kernel
 def _add_latencies(counts, first, slope, steps, sequences):
     """Histogram of the gaps of `steps` steps, `sequences` tokens each, bin by bin instead of step by step."""
     done = 0
@@ -171,7 +197,7 @@ def jump(state, number, until):
     steps = next_end(state, number) - 1 - replica.scheduled_batches
     if steps <= 0:
         return False
-    steps = min(steps, steps_within(first, slope, until - origin) + ahead)
+    steps = _steps_until(origin, first, slope, until, steps - ahead) + ahead
     steps = _limit_by_queue(state, number, steps)
     if steps <= 0:
         return False
@@ -217,7 +243,7 @@ def jump(state, number, until):
     replica.scheduled_batches += steps
     replica.completed_batches += steps
     replica.flow_context += steps * flowing
-    end = origin + span(first, slope, float(steps - ahead))
+    end = end_of(origin, first, slope, steps - ahead)
     account(replica, engine, end)
     replica.used_block_seconds -= unused_block_seconds  # until they were allocated
     if ahead:
@@ -226,7 +252,7 @@ def jump(state, number, until):
         batch.work[3] = context + float(steps - 1) * flowing
         batch.work[5] = linear
         state.itl_counts[number, itl_bin(batch.end - replica.last_completion)] += flowing
-        batch.end = origin + span(first, slope, float(steps))
+        batch.end = end_of(origin, first, slope, steps)
     _add_work(replica, steps - ahead, flowing, context, linear)
     _add_latencies(state.itl_counts[number], first, slope, steps - ahead, flowing)
     replica.steps += steps

@@ -411,6 +411,7 @@ def push(state, number, workload, row):
     request.probed = 0
     request.stored = 0
     request.stores = 0
+    request.tier_rank = 0
     request.arrived = 0
     request.preemptions = 0
     request.arrival = workload.arrival[row]

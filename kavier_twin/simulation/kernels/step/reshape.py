@@ -101,7 +101,9 @@ def enter_blocks(state, number, blocks, content):
 def carry_over(before, state, number):
     """Fill a replica's cold tiers with what still fits of what they held `before`, with no transfer under way."""
     tier = state.tiers[number]
-    tier.idle += _refill(host_of(before, number), host_of(state, number), tier.chunks)
+    kept = _refill(host_of(before, number), host_of(state, number), tier.chunks)
+    tier.idle += kept
+    tier.next_rank = kept
     if before.tiers[number].disk_chunks > 0 and tier.disk_chunks > 0:
         _refill(disk_of(before, number), disk_of(state, number), tier.disk_chunks)
 
@@ -117,8 +119,8 @@ def _refill(old, new, room):
             if surplus > 0:
                 surplus -= 1
             else:
-                put(new, old[at].key, RECENT)
                 count += 1
+                new[put(new, old[at].key, RECENT)].rank = count
             at = old[at].next
     return count
 

@@ -1,6 +1,6 @@
 """One engine step: `schedule` decides what runs, `complete` stamps its tokens.
 
-Follows vLLM 0.32 `v1/core/sched/scheduler.py` (`schedule`, `_preempt_request`, `update_from_output`),
+Follows vLLM `v1/core/sched/scheduler.py` (`schedule`, `_preempt_request`, `update_from_output`),
 `v1/core/sched/async_scheduler.py` and `v1/core/kv_cache_manager.py` (`allocate_slots`), for full-attention models
 without speculative decoding or encoders. KV connectors: `stores.py`, `loads.py`.
 """
@@ -230,7 +230,7 @@ def _schedule_running(state, number, entries, members, exact, budget):
     size, caching = engine.block_size, engine.prefix_caching
     threshold = _threshold(replica, engine)
     connected = engine.async_scheduling and state.tiers[number].chunks > 0
-    count, preempted, gone, place = 0, False, False, 0
+    count, preempted, gone, lost, place = 0, False, False, False, 0
     while place < (replica.running if exact else replica.explicit) and budget > 0:
         slot = members[place]
         request = requests[slot]
@@ -273,8 +273,12 @@ def _schedule_running(state, number, entries, members, exact, budget):
             else:
                 preempt(state, number, victim)
             if victim == slot:
-                gone = True
+                lost = True
                 break
+        if lost and not engine.self_preemption_ends_pass:
+            lost = False
+            continue
+        gone = gone or lost
         if gone:
             break
         if needed > 0:

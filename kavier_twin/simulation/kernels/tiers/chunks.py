@@ -57,19 +57,25 @@ def find_resident(cache, key):
 
 
 @kernel
-def move(cache, chunk, ring):
-    """Make a chunk the most recently used of `ring`."""
+def move_before(cache, chunk, newer, ring):
+    """Put a chunk before `newer`, another chunk of `ring`, in the order of use; before the ring itself: at the end."""
     before, after = cache[chunk].prev, cache[chunk].next
     cache[before].next = after
     cache[after].prev = before
     cache[cache[chunk].ring].refs -= 1
-    last = cache[ring].prev
+    older = cache[newer].prev
     cache[chunk].ring = ring
-    cache[chunk].prev = last
-    cache[chunk].next = ring
-    cache[last].next = chunk
-    cache[ring].prev = chunk
+    cache[chunk].prev = older
+    cache[chunk].next = newer
+    cache[older].next = chunk
+    cache[newer].prev = chunk
     cache[ring].refs += 1
+
+
+@kernel
+def move(cache, chunk, ring):
+    """Make a chunk the most recently used of `ring`."""
+    move_before(cache, chunk, ring, ring)
 
 
 @kernel

@@ -1,11 +1,13 @@
 """Which chunks leave the host tier: lru and arc.
 
-Follows vLLM 0.32 `v1/kv_offload/cpu/policies/lru.py` and `arc.py`. ARC: Megiddo, Modha, "ARC: A Self-Tuning, Low
+Follows vLLM `v1/kv_offload/cpu/policies/lru.py` and `arc.py`. ARC: Megiddo, Modha, "ARC: A Self-Tuning, Low
 Overhead Replacement Cache", FAST 2003; vLLM's adapts once a request and evicts in batches.
 """
 
+import numpy as np
+
 from kavier_twin.simulation.compiler.kernel import kernel
-from kavier_twin.simulation.kernels.tiers.chunks import drop, find, move, put
+from kavier_twin.simulation.kernels.tiers.chunks import drop, find, move, move_before, put
 from kavier_twin.simulation.state import FREQUENT, GHOST_FREQUENT, GHOST_RECENT, INSERTED, RECENT, REUSED
 
 
@@ -89,7 +91,7 @@ def make_room(tier, cache, count, offer):
 
 
 @kernel
-def enter(cache, key):
+def enter(tier, cache, key):
     """A chunk for this key, about to be written. There is room."""
     chunk = find(cache, key)
     if chunk != 0:
@@ -99,7 +101,54 @@ def enter(cache, key):
     cache[chunk].refs = -1
     cache[chunk].loads = 0
     cache[chunk].link = 0
+    _rank_last(tier, cache, chunk)
     return chunk
+
+
+@kernel
+def _rank_last(tier, cache, chunk):
+    """Give the most recently used chunk a rank of its own."""
+    tier.next_rank += 1
+    cache[chunk].rank = tier.next_rank
+    cache[chunk].position = 0
+
+
+@kernel
+def take_rank(tier, request):
+    """The rank of a request's chunks while it lives: that of its first use of the tier."""
+    if request.tier_rank == 0:
+        tier.next_rank += 1
+        request.tier_rank = tier.next_rank
+
+
+@kernel
+def rank_with_request(cache, chunk, request, position, before):
+    """Rank a chunk with its request's others, tails first: vLLM 0.33's `LRUCachePolicy`.
+
+    `before` is the request's previous chunk, 0 if it is not there: only where to begin the search.
+    """
+    row, ring = cache[chunk], np.int64(RECENT)
+    row.rank = request.tier_rank
+    row.position = position
+    newer = ring
+    if before != 0 and cache[before].rank == request.tier_rank and cache[before].position < position:
+        newer = np.int64(before)
+    at = np.int64(cache[newer].prev)
+    while at != ring:
+        if at != chunk:
+            if cache[at].rank < row.rank or (cache[at].rank == row.rank and cache[at].position > position):
+                break
+            newer = at
+        at = np.int64(cache[at].prev)
+    move_before(cache, chunk, newer, ring)
+
+
+@kernel
+def use(cache, chunk, request, position, before):
+    """A live request uses a chunk for the first time, which never makes it older."""
+    row = cache[chunk]
+    if row.rank < request.tier_rank or (row.rank == request.tier_rank and row.position > position):
+        rank_with_request(cache, chunk, request, position, before)
 
 
 @kernel
@@ -126,6 +175,7 @@ def renew(tier, cache, chunk, marks):
     ring = cache[chunk].ring
     if not tier.arc:
         move(cache, chunk, RECENT)
+        _rank_last(tier, cache, chunk)
     elif marks & REUSED:
         move(cache, chunk, FREQUENT)
     elif marks & INSERTED:

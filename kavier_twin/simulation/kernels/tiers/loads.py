@@ -20,7 +20,15 @@ from kavier_twin.simulation.kernels.step.requests import (
     take_hits,
 )
 from kavier_twin.simulation.kernels.tiers.chunks import disk_of, find, find_resident, host_of, move
-from kavier_twin.simulation.kernels.tiers.stores import NO_FENCE, chunk_key, marks_cell, offer
+from kavier_twin.simulation.kernels.tiers.eviction import take_rank, use
+from kavier_twin.simulation.kernels.tiers.stores import (
+    NO_FENCE,
+    chunk_key,
+    marks_cell,
+    offer,
+    previous_chunk,
+    ranks_by_request,
+)
 from kavier_twin.simulation.kernels.tiers.transfers import observe_copies, observe_disk, submit_read, unpin
 from kavier_twin.simulation.state import (
     FROM_DISK,
@@ -141,6 +149,8 @@ def begin_load(state: FleetState, number: int, slot: int) -> int:
     replica, engine, tier = state.replicas[number], state.engines[number], state.tiers[number]
     blocks, buckets = state.blocks[number], state.buckets[number]
     arena, request, size = state.arena[number], state.requests[number][slot], engine.block_size
+    if engine.offload_offers_again:
+        request.stored = 0
     if request.stores > 0:
         return DEFERRED
     hits, evictable = 0, 0
@@ -185,6 +195,8 @@ def _pin(state, number, slot, hits):
     request.load_first = hits // tier.blocks_per_chunk
     request.load_last = request.computed // (size * tier.blocks_per_chunk)
     request.stored = request.load_last
+    ranks = ranks_by_request(state, number)
+    before = previous_chunk(state, number, slot, request.load_first) if ranks else 0
     for chunk in range(request.load_first, request.load_last):
         held = find_resident(host, chunk_key(tier, request, arena, chunk, size))
         if host[held].refs == 0:
@@ -192,6 +204,10 @@ def _pin(state, number, slot, hits):
         host[held].refs += 1
         host[held].loads += 1
         cell = marks_cell(request, chunk)
+        if ranks and not arena[cell] & np.uint64(SEEN):
+            take_rank(tier, request)
+            use(host, held, request, chunk, before)
+        before = held
         if not arena[cell] & np.uint64(INSERTED):
             arena[cell] |= np.uint64(REUSED)
         arena[cell] |= np.uint64(SEEN)

@@ -14,7 +14,15 @@ from kavier_twin.simulation.kernels import TIERS
 from kavier_twin.simulation.kernels.cache.keys import key_of, private_key
 from kavier_twin.simulation.kernels.step.requests import give_back
 from kavier_twin.simulation.kernels.tiers.chunks import count_offer, find, find_resident, host_of, move, offers_of
-from kavier_twin.simulation.kernels.tiers.eviction import enter, learn_miss, make_room, renew
+from kavier_twin.simulation.kernels.tiers.eviction import (
+    enter,
+    learn_miss,
+    make_room,
+    rank_with_request,
+    renew,
+    take_rank,
+    use,
+)
 from kavier_twin.simulation.kernels.tiers.transfers import (
     decide_store,
     next_done,
@@ -41,6 +49,21 @@ def chunk_key(tier, request, arena, chunk, block_size):
 def marks_cell(request, chunk):
     """The arena cell with the marks of a request's chunk."""
     return request.cells + (1 << np.int64(request.cell_class)) - 1 - chunk
+
+
+@kernel
+def ranks_by_request(state, number):
+    """Whether the host tier ranks the chunks of a live request together: `versions.Profile`."""
+    return state.engines[number].offload_ranks_by_request and not state.tiers[number].arc
+
+
+@kernel
+def previous_chunk(state, number, slot, chunk):
+    """The request's chunk before this one if it is in the host tier, else 0."""
+    if chunk == 0:
+        return 0
+    request, arena, size = state.requests[number][slot], state.arena[number], state.engines[number].block_size
+    return find_resident(host_of(state, number), chunk_key(state.tiers[number], request, arena, chunk - 1, size))
 
 
 @kernel
@@ -77,25 +100,34 @@ def offer(state, number, slot, first, last, fence):
     tier, request, arena = state.tiers[number], state.requests[number][slot], state.arena[number]
     host, size = host_of(state, number), state.engines[number].block_size
     tracker, fences = offers_of(state, number), state.fences[number]
+    ranks = ranks_by_request(state, number)
     if fence != NO_FENCE:
         tier.offers += 1  # a promotion goes on with the number that the search for its request took
     stamp = np.int32(tier.offers & 0x7FFFFFFF)
     if tier.store_threshold >= 2:
         _count_offers(tier, tracker, request, arena, first, last, size)
     count = 0
+    before = previous_chunk(state, number, slot, first) if ranks else 0
     for chunk in range(first, last):
         key, cell = chunk_key(tier, request, arena, chunk, size), marks_cell(request, chunk)
         held = find_resident(host, key)
         if held == 0:
+            before = 0
             if _wanted(tier, tracker, key):
+                if ranks:
+                    take_rank(tier, request)
                 arena[cell] |= np.uint64(SEEN | OFFERED)
                 count += 1
             continue
         host[held].offer = stamp
         if host[held].refs >= 0:
+            if ranks and not arena[cell] & np.uint64(SEEN):
+                take_rank(tier, request)
+                use(host, held, request, chunk, before)
             arena[cell] |= np.uint64(SEEN)
             if not arena[cell] & np.uint64(INSERTED):
                 arena[cell] |= np.uint64(REUSED)
+        before = held
     if count == 0:
         return 0
     for chunk in range(last - 1, first - 1, -1):
@@ -105,6 +137,7 @@ def offer(state, number, slot, first, last, fence):
             arena[cell] |= np.uint64(MISSED)
     room = make_room(tier, host, count, stamp)
     head, tail = 0, 0
+    before = previous_chunk(state, number, slot, first) if ranks else 0
     for chunk in range(first, last):
         cell = marks_cell(request, chunk)
         if not arena[cell] & np.uint64(OFFERED):
@@ -112,7 +145,10 @@ def offer(state, number, slot, first, last, fence):
         arena[cell] &= ~np.uint64(OFFERED)
         if room:
             arena[cell] |= np.uint64(INSERTED)
-            chunk_at = enter(host, chunk_key(tier, request, arena, chunk, size))
+            chunk_at = enter(tier, host, chunk_key(tier, request, arena, chunk, size))
+            if ranks:
+                rank_with_request(host, chunk_at, request, chunk, before)
+                before = chunk_at
             if head == 0:
                 head = chunk_at
             else:
