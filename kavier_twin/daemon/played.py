@@ -25,7 +25,9 @@ from kavier_twin.telemetry import EngineSample, TelemetryRecord
 MINUTE_SECONDS: Final = 60.0
 STEP_SECONDS: Final = 0.5  # between two looks, as a running daemon publishes
 SETTLE_SECONDS: Final = 10.0  # played on after the last record
-REQUEST_KPIS: Final = tuple((kpi.name, ("", *kpi.statistics)[-1]) for kpi in KPIS.values() if kpi.compared)
+REQUEST_KPIS: Final = tuple(
+    (kpi.name, ("", *kpi.statistics)[-1]) for kpi in KPIS.values() if kpi.compared and not kpi.gauge
+)
 """KPIs of requests that are compared, each with its highest statistic."""
 
 
@@ -87,14 +89,16 @@ class PlayedSource:
 class Minute:
     """One minute of event time. Means over the scrapes, or statistics over the requests that ended in it.
 
-    `mirrored` and `observed` by KPI and statistic; `absolute_error` of gauges is the mean over the scrapes of
-    |mirrored - observed|. `trusted` is the share of the minute in which a KPI was trusted.
+    `mirrored` and `observed` by KPI and statistic. Gauges are those published at the time of each scrape. Of these,
+    `absolute_error` is the mean of |mirrored - observed|, and `absolute_error_before` that of the last values published
+    before the scrape, which do not know it yet. `trusted` is the share of the minute in which a KPI was trusted.
     """
 
     start_seconds: float
     mirrored: dict[str, float] = field(default_factory=dict)
     observed: dict[str, float] = field(default_factory=dict)
     absolute_error: dict[str, float] = field(default_factory=dict)
+    absolute_error_before: dict[str, float] = field(default_factory=dict)
     clients: dict[str, float] = field(default_factory=dict)
     trusted: dict[str, float] = field(default_factory=dict)
     pool_trusted: float = math.nan
@@ -141,6 +145,8 @@ def play(
     daemon = Daemon([pool], feeds, clock=clock)
     looks: list[_Look] = []
     course: dict[float, dict[tuple[str, str], tuple[float, float]]] = {}  # by the end of each whole minute
+    scrapes = iter(sorted({at for at, _ in recording.arrivals.get(METRICS, ())}))
+    scrape, regular = next(scrapes, math.inf), clock.seconds
     while clock.seconds < recording.end_seconds + SETTLE_SECONDS:
         while daemon.ingest():
             pass
@@ -152,7 +158,11 @@ def play(
                 (one.kpi, one.statistic): (one.mirrored[place], one.observed[place]) for one in view.history.series
             }
         progress((clock.seconds - recording.start_seconds) / (recording.end_seconds - recording.start_seconds))
-        clock.seconds += STEP_SECONDS
+        if clock.seconds >= regular:
+            regular += STEP_SECONDS
+        while scrape <= clock.seconds:
+            scrape = next(scrapes, math.inf)
+        clock.seconds = min(regular, scrape)
     samples = [record for _, record in recording.arrivals.get(METRICS, ()) if isinstance(record, EngineSample)]
     first, last = (math.floor(at / MINUTE_SECONDS) for at in (recording.start_seconds, recording.end_seconds))
     return Played(
@@ -203,9 +213,10 @@ def _minute(
         found.trusted = {kpi: float(np.mean([look.trusted[kpi] for look in within])) for kpi in within[0].trusted}
         found.reasons = list(dict.fromkeys(reason for look in within for reason in look.reasons))
     for kpi, pairs in _scraped(start, stop, looks, samples).items():
-        mirrored, observed = np.array(pairs).T
+        before, mirrored, observed = np.array(pairs).T
         found.mirrored[kpi], found.observed[kpi] = float(mirrored.mean()), float(observed.mean())
         found.absolute_error[kpi] = float(np.abs(mirrored - observed).mean())
+        found.absolute_error_before[kpi] = float(np.abs(before - observed).mean())
     for key, (predicted, observed) in course.get(stop, {}).items():
         if key in REQUEST_KPIS:
             found.mirrored[name_of(*key)], found.observed[name_of(*key)] = predicted, observed
@@ -219,22 +230,23 @@ def _minute(
 
 def _scraped(
     start: float, stop: float, looks: Sequence[_Look], samples: Sequence[EngineSample]
-) -> dict[str, list[tuple[float, float]]]:
-    """By gauge, what was shown when the engines were scraped, and what they reported: sums, or the mean of ratios."""
+) -> dict[str, list[tuple[float, float, float]]]:
+    """By gauge and scrape: what was published before it, with it, and what engines reported (sums; means of ratios)."""
     scrapes: dict[float, list[EngineSample]] = {}
     for sample in samples:
         if start < sample.time_seconds <= stop:
             scrapes.setdefault(round(sample.time_seconds, 1), []).append(sample)
-    pairs: dict[str, list[tuple[float, float]]] = {}
+    found: dict[str, list[tuple[float, float, float]]] = {}
     times = [look.unix_seconds for look in looks]
-    for at, engines in scrapes.items():
-        shown = looks[max(0, bisect_right(times, at) - 1)]
+    for engines in scrapes.values():
+        place = max(1, bisect_right(times, max(sample.time_seconds for sample in engines)) - 1)
+        before, shown = looks[place - 1], looks[place]
         for kpi in GAUGES:
             values = [value for sample in engines if (value := getattr(sample, kpi)) is not None]
             if values and kpi in shown.gauges:
                 observed = sum(values) / (len(values) if kpi.endswith("ratio") else 1)
-                pairs.setdefault(kpi, []).append((shown.gauges[kpi], observed))
-    return pairs
+                found.setdefault(kpi, []).append((before.gauges.get(kpi, math.nan), shown.gauges[kpi], observed))
+    return found
 
 
 def _interval_seconds(recording: LiveRecording) -> float:

@@ -39,19 +39,19 @@ from kavier_twin.mirror.lengths import Lengths, Simulated
 from kavier_twin.mirror.pace import Pace
 from kavier_twin.mirror.phantoms import (
     EXAMPLES,
-    TOLERANCE_REQUESTS,
     Arrival,
     Delays,
-    End,
     EngineKey,
     EngineLoad,
     Example,
+    MadeUp,
     Recorded,
     between,
     is_phantom,
     key_of,
     make_up,
     phantom,
+    requests_inside,
     take_over,
 )
 from kavier_twin.mirror.pods import Pods, PodSeen
@@ -68,6 +68,7 @@ Floats = npt.NDArray[np.float64]
 
 _FITS_KEPT: Final = 8
 _EXPECT_EVERY_SECONDS: Final = 0.25
+_EXPECTED: Final = 1_000_000  # from which phantoms are numbered that are only expected, so that names differ
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class Fold:
         self.pace = Pace(fleet.step_time)
         self.arrivals = RateHistory()
         self.loads: dict[EngineKey, EngineLoad] = {}
-        self.made_up: list[tuple[float, int, EngineKey, Arrival | End]] = []  # heap: what is to come of phantoms
+        self.made_up: list[MadeUp] = []  # heap
         self._looks_ahead = False
         # First fits are dear, and made again after every event that comes late: those of the same requests are known.
         self._fits: OrderedDict[int, Calibration | None] = OrderedDict()
@@ -230,36 +231,55 @@ class Fold:
         replica = self._replica_of(engine)
         return sum(live.replica == replica and is_phantom(name) for name, live in self.running.items())
 
-    def expect(self, until_seconds: float, delays: Delays) -> None:
+    def expect(self, until_seconds: float, delays: Delays, newest: EngineSample, held: float) -> None:
         """Make up the arrivals of which no record has come yet. For a fork.
 
-        As many as arrive of late, times the share of records that come later than so long after an arrival. Before the
-        last sample of an engine they are made up already, if they were more than is tolerated.
+        The `newest` sample of an engine counts requests; records know of `held` of them. The others have arrived by
+        now. The expected number of arrivals since is the recent rate times the share of records that are later than
+        the time since the arrival.
         """
-        for engine, load in self.loads.items():
-            since = until_seconds - delays.longest_seconds
-            ages = until_seconds - np.arange(until_seconds, since, -_EXPECT_EVERY_SECONDS) + 0.5 * _EXPECT_EVERY_SECONDS
-            unknown = load.arrivals_per_second * _EXPECT_EVERY_SECONDS * delays.later_than(ages)
-            before = ages > until_seconds - max(load.last.time_seconds, load.made_up_until)
-            tolerated = 0.0 if load.phantoms else TOLERANCE_REQUESTS
-            unknown[before] *= min(1.0, tolerated / max(float(unknown[before].sum()), 1e-12))
-            unknown = np.cumsum(unknown)
-            count = round(float(unknown[-1])) if unknown.size else 0
-            if count == 0:
-                continue
+        engine = key_of(newest)
+        load = self.loads[engine]
+        self._agree(engine, newest, held)
+        since = max(until_seconds - delays.longest_seconds, newest.time_seconds)
+        ages = until_seconds - np.arange(until_seconds, since, -_EXPECT_EVERY_SECONDS) + 0.5 * _EXPECT_EVERY_SECONDS
+        unknown = np.cumsum(load.arrivals_per_second * _EXPECT_EVERY_SECONDS * delays.later_than(ages))
+        count = round(float(unknown[-1])) if unknown.size else 0
+        if count == 0:
+            return
+        examples = self._examples()
+        rng = np.random.default_rng(zlib.crc32(f"{engine}@{newest.time_seconds}".encode()))
+        places = np.searchsorted(unknown, np.arange(count) + 0.5)
+        for number, age in enumerate(ages[np.minimum(places, ages.size - 1)].tolist()):
+            at = max(until_seconds - age, self.time_seconds)
+            seen = phantom(self.settings.pool, engine, newest, at, number + _EXPECTED, examples, rng)
+            expected = Arrival(at, number + _EXPECTED, engine, seen)
+            heapq.heappush(self.made_up, (at, expected.number, engine, expected))
+
+    def agree(self, sample: EngineSample) -> None:
+        """Hold as many requests of an engine as its sample says, as far as phantoms can. For a fork at its time."""
+        self._agree(key_of(sample), sample, self.live_of(key_of(sample)))
+
+    def _agree(self, engine: EngineKey, sample: EngineSample, live: float) -> None:
+        """The same where there were so many `live` at the time of the sample."""
+        level = requests_inside(sample)
+        if level is None or not self._knows_pods():
+            return
+        missing, now = round(level - live), self.time_seconds
+        if missing > 0:
             examples = self._examples()
-            rng = np.random.default_rng(zlib.crc32(f"{engine}@{load.last.time_seconds}".encode()))
-            places = np.searchsorted(unknown, np.arange(count) + 0.5)
-            for number, age in enumerate(ages[np.minimum(places, ages.size - 1)].tolist()):
-                at = max(until_seconds - age, self.time_seconds)
-                seen = phantom(self.settings.pool, engine, load.last, at, -1 - number, examples, rng)
-                heapq.heappush(self.made_up, (at, -1 - number, engine, Arrival(at, -1 - number, seen)))
+            rng = np.random.default_rng(zlib.crc32(f"{engine}@{sample.time_seconds}".encode()))
+            for _ in range(missing):
+                seen = phantom(self.settings.pool, engine, sample, now, -1 - self.next_index, examples, rng)
+                self._arrive(seen, None, None)
+        elif missing < 0:
+            phantoms = [name for name, live in self._phantoms_there(engine)]
+            for name in phantoms[: missing - 1 : -1]:  # the newest: fewer came than expected
+                self._take_out(name)
 
     def _end_phantom(self, engine: EngineKey) -> None:
         """The phantom that has generated most ends; of those that wait the oldest."""
-        replica = self._replica_of(engine)
-        found = [(name, live) for name, live in self.running.items() if live.replica == replica and is_phantom(name)]
-        there = [(name, live) for name, live in found if self._is_there(live)]
+        there = self._phantoms_there(engine)
         if not there:
             return
         requests = self.fleet.state.requests
@@ -269,11 +289,20 @@ class Fold:
             request = requests[live.replica, live.slot]
             return int(request["tokens"] - request["prompt"]), -place
 
-        name, live = there[max(range(len(there)), key=generated)]
-        request = requests[live.replica, live.slot]
+        self._take_out(there[max(range(len(there)), key=generated)][0])
+
+    def _phantoms_there(self, engine: EngineKey) -> list[tuple[str, Live]]:
+        """An engine's phantoms under way, in order of arrival."""
+        replica = self._replica_of(engine)
+        found = [(name, live) for name, live in self.running.items() if live.replica == replica and is_phantom(name)]
+        return [(name, live) for name, live in found if self._is_there(live)]
+
+    def _take_out(self, identity: str) -> None:
+        """End a request now, as long as it is."""
+        live = self.running.pop(identity)
+        request = self.fleet.state.requests[live.replica, live.slot]
         self.fleet.finish(live, max(1, int(request["tokens"] - request["prompt"])), None, 0)
         self.fleet.collect()
-        del self.running[name]
 
     def _examples(self) -> list[Example]:
         """Lengths and cached prefixes of recent requests."""
@@ -284,6 +313,11 @@ class Fold:
                 blocks = (finished.cached_tokens or 0) // seen.block_tokens if seen.block_tokens else 0
                 found.append(Example(seen.prompt_tokens, seen.block_hashes[:blocks], seen.block_tokens or 0))
         return found
+
+    def _knows_pods(self) -> bool:
+        """Whether records tell which replica serves a request, so that an engine's gauges are those of a replica."""
+        newest = next((entry.seen for name, entry in reversed(self.recent.items()) if not is_phantom(name)), None)
+        return newest is None or self._is_placed(newest)
 
     def _replica_of(self, engine: EngineKey) -> int | None:
         _, pod, rank = engine

@@ -176,7 +176,10 @@ class Mirror:
     def present(self, now_seconds: float) -> Mirror:
         """A fork as of now: with the events that are still waited with."""
         twin = self.fork()
-        twin.fold.expect(now_seconds, self.delays)
+        for engine, load in self.fold.loads.items():
+            newest = self.timeline.newest(load.last)
+            recorded = self.timeline.recorded(engine[1], load.last.time_seconds, newest.time_seconds)
+            twin.fold.expect(now_seconds, self.delays, newest, load.live + recorded.arrivals - recorded.ends)
         twin._look_ahead_to(now_seconds)
         return twin
 
@@ -374,7 +377,9 @@ class Mirror:
         """Make up what no record tells of until the engine's next sample, as far as that is there."""
         fold, engine = self.fold, key_of(sample)
         before = fold.loads.get(engine)
-        if before is not None and before.made_up_until < sample.time_seconds:
+        if self._looks_ahead:
+            fold.agree(sample)
+        elif before is not None and before.made_up_until < sample.time_seconds:
             recorded = self.timeline.recorded(engine[1], before.last.time_seconds, sample.time_seconds)
             interval = between(before, sample, recorded, fold.phantoms_of(engine))
             if not interval.empty:  # the sample was not there yet when the one before it was applied

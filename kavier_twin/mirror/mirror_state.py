@@ -6,6 +6,7 @@ come late.
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import Any, Final
 
 from kavier_twin.mirror.calibration.online import Change
@@ -14,6 +15,7 @@ from kavier_twin.mirror.checkpoint_file import CheckpointError, Saved
 from kavier_twin.mirror.fold import Fold, Seen
 from kavier_twin.mirror.mirror import Mirror, MirrorSettings
 from kavier_twin.mirror.pace import Pace
+from kavier_twin.mirror.phantoms import Arrival, End, EngineLoad, MadeUp
 from kavier_twin.simulation.fleet import Fleet, Live
 from kavier_twin.simulation.settings import FleetSettings
 from kavier_twin.simulation.state import FleetState
@@ -78,6 +80,8 @@ def _save_fold(fold: Fold) -> dict[str, Any]:
         "online": fold.online.save(),
         "pace": fold.pace.save(),
         "arrivals": fold.arrivals.save(),
+        "loads": [[*engine, load.save()] for engine, load in fold.loads.items()],
+        "made_up": [_made_up(event) for *_, event in sorted(fold.made_up, key=itemgetter(0, 1, 2))],
     }
 
 
@@ -102,7 +106,24 @@ def _restore_fold(fold: Fold, saved: dict[str, Any], state: FleetState, fleet: F
     fold.pace = Pace(settings.step_time)
     fold.pace.restore(saved["pace"])
     fold.arrivals.restore(saved["arrivals"])
+    for *engine, load in saved["loads"]:
+        namespace, pod, rank = engine
+        fold.loads[namespace, pod, rank] = EngineLoad.restored(load)
+    fold.made_up = [_made_up_of(*event) for event in saved["made_up"]]  # sorted, which is a heap
     return fold
+
+
+def _made_up(event: Arrival | End) -> list[Any]:
+    content = event.seen.model_dump(mode="json", exclude_defaults=True) if isinstance(event, Arrival) else None
+    return [event.time_seconds, event.number, event.engine, content]
+
+
+def _made_up_of(time_seconds: float, number: int, engine: list[str], seen: Any) -> MadeUp:
+    namespace, pod, rank = engine
+    key = (namespace, pod, rank)
+    if seen is None:
+        return time_seconds, number, key, End(time_seconds, number, key)
+    return time_seconds, number, key, Arrival(time_seconds, number, key, RequestSeen.model_validate(seen))
 
 
 def _seen(entry: Seen) -> list[Any]:

@@ -59,6 +59,7 @@ class Arrival(NamedTuple):
 
     time_seconds: float
     number: int
+    engine: EngineKey
     seen: RequestSeen
 
 
@@ -68,6 +69,10 @@ class End(NamedTuple):
     time_seconds: float
     number: int
     engine: EngineKey
+
+
+MadeUp = tuple[float, int, EngineKey, Arrival | End]
+"""What is to come of a phantom, in the order of a heap."""
 
 
 def is_phantom(identity: str) -> bool:
@@ -218,7 +223,7 @@ def make_up(
     events: list[Arrival | End] = []
     arrivals = np.sort(rng.uniform(start, stop, interval.arrivals)).tolist()
     for number, time in enumerate(arrivals):
-        events.append(Arrival(time, number, phantom(pool, engine, after, time, number, examples, rng)))
+        events.append(Arrival(time, number, engine, phantom(pool, engine, after, time, number, examples, rng)))
     for number in range(interval.ends):
         since = start if number < phantoms else arrivals[number - phantoms]
         events.append(End(float(rng.uniform(since, stop)), interval.arrivals + number, engine))

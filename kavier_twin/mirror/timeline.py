@@ -179,6 +179,12 @@ class Timeline:
             return None
         return self._sample(name, times[place])
 
+    def newest(self, sample: EngineSample) -> EngineSample:
+        """The last sample of the same engine that is known."""
+        name = f"{sample.namespace}/{sample.pod}/{sample.engine}"
+        times = self._samples.get(name)
+        return self._sample(name, times[-1]) if times else sample
+
     def recorded(self, pod: str, after_seconds: float, until_seconds: float) -> Recorded:
         """What records tell of a pod in (after, until]: all of them where they name no pod. Ends count where the
         arrival is known."""

@@ -94,7 +94,7 @@ def test_an_outage_of_the_stream_is_made_up_for_and_made_good(events: list[Telem
             really = record.requests_running + record.requests_waiting
             errors.append(abs(running + waiting - really))
     assert len(errors) >= 5
-    assert sum(errors) / len(errors) <= 2.0
+    assert max(errors) <= 1.0
     mirror.advance(until)
     mirror.advance(until)
     plain = mirrored([(event.time_seconds, event) for event in events], until)
@@ -126,16 +126,53 @@ def test_half_a_stream_is_made_whole(events: list[TelemetryRecord]) -> None:
     assert max(errors[3:]) <= 1.0
 
 
-def test_a_restart_in_between_leaves_no_trace(events: list[TelemetryRecord]) -> None:
-    """A checkpoint keeps what late records need."""
-    late = [(e.time_seconds + (40.0 if isinstance(e, RequestSeen) else 0.0), e) for e in events]
+@settings(max_examples=20, deadline=None)
+@given(
+    levels=st.lists(st.tuples(st.integers(0, 16), st.integers(0, 40)), min_size=2, max_size=8),
+    known=st.integers(0, 10),
+)
+def test_the_present_holds_what_the_newest_sample_counts(levels: list[tuple[int, int]], known: int) -> None:
+    """Whatever a queue does between two scrapes, and before any event that waits in the ordering buffer is applied."""
+    mirror = Mirror(SETTINGS, FLEET)
+    for number in range(known):
+        seen = RequestSeen(id=f"r{number}", time_seconds=1_000.0 + 0.01 * number, prompt_tokens=40, pod="vllm-0")
+        mirror.ingest(seen)
+    finished = 0.0
+    for number, (running, waiting) in enumerate(levels):
+        at = 1_005.0 + 5.0 * number
+        finished += max(0, known - running - waiting) if number == 0 else 3.0
+        sample = EngineSample(
+            time_seconds=at,
+            pod="vllm-0",
+            requests_running=running,
+            requests_waiting=waiting,
+            requests_finished_by_reason={"stop": finished},
+        )
+        mirror.ingest(sample)
+        mirror.advance(at)
+        if number > 0:
+            held = sum(mirror.present(at).load()[:2])
+            assert held >= running + waiting
+            assert held <= max(running + waiting, known)  # a request with a record ends by its record
+
+
+@pytest.mark.parametrize("most_events", [20_000, 100])
+def test_a_restart_in_between_leaves_no_trace(
+    events: list[TelemetryRecord], most_events: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint keeps what late records need, whichever fork it holds."""
+    monkeypatch.setattr(mirror_state, "MOST_EVENTS", most_events)
+    if most_events < 20_000:  # phantoms, and no event that is older than the fork
+        events = [event for event in events if not isinstance(event, RequestSeen) or zlib.crc32(event.id.encode()) % 2]
+    delay = 40.0 if most_events == 20_000 else 0.0
+    late = [(e.time_seconds + (delay if isinstance(e, RequestSeen) else 0.0), e) for e in events]
     late.sort(key=lambda arrival: arrival[0])
     until = events[-1].time_seconds + 60.0
     mirror = Mirror(SETTINGS, FLEET)
     for number, (at, record) in enumerate(late):
         mirror.ingest(record)
         mirror.advance(at, go_back=number % 20 == 0)
-        if number in (150, 400, 401):
+        if number in (150, 305, 306):
             saved = mirror_state.save(mirror)
             arrays = {name: array.copy() for name, array in saved.arrays.items()}
             mirror = mirror_state.restore(Saved(saved.document, arrays), SETTINGS, FLEET)
