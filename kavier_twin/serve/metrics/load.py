@@ -16,14 +16,14 @@ def load_metrics(pool: str, load: LoadOutlook) -> Iterator[Metric]:
     """The forecast of one pool's arrivals."""
     method = InfoMetricFamily(
         f"{PREFIX}_load_forecast_method",
-        "How the arrival rate is forecast now: the method that was best over the recent past. Always 1.",
+        "The method in use to forecast the arrival rate. Always 1.",
         labels=["pool"],
     )
     method.add_metric([pool], {"method": load.method})
     yield method
     errors = gauge(
         "load_forecast_error_ratio",
-        "Mean absolute scaled error of each method over the recent past; 1 is as bad as the last value taken for the "
+        "Mean absolute scaled error of each method over the last days; 1 is as bad as the last value taken for the "
         "next.",
         ["pool", "method"],
     )
@@ -51,7 +51,7 @@ def load_metrics(pool: str, load: LoadOutlook) -> Iterator[Metric]:
     yield ends
     yield pool_gauge(
         "load_forecast_refitted_event_seconds",
-        "Event time at which the methods were last fitted and compared.",
+        "Event time of the last fit.",
         pool,
         load.refitted_seconds,
     )
