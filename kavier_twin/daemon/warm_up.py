@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Final
 
 from kavier_twin.forecast.drawing import DRAWING
-from kavier_twin.forecast.load_methods import prepare
 from kavier_twin.serve.models import Compiling, KernelCounts
 from kavier_twin.simulation.build import kernels_of
 from kavier_twin.simulation.compiler import libraries
@@ -39,7 +38,6 @@ def counts() -> KernelCounts:
 def make_ready(engines: Iterable[EngineSettings] = ()) -> None:
     """Load all that mirrors and forecasts of these engines need, so that nothing is compiled later on."""
     libraries.load(*_NEEDED, *(library for engine in engines for library in kernels_of(engine)))
-    prepare()
     remove_old_libraries(libraries.cache_folder())
 
 

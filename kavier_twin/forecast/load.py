@@ -1,12 +1,9 @@
 """The load to come: how many requests arrive when.
 
-Several methods forecast the arrival rate; the one in use is whichever has been better over the recent past, which is
-tried out: from moments of the last hour or so, each forecasts what is known by now. What the chosen one got wrong there
-tells how uncertain the rate is. A scenario draws a path of the rate from that distribution, then arrivals at that rate,
-as bursty as those that came lately. Where the rate is climbing or falling nobody knows how far: in some scenarios it
-goes on.
-
-Methods are fitted, tried and chosen on schedule (event time), and fed with the newest counts at each forecast.
+The rate is forecast by weights that were learnt from days of errors (`lag_regression`), or by persistence while too
+little is known. The errors of those days tell how uncertain it is. A scenario draws a path of the rate from that
+distribution, then arrivals at that rate, as bursty as those that came lately. Where the rate is climbing or falling
+nobody knows how far: in some scenarios it goes on.
 """
 
 from __future__ import annotations
@@ -22,44 +19,41 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
+from kavier_twin.forecast import lag_regression
+from kavier_twin.forecast.lag_regression import LEAD_MINUTES, Minutes
 from kavier_twin.forecast.load_methods import (
     DISPERSION_LIMITS,
-    METHODS,
+    LAG_REGRESSION,
+    MINUTE_STEPS,
+    PERSISTENCE,
     STEP_SECONDS,
-    USUAL_METHOD,
     History,
-    Method,
-    fit_all,
+    LagRegression,
+    persistence,
+    persistence_minutes,
     persistence_steps,
     relative_variance,
     trend,
 )
-from kavier_twin.mirror.snapshot import COARSE_COUNT_SECONDS, COUNT_SECONDS, Snapshot
+from kavier_twin.mirror.snapshot import COUNT_SECONDS, Snapshot
 from kavier_twin.simulation.plain import Figure
 
 Floats = npt.NDArray[np.float64]
 
 REFIT_SECONDS = 120.0
-_ORIGINS = 6  # moments of the past that methods are tried from
-_ORIGINS_IN_HORIZON = 3  # of them
-_BLOCKS = 4  # parts of the horizon whose errors are told apart
 _FEWEST_STEPS = 4  # fewer say less than the recent requests themselves
-_FEWEST_TRAINING_STEPS = 12
-_FEWEST_TRIED_STEPS = 12  # less of a scenario is mostly chance
 _SHORTEST_WINDOW_SECONDS = 1.0  # two requests in a millisecond are no rate of thousands a second
-_IMPOSSIBLE_REQUESTS = 14.0  # none where so many were due has a probability of one in a million: exp(-14)
+_IMPOSSIBLE_REQUESTS = 14.0  # none where so many were due has odds of one in a million: exp(-14)
 _NEIGHBOURS = 6  # buckets on each side of a gap that tell how many were due
 _DISPERSION_REQUESTS = 50  # fewer tell nothing of how bursty they are
 _DISPERSION_BUCKETS = 360  # an hour
 _POISSON_BUCKETS = 20  # beside them, so that a few buckets do not tell much
-_BETTER_RATIO = 0.95  # of the usual method's error: what is hardly better over a few moments may well be worse
-_SURPRISE = 4.0  # standard deviations from what was foreseen at the last fit that call for another
 _MOST_RELATIVE_DEVIATION = 1.0
-# Before anything was tried: a rate that doubles or halves within a quarter of an hour is two deviations off. (On the
+# Before any error is known: a rate that doubles or halves within a quarter of an hour is two deviations off. (On the
 # hour of Azure's production chat, which neither ramps nor bursts, persistence is a fifth off.) It counts like so many
-# trials.
+# errors.
 _PRIOR_RELATIVE_VARIANCE = 0.35**2 / 900.0  # per second ahead
-_PRIOR_TRIALS = 2
+_PRIOR_ERRORS = 2.0
 _QUANTILE_Z = 1.2816  # of the 10 % and 90 % quantiles of a normal distribution
 _CHUNK = 1024
 _PAUSES = 1_000  # between recent arrivals that scenarios are made of; with fewer than a tenth, gamma-distributed ones
@@ -82,17 +76,21 @@ class LoadAhead:
 class LoadOutlook:
     """How the load to come is forecast."""
 
-    method: Annotated[str, Field(description="Method in use.", examples=["exponential_smoothing"])]
+    method: Annotated[str, Field(description="In use.", examples=["lag_regression"])]
     errors: Annotated[
         dict[str, Figure],
         Field(
-            description="Mean absolute scaled error by method. Null: not measured yet.", examples=[{"persistence": 1.1}]
+            description="Mean absolute scaled error by method over the last days; null: not known yet.",
+            examples=[{"persistence": 1.1}],
         ),
     ]
     dispersion_ratio: Annotated[
         float, Field(description="Variance divided by mean of arrival counts. 1 is a Poisson process.", examples=[1.0])
     ]
-    refitted_seconds: Annotated[Figure, Field(description="Event time of the last fit.", examples=[1767225600.5])]
+    refitted_seconds: Annotated[
+        Figure,
+        Field(description="Event time of the last fit, in Unix seconds for live sources.", examples=[1767225600.5]),
+    ]
     ahead: Annotated[tuple[LoadAhead, ...], Field(description="By horizon.")]
 
 
@@ -109,8 +107,8 @@ class LoadForecast:
     deviation: Floats  # [steps], never less than in the step before, relative to the mean
     dispersion_ratio: float  # variance of the number of arrivals over its mean, at a given rate; 1: Poisson
     method: str
-    refitted_seconds: float  # event time at which methods were last fitted and compared
-    errors: Mapping[str, float]  # mean absolute scaled error by method over the recent past; NaN: not tried yet
+    refitted_seconds: float  # event time of the last fit
+    errors: Mapping[str, float]  # mean absolute scaled error by method over the last days; NaN: not known yet
     others: Mapping[str, Floats]  # [steps] mean by method
     pauses: Floats = field(default_factory=lambda: np.zeros(0))  # between recent arrivals, in units of their mean
     trend: Floats = field(default_factory=lambda: np.zeros(0))  # [steps] mean in scenarios that are trending
@@ -183,26 +181,19 @@ class LoadForecast:
 
 
 class LoadForecaster:
-    """Forecasts the load of one pool; keeps the methods fitted last until it is time to fit again.
-
-    Any thread may ask.
-    """
+    """Forecasts the load of one pool; keeps the last fit until it is time for another. Any thread may ask."""
 
     def __init__(self, refit_seconds: float = REFIT_SECONDS) -> None:
         self._refit_seconds = refit_seconds
         self._lock = Lock()
-        self._fitted: dict[str, Method] = {}
-        self._errors: dict[str, float] = {}
-        self._trials: _Trials | None = None
-        self._expected = np.zeros(0)  # requests in each step since the last fit, as the method in use foresaw then
-        self._method = USUAL_METHOD
+        self._fitted: lag_regression.Fitted | None = None
         self._refitted_seconds = -math.inf
         self._history_steps = 0
 
     def forecast(self, snapshot: Snapshot, horizon_seconds: float, *, refit: bool = True) -> LoadForecast:
         """The arrivals over the next `horizon_seconds`. Deterministic in the snapshots forecast so far.
 
-        Without `refit` the methods stay as they are, if any was fitted yet.
+        Without `refit` the weights stay as they are, if any were fitted yet.
         """
         with self._lock:
             return self._forecast(snapshot, horizon_seconds, refit)
@@ -210,144 +201,76 @@ class LoadForecaster:
     def _forecast(self, snapshot: Snapshot, horizon_seconds: float, refit: bool) -> LoadForecast:
         fine = counts_of(snapshot)
         steps = _steps(horizon_seconds)
-        history = _history(snapshot, fine, steps_ago=0)
+        history = _history(snapshot, fine)
         dispersion = dispersion_ratio(fine)
-        due = snapshot.time_seconds - self._refitted_seconds >= self._refit_seconds
+        now = snapshot.time_seconds
+        due = not 0.0 <= now - self._refitted_seconds < self._refit_seconds  # a time before the fit: another past
         doubled = history.steps.size >= 2 * self._history_steps  # tells much more
-        if not self._fitted or (refit and (due or doubled or self._surprised(snapshot, history, dispersion))):
-            self._refit(snapshot, fine, history, steps, dispersion)
-        told = {name: method.predict(history, steps) for name, method in self._fitted.items()}
-        mean, own = told[self._method]
+        if self._refitted_seconds == -math.inf or (refit and (due or doubled)):
+            self._fitted = lag_regression.fit(history.minutes, persistence_minutes(history.steps))
+            self._refitted_seconds = now
+            self._history_steps = history.steps.size
+        others = {PERSISTENCE: np.full(steps, persistence(history.steps))}
+        errors = {PERSISTENCE: math.nan}
+        method = PERSISTENCE
+        if self._fitted is not None and history.steps.size:
+            method = LAG_REGRESSION
+            others[method] = LagRegression(self._fitted).predict(history, steps)
+            errors = _scaled_errors(self._fitted, steps)
+        mean = others[method]
         trending = trend(history, steps)
         if history.steps.size < _FEWEST_STEPS:
             mean = trending = np.full(steps, arrival_rate(snapshot) * STEP_SECONDS)
         return LoadForecast(
-            time_seconds=snapshot.time_seconds,
+            time_seconds=now,
             mean=mean / STEP_SECONDS,
-            deviation=self._deviation(history, mean, own, dispersion) / STEP_SECONDS,
+            deviation=self._relative_deviation(history, mean, dispersion) * mean / STEP_SECONDS,
             dispersion_ratio=dispersion,
-            method=self._method,
+            method=method,
             refitted_seconds=self._refitted_seconds,
-            errors=dict(self._errors),
-            others={name: path / STEP_SECONDS for name, (path, _) in told.items()},
+            errors=errors,
+            others={name: path / STEP_SECONDS for name, path in others.items()},
             pauses=_pauses(snapshot.recent.arrival),
             trend=trending / STEP_SECONDS,
         )
 
-    def _surprised(self, snapshot: Snapshot, history: History, dispersion: float) -> bool:
-        """Whether what came since the last fit is far from what it said: the level has shifted."""
-        since = int((snapshot.time_seconds - self._refitted_seconds) // STEP_SECONDS)
-        if not 0 <= since <= min(self._expected.size, history.steps.size):
-            return True  # another past
-        expected = float(self._expected[:since].sum())
-        came = float(history.steps[history.steps.size - since :].sum())
-        return abs(came - expected) > _SURPRISE * math.sqrt(dispersion * max(expected, 1.0))
+    def _relative_deviation(self, history: History, mean: Floats, dispersion: float) -> Floats:
+        """[steps]: standard deviation of the rate over its mean.
 
-    def _refit(self, snapshot: Snapshot, fine: Floats, history: History, steps: int, dispersion: float) -> None:
-        self._fitted = fit_all(history, list(METHODS))
-        self._refitted_seconds = snapshot.time_seconds
-        self._history_steps = history.steps.size
-        tried_steps = min(max(steps, _FEWEST_TRIED_STEPS), _tried_steps(history))
-        trials = _trials(snapshot, fine, list(self._fitted), tried_steps)
-        errors = {name: (trials.error(name) if trials else math.nan) for name in self._fitted}
-        self._errors = errors
-        tried = {name: error for name, error in errors.items() if not math.isnan(error)}
-        self._method = min(tried, key=lambda name: tried[name]) if tried else USUAL_METHOD
-        if tried and tried[self._method] > _BETTER_RATIO * tried[USUAL_METHOD]:
-            self._method = USUAL_METHOD
-        self._trials = trials
-        ahead = max(1, math.ceil(self._refit_seconds / STEP_SECONDS))
-        self._expected = self._fitted[self._method].predict(history, ahead)[0]
-
-    def _deviation(self, history: History, mean: Floats, own: Floats, dispersion: float) -> Floats:
-        """Standard deviation of requests expected in each step: the largest of three answers.
-
-        What the method says (less what its first step has: that is the chance of single arrivals), what it got wrong
-        lately, and what the last minutes cannot tell as they hold so many requests only.
+        The errors of the past are those of mean rates from now to the end of each lead. The logarithm of the rate is a
+        random walk, and its increments are solved for, lead after lead, so that the means have those variances. What
+        single arrivals add by chance is left out: scenarios draw them.
         """
-        safe = np.maximum(mean, 1e-12)
         counted = persistence_steps(history.steps)
         level = max(float(history.steps[-counted:].sum()), 1.0) if history.steps.size else 1.0
-        ahead_seconds = STEP_SECONDS * np.arange(1.0, mean.size + 1.0, dtype=np.float64)
-        observed = _PRIOR_RELATIVE_VARIANCE * ahead_seconds
-        if self._trials is not None:
-            moments = self._trials.independent
-            tried = self._trials.relative_variance(self._method, dispersion, ahead_seconds)
-            observed = (_PRIOR_TRIALS * observed + moments * tried) / (_PRIOR_TRIALS + moments)
-        relative = np.maximum(np.maximum((own**2 - own[:1] ** 2) / safe**2, observed), dispersion / level)
-        return np.asarray(np.sqrt(np.maximum.accumulate(np.minimum(relative, _MOST_RELATIVE_DEVIATION**2))) * mean)
+        ends = MINUTE_STEPS * np.array(LEAD_MINUTES[1:])
+        known = _PRIOR_RELATIVE_VARIANCE * STEP_SECONDS * ends / 3.0 + dispersion / level  # a third of that at the end
+        if self._fitted is not None:
+            turbulence = float(Minutes(history.minutes).turbulence(np.array([history.minutes.size]))[0])
+            seen = (self._fitted.deviation_to_turbulence * turbulence) ** 2
+            seen = np.maximum(seen - dispersion / np.maximum(self._fitted.requests, 1.0), dispersion / level)
+            count = np.where(np.isfinite(seen), self._fitted.independent, 0.0)
+            known = (_PRIOR_ERRORS * known + count * np.nan_to_num(seen)) / (_PRIOR_ERRORS + count)
+        known = np.minimum(known, _MOST_RELATIVE_DEVIATION**2)
+        grown = np.zeros(max(mean.size, int(ends[-1])))
+        grown[0] = known[0]  # the level of now: the shortest lead tells no more
+        for begin, end, variance in zip(ends[:-1], ends[1:], known[1:], strict=True):
+            share = ((end - np.arange(end)) / end) ** 2
+            missing = max(0.0, float(variance - grown[:end] @ share))
+            grown[begin:end] = missing / share[begin:].sum()
+        grown[ends[-1] :] = grown[ends[-2] : ends[-1]].mean()
+        walked = np.minimum(np.cumsum(grown)[: mean.size], math.log1p(_MOST_RELATIVE_DEVIATION**2))
+        return np.asarray(np.sqrt(np.expm1(walked)), np.float64)
 
 
-# --- trying methods on the past -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Trials:
-    """What methods said at some moments of the past, in blocks of the horizon, beside what came: requests."""
-
-    predicted: Mapping[str, Floats]  # [moments, blocks]
-    came: Floats  # [moments, blocks]
-    block_seconds: float
-    scale: float  # mean absolute difference between a block and the one before
-
-    @property
-    def independent(self) -> float:
-        """Moments, without what they have in common: each begins a third of the horizon before the next."""
-        return float(1.0 + (self.came.shape[0] - 1) / _ORIGINS_IN_HORIZON)
-
-    def error(self, name: str) -> float:
-        """Mean absolute scaled error (Hyndman and Koehler, 2006): 1 is as bad as taking each block for the last."""
-        return float(np.abs(self.predicted[name] - self.came).mean() / self.scale)
-
-    def relative_variance(self, name: str, dispersion: float, ahead_seconds: Floats) -> Floats:
-        """Squared errors so far ahead that the chance of single arrivals does not explain, over the squared mean.
-
-        Further ahead than was tried they grow with time, as a random walk's do.
-        """
-        predicted = np.maximum(self.predicted[name], 1e-12)
-        squares = (self.came - predicted) ** 2 - dispersion * predicted
-        blocks = np.maximum(squares.mean(axis=0), 0.0) / np.maximum((predicted**2).mean(axis=0), 1e-12)
-        middles = (np.arange(blocks.size) + 0.5) * self.block_seconds
-        return np.asarray(np.interp(ahead_seconds, middles, blocks) * np.maximum(1.0, ahead_seconds / middles[-1]))
-
-
-def _tried_steps(history: History) -> int:
-    return max(0, (history.steps.size - _FEWEST_TRAINING_STEPS) // 2)
-
-
-def _trials(snapshot: Snapshot, fine: Floats, names: list[str], steps: int) -> _Trials | None:
-    """Try methods from moments up to where the horizon ends now; None where the history is too short for one."""
-    block = steps // _BLOCKS
-    if block < 1:
-        return None
-    steps = block * _BLOCKS
-    known = _history(snapshot, fine, steps_ago=0).steps
-    predicted: dict[str, list[Floats]] = {name: [] for name in names}
-    came = []
-    for origin in range(_ORIGINS):
-        ago = steps + origin * max(1, steps // _ORIGINS_IN_HORIZON)
-        if known.size - ago < _FEWEST_TRAINING_STEPS:
-            break
-        history = _history(snapshot, fine, steps_ago=ago)
-        came.append(_in_blocks(known[known.size - ago : known.size - ago + steps], block))
-        fitted = fit_all(history, names)
-        for name in names:
-            if name in fitted:
-                predicted[name].append(_in_blocks(fitted[name].predict(history, steps)[0], block))
-    if not came:
-        return None
-    blocks = _in_blocks(known[known.size % block :], block)
-    differences = np.abs(np.diff(blocks))
-    scale = float(differences.mean()) if differences.size else 0.0
-    everywhere = {name: np.array(paths) for name, paths in predicted.items() if len(paths) == len(came)}
-    unknown = np.full((len(came), _BLOCKS), np.nan)  # a method that did not apply at all moments
-    return _Trials(
-        {name: everywhere.get(name, unknown) for name in names}, np.array(came), block * STEP_SECONDS, scale or 1.0
-    )
-
-
-def _in_blocks(steps: Floats, block: int) -> Floats:
-    return np.asarray(steps[: steps.size // block * block].reshape(-1, block).sum(axis=1))
+def _scaled_errors(fitted: lag_regression.Fitted, steps: int) -> dict[str, float]:
+    """Mean absolute scaled errors (Hyndman and Koehler, 2006) up to the last lead that ends within the horizon and is
+    known: 1 is as bad as taking each stretch for the one before."""
+    inside = np.array(LEAD_MINUTES[1:]) * MINUTE_STEPS <= max(steps, MINUTE_STEPS)
+    lead = int(np.flatnonzero(inside & np.isfinite(fitted.scale)).max(initial=0))
+    scale = float(fitted.scale[lead]) or 1.0
+    both = {PERSISTENCE: fitted.persistence_error, LAG_REGRESSION: fitted.error}
+    return {name: float(error[lead]) / scale for name, error in both.items()}
 
 
 # --- the history --------------------------------------------------------------------------------------------------
@@ -406,19 +329,10 @@ def _pauses(arrival: Floats) -> Floats:
     return np.asarray(relative / relative.mean(), np.float64)
 
 
-def _history(snapshot: Snapshot, fine: Floats, steps_ago: int) -> History:
-    """What was known `steps_ago` steps before the snapshot."""
+def _history(snapshot: Snapshot, fine: Floats) -> History:
     per_step = round(STEP_SECONDS / COUNT_SECONDS)
-    known = fine[: fine.size - steps_ago * per_step] if steps_ago else fine
-    steps = known[known.size % per_step :].reshape(-1, per_step).sum(axis=1)
-    coarse = fill_gaps(snapshot.arrivals.coarse.astype(np.float64))
-    now = snapshot.time_seconds - steps_ago * STEP_SECONDS
-    missing = int(snapshot.time_seconds // COARSE_COUNT_SECONDS) - int(now // COARSE_COUNT_SECONDS)
-    return History(
-        steps=steps,
-        coarse=coarse[: max(0, coarse.size - missing)],
-        lag_seconds=now % COARSE_COUNT_SECONDS,
-    )
+    steps = fine[fine.size % per_step :].reshape(-1, per_step).sum(axis=1)
+    return History(steps, fill_gaps(snapshot.arrivals.coarse.astype(np.float64)))
 
 
 def _steps(horizon_seconds: float) -> int:

@@ -1,4 +1,4 @@
-"""How many requests arrived when: counts in buckets of event time, for hours finely and for days coarsely.
+"""How many requests arrived when: counts in buckets of event time, for hours finely and for weeks coarsely.
 
 Memory is bounded: two rings of counters. What is in them follows from the arrivals alone, in any order within the
 rings' reach.
@@ -15,7 +15,7 @@ import numpy.typing as npt
 from kavier_twin.mirror.snapshot import COARSE_COUNT_SECONDS, COUNT_SECONDS, ArrivalCounts
 
 FINE_BUCKETS: Final = 2_160  # six hours
-COARSE_BUCKETS: Final = 768  # eight days
+COARSE_BUCKETS: Final = 50_400  # five weeks
 
 
 class _Ring:
@@ -47,7 +47,7 @@ class _Ring:
 
 
 class RateHistory:
-    """The arrivals of one pool over the last days."""
+    """The arrivals of one pool over the last weeks."""
 
     def __init__(self) -> None:
         self._first_seconds = np.inf

@@ -20,7 +20,7 @@ import numpy as np
 from kavier_twin.simulation import state as layout
 from kavier_twin.simulation.state import FleetState
 
-VERSION: Final = 4
+VERSION: Final = 5
 SUFFIX: Final = ".checkpoint"
 _MAGIC: Final = b"kavier-twin checkpoint\n"
 

@@ -271,7 +271,7 @@ class Mirror:
 
     @property
     def calibrated_seconds(self) -> float:
-        """Event time of the last fit."""
+        """Event time of the last fit, in Unix seconds for live sources."""
         return self.fold.calibrated_seconds
 
     @property

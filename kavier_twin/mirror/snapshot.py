@@ -11,7 +11,7 @@ from kavier_twin.simulation.fleet import Fleet
 from kavier_twin.simulation.workload import Workload
 
 COUNT_SECONDS = 10.0  # width of the buckets in `ArrivalCounts.fine`
-COARSE_COUNT_SECONDS = 900.0  # and in `.coarse`
+COARSE_COUNT_SECONDS = 60.0  # and in `.coarse`
 
 
 def _none() -> npt.NDArray[np.int64]:
@@ -26,7 +26,7 @@ class ArrivalCounts:
     """
 
     fine: npt.NDArray[np.int64] = field(default_factory=_none)  # hours
-    coarse: npt.NDArray[np.int64] = field(default_factory=_none)  # days
+    coarse: npt.NDArray[np.int64] = field(default_factory=_none)  # weeks
 
 
 @dataclass(frozen=True)

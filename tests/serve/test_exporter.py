@@ -186,7 +186,7 @@ def test_caches_are_shown_where_they_are_known() -> None:
 def test_the_load_forecast_tells_the_method_in_use_and_the_others_beside_it() -> None:
     view = full_view()
     forecast = "kavier_twin_load_forecast"
-    assert value(view, f"{forecast}_method_info", method="exponential_smoothing") == 1.0
+    assert value(view, f"{forecast}_method_info", method="lag_regression") == 1.0
     assert value(view, f"{forecast}_error_ratio", method="persistence") == 1.2
     assert value(view, f"{forecast}_error_ratio", method="sparse") is None  # not tried yet
     assert value(view, f"{forecast}_requests_per_second", method="persistence", horizon="60") == 2.4

@@ -77,11 +77,11 @@ def full_view(pool: str = "chat") -> TwinView:
         shed=("slow",),
         notes=("4 scenarios are few",),
         load=LoadOutlook(
-            "exponential_smoothing",
-            {"persistence": 1.2, "exponential_smoothing": 0.9, "sparse": math.nan},
+            "lag_regression",
+            {"persistence": 1.2, "lag_regression": 0.9},
             1.1,
             90.0,
-            (LoadAhead(60.0, 2.5, 2.0, 3.0, {"persistence": 2.4, "exponential_smoothing": 2.5, "sparse": 2.4}),),
+            (LoadAhead(60.0, 2.5, 2.0, 3.0, {"persistence": 2.4, "lag_regression": 2.5}),),
         ),
     )
     return TwinView(

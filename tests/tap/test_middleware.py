@@ -254,7 +254,7 @@ def test_unrecorded_paths_are_counted(tmp_path: Path, monkeypatch: pytest.Monkey
 
 # What vLLM has in its environment anyway, kafka-python apart; nothing that only the twin needs.
 ABSENT = (
-    *("numba", "scipy", "simpy", "statsforecast", "apscheduler", "rich", "pandas", "sklearn"),
+    *("numba", "scipy", "simpy", "apscheduler", "rich", "pandas", "sklearn"),
     *("pyarrow", "zmq", "ray"),
     *("fastapi", "starlette", "uvicorn", "uvloop", "httptools", "urllib3", "h11"),
 )

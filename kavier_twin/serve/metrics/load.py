@@ -23,7 +23,7 @@ def load_metrics(pool: str, load: LoadOutlook) -> Iterator[Metric]:
     yield method
     errors = gauge(
         "load_forecast_error_ratio",
-        "Mean absolute scaled error of each method over the recent past. 1 is the error of repeating the last value.",
+        "Mean absolute scaled error of each method over the last days. 1 is the error of repeating the last value.",
         ["pool", "method"],
     )
     for name, error in load.errors.items():
@@ -50,7 +50,7 @@ def load_metrics(pool: str, load: LoadOutlook) -> Iterator[Metric]:
     yield ends
     yield pool_gauge(
         "load_forecast_refitted_event_seconds",
-        "Event time at which the methods were last fitted and compared, in Unix seconds for live sources.",
+        "Event time of the last fit, in Unix seconds for live sources.",
         pool,
         load.refitted_seconds,
     )
