@@ -13,6 +13,8 @@ from kavier_twin.errors import UserError
 COMMANDS = (
     "simulate",
     "compare",
+    "capacity",
+    "misses",
     "accuracy",
     "counterfactual",
     "backtest",
