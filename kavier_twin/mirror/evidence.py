@@ -107,6 +107,13 @@ class Evidence:
             entry.scored = True
             self._score(seen, finished, simulated, frontend_seconds)
 
+    def refused(self, entry: Entry) -> None:
+        """The record tells that no engine took the request."""
+        if not entry.booked and isinstance(entry.event, RequestFinished):
+            entry.booked = True
+            self.counts["refused"] += 1
+            self.applied.append(Dropped(entry.event.id))
+
     def given_up(self, event: GivenUp) -> None:
         """A request ended without a record."""
         if self._end_without_record(event.id):

@@ -337,8 +337,11 @@ class Mirror:
                 break
             self._pass_to(entry.time_seconds)
             self.timeline.position += 1
-            self.fold.apply(entry, None if self._looks_ahead else self.evidence)
             event = entry.event
+            if not self.timeline.is_refused(event):
+                self.fold.apply(entry, None if self._looks_ahead else self.evidence)
+            elif isinstance(event, RequestFinished) and not self._looks_ahead:
+                self.evidence.refused(entry)
             if self.settings.phantoms and isinstance(event, EngineSample) and requests_inside(event) is not None:
                 self._follow(event)
         if whole and math.isfinite(self.time_seconds):

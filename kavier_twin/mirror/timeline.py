@@ -26,6 +26,7 @@ from kavier_twin.telemetry import CarbonSample, EngineSample, RequestFinished, R
 REMEMBERED_IDS: Final = 200_000  # record identities kept to recognise duplicates
 MAX_JUMP_SECONDS: Final = 600.0
 CONFIRMED_BY: Final = 3
+REFUSED_WITHIN_SECONDS: Final = 5.0  # an error that takes longer, such as a timeout, follows a stay in the engine
 
 Request = RequestSeen | RequestFinished
 
@@ -87,7 +88,8 @@ class Timeline:
         self._known: OrderedDict[tuple[str, str], None] = OrderedDict()
         self._clock_seconds = -math.inf
         self._applied_seconds = -math.inf  # how far the fold has come
-        self._pods: dict[str, str | None] = {}  # of the requests whose arrival is known
+        self._arrived: dict[str, tuple[float, str | None]] = {}  # by request: when, and the pod that its record names
+        self._refused: set[str] = set()  # requests that no engine took
         self._samples: dict[str, list[float]] = {}  # times of each engine's samples, rising
         self._numbered = 0
 
@@ -197,10 +199,12 @@ class Timeline:
             if entry.time_seconds > until_seconds:
                 break
             event = entry.event
+            if isinstance(event, Request) and event.id in self._refused:
+                continue
             if isinstance(event, RequestSeen):
                 arrivals += _share(event.pod, pod, ranks, len(engines))
-            elif isinstance(event, RequestFinished) and event.id in self._pods:
-                ends += _share(self._pods[event.id], pod, ranks, len(engines))
+            elif isinstance(event, RequestFinished) and event.id in self._arrived:
+                ends += _share(self._arrived[event.id][1], pod, ranks, len(engines))
         return Recorded(arrivals, ends)
 
     def arrivals(self, begin_seconds: float, end_seconds: float) -> tuple[float, float]:
@@ -214,7 +218,7 @@ class Timeline:
         begin = bisect_left(self.entries, (begin_seconds, *BEFORE), key=_key)
         for place in range(begin, bisect_right(self.entries, (end_seconds, math.inf, ""), key=_key)):
             entry = self.entries[place]
-            if isinstance(entry.event, RequestSeen):
+            if isinstance(entry.event, RequestSeen) and entry.event.id not in self._refused:
                 came.setdefault(entry.event.pod, []).append(entry.time_seconds)
         for name, times in self._samples.items():
             first, last = bisect_left(times, begin_seconds), bisect_right(times, end_seconds) - 1
@@ -237,6 +241,10 @@ class Timeline:
         found = self.entries[bisect_left(self.entries, (time_seconds, 2, name), key=_key)].event
         assert isinstance(found, EngineSample)
         return found
+
+    def is_refused(self, event: Event) -> bool:
+        """Whether this is the arrival or the end of a request that no engine took."""
+        return isinstance(event, Request) and event.id in self._refused
 
     def fold_again_from(self, time_seconds: float) -> None:
         """What happened since then has to be applied again."""
@@ -275,9 +283,10 @@ class Timeline:
         self.position -= count
         for entry in dropped:
             if isinstance(entry.event, RequestFinished):
-                self._pods.pop(entry.event.id, None)
-        while len(self._pods) > self._remembered_ids:  # of requests whose end never came
-            del self._pods[next(iter(self._pods))]
+                self._arrived.pop(entry.event.id, None)
+                self._refused.discard(entry.event.id)
+        while len(self._arrived) > self._remembered_ids:  # of requests whose end never came
+            del self._arrived[next(iter(self._arrived))]
         for times in self._samples.values():
             del times[: bisect_left(times, before_seconds)]
         return dropped
@@ -313,7 +322,10 @@ class Timeline:
             entry.booked, entry.scored, entry.counted = flags
             self.entries.append(entry)
             if isinstance(entry.event, RequestSeen):
-                self._pods[entry.event.id] = entry.event.pod
+                self._arrived[entry.event.id] = entry.time_seconds, entry.event.pod
+            elif isinstance(entry.event, RequestFinished):
+                if _is_refusal(entry.event):
+                    self._refused.add(entry.event.id)
             elif isinstance(entry.event, EngineSample):
                 self._samples.setdefault(name, []).append(time)
         self.position = saved["position"]
@@ -361,7 +373,12 @@ class Timeline:
         place = bisect_left(self.entries, key, key=_key)
         self.entries.insert(place, Entry(key, event))
         if isinstance(event, RequestSeen):
-            self._pods[event.id] = event.pod
+            self._arrived[event.id] = key[0], event.pod
+        elif isinstance(event, RequestFinished) and _is_refusal(event):
+            self._refused.add(event.id)
+            arrival_seconds = self._arrived.get(event.id, (math.inf, None))[0]
+            if self.floor_seconds <= arrival_seconds <= self._applied_seconds:
+                self.fold_again_from(self._made_up_since(arrival_seconds))
         since = self._made_up_since(key[0])
         if place < self.position or min(key[0], since) < self._applied_seconds:
             self.position += place < self.position
@@ -379,6 +396,12 @@ class Timeline:
     def _holds(self, key: Key) -> bool:
         place = bisect_left(self.entries, key, key=_key)
         return place < len(self.entries) and self.entries[place].key == key
+
+
+def _is_refusal(finished: RequestFinished) -> bool:
+    """Whether an engine or a gateway refused the request, so that no engine ever worked on it or queued it."""
+    nothing = finished.output_tokens == 0 and finished.ttft_seconds is None
+    return finished.finish_reason == "error" and nothing and (finished.e2e_seconds or 0.0) <= REFUSED_WITHIN_SECONDS
 
 
 def _share(named: str | None, pod: str, ranks: int, engines: int) -> float:

@@ -211,3 +211,25 @@ def test_a_fuller_record_takes_the_place_of_the_first(events: list[TelemetryReco
     mirror, plain = mirrored(arrivals, until), mirrored([(event.time_seconds, event) for event in some], until)
     assert state(mirror) == state(plain)
     assert mirror.ingested["completed"] == sum(isinstance(event, RequestSeen) for event in some)
+
+
+@settings(max_examples=5, deadline=None)
+@given(delay=st.floats(0.0, 120.0), took=st.sampled_from([0.01, 3.0, 30.0]), tokens=st.sampled_from([0, 3]))
+def test_a_refused_request_never_was_in_the_fleet(
+    events: list[TelemetryRecord], delay: float, took: float, tokens: int
+) -> None:
+    """Whenever the record of the refusal comes. An error that took long, or that had tokens, was in an engine."""
+    some = [event for event in events[: len(events) // 4] if not isinstance(event, EngineSample)]
+    at, until = some[len(some) // 2].time_seconds, some[-1].time_seconds + 200.0
+    seen = RequestSeen(id="refused", time_seconds=at, prompt_tokens=2_000, pod="vllm-0")
+    end = RequestFinished(
+        id="refused", time_seconds=at + took, output_tokens=tokens, e2e_seconds=took, finish_reason="error"
+    )
+    arrivals: list[tuple[float, TelemetryRecord]] = [(event.time_seconds, event) for event in [*some, seen]]
+    mirror = mirrored([*arrivals, (end.time_seconds + delay, end)], until)
+    assert state(mirror) == state(mirrored([*arrivals, (end.time_seconds, end)], until))
+    without = mirrored([(event.time_seconds, event) for event in some], until)
+    was_inside = took > 5.0 or tokens > 0
+    assert mirror.fold.next_index - without.fold.next_index == was_inside
+    assert mirror.ingested["refused"] == (not was_inside)
+    assert mirror.finished - without.finished == was_inside

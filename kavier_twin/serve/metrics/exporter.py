@@ -175,7 +175,8 @@ def _stream(view: TwinView) -> Iterator[Metric]:
         "arrival record), never_finished (no finish record in time), ended_after_all (finish record "
         "arrived after never_finished), replica_restarted (the pod restarted before the request "
         "finished), not_simulated (lost in a restart or rejected in the simulation), too_many_pods "
-        "(routed by the simulated router because no replica was free for the pod).",
+        "(routed by the simulated router because no replica was free for the pod), refused (an error without a "
+        "token within 5 s, so no engine held the request).",
         ["pool", "reason"],
         [([view.pool, reason], count) for reason, count in sorted(view.dropped.items())],
     )
