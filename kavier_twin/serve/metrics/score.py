@@ -107,16 +107,22 @@ def _breaches(pool: str, scores: Scores) -> Iterator[Metric]:
 def _alerts(pool: str, scores: Scores) -> Iterator[Metric]:
     labels = ["pool", "slo"]
     alerts = gauge(
-        "score_alerts", "Alerts judged: runs of forecasts with odds as KavierTwinSloBreachPredicted asks for.", labels
+        "score_alerts", "Alerts judged, as KavierTwinSloBreachPredicted of severity warning defines them.", labels
     )
     breaches = gauge("score_breaches", "Breaches that the alerts are judged by.", labels)
     precision = gauge("score_alert_precision_ratio", "Share of alerts that a breach followed in time.", labels)
     recall = gauge("score_alert_recall_ratio", "Share of breaches that an alert came before.", labels)
     lead = gauge("score_alert_lead_seconds", "Median time from an alert to its breach.", labels)
+    false = gauge("score_false_alerts_per_day", "Alerts that no breach followed in time.", labels)
+    healthy = gauge(
+        "score_healthy_alert_minutes_per_day", "Minutes under an alert without a breach then or in time.", labels
+    )
     for one in scores.alerts:
         add(alerts, [pool, one.slo], one.alerts)
         add(breaches, [pool, one.slo], one.breaches)
         add(precision, [pool, one.slo], one.precision)
         add(recall, [pool, one.slo], one.recall)
         add(lead, [pool, one.slo], one.median_lead_seconds)
-    yield from (alerts, breaches, precision, recall, lead)
+        add(false, [pool, one.slo], one.false_alerts_per_day)
+        add(healthy, [pool, one.slo], one.healthy_alert_minutes_per_day)
+    yield from (alerts, breaches, precision, recall, lead, false, healthy)
