@@ -22,7 +22,7 @@ from kavier_twin.scores.alerts import HOLD_SECONDS, standing
 from kavier_twin.scores.conformal import Widening
 from kavier_twin.scores.correction import Correction
 from kavier_twin.scores.observed import Floats, Reality
-from kavier_twin.scores.serving import Foretold, interval, movement, served
+from kavier_twin.scores.serving import Foretold, interval, movement, possible, served
 from kavier_twin.simulation.footprint import Footprint
 from kavier_twin.simulation.kpi_table import Metric
 from kavier_twin.simulation.plain import Figure
@@ -217,9 +217,12 @@ class Foreseen(NamedTuple):
 
 
 class Scorer:
-    """Judges one pool's forecasts. `reality` is to be told what happens; nothing here reads a clock."""
+    """Judges one pool's forecasts. `reality` is to be told what happens; nothing here reads a clock.
 
-    def __init__(self, slos: Sequence[Slo]) -> None:
+    Scores are of the newest `judged` forecasts of each KPI and horizon; None: of all.
+    """
+
+    def __init__(self, slos: Sequence[Slo], judged: int | None = JUDGED) -> None:
         self.reality = Reality()
         self.unscored: dict[str, int] = defaultdict(int)
         self.unobserved: dict[Metric, int] = defaultdict(int)
@@ -228,9 +231,9 @@ class Scorer:
         self._moments: deque[tuple[float, float, dict[str, float]]] = deque()
         self._widenings: dict[tuple[float, Metric], Widening] = {}
         self._corrections: dict[tuple[float, Metric], Correction] = {}
-        self._kpis: dict[tuple[float, Metric], deque[ScoredKpi]] = defaultdict(lambda: deque(maxlen=JUDGED))
-        self._breaches: dict[tuple[float, str], deque[ScoredBreach]] = defaultdict(lambda: deque(maxlen=JUDGED))
-        self._told: dict[str, deque[Moment]] = defaultdict(lambda: deque(maxlen=JUDGED))
+        self._kpis: dict[tuple[float, Metric], deque[ScoredKpi]] = defaultdict(lambda: deque(maxlen=judged))
+        self._breaches: dict[tuple[float, str], deque[ScoredBreach]] = defaultdict(lambda: deque(maxlen=judged))
+        self._told: dict[str, deque[Moment]] = defaultdict(lambda: deque(maxlen=judged))
         self._longest_horizon = 0.0
         self._newest = -math.inf  # forecast kept
         self._intervals: tuple[Interval, ...] = ()
@@ -308,9 +311,10 @@ class Scorer:
             if not math.isfinite(median):
                 continue
             before = known.get(metric, math.nan)
-            corrected = self._correction(horizon, metric).serve(median, before)
+            corrected = possible(metric, self._correction(horizon, metric).serve(median, before))
             ends = _moved(low, median, high, corrected)
             wide_low, wide_high = self._widening(horizon, metric).widen(ends[0], corrected, ends[1])
+            wide_low, wide_high = possible(metric, wide_low), possible(metric, wide_high)
             told[horizon, metric] = Foretold(low, median, high, wide_low, corrected, wide_high, before)
         return told
 

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forecast.forecasts import forecast_of, row
-from kavier_twin.forecast.result import Forecast
+from kavier_twin.forecast.result import Forecast, Quantiles, Row
 from kavier_twin.forecast.slo import Slo
 from kavier_twin.forecast.statistics import share_interval
 from kavier_twin.scores.alerts import ALERT_PROBABILITY, HOLD_SECONDS, standing
 from kavier_twin.scores.conformal import Widening
 from kavier_twin.scores.correction import Correction
 from kavier_twin.scores.observed import Outcome, Reality
-from kavier_twin.scores.scorer import SETTLE_SECONDS, Moment, ScoredBreach, Scorer, alert_score, breach_score
+from kavier_twin.scores.scorer import (
+    SETTLE_SECONDS,
+    Moment,
+    ScoredBreach,
+    ScoredKpi,
+    Scorer,
+    Settled,
+    alert_score,
+    breach_score,
+)
+from kavier_twin.simulation.kpi_table import Metric
 
 SLOW = Slo(name="slow", metric="e2e_p95_seconds", threshold=2.0)
 
@@ -212,6 +223,35 @@ def test_an_alert_needs_two_forecasts_and_lasts_as_long_as_it_is_held(probabilit
     high = [probability >= ALERT_PROBABILITY for probability in probabilities]
     starts = [place for place in range(1, len(high)) if high[place] and high[place - 1]]
     assert stands == [any(0.0 <= time - times[start] < HOLD_SECONDS for start in starts) for time in times]
+
+
+@given(
+    metric=st.sampled_from(["prefix_cache_hit_ratio", "kv_cache_usage_ratio"]),
+    median=st.floats(0.0, 1.0),
+    observed=st.floats(0.0, 1.0),
+)
+@settings(deadline=None)
+def test_no_ratio_is_served_above_one(metric: Metric, median: float, observed: float) -> None:
+    """However far intervals are widened and medians moved."""
+    scorer = Scorer([])
+    quantiles = Quantiles({0.05: 0.8 * median, 0.5: median, 0.95: min(1.0, 1.2 * median)})
+    for number in range(30):
+        ends = [median] * 5
+        scored = ScoredKpi(60.0 * number, 60.0, metric, *ends, 0.5, observed, median, 0.5)
+        scorer.remember(Settled([scored], [], []))
+    told = dataclasses.replace(forecast(2_000.0, 1.0), rows=(Row("today", 60.0, {metric: quantiles}, {}, {}, 8),))
+    shown = scorer.foresee(told, "today")
+    (last,) = scorer.scores().intervals
+    for value in (last.wide_low, last.served, last.wide_high, *shown.rows[0].kpis[metric].values.values()):
+        assert 0.0 <= value <= 1.0
+
+
+@pytest.mark.parametrize(("judged", "scored"), [(5, 5), (None, 3_000)])
+def test_scores_are_of_as_many_forecasts_as_asked(judged: int | None, scored: int) -> None:
+    scorer = Scorer([SLOW], judged)
+    rows = [ScoredBreach(float(number), 60.0, "slow", 0.1, False, 0.1) for number in range(3_000)]
+    scorer.remember(Settled([], rows, []))
+    assert scorer.scores().breaches[0].forecasts == scored
 
 
 def test_reliability_of_calibrated_odds() -> None:
