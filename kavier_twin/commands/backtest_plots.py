@@ -13,7 +13,8 @@ import numpy as np
 from kavier_twin.commands.figures import figure, scale_of
 from kavier_twin.errors import UserError
 from kavier_twin.forecast.slo import Slo
-from kavier_twin.scores.scorer import ALERT_PROBABILITY, Moment, ScoredKpi
+from kavier_twin.scores.alerts import ALERT_PROBABILITY, standing
+from kavier_twin.scores.scorer import Moment, ScoredKpi
 from kavier_twin.simulation.kpi_table import Metric, label_of
 from kavier_twin.studies.backtest import Backtest
 
@@ -104,7 +105,8 @@ def _timeline(new: Callable[..., Any], found: Backtest, slo: Slo, moments: Seque
     above.axhline(factor * slo.threshold, color=_BROKEN, lw=1.0, ls="--", label="objective")
     above.set_ylabel(f"{label_of(slo.metric)}{f', {sign.strip()}' if sign.strip() else ''}\n(over {shortest:g} s)")
     beneath.step(times, probabilities, where="post", color=_FORESEEN, label="probability of a violation")
-    _shade(beneath, times, probabilities >= ALERT_PROBABILITY, _ALERT, "alert", top=0.08)
+    stands = np.array(standing([moment.time_seconds for moment in moments], probabilities.tolist()))
+    _shade(beneath, times, stands, _ALERT, "alert", top=0.08)
     beneath.axhline(ALERT_PROBABILITY, color="grey", lw=1.0, ls="--")
     beneath.set(ylabel="probability", ylim=(-0.03, 1.03), xlabel=clock.unit)
     title = f"{slo.name}: {label_of(slo.metric)} {side} {figure(slo.metric, slo.threshold)}"

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from kavier_twin.commands.figures import figure, place
-from kavier_twin.scores.scorer import ALERT_PROBABILITY, Bin, KpiScore, Scores
+from kavier_twin.scores.alerts import ALERT_PROBABILITY
+from kavier_twin.scores.scorer import Bin, KpiScore, Scores
 from kavier_twin.simulation.kpi_table import label_of
 
 _WIDE: Final = 100  # columns from which all figures have room
@@ -95,7 +96,16 @@ def _reliability(bins: Iterable[Bin], between: str) -> str:
 
 
 def _alerts(scores: Scores) -> Table:
-    names = ("objective", "alerts", "breaches", "precision", "recall", "median lead")
+    names = (
+        "objective",
+        "alerts",
+        "breaches",
+        "precision",
+        "recall",
+        "median lead",
+        "false a day",
+        "healthy min a day",
+    )
     table = _table(f"Alerts (probability from {ALERT_PROBABILITY:.0%} on)", names, left=1)
     for one in scores.alerts:
         lead = one.median_lead_seconds
@@ -106,6 +116,8 @@ def _alerts(scores: Scores) -> Table:
             _number(one.precision, ".0%"),
             _number(one.recall, ".0%"),
             f"{lead:.0f} s" if math.isfinite(lead) else "–",
+            _number(one.false_alerts_per_day, ".1f"),
+            _number(one.healthy_alert_minutes_per_day, ".0f"),
         )
     return table
 

@@ -18,24 +18,22 @@ from pydantic import Field
 
 from kavier_twin.forecast.result import Forecast, Row
 from kavier_twin.forecast.slo import Slo
+from kavier_twin.scores.alerts import HOLD_SECONDS, standing
 from kavier_twin.scores.conformal import Widening
 from kavier_twin.scores.correction import Correction
 from kavier_twin.scores.observed import Floats, Reality
-from kavier_twin.scores.serving import Foretold, interval, movement, served
+from kavier_twin.scores.serving import Foretold, interval, movement, possible, served
 from kavier_twin.simulation.footprint import Footprint
 from kavier_twin.simulation.kpi_table import Metric
 from kavier_twin.simulation.plain import Figure
 
-# Of a first breach within the longest horizon: from here on a forecast is an alert, as by
-# deploy/prometheus/kavier-twin.rules.yaml. Chosen for nine of ten breaches to be foreseen and four of five alerts to be
-# right, in the backtests that `benchmarks.forecast_scores` calls design and climbs: two of three trending scenarios.
-ALERT_PROBABILITY: Final = 0.2
 SETTLE_SECONDS: Final = 120.0  # for which requests that arrived in time are waited for until they end
 JUDGED: Final = 2_000  # newest forecasts that a score is of
 RELIABILITY_BINS: Final = 10
 READINGS: Final = 500  # of an engine over the longest horizon, at most: what bounds their memory
 SILENT_SECONDS: Final = 10.0  # a stream without a record for longer: nothing happened
-GAP_MOMENTS: Final = 2  # so many forecasts without alert, or without breach, end neither
+GAP_MOMENTS: Final = 2  # so many forecasts without a breach do not end it
+DAY_SECONDS: Final = 86_400.0
 
 
 class ScoredKpi(NamedTuple):
@@ -166,6 +164,14 @@ class AlertScore:
             examples=[[900, 420, 1800]],
         ),
     ] = ()
+    alerts_per_day: Annotated[Figure, Field(description="Judged alerts.", examples=[4.0])] = math.nan
+    false_alerts_per_day: Annotated[
+        Figure, Field(description="Judged alerts that no breach followed.", examples=[0.5])
+    ] = math.nan
+    healthy_alert_minutes_per_day: Annotated[
+        Figure,
+        Field(description="Under an alert while the objective held and no breach followed in time.", examples=[12.0]),
+    ] = math.nan
 
 
 @dataclass(frozen=True)
@@ -221,9 +227,12 @@ class Foreseen(NamedTuple):
 
 
 class Scorer:
-    """Judges one pool's forecasts. `reality` is to be told what happens; nothing here reads a clock."""
+    """Judges one pool's forecasts. `reality` is to be told what happens; nothing here reads a clock.
 
-    def __init__(self, slos: Sequence[Slo]) -> None:
+    Scores are of the newest `judged` forecasts of each KPI and horizon; None: of all.
+    """
+
+    def __init__(self, slos: Sequence[Slo], judged: int | None = JUDGED) -> None:
         self.reality = Reality()
         self.unscored: dict[str, int] = defaultdict(int)
         self.unobserved: dict[Metric, int] = defaultdict(int)
@@ -232,9 +241,9 @@ class Scorer:
         self._moments: deque[tuple[float, float, dict[str, float]]] = deque()
         self._widenings: dict[tuple[float, Metric], Widening] = {}
         self._corrections: dict[tuple[float, Metric], Correction] = {}
-        self._kpis: dict[tuple[float, Metric], deque[ScoredKpi]] = defaultdict(lambda: deque(maxlen=JUDGED))
-        self._breaches: dict[tuple[float, str], deque[ScoredBreach]] = defaultdict(lambda: deque(maxlen=JUDGED))
-        self._told: dict[str, deque[Moment]] = defaultdict(lambda: deque(maxlen=JUDGED))
+        self._kpis: dict[tuple[float, Metric], deque[ScoredKpi]] = defaultdict(lambda: deque(maxlen=judged))
+        self._breaches: dict[tuple[float, str], deque[ScoredBreach]] = defaultdict(lambda: deque(maxlen=judged))
+        self._told: dict[str, deque[Moment]] = defaultdict(lambda: deque(maxlen=judged))
         self._longest_horizon = 0.0
         self._newest = -math.inf  # forecast kept
         self._intervals: tuple[Interval, ...] = ()
@@ -312,9 +321,10 @@ class Scorer:
             if not math.isfinite(median):
                 continue
             before = known.get(metric, math.nan)
-            corrected = self._correction(horizon, metric).serve(median, before)
+            corrected = possible(metric, self._correction(horizon, metric).serve(median, before))
             ends = _moved(low, median, high, corrected)
             wide_low, wide_high = self._widening(horizon, metric).widen(ends[0], corrected, ends[1])
+            wide_low, wide_high = possible(metric, wide_low), possible(metric, wide_high)
             told[horizon, metric] = Foretold(low, median, high, wide_low, corrected, wide_high, before)
         return told
 
@@ -503,25 +513,38 @@ def alert_score(moments: Iterable[Moment], horizon_seconds: float) -> AlertScore
     """
     moments = list(moments)
     times = [moment.time_seconds for moment in moments]
-    alerts = _runs([moment.probability >= ALERT_PROBABILITY for moment in moments])
+    stands = standing(times, [moment.probability for moment in moments])
+    alerts = _runs(stands, gap=0)
     breaches = _runs([moment.breached for moment in moments])
     broken = {place for first, last in breaches for place in range(first, last + 1)}
     ended = breaches.pop(0)[1] if breaches and breaches[0][0] == 0 else -1
     onsets = [times[first] for first, _ in breaches]
+
+    def reach(last: int) -> float:
+        """Until when a breach is one that this alert meant: it was last said a hold before the alert's end."""
+        return times[last] + max(0.0, horizon_seconds - HOLD_SECONDS)
+
     judged, right = 0, 0
     for first, last in alerts:
         if first in broken:
             continue
-        came = any(times[first] < onset <= times[last] + horizon_seconds for onset in onsets)
-        if came or times[-1] >= times[last] + horizon_seconds:
+        came = any(times[first] < onset <= reach(last) for onset in onsets)
+        if came or (last < len(times) - 1 and times[-1] >= reach(last)):
             judged, right = judged + 1, right + came
+    span = times[-1] - times[0]
+    days = span / DAY_SECONDS if span > 0.0 else math.nan
+    healthy = 0.0
+    for place in range(len(moments) - 1):
+        near = any(times[place] <= onset <= times[place] + horizon_seconds for onset in onsets)
+        if stands[place] and place not in broken and not near:
+            healthy += times[place + 1] - times[place]
     leads, most = [], []
     for first, last in breaches:
         # The alert that stood last, or ended so shortly before that it meant this breach.
         begins = [
             times[max(begin, ended + 1)]
             for begin, end in alerts
-            if max(begin, ended + 1) <= min(end, first - 1) and times[end] + horizon_seconds >= times[first]
+            if max(begin, ended + 1) <= min(end, first - 1) and reach(end) >= times[first]
         ]
         if begins:
             leads.append(times[first] - max(begins))
@@ -536,15 +559,18 @@ def alert_score(moments: Iterable[Moment], horizon_seconds: float) -> AlertScore
         lead_seconds=tuple(leads),
         median_lead_seconds=float(np.median(leads)) if leads else math.nan,
         most_lead_seconds=tuple(most),
+        alerts_per_day=judged / days,
+        false_alerts_per_day=(judged - right) / days,
+        healthy_alert_minutes_per_day=healthy / 60.0 / days,
     )
 
 
-def _runs(inside: Sequence[bool]) -> list[tuple[int, int]]:
+def _runs(inside: Sequence[bool], gap: int = GAP_MOMENTS) -> list[tuple[int, int]]:
     """First and last place of every run of moments that are inside; a short gap does not end it."""
     runs: list[tuple[int, int]] = []
     for place in range(len(inside)):
         if inside[place]:
-            if runs and place - runs[-1][1] <= 1 + GAP_MOMENTS:
+            if runs and place - runs[-1][1] <= 1 + gap:
                 runs[-1] = (runs[-1][0], place)
             else:
                 runs.append((place, place))

@@ -19,7 +19,7 @@ from kavier_twin.forecast.result import Forecast, Quantiles, Row
 from kavier_twin.forecast.slo import Slo
 from kavier_twin.forecast.statistics import share_interval
 from kavier_twin.scores.conformal import COVERAGE, INTERVAL_END
-from kavier_twin.simulation.kpi_table import Metric
+from kavier_twin.simulation.kpi_table import RATIO, Metric, kpi_of
 
 
 class Foretold(NamedTuple):
@@ -64,15 +64,27 @@ def _row(row: Row, told: Mapping[tuple[float, Metric], Foretold], slos: Sequence
             continue
         moved = _Moved(one, values.p50)
         kpis[metric] = Quantiles(
-            {at: moved.value(value, special.ndtri(at) / INTERVAL_END) for at, value in values.values.items()}
+            {
+                at: possible(metric, moved.value(value, special.ndtri(at) / INTERVAL_END))
+                for at, value in values.values.items()
+            }
         )
         low, median, high = interval(values)
-        ends = moved.value(low, -1.0), moved.value(median, 0.0), moved.value(high, 1.0)
+        places = ((low, -1.0), (median, 0.0), (high, 1.0))
+        ends = tuple(possible(metric, moved.value(value, place)) for value, place in places)
         for slo in slos:
             if slo.metric == metric and slo.name in breaches:
                 breaches[slo.name] = breach_probability(slo, *ends)
                 credible[slo.name] = share_interval(breaches[slo.name] * row.scenarios, row.scenarios)
     return dataclasses.replace(row, kpis=kpis, breach_probability=breaches, breach_interval=credible)
+
+
+def possible(metric: Metric, value: float) -> float:
+    """The nearest value that the KPI can have: none is below 0, and no ratio above 1. NaN stays."""
+    if math.isnan(value):
+        return value
+    most = 1.0 if kpi_of(metric).unit == RATIO else math.inf
+    return min(max(0.0, value), most)
 
 
 def movement(simulated: float, served: float) -> tuple[float, float]:

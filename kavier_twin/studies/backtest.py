@@ -108,7 +108,7 @@ def backtest(
     frontend_seconds = 0.0 if measured else scenario.frontend_seconds
     mirror = Mirror(settings, fleet, calibrated=not measured, frontend_seconds=frontend_seconds)
     forecaster = Forecaster(forecast.model_copy(update={"policies": (Policy(name=TODAY),), "slos": tuple(slos)}))
-    scorer = Scorer(slos)
+    scorer = Scorer(slos, judged=None)
     now = first + min(warm_up_seconds, 0.25 * (last - first))
     clock = [first]
     source = ReplaySource(records, samples, clock=lambda: clock[0])

@@ -12,7 +12,7 @@ import yaml
 from deploy import runbook_page
 from deploy.helm_chart import RULES
 from deploy.runbook_page import PAGE, RUNBOOK
-from kavier_twin.scores.scorer import ALERT_PROBABILITY
+from kavier_twin.scores.alerts import ALERT_PROBABILITY, HOLD_SECONDS
 from real_parts import promtool
 
 BREACH = "KavierTwinSloBreachPredicted"
@@ -45,11 +45,15 @@ def test_an_alert_has_a_severity_and_leads_to_its_section_of_the_runbook(alert: 
     assert f'<h2 id="{section}">' in PAGE.read_text()
 
 
-def test_alerts_use_the_threshold_that_the_scores_use() -> None:
-    """Rules cannot read the constant; nor can the dashboards' colours and the runbook."""
+def test_alerts_use_the_definition_that_the_scores_use() -> None:
+    """Rules cannot read the constants; nor can the dashboards' colours and the runbook."""
     (warning,) = (rule for rule in ALERTS if rule["alert"] == BREACH and rule["labels"]["severity"] == "warning")
-    assert warning["expr"].endswith(f" >= {ALERT_PROBABILITY:g}")
-    assert f"has been {ALERT_PROBABILITY:.0%} or more".replace("%", " %") in " ".join(RUNBOOK.read_text().split())
+    rules = [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
+    name = "pool_slo:kavier_twin_slo_first_breach_probability_ratio:alert_start"
+    (start,) = (rule for rule in rules if rule.get("record") == name)
+    assert f"[90s]) >= {ALERT_PROBABILITY:g}" in start["expr"]
+    assert f"{name}[{HOLD_SECONDS / 60.0:g}m]" in warning["expr"]
+    assert f"{ALERT_PROBABILITY:.0%} or more".replace("%", " %") in " ".join(RUNBOOK.read_text().split())
     board = json.loads((RULES.parents[1] / "grafana" / "forecast.json").read_text())
     (panel,) = (panel for panel in board["panels"] if panel["title"] == "Breach probability under the current policy")
     assert panel["fieldConfig"]["defaults"]["thresholds"]["steps"][1]["value"] == ALERT_PROBABILITY

@@ -139,7 +139,7 @@ def test_stop_waits_for_the_cycle_under_way(snapshot: Snapshot, forecaster: Fore
 def test_started_twice_is_an_error_and_stopped_it_can_start_again(forecaster: Forecaster) -> None:
     asked = threading.Event()
     forecaster.start(lambda: None, lambda forecast: None)
-    with pytest.raises(RuntimeError, match="already started"):
+    with pytest.raises(RuntimeError, match="already running"):
         forecaster.start(lambda: None, lambda forecast: None)
     forecaster.stop()
     forecaster.stop()

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from forecast.forecasts import forecast_of, row
-from kavier_twin.forecast.result import Forecast
+from kavier_twin.forecast.result import Forecast, Quantiles, Row
 from kavier_twin.forecast.slo import Slo
 from kavier_twin.forecast.statistics import share_interval
+from kavier_twin.scores.alerts import ALERT_PROBABILITY, HOLD_SECONDS, standing
 from kavier_twin.scores.conformal import Widening
 from kavier_twin.scores.correction import Correction
 from kavier_twin.scores.observed import Outcome, Reality
-from kavier_twin.scores.scorer import SETTLE_SECONDS, Moment, ScoredBreach, Scorer, alert_score, breach_score
+from kavier_twin.scores.scorer import (
+    SETTLE_SECONDS,
+    Moment,
+    ScoredBreach,
+    ScoredKpi,
+    Scorer,
+    Settled,
+    alert_score,
+    breach_score,
+)
+from kavier_twin.simulation.kpi_table import Metric
 
 SLOW = Slo(name="slow", metric="e2e_p95_seconds", threshold=2.0)
 
@@ -143,7 +157,7 @@ def test_alerts_are_judged_by_the_probability_of_a_first_breach() -> None:
     scorer = Scorer([SLOW])
     scorer.reality = reality({float(t): 1.0 if t < 600 else 3.0 for t in range(0, 700)})
     for minute in range(5, 11):
-        early = minute >= 7
+        early = minute >= 6
         held = row("today", 60.0, {0.05: 0.5, 0.5: 1.0, 0.95: 1.5}, 0.0)
         scorer.foresee(forecast_of(60.0 * minute, held, first_breach=0.4 if early else 0.1), "today")
     scorer.foresee(forecast_of(660.0, held, first_breach=1.0), "today")
@@ -163,18 +177,19 @@ def moments(breached: str, alert: str) -> list[Moment]:
 @pytest.mark.parametrize(
     ("breached", "alert", "precision", "recall", "leads"),
     [
-        # a breach of which an alert told 3 minutes before; the alert stands on
-        ("......xxxx......", "...xxxxxxx......", 1.0, 1.0, (180.0,)),
+        # one forecast says nothing, the second in a row starts the alert; it is held
+        ("......xxxx......", "..xx............", 1.0, 1.0, (180.0,)),
+        ("......xxxx......", "...x.x..........", np.nan, 0.0, ()),
         # a gap of one forecast ends neither
-        ("......xx.xx.....", "..x.xxxxxxx.....", 1.0, 1.0, (240.0,)),
+        ("......xx.xx.....", ".xx.xxxxxxx.....", 1.0, 1.0, (240.0,)),
         # a breach that nothing told of, and an alert that came with it
         ("......xxxx......", "......xxxx......", np.nan, 0.0, ()),
-        # a false alert, long over when the next breach comes
-        (".................xxx", "..x.............x...", 0.5, 1.0, (60.0,)),
+        # a false alert, over ten minutes later, before the next breach comes
+        (".................xxx", ".xx...........xx....", 0.5, 1.0, (120.0,)),
         # an alert that stands on after a breach tells of the next from there
-        ("..xx.....xx.........", "...xxxxxxx..........", np.nan, 0.5, (300.0,)),
+        ("..xx.....xx.........", "...xxxxxxx..........", 1.0, 0.5, (300.0,)),
         # an alert whose breach may still come is not judged
-        (".........", "........x", np.nan, np.nan, ()),
+        (".........", ".......xx", np.nan, np.nan, ()),
         # what was broken from the start has no before
         ("xx...........", ".............", np.nan, np.nan, ()),
     ],
@@ -186,6 +201,57 @@ def test_alerts(breached: str, alert: str, precision: float, recall: float, lead
     assert len(score.most_lead_seconds) == len(leads)
     assert all(most >= lead for most, lead in zip(score.most_lead_seconds, leads, strict=True))
     assert score.lead_seconds == leads
+
+
+def test_what_alerts_cost_a_day() -> None:
+    """Half a day: a breach at noon with an alert before it, and a false alert of ten minutes."""
+    breached, alert = ["."] * 720, ["."] * 720
+    breached[600:630] = "x" * 30
+    alert[595:600] = "x" * 5
+    alert[100:102] = "xx"
+    score = alert_score(moments("".join(breached), "".join(alert)), horizon_seconds=300.0)
+    days = 719 / 1_440
+    assert score.alerts_per_day == pytest.approx(2 / days)
+    assert score.false_alerts_per_day == pytest.approx(1 / days)
+    assert score.healthy_alert_minutes_per_day == pytest.approx(HOLD_SECONDS / 60.0 / days)
+
+
+@given(st.lists(st.floats(0.0, 1.0), max_size=60))
+def test_an_alert_needs_two_forecasts_and_lasts_as_long_as_it_is_held(probabilities: list[float]) -> None:
+    times = [60.0 * place for place in range(len(probabilities))]
+    stands = standing(times, probabilities)
+    high = [probability >= ALERT_PROBABILITY for probability in probabilities]
+    starts = [place for place in range(1, len(high)) if high[place] and high[place - 1]]
+    assert stands == [any(0.0 <= time - times[start] < HOLD_SECONDS for start in starts) for time in times]
+
+
+@given(
+    metric=st.sampled_from(["prefix_cache_hit_ratio", "kv_cache_usage_ratio"]),
+    median=st.floats(0.0, 1.0),
+    observed=st.floats(0.0, 1.0),
+)
+@settings(deadline=None)
+def test_no_ratio_is_served_above_one(metric: Metric, median: float, observed: float) -> None:
+    """However far intervals are widened and medians moved."""
+    scorer = Scorer([])
+    quantiles = Quantiles({0.05: 0.8 * median, 0.5: median, 0.95: min(1.0, 1.2 * median)})
+    for number in range(30):
+        ends = [median] * 5
+        scored = ScoredKpi(60.0 * number, 60.0, metric, *ends, 0.5, observed, median, 0.5)
+        scorer.remember(Settled([scored], [], []))
+    told = dataclasses.replace(forecast(2_000.0, 1.0), rows=(Row("today", 60.0, {metric: quantiles}, {}, {}, 8),))
+    shown = scorer.foresee(told, "today")
+    (last,) = scorer.scores().intervals
+    for value in (last.wide_low, last.served, last.wide_high, *shown.rows[0].kpis[metric].values.values()):
+        assert 0.0 <= value <= 1.0
+
+
+@pytest.mark.parametrize(("judged", "scored"), [(5, 5), (None, 3_000)])
+def test_scores_are_of_as_many_forecasts_as_asked(judged: int | None, scored: int) -> None:
+    scorer = Scorer([SLOW], judged)
+    rows = [ScoredBreach(float(number), 60.0, "slow", 0.1, False, 0.1) for number in range(3_000)]
+    scorer.remember(Settled([], rows, []))
+    assert scorer.scores().breaches[0].forecasts == scored
 
 
 def test_reliability_of_calibrated_probabilities() -> None:

@@ -117,7 +117,7 @@ def _alerts(pool: str, scores: Scores) -> Iterator[Metric]:
     labels = ["pool", "slo"]
     alerts = gauge(
         "score_alerts",
-        "Number of alerts scored. An alert is a run of forecasts for which KavierTwinSloBreachPredicted fires.",
+        "Number of alerts scored, as defined by KavierTwinSloBreachPredicted of severity warning.",
         labels,
     )
     breaches = gauge("score_breaches", "Number of SLO violations that alerts are scored against.", labels)
@@ -128,10 +128,18 @@ def _alerts(pool: str, scores: Scores) -> Iterator[Metric]:
     )
     recall = gauge("score_alert_recall_ratio", "Share of violations that were preceded by an alert.", labels)
     lead = gauge("score_alert_lead_seconds", "Median time from an alert to the violation, in seconds.", labels)
+    false = gauge("score_false_alerts_per_day", "Number of alerts per day that no violation followed in time.", labels)
+    healthy = gauge(
+        "score_healthy_alert_minutes_per_day",
+        "Minutes per day under an alert without a violation then or in time.",
+        labels,
+    )
     for one in scores.alerts:
         add(alerts, [pool, one.slo], one.alerts)
         add(breaches, [pool, one.slo], one.breaches)
         add(precision, [pool, one.slo], one.precision)
         add(recall, [pool, one.slo], one.recall)
         add(lead, [pool, one.slo], one.median_lead_seconds)
-    yield from (alerts, breaches, precision, recall, lead)
+        add(false, [pool, one.slo], one.false_alerts_per_day)
+        add(healthy, [pool, one.slo], one.healthy_alert_minutes_per_day)
+    yield from (alerts, breaches, precision, recall, lead, false, healthy)
