@@ -11,6 +11,7 @@ from threading import Lock, Thread
 from typing import Final, TypeVar
 
 from kavier_twin import __version__
+from kavier_twin.daemon.pool_reuse import PoolReuse
 from kavier_twin.forecast.forecaster import Forecaster, ForecastSettings
 from kavier_twin.forecast.policy_set import in_force
 from kavier_twin.forecast.result import Forecast
@@ -76,6 +77,7 @@ class PoolTwin:
         self.caches = CacheWatch()
         self.scores = ScoreKeeper(self.name, forecast, score_store)
         self.power = PowerWatch()
+        self.reuse = PoolReuse()
         self.mirror.beside = self._look_beside
         self._lock = Lock()
         self._event_clock = event_clock
@@ -130,6 +132,7 @@ class PoolTwin:
             if ended:
                 applied += self.mirror.end()
             self.scores.follow(applied, self.mirror.time_seconds)
+            self.reuse.follow(applied, self.mirror.fleet)
             self._behind = more
             self._tell_of_calibration()
             self._tell_of_late_records()
@@ -200,6 +203,7 @@ class PoolTwin:
             gauges=assemble.gauges(mirror, self._reported.at(mirror.time_seconds)),
             replicas=replicas(mirror),
             caches=assemble.caches(self.caches),
+            prefix_cache=assemble.prefix_cache(self.reuse.watch),
             power=assemble.power(self.power, mirror),
             source="metrics" if self.metrics else "stream",
             sources=sources,

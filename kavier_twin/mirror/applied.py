@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from kavier_twin.telemetry import RequestFinished
+from kavier_twin.telemetry import RequestFinished, RequestSeen
 
 
 class Arrived(NamedTuple):
-    """A request is under way."""
+    """A request is under way on a replica. `seen` is its record."""
 
     id: str
     time_seconds: float
+    seen: RequestSeen | None = None
+    replica: int = -1
 
 
 class Ended(NamedTuple):
@@ -23,6 +25,7 @@ class Ended(NamedTuple):
     arrival_seconds: float
     prompt_tokens: int
     finished: RequestFinished
+    cached_tokens: int | None = None  # that the mirror found in the prefix cache; None where it was not simulated
 
 
 class GivenUp(NamedTuple):
@@ -38,12 +41,20 @@ class GivenUp(NamedTuple):
     finish_seconds: float
     prompt_tokens: int
     output_tokens: int
+    cached_tokens: int | None = None  # that the mirror found in the prefix cache
 
 
 class Dropped(NamedTuple):
     """A request is no longer under way: its replica restarted, or could not hold it. An `Ended` may still follow."""
 
     id: str
+
+
+class Restarted(NamedTuple):
+    """A replica lost its cache at this time. The same restart may be told again."""
+
+    replica: int
+    time_seconds: float
 
 
 class Sized(NamedTuple):
@@ -53,4 +64,4 @@ class Sized(NamedTuple):
     replicas: int
 
 
-Applied = Arrived | Ended | GivenUp | Dropped | Sized
+Applied = Arrived | Ended | GivenUp | Dropped | Restarted | Sized

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import astuple
 from typing import Any, Final
 
-from kavier_twin.mirror.applied import Applied, Arrived, Dropped, Ended, GivenUp, Sized
+from kavier_twin.mirror.applied import Applied, Arrived, Dropped, Ended, GivenUp, Restarted, Sized
 from kavier_twin.mirror.fidelity.doubts import Doubts
 from kavier_twin.mirror.fidelity.gauges import Gauges
 from kavier_twin.mirror.fidelity.trust import Judge, TrustSettings
@@ -77,11 +77,11 @@ class Evidence:
             entry.counted = True
             self.counts[result] += 1
 
-    def arrived(self, entry: Entry, seen: RequestSeen) -> None:
-        """A request is under way."""
+    def arrived(self, entry: Entry, seen: RequestSeen, replica: int) -> None:
+        """A request is under way on a replica."""
         if not entry.booked:
             entry.booked = True
-            self.applied.append(Arrived(seen.id, seen.time_seconds))
+            self.applied.append(Arrived(seen.id, seen.time_seconds, seen, replica))
 
     def ended(
         self,
@@ -97,10 +97,11 @@ class Evidence:
             if finished.id in self._without_record:
                 del self._without_record[finished.id]
                 self.counts["ended_after_all"] += 1
+            cached = None if simulated is None else simulated.cached_tokens
             if seen is not None:
-                self.applied.append(Ended(seen.time_seconds, seen.prompt_tokens, finished))
+                self.applied.append(Ended(seen.time_seconds, seen.prompt_tokens, finished, cached))
             elif simulated is not None:
-                self.applied.append(Ended(simulated.arrival, simulated.prompt_tokens, finished))
+                self.applied.append(Ended(simulated.arrival, simulated.prompt_tokens, finished, cached))
             else:
                 self.applied.append(Dropped(finished.id))
         if not entry.scored and seen is not None and simulated is not None:
@@ -126,6 +127,10 @@ class Evidence:
             if reason:
                 self.counts[reason] += 1
             self.applied.append(event)
+
+    def restarted(self, event: Restarted) -> None:
+        """A replica lost its cache."""
+        self.applied.append(event)
 
     def forgotten(self, entry: Entry) -> None:
         """An event is so old that nothing can change it any more."""

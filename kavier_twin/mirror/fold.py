@@ -22,7 +22,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from kavier_twin.mirror.applied import Dropped, GivenUp
+from kavier_twin.mirror.applied import Dropped, GivenUp, Restarted
 from kavier_twin.mirror.arrival_counts import RateHistory
 from kavier_twin.mirror.calibration.online import Change, Online, Row
 from kavier_twin.mirror.calibration.requests import (
@@ -418,13 +418,15 @@ class Fold:
         if slot >= 0:
             self.running[seen.id] = Live(self.next_index, replica, slot)
             if evidence is not None and entry is not None:
-                evidence.arrived(entry, seen)
+                evidence.arrived(entry, seen, replica)
 
     def _sight(self, seen: PodSeen, evidence: Evidence | None) -> None:
         """A pod's metrics: one that restarted lost its cache and the requests that it had."""
         restart = self.pods.sighted(self.fleet, seen)
         if restart is None:
             return
+        if evidence is not None:
+            evidence.restarted(Restarted(restart.replica, restart.since_seconds))
         requests = self.fleet.state.requests[restart.replica]
         names = {live.index: name for name, live in self.running.items() if live.replica == restart.replica}
         again = [i for i, n in names.items() if requests[self.running[n].slot]["arrival"] >= restart.since_seconds]
@@ -560,7 +562,8 @@ class Fold:
             times = simulated.arrival, simulated.scheduled, simulated.first_token
             over = self.time_seconds if math.isnan(finish) else finish
             if evidence is not None:
-                evidence.given_up(GivenUp(identity, *times, over, simulated.prompt_tokens, likely))
+                lengths = simulated.prompt_tokens, likely, simulated.cached_tokens
+                evidence.given_up(GivenUp(identity, *times, over, *lengths))
         self.fleet.collect()
         del self.running[identity]
 

@@ -100,6 +100,7 @@ class ReuseWatch:
         output_tokens: float,
     ) -> None:
         """A request starts to run. `output_tokens`: those expected, of which it holds half on average."""
+        self.dropped(request, time_seconds)  # a name used again
         stack = self._stack(replica)
         prefix = self._track(prompt, prompt_tokens)
         most = (prompt_tokens - 1) // self.block_size  # vLLM never hits the last token

@@ -9,7 +9,7 @@ from threading import Lock
 
 from kavier_twin.forecast.forecaster import ForecastSettings
 from kavier_twin.forecast.result import Forecast
-from kavier_twin.mirror.applied import Applied, Arrived, Dropped, Ended, GivenUp
+from kavier_twin.mirror.applied import Applied, Arrived, Dropped, Ended, GivenUp, Sized
 from kavier_twin.mirror.checkpoint_file import Saved
 from kavier_twin.scores.observed import Outcome, Reality
 from kavier_twin.scores.readings import EngineReading, GpuReading, SizeReading
@@ -82,10 +82,10 @@ def follow(reality: Reality, applied: Iterable[Applied], until_seconds: float) -
         elif isinstance(event, Ended):
             reality.end(event.finished.id, _outcome(event))
         elif isinstance(event, GivenUp):
-            reality.give_up(event.id, Outcome(*event[1:], cached_tokens=math.nan))
+            reality.give_up(event.id, Outcome(*event[1:7], cached_tokens=math.nan))
         elif isinstance(event, Dropped):
             reality.drop(event.id)
-        else:
+        elif isinstance(event, Sized):
             reality.readings.add("mirror", SizeReading(event.time_seconds, event.replicas))
     reality.until_seconds = until_seconds
 

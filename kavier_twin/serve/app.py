@@ -44,6 +44,7 @@ from kavier_twin.serve.models import (
     PoolForecast,
     PoolHistory,
     PoolPolicies,
+    PoolPrefixCache,
     Pools,
     PoolScores,
     State,
@@ -214,6 +215,12 @@ def _reading(twin: Twin, access: Access) -> APIRouter:
     def history(pool: _Pool = None) -> Pools[PoolHistory]:
         views = _views(twin, pool)
         return Pools[PoolHistory](pools=tuple(PoolHistory(pool=view.pool, **vars(view.history)) for view in views))
+
+    @router.get("/cache", summary="Hit ratio by KV cache size, and why prompt tokens missed")
+    def cache(pool: _Pool = None) -> Pools[PoolPrefixCache]:
+        views = _views(twin, pool)
+        found = tuple(PoolPrefixCache(pool=view.pool, **vars(view.prefix_cache)) for view in views)
+        return Pools[PoolPrefixCache](pools=found)
 
     @router.get("/policies", summary="Policies that are forecast")
     def policies(pool: _Pool = None) -> Pools[PoolPolicies]:

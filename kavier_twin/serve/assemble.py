@@ -15,10 +15,14 @@ from kavier_twin.mirror.fidelity.power import PowerWatch
 from kavier_twin.mirror.fidelity.trust import Trust
 from kavier_twin.mirror.fidelity.windows import Stretch
 from kavier_twin.mirror.mirror import Mirror
+from kavier_twin.reuse.misses import Reason, Tokens
+from kavier_twin.reuse.watch import ReuseWatch
 from kavier_twin.serve.models import (
+    ApplicationTokens,
     Best,
     CacheAgreement,
     CalibrationState,
+    CapacityPoint,
     Gauge,
     GpuPower,
     History,
@@ -27,12 +31,14 @@ from kavier_twin.serve.models import (
     Outlook,
     PolicyOutlook,
     Predicted,
+    PrefixCache,
     Series,
     TwinView,
 )
 from kavier_twin.simulation.kpi_table import GAUGES, KPIS, STATISTICS
 
 CHARTED: Final = tuple(STATISTICS[kpi.metric] for kpi in KPIS.values() if kpi.charted)
+_APPLICATIONS: Final = 10  # shown
 STREAM_RESULTS: Final = ("accepted", "completed", "duplicate", "late", "future_time")
 
 
@@ -65,6 +71,23 @@ def caches(watch: CacheWatch) -> tuple[CacheAgreement, ...]:
         ratio = math.nan if share is None else share.ratio
         entries.append(CacheAgreement(*engine, ratio, *(share or (0, 0, 0)), filled=watch.filled.get(engine)))
     return tuple(entries)
+
+
+def prefix_cache(watch: ReuseWatch | None) -> PrefixCache:
+    """What is known of the reuse of prompts."""
+    if watch is None:
+        return PrefixCache()
+    named, others = watch.misses.by_application(_APPLICATIONS)
+    applications = [ApplicationTokens(name, *_tokens(tokens)) for name, tokens in named]
+    if others.requests:
+        applications.append(ApplicationTokens("others", *_tokens(others)))
+    curve = tuple(CapacityPoint(*point) for point in watch.points()) if watch.curve.prompt_tokens else ()
+    return PrefixCache(curve, *_tokens(watch.misses.total), tuple(applications))
+
+
+def _tokens(tokens: Tokens) -> tuple[int, int, int, dict[str, int]]:
+    missed = {reason.value: tokens.missed[reason] for reason in Reason}
+    return tokens.requests, tokens.prompt, tokens.hit, missed
 
 
 def power(watch: PowerWatch, mirror: Mirror) -> GpuPower | None:

@@ -206,6 +206,55 @@ class PoolHistory(History, OfPool):
     """The last hour of one pool."""
 
 
+# --- the prefix cache ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CapacityPoint:
+    """The hit ratio that a KV cache size would have had on the requests of the last hour."""
+
+    factor: Annotated[float, Field(description="Multiple of the current size.", examples=[2.0])]
+    blocks: Annotated[int, Field(description="Usable blocks of each replica.", examples=[53998])]
+    hit_ratio: Annotated[Figure, Field(description="Share of the prompt tokens.", examples=[0.61])]
+
+
+@dataclass(frozen=True)
+class ApplicationTokens:
+    """Prompt tokens of the requests whose prompts begin with the same block, since the start."""
+
+    application: Annotated[
+        str, Field(description="Key of the first block; unknown, or others together.", examples=["a706ddc0e1f2a000"])
+    ]
+    requests: Annotated[int, Field(examples=[120])] = 0
+    prompt_tokens: Annotated[int, Field(examples=[90000])] = 0
+    hit_tokens: Annotated[int, Field(examples=[61000])] = 0
+    missed_tokens: Annotated[Counts, Field(description="By reason.", examples=[{"first_seen": 29000}])] = field(
+        default_factory=dict
+    )
+
+
+@dataclass(frozen=True)
+class PrefixCache:
+    """What the prefix cache is worth, and why it missed. Tokens count since the start of the process."""
+
+    curve: Annotated[tuple[CapacityPoint, ...], Field(description="Smallest size first. Empty before a request.")] = ()
+    requests: Annotated[int, Field(examples=[500])] = 0
+    prompt_tokens: Annotated[int, Field(examples=[400000])] = 0
+    hit_tokens: Annotated[int, Field(examples=[250000])] = 0
+    missed_tokens: Annotated[
+        Counts,
+        Field(description="By reason. Sums to all prompt tokens not hit.", examples=[{"first_seen": 150000}]),
+    ] = field(default_factory=dict)
+    applications: Annotated[
+        tuple[ApplicationTokens, ...], Field(description="Applications with most prompt tokens first.")
+    ] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolPrefixCache(PrefixCache, OfPool):
+    """The prefix cache of one pool."""
+
+
 # --- trust --------------------------------------------------------------------------------------------------------
 
 
@@ -491,6 +540,7 @@ class TwinView(PoolState, PoolFidelity, PoolForecast, PoolScores):
     power: GpuPower | None = None  # None where no power model is given
     sweeps: SweepCounts = SweepCounts()
     history: History = History()
+    prefix_cache: PrefixCache = PrefixCache()
     engines: tuple[Engine, ...] = ()  # that metrics tell of
     engine_contradictions: int = 0  # settings that engines tell otherwise than the settings file or each other
     warming_up: bool = False  # the past of the logs is being mirrored

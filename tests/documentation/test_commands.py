@@ -459,7 +459,7 @@ CHECKS: list[tuple[str, Check]] = [
     (r"kavier-twin run --config twin\.yaml$", ran_until_stopped),
     (r"kavier-twin run", checked),
     (r"kavier-twin (replay|tap)", ran_until_stopped),
-    (r"kavier-twin (simulate|compare|backtest|counterfactual|calibrate-power|schema)", ran),
+    (r"kavier-twin (simulate|compare|capacity|misses|backtest|counterfactual|calibrate-power|schema)", ran),
     (r"python -m benchmarks\.", benchmark),
     (r"PYTHONPATH=tests python -m", generates),
     (r"(\.venv/bin/)?pip install", installs),

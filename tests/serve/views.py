@@ -10,9 +10,11 @@ from kavier_twin.mirror.fidelity.trust import Trust
 from kavier_twin.mirror.fidelity.windows import WindowScore
 from kavier_twin.mirror.replicas import Replica
 from kavier_twin.serve.models import (
+    ApplicationTokens,
     Best,
     CacheAgreement,
     CalibrationState,
+    CapacityPoint,
     Engine,
     Gauge,
     GpuPower,
@@ -21,6 +23,7 @@ from kavier_twin.serve.models import (
     Outlook,
     PolicyOutlook,
     Predicted,
+    PrefixCache,
     SourceState,
     SweepCounts,
     TwinView,
@@ -128,6 +131,19 @@ def full_view(pool: str = "chat") -> TwinView:
             Objective("cached", "prefix_cache_hit_ratio", "", 0.5, True),
         ),
         every_seconds=30.0,
+        prefix_cache=PrefixCache(
+            tuple(
+                CapacityPoint(factor, round(299 * factor), 0.5 + 0.1 * factor / 8) for factor in (0.5, 1.0, 2.0, 8.0)
+            ),
+            500,
+            400_000,
+            250_000,
+            {"first_seen": 90_000, "evicted": 50_000, "partial_block": 10_000, "lost": 0},
+            (
+                ApplicationTokens("a706ddc0e1f2a000", 400, 300_000, 200_000, {"first_seen": 60_000, "evicted": 40_000}),
+                ApplicationTokens("others", 100, 100_000, 50_000, {"first_seen": 50_000}),
+            ),
+        ),
         caches=(
             CacheAgreement("vllm-0", "0", 0.95, both=380, only_mirrored=12, only_real=8, filled=350),
             CacheAgreement("vllm-1", "0"),

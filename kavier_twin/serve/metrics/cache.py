@@ -1,4 +1,4 @@
-"""Mirrored KV caches compared with real ones, as metrics."""
+"""Metrics of KV caches: mirrored ones compared with real ones, what their size is worth, why they missed."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Final
 
 from prometheus_client.metrics_core import Metric
 
-from kavier_twin.serve.metrics.families import gauge
-from kavier_twin.serve.models import CacheAgreement
+from kavier_twin.reuse.curve import SHOWN_FACTORS
+from kavier_twin.serve.metrics.families import add, counter, gauge
+from kavier_twin.serve.models import CacheAgreement, PrefixCache
 
 _LABELS: Final = ["pool", "pod", "engine"]
 
@@ -42,3 +43,25 @@ def cache_metrics(pool: str, caches: tuple[CacheAgreement, ...]) -> Iterator[Met
         if cache.filled is not None:
             filled.add_metric(labels, cache.filled)
     yield from (agreement, blocks, filled)
+
+
+def prefix_cache_metrics(pool: str, cache: PrefixCache) -> Iterator[Metric]:
+    """Of a pool whose requests tell their block hashes."""
+    curve = gauge(
+        "prefix_cache_capacity_hit_ratio",
+        "Share of the prompt tokens of the last hour that a KV cache would have hit whose size is this multiple of "
+        "the current one (LRU stack distances).",
+        ["pool", "capacity"],
+    )
+    for point in cache.curve:
+        if point.factor in SHOWN_FACTORS:
+            add(curve, [pool, f"{point.factor:g}"], point.hit_ratio)
+    yield curve
+    yield counter(
+        "missed_prompt_tokens",
+        "Number of prompt tokens of finished requests that were not in the prefix cache, by reason: first_seen, "
+        "evicted, other_replica, computing (by a request that was still running), partial_block, lost (in a "
+        "restart), caching_off.",
+        ["pool", "reason"],
+        [([pool, reason], tokens) for reason, tokens in cache.missed_tokens.items()],
+    )

@@ -19,7 +19,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from kavier_twin import __version__
-from kavier_twin.serve.metrics.cache import cache_metrics
+from kavier_twin.serve.metrics.cache import cache_metrics, prefix_cache_metrics
 from kavier_twin.serve.metrics.calibration import calibration_metrics
 from kavier_twin.serve.metrics.engines import engine_metrics
 from kavier_twin.serve.metrics.families import PREFIX, add, breach_flag, counter, flag, gauge, policy_labels, pool_gauge
@@ -86,6 +86,7 @@ def _metrics(view: TwinView) -> Iterator[Metric]:
     yield from calibration_metrics(view)
     yield from fidelity_metrics(view)
     yield from cache_metrics(view.pool, view.caches)
+    yield from prefix_cache_metrics(view.pool, view.prefix_cache)
     yield from power_metrics(view.pool, view.power)
     yield from sweep_metrics(view)
     yield from _forecasts(view)
