@@ -19,6 +19,8 @@ COMMANDS = (
     "kavier",
     "demo",
     "run",
+    "doctor",
+    "init",
     "scores",
     "replay",
     "mirror",
