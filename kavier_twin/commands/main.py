@@ -21,6 +21,8 @@ COMMANDS = (
     "kavier",
     "demo",
     "run",
+    "doctor",
+    "init",
     "scores",
     "replay",
     "mirror",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ from kavier_twin.commands.duration import seconds_of
 from kavier_twin.commands.process import StopSignals, leave
 from kavier_twin.daemon.config import read_settings
 from kavier_twin.daemon.daemon import Daemon
+from kavier_twin.daemon.warm_up import cannot_keep
 from kavier_twin.errors import set_up_logging
+
+log = logging.getLogger(__name__)
 
 _EXAMPLE = """examples:
   kavier-twin run --check --config twin.yaml
@@ -71,9 +75,13 @@ def run(args: argparse.Namespace) -> int:
     """Do it."""
     settings = read_settings(args.config)
     if args.check:
+        if why := cannot_keep():
+            print(f"warning: {why}")
         print(f"{args.config}: fine")
         return 0
     set_up_logging(settings.log_level)
+    if why := cannot_keep():
+        log.warning("%s", why)
     with StopSignals() as signals:
         daemon = Daemon.of(settings, args.warm_up)
         daemon.start()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Annotated, Any, Final, Literal, get_args, get_origin
 
 import yaml
@@ -251,13 +253,28 @@ def _path_problems(settings: Settings) -> list[str]:
         f"sources.{number}.{problem}" for number, source in enumerate(settings.sources) for problem in source.problems()
     ]
     problems += [f"http.{problem}" for problem in settings.http.problems()]
-    if settings.checkpoints and not settings.checkpoints.directory.is_dir():
-        problems.append(
-            f"checkpoints.directory: the directory {settings.checkpoints.directory} does not exist; create it"
-        )
-    if settings.dead_letters and not settings.dead_letters.parent.is_dir():
-        problems.append(f"dead_letters: the directory {settings.dead_letters.parent} does not exist; create it")
+    written = {
+        "checkpoints.directory": settings.checkpoints and settings.checkpoints.directory,
+        "dead_letters": settings.dead_letters and settings.dead_letters.parent,
+    }
+    problems += [
+        f"{place}: {why}" for place, directory in written.items() if directory and (why := _unusable(directory))
+    ]
     return problems
+
+
+def _unusable(directory: Path) -> str:
+    """Why files cannot be written to a directory, and what to do; empty where they can."""
+    if not directory.is_dir():
+        return f"the directory {directory} does not exist; create it, or mount a volume there"
+    try:
+        with TemporaryFile(dir=directory):
+            return ""
+    except OSError as error:
+        return (
+            f"the directory {directory} cannot be written to by user {os.getuid()} ({error.strerror}); give that "
+            "user the right to, or mount a volume that it can write to"
+        )
 
 
 def _pools_given(content: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:

@@ -126,7 +126,7 @@ class Daemon:
         feeds = []
         for entry in settings.sources:
             try:
-                source = _open(entry, settings, letters, warm_up_seconds)
+                source = open_source(entry, settings, letters, warm_up_seconds)
             except TraceError as error:
                 raise UserError(str(error)) from None
             every_seconds = entry.interval_seconds if isinstance(entry, MetricsSource) else None
@@ -349,7 +349,7 @@ class _RejectLog:
         self._told, self._told_at = rejected, now
 
 
-def _open(entry: AnySource, settings: Settings, letters: DeadLetters | None, warm_up_seconds: float) -> Source:
+def open_source(entry: AnySource, settings: Settings, letters: DeadLetters | None, warm_up_seconds: float) -> Source:
     """The source that the settings describe. Raises TraceError."""
     pool = entry.pool or (next(iter(settings.by_pool)) if len(settings.by_pool) == 1 else UNNAMED_POOL)
     if isinstance(entry, LiveSource):

@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from tempfile import TemporaryFile, gettempdir
 from typing import Final
 
 from kavier_twin.forecast.drawing import DRAWING
@@ -39,6 +40,25 @@ def make_ready(engines: Iterable[EngineSettings] = ()) -> None:
     """Load all that mirrors and forecasts of these engines need, so that nothing is compiled later on."""
     libraries.load(*_NEEDED, *(library for engine in engines for library in kernels_of(engine)))
     remove_old_libraries(libraries.cache_folder())
+
+
+def cannot_keep() -> str:
+    """Why kernels will be compiled at every start, and what to do; empty where they are cached or can be."""
+    folder = libraries.cache_folder()
+    if all(libraries.cached_file(library).is_file() for library in _NEEDED):
+        return ""
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    try:
+        with TemporaryFile(dir=existing):
+            return ""
+    except OSError as error:
+        why = f"the cache of compiled kernels, {folder}, cannot be written ({error.strerror})"
+    mend = "mount a volume there, or set NUMBA_CACHE_DIR to a folder that can be written"
+    try:
+        gettempdir()
+    except OSError:
+        return f"{why}, nor can a temporary folder such as /tmp, so kernels are compiled in the daemon itself; {mend}"
+    return f"{why}, so kernels are compiled at every start; {mend}"
 
 
 def remove_old_libraries(folder: Path) -> None:

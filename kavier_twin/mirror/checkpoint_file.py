@@ -113,10 +113,14 @@ def _files(directory: Path) -> list[Path]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path`, whole and on the disk, when the block ends well. Raises OSError."""
+    """A file that takes the place of `path`, whole and on the disk, when the block ends well. Raises OSError.
+
+    Only its owner can read it: it holds what users sent, as hashes.
+    """
     temporary = path.with_suffix(".part")
     try:
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "xb", opener=_for_the_owner) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -125,6 +129,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _for_the_owner(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _sync(directory: Path) -> None:

@@ -113,6 +113,7 @@ def read_judged(path: Path) -> dict[str, Settled]:
 
 def _open(path: Path) -> sqlite3.Connection:
     """Raises UserError for another version's file, sqlite3.DatabaseError for a damaged one."""
+    path.touch(mode=0o600)  # before SQLite makes it readable to all; its log takes the same mode
     db = sqlite3.connect(path, timeout=_BUSY_SECONDS, check_same_thread=False)
     try:
         db.execute("PRAGMA journal_mode = WAL")

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from connectors.kafka.settings import KafkaSettings
+from kavier_twin.commands.main import main
 from kavier_twin.daemon.config import Settings, read_settings
 from kavier_twin.daemon.http_settings import DEFAULT_PORT
 from kavier_twin.errors import UserError
@@ -279,3 +280,33 @@ def test_what_a_kafka_source_misses_on_this_machine(tmp_path: Path, monkeypatch:
         f"sources.0.tls.key_password: {tmp_path}/gone: cannot be read (No such file or directory); "
         "create it or correct the path",
     ]
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="/proc is a directory that nobody can write to")
+@pytest.mark.parametrize("place", ["checkpoints", "dead_letters"])
+def test_a_directory_that_cannot_be_written_is_one_line(
+    place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    value = {"checkpoints": "{directory: /proc}", "dead_letters": "/proc/letters.jsonl"}[place]
+    path = tmp_path / "twin.yaml"
+    fleet = "fleet: {engine: {num_gpu_blocks: 100}}"
+    path.write_text(f"{fleet}\nsources: [{{type: trace_file, path: a.jsonl}}]\n{place}: {value}\n")
+    for words in (["run", "--check"], ["run"]):
+        assert main([*words, "--config", str(path)]) == 1
+        said = capsys.readouterr().err
+        assert "the directory /proc cannot be written to by user" in said
+        assert f"{path}: {place}" in said
+        assert "Traceback" not in said
+
+
+def test_a_cache_that_cannot_be_written_is_said_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "twin.yaml"
+    path.write_text("fleet: {engine: {num_gpu_blocks: 100}}\nsources: [{type: trace_file, path: a.jsonl}]\n")
+    monkeypatch.setenv("NUMBA_CACHE_DIR", "/proc/kernels")
+    assert main(["run", "--check", "--config", str(path)]) == 0
+    assert "/proc/kernels, cannot be written" in capsys.readouterr().out
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "kernels"))
+    assert main(["run", "--check", "--config", str(path)]) == 0
+    assert "warning" not in capsys.readouterr().out

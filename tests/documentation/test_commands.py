@@ -452,6 +452,7 @@ CHECKS: list[tuple[str, Check]] = [
     (r"kavier-twin( \w+)? --(help|version)$", ran),
     (r"kavier-twin accuracy recordings/monday", ran),
     (r"kavier-twin mirror ", parsed),
+    (r"kavier-twin (doctor|init)", parsed),
     (r"kavier-twin accuracy( \.\./.*)?$", parsed),
     (r"kavier-twin (scores|whatif .*--token-file)", asked),
     (r"kavier-twin [\w-]+$", named),

@@ -13,6 +13,7 @@ from connectors.traces import read_trace
 from kavier_twin.mirror import checkpoint_file, mirror_state
 from kavier_twin.mirror.checkpoint_file import CheckpointError
 from kavier_twin.mirror.mirror import Mirror, MirrorSettings
+from kavier_twin.scores.store import FILE_NAME, ScoreStore
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
 from kavier_twin.telemetry import RequestFinished, RequestSeen
 
@@ -133,3 +134,14 @@ def test_a_full_disk_leaves_the_last_good_one(
             checkpoint_file.write(tmp_path, 2, saved, keep=2)
     assert [path.name for path in tmp_path.iterdir()] == ["000000000001.checkpoint"]
     assert checkpoint_file.newest(tmp_path)[1] == 1
+
+
+def test_only_the_owner_can_read_a_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "000000000001.checkpoint"
+    path.with_suffix(".part").write_bytes(b"left by a kill")
+    path.with_suffix(".part").chmod(0o644)
+    checkpoint_file.write(tmp_path, 1, checkpoint_file.Saved({}, {}), keep=1)
+    assert path.stat().st_mode & 0o777 == 0o600
+    store = ScoreStore(tmp_path / FILE_NAME)
+    assert (tmp_path / FILE_NAME).stat().st_mode & 0o777 == 0o600
+    store.close()

@@ -186,7 +186,11 @@ def _compiled_beside(
                 stack.enter_context(_alone(files[library]))
         except OSError as error:
             log.warning("compiled kernels cannot be kept in %s (%s)", cache_folder(), error.strerror)
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            try:
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            except OSError:  # there is no place at all, not even for a moment
+                yield from ((library, library.compile()) for library in libraries)
+                return
             files = {library: folder / library.name for library in libraries}
         found = {library: code for library in libraries if (code := _read(files[library])) is not None}
         yield from found.items()
