@@ -90,12 +90,14 @@ def _event(event: Any) -> KvEvent | None:
     parent, block_tokens = fields.get("parent_block_hash"), fields.get("block_size") or 0
     if not isinstance(block_tokens, int) or block_tokens < 0:
         raise WireError(f"block_size {block_tokens!r}")
+    kind_of_layers = fields.get("kv_cache_spec_kind")
     return KvBlocksStored(
         block_hashes=block_hashes,
         parent_hash=None if parent is None else _hash(parent),
         block_tokens=block_tokens,
         medium=medium,
         group=group,
+        spec_kind=kind_of_layers if isinstance(kind_of_layers, str) else "",
     )
 
 

@@ -42,6 +42,8 @@ class EngineConfig:
     gpu_memory_utilization: float | None = None
     prefix_caching_hash_algo: str | None = None
     sliding_window: int | None = None  # tokens
+    mamba_block_size: int | None = None  # tokens
+    effective_attention_block_size: int | None = None  # tokens
     tensor_parallel_size: int | None = None
     data_parallel_size: int | None = None
     dtype: str | None = None
@@ -84,6 +86,8 @@ def _cache_config(labels: Mapping[str, str], engines: int) -> EngineConfig:
         gpu_memory_utilization=_number(labels.get("gpu_memory_utilization")),
         prefix_caching_hash_algo=_text(labels.get("prefix_caching_hash_algo")),
         sliding_window=_whole(labels.get("sliding_window")),
+        mamba_block_size=_whole(labels.get("mamba_block_size")),
+        effective_attention_block_size=_whole(labels.get("effective_attention_block_size")),
         capacity_note=capacity.note,
     )
 
@@ -179,6 +183,8 @@ def from_server_info(answer: Any) -> EngineConfig:
         gpu_memory_utilization=_number(cache.get("gpu_memory_utilization")),
         prefix_caching_hash_algo=_text(cache.get("prefix_caching_hash_algo")),
         sliding_window=_whole(cache.get("sliding_window")),
+        mamba_block_size=_whole(cache.get("mamba_block_size")),
+        effective_attention_block_size=_whole(cache.get("effective_attention_block_size")),
         tensor_parallel_size=_whole(parallel.get("tensor_parallel_size")),
         data_parallel_size=ranks,
         dtype=_text(model.get("dtype")),

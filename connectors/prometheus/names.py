@@ -40,6 +40,7 @@ COUNTERS: Final = {
 # Field -> the label that tells its entries apart, and the names.
 LABELLED_GAUGES: Final = {
     "requests_waiting_by_reason": ("reason", ("vllm:num_requests_waiting_by_reason",)),
+    "lora_requests": ("running_lora_adapters", ("vllm:lora_requests_info",)),
     "sleep_state": ("sleep_state", ("vllm:engine_sleep_state",)),
 }
 LABELLED_COUNTERS: Final = {

@@ -21,20 +21,23 @@ from connectors.settings import LiveSource, MetricsSource, TraceFile
 from connectors.source import Source
 from connectors.traces import TraceError
 from connectors.traces.follow import FollowFile
+from kavier_twin.catalog.model import ModelShape
 from kavier_twin.daemon.checkpoints import Checkpoints
 from kavier_twin.daemon.config import AnySource, Settings
 from kavier_twin.daemon.engine_notes import EngineNotes, unmatched_caches
-from kavier_twin.daemon.engine_settings import capacity_notes, contradictions, tells, told
+from kavier_twin.daemon.engine_settings import capacity_notes, contradictions, discovered, tells, told
 from kavier_twin.daemon.feed import UNNAMED_POOL, Feed
 from kavier_twin.daemon.freshness import STALE_AFTER_SECONDS, Freshness
 from kavier_twin.daemon.http_settings import HttpConfig
 from kavier_twin.daemon.kept_policies import KeptPolicies
 from kavier_twin.daemon.pool import PoolTwin
 from kavier_twin.daemon.pool_control import PoolControl
+from kavier_twin.daemon.unmodelled import UnmodelledFeatures, note_of
 from kavier_twin.daemon.warm_up import compiled, counts, make_ready
 from kavier_twin.errors import UserError
 from kavier_twin.scores.store import FILE_NAME, ScoreStore
 from kavier_twin.serve.app import Twin
+from kavier_twin.serve.assemble import spoiled
 from kavier_twin.serve.http import AddressError, HttpServer
 from kavier_twin.serve.models import SourceState, TwinView
 from kavier_twin.telemetry import EngineSample, TelemetryRecord
@@ -69,6 +72,7 @@ class Daemon:
         stale_after_seconds: float = STALE_AFTER_SECONDS,
         warm_up: bool = False,
         prepare: Callable[[], None] | None = None,
+        shapes: Mapping[str, ModelShape] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.failed = False
@@ -81,6 +85,12 @@ class Daemon:
         self._engine_notes = {
             pool.name: EngineNotes(
                 pool.name, alone=pool.metrics is not None, host_tier=pool.fleet.engine.host_tier is not None
+            )
+            for pool in pools
+        }
+        self._unmodelled = {
+            pool.name: UnmodelledFeatures(
+                (shapes or {}).get(pool.name), host_tier=pool.fleet.engine.host_tier is not None
             )
             for pool in pools
         }
@@ -139,6 +149,7 @@ class Daemon:
             stale_after_seconds=settings.stale_after_seconds,
             warm_up=warm_up_seconds > 0.0,
             prepare=lambda: make_ready(pool.fleet.engine for pool in pools),
+            shapes={name: pool.fleet.hardware.shape for name, pool in settings.by_pool.items() if pool.fleet.hardware},
         )
 
     def _listen(self, http: HttpConfig) -> HttpServer:
@@ -275,6 +286,7 @@ class Daemon:
             polled, full = feed.poll(BATCH_RECORDS, self.pools)
             for pool_name, record in polled:
                 records[pool_name].append(record)
+                self._unmodelled[pool_name].take(record)
                 if isinstance(record, EngineSample):
                     self._engine_notes[pool_name].take(record)
             more = more or full
@@ -312,7 +324,9 @@ class Daemon:
             contrary = contradictions(sources)
             notes = [f"Engine configuration: {line}." for line in (*contrary, *capacity_notes(sources))]
             engines = self._engine_notes[name].engines()
-            notes += self._engine_notes[name].notes() + unmatched_caches(view.caches, view.replicas)
+            features = self._unmodelled[name].found(self._engine_notes[name].samples(), discovered(sources))
+            view = spoiled(view, features)
+            notes += note_of(features) + self._engine_notes[name].notes() + unmatched_caches(view.caches, view.replicas)
             if view.power is not None:
                 notes += [f"Source {states[n].name}: {line}." for n in mine for line in self._feeds[n].power_notes]
             views[name] = replace(

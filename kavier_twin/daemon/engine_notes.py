@@ -80,6 +80,10 @@ class EngineNotes:
             Engine(s.pod, s.engine, s.model or "", s.vllm_version or "", _block_ages(s)) for s in self._newest.values()
         )
 
+    def samples(self) -> tuple[EngineSample, ...]:
+        """The newest of each engine."""
+        return tuple(self._newest.values())
+
     def notes(self) -> list[str]:
         """One sentence for each thing to know."""
         samples = list(self._newest.values())

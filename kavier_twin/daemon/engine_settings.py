@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final, Protocol, runtime_checkable
 
-from connectors.prometheus.engine_config import EngineConfigs
+from connectors.prometheus.engine_config import EngineConfig, EngineConfigs
 from connectors.source import Source
 
 ADOPTED: Final = (
@@ -51,6 +51,11 @@ def told(sources: Iterable[Source]) -> dict[str, bool | int | float | str]:
 def contradictions(sources: Iterable[Source]) -> list[str]:
     """Where engines contradict each other or what the settings file says."""
     return [line for source in sources if isinstance(source, _Teller) for line in source.configs.contradictions()]
+
+
+def discovered(sources: Iterable[Source]) -> list[EngineConfig]:
+    """What the engines of each source say of themselves."""
+    return [source.configs.discovered() for source in sources if isinstance(source, _Teller)]
 
 
 def capacity_notes(sources: Iterable[Source]) -> list[str]:

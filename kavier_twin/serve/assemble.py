@@ -34,6 +34,7 @@ from kavier_twin.serve.models import (
     PrefixCache,
     Series,
     TwinView,
+    Unmodelled,
 )
 from kavier_twin.simulation.kpi_table import GAUGES, KPIS, STATISTICS
 
@@ -178,6 +179,33 @@ def judged(view: TwinView, mirror: Mirror) -> TwinView:
         trust=trust,
         trusted=not reasons,
         untrusted_reasons=tuple(reasons),
+        outlook=view.outlook and _judged_outlook(view.outlook, trust, {slo.name: slo.kpi for slo in view.slos}),
+    )
+
+
+def spoiled(view: TwinView, features: Sequence[Unmodelled]) -> TwinView:
+    """The view with no trust in the KPIs that features spoil, nor in those that are not observed and judged by them."""
+    why: dict[str, str] = {}
+    for feature in features:
+        for kpi in feature.spoils:
+            why.setdefault(kpi, f"{kpi}: {feature.what}: not modelled")
+    if not why:
+        return replace(view, unmodelled=())
+    observed = {entry.kpi for entry in view.errors}
+    for kpi in KPIS:
+        judged_by = kpi
+        while judged_by not in why and judged_by not in observed and KPIS[judged_by].stand_in:
+            judged_by = KPIS[judged_by].stand_in
+        if judged_by in why:
+            why[kpi] = why[judged_by]
+    trust = {kpi: Trust(False, why[kpi]) if kpi in why else known for kpi, known in view.trust.items()}
+    reasons = tuple(f"not modelled: {feature.what}" for feature in features)
+    return replace(
+        view,
+        unmodelled=tuple(features),
+        trust=trust,
+        trusted=False,
+        untrusted_reasons=(*view.untrusted_reasons, *reasons),
         outlook=view.outlook and _judged_outlook(view.outlook, trust, {slo.name: slo.kpi for slo in view.slos}),
     )
 

@@ -523,6 +523,16 @@ class Engine:
     kv_block_seconds: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Unmodelled:
+    """A feature that engines use and the twin does not model, and the KPIs that are not trusted for it."""
+
+    name: str
+    what: str
+    seen_by: str
+    spoils: tuple[str, ...]
+
+
 # --- all of it ----------------------------------------------------------------------------------------------------
 
 
@@ -542,6 +552,7 @@ class TwinView(PoolState, PoolFidelity, PoolForecast, PoolScores):
     history: History = History()
     prefix_cache: PrefixCache = PrefixCache()
     engines: tuple[Engine, ...] = ()  # that metrics tell of
+    unmodelled: tuple[Unmodelled, ...] = ()  # features of the engines
     engine_contradictions: int = 0  # settings that engines tell otherwise than the settings file or each other
     warming_up: bool = False  # the past of the logs is being mirrored
     kernels: KernelCounts = KernelCounts()

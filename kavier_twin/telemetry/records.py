@@ -217,6 +217,7 @@ class EngineSample(Record):
     request_generation_tokens: Histogram | None = None
     step_tokens: Histogram | None = None  # one observation for every engine step that put out tokens
     sleep_state: dict[str, Amount] = {}  # 1 under the state that the engine is in: awake, weights_offloaded, ...
+    lora_requests: dict[str, Amount] = {}  # unix time of the newest request, by the running adapters' names
     spec_decode_drafts: Amount | None = None
     spec_decode_draft_tokens: Amount | None = None
     spec_decode_accepted_tokens: Amount | None = None
@@ -258,7 +259,7 @@ class GpuSample(Record):
 class KvBlocksStored(BaseModel):
     """Blocks that got an identity in a cache, in chain order after `parent_hash` (None at the start of a prompt).
 
-    `block_tokens` is 0 where the event does not tell it.
+    `block_tokens` is 0 where the event does not tell it, and `spec_kind`, vLLM's kind of the group's layers, empty.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -269,6 +270,7 @@ class KvBlocksStored(BaseModel):
     block_tokens: Annotated[int, Field(ge=0)] = 0
     medium: str = "GPU"
     group: int = 0
+    spec_kind: str = ""
 
 
 class KvBlocksRemoved(BaseModel):

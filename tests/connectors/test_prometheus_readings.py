@@ -290,6 +290,7 @@ def test_the_configuration_of_a_real_server() -> None:
         kv_cache_dtype="auto",
         gpu_memory_utilization=0.92,
         prefix_caching_hash_algo="sha256",
+        effective_attention_block_size=engine["block_size"],
     )
 
 

@@ -148,8 +148,11 @@ def test_the_status_and_the_metrics_show_them(hybrid: Pages, tmp_path: Path) -> 
     daemon = Daemon.of(read_settings(path))
     daemon.start()
     try:
-        until(lambda: len(daemon.view.notes) >= 2, "the notes are shown")
-        capacity, models = daemon.view.notes[:2]
+        until(lambda: len(daemon.view.notes) >= 3, "the notes are shown")
+        capacity, unmodelled, models = daemon.view.notes[:3]
+        assert unmodelled.startswith("Not modelled: layers that keep a state (mamba_block_size")
+        assert not daemon.view.trust["prefix_cache_hit_ratio"].trusted
+        assert [feature.name for feature in daemon.view.unmodelled] == ["state_layers"]
         assert "num_gpu_blocks 320 times block_size 8 is not kv_cache_size_tokens 463459" in capacity
         assert models.startswith("The pool's engines serve 2 models, a, b")
         engine = daemon.pools["p"].mirror.fleet.settings.engine

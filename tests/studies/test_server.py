@@ -47,7 +47,7 @@ def test_no_coefficient_lies_below_the_hardwares_peak(tensor_parallel: int) -> N
 def test_unknown_and_impossible_servers() -> None:
     with pytest.raises(CatalogError, match="names no model"):
         from_catalogue(SERVER._replace(model=None), "here")
-    with pytest.raises(CatalogError, match="B300"):
-        from_catalogue(SERVER._replace(gpu="B300"), "here")
+    with pytest.raises(CatalogError, match="B9000"):
+        from_catalogue(SERVER._replace(gpu="B9000"), "here")
     with pytest.raises(UserError, match=r"here: engine\.max_num_seqs"):
         from_catalogue(SERVER._replace(engine={"max_num_seqs": "many"}), "here")

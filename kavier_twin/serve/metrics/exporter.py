@@ -29,6 +29,7 @@ from kavier_twin.serve.metrics.load import load_metrics
 from kavier_twin.serve.metrics.power import power_metrics
 from kavier_twin.serve.metrics.score import score_metrics
 from kavier_twin.serve.metrics.sweep import sweep_metrics
+from kavier_twin.serve.metrics.unmodelled import unmodelled_metric
 from kavier_twin.serve.models import Outlook, TwinView
 from kavier_twin.simulation.kpi_table import GAUGES, KPIS, Kpi
 from kavier_twin.simulation.replica_state import ReplicaState
@@ -80,6 +81,7 @@ def _metrics(view: TwinView) -> Iterator[Metric]:
         currency.add_metric([view.pool], {"currency": view.currency})
         yield currency
     yield from engine_metrics(view.pool, view.engines)
+    yield unmodelled_metric(view.pool, view.unmodelled)
     yield from _stream(view)
     yield from _mirror(view)
     yield from _fidelity(view)
