@@ -5,6 +5,7 @@ Only the workload and the settings are read here; the decisions (`golden.jsonl`)
 
 from __future__ import annotations
 
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +42,25 @@ class GoldenReader(JsonReader):
         self.hashes_cover_output = cover == "prompt+output"
 
     def record(self, index: int, row: dict[str, Any]) -> RequestRecord:
+        adapter = label(row.get("lora"), "lora")
         return request(
             id=str(index),
             time_seconds=since_start(required(row, "arrival_seconds"), "arrival_seconds"),
             session=label(row.get("session"), "session"),
             prompt_tokens=required(row, "prompt_tokens"),
             output_tokens=required(row, "output_tokens"),
-            block_hashes=hashes(row.get("hash_ids")),
+            block_hashes=_separated(hashes(row.get("hash_ids")), adapter, label(row.get("cache_salt"), "cache_salt")),
             block_tokens=self.block_tokens,
             hashes_cover_output=self.hashes_cover_output,
             priority=row.get("priority", 0),
+            adapter=adapter,
+            skip_reading_prefix_cache=row.get("prompt_logprobs") is not None,
         )
+
+
+def _separated(ids: tuple[Any, ...], adapter: str | None, salt: str | None) -> tuple[Any, ...]:
+    """Hashes of the tokens alone, told apart by adapter and salt: keys are chained, so that the first carries both."""
+    if not ids or (adapter is None and salt is None):
+        return ids
+    told = repr((ids[0], adapter, salt)).encode()
+    return (int.from_bytes(blake2b(told, digest_size=8).digest()), *ids[1:])

@@ -109,6 +109,8 @@ class Scenarios:
             session=nodes.session[n:],
             held=np.zeros(arrivals.size, np.int8),
             replica=np.full(arrivals.size, -1),
+            adapter=np.zeros(arrivals.size, np.int64),
+            skips_lookup=np.zeros(arrivals.size, np.int8),
             chain_starts=starts,
             chain=chain,
             hash_tokens=nodes.hash_tokens[n:],

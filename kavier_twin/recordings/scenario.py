@@ -33,7 +33,7 @@ from kavier_twin.recordings.engine_logs import counted, logged_steps
 from kavier_twin.simulation.footprint import Footprint
 from kavier_twin.simulation.settings import EngineSettings, FleetSettings, StepTime
 from kavier_twin.simulation.versions import NEWEST, nearest_profile, release
-from kavier_twin.simulation.workload import Workload, make_workload, take_rows
+from kavier_twin.simulation.workload import Workload, adapter_identity, make_workload, take_rows
 
 log = logging.getLogger(__name__)
 
@@ -156,6 +156,8 @@ def workload_part(records: RequestTable, start: int, stop: int) -> Workload:
         hash_tokens=block_tokens,
         covered=np.minimum(hashed, known),
         priority=records.rest("priority", start, stop),
+        adapter=[adapter_identity(name) for name in records.rest("adapter", start, stop)],
+        skips_lookup=records.rest("skip_reading_prefix_cache", start, stop),
         session=np.where(session < 0, -1 - index, session),  # without one, each is a session of its own
         index=index,
     )
@@ -226,7 +228,27 @@ def _golden_engine(settings: Mapping[str, Any], where: str) -> EngineSettings:
     engine, version = settings.get("engine"), settings.get("vllm")
     if isinstance(engine, Mapping) and version is not None:
         engine = {"vllm": _profile(version, where), **engine}
+    if isinstance(engine, Mapping):
+        engine = _as_settings(engine)
     return _checked(EngineSettings, engine, f"{where}: engine")
+
+
+def _as_settings(engine: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of vLLM that come down to other settings of ours. What is not understood stays, to be refused."""
+    engine = dict(engine)
+    lora = engine.get("lora")
+    if isinstance(lora, Mapping) and lora.keys() == {"max_loras"}:
+        engine["max_loras"] = engine.pop("lora")["max_loras"]
+    ranks, size = engine.get("decode_context_parallel_size"), engine.get("block_size")
+    if type(ranks) is int and ranks > 0 and type(size) is int:
+        # A block holds the tokens of all ranks: vLLM's effective_attention_block_size.
+        engine["block_size"] = size * engine.pop("decode_context_parallel_size")
+    if engine.get("disable_hybrid") is True:  # every layer keeps all its tokens, whatever its window
+        del engine["disable_hybrid"]
+        engine.pop("kv_layers", None)
+    if engine.get("pipeline_parallel_size") == 1:
+        del engine["pipeline_parallel_size"]
+    return engine
 
 
 def _recorded_engine(engine: Any, where: str) -> EngineSettings:

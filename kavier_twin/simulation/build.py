@@ -214,8 +214,8 @@ def write_engine(row: Records, engine: EngineSettings, step_time: StepTime, *, s
     """Write settings into one row of `FleetState.engines`."""
     row["block_size"] = engine.block_size
     row["num_blocks"] = engine.num_gpu_blocks
-    row["max_num_seqs"] = engine.max_num_seqs
-    row["max_num_batched_tokens"] = engine.max_num_batched_tokens
+    row["max_num_seqs"] = min(engine.max_num_seqs, engine.max_num_active_seqs or engine.max_num_seqs)
+    row["max_num_batched_tokens"] = engine.max_num_scheduled_tokens or engine.max_num_batched_tokens
     row["max_model_len"] = engine.max_model_len
     row["long_prefill_token_threshold"] = engine.long_prefill_token_threshold
     row["watermark_blocks"] = int(engine.watermark * engine.num_gpu_blocks)
@@ -228,6 +228,8 @@ def write_engine(row: Records, engine: EngineSettings, step_time: StepTime, *, s
     row["self_preemption_ends_pass"] = profile.self_preemption_ends_pass
     row["offload_ranks_by_request"] = profile.offload_ranks_by_request
     row["offload_offers_again"] = profile.offload_offers_again
+    row["lora_counts_all_running"] = profile.lora_counts_all_running
+    row["max_loras"] = engine.max_loras
     # What decodes write through has to be offered step by step.
     decodes_stored = engine.host_tier is not None and not engine.host_tier.offload_prompt_only
     row["stepping"] = stepping or decodes_stored
@@ -383,6 +385,8 @@ def rows_of_live(state: FleetState, number: int, delivered_seconds: float) -> Wo
         session=rows["session"].copy(),
         held=rows["held"].astype(np.int8),
         replica=np.full(rows.size, -1, np.int64),
+        adapter=rows["adapter"].copy(),
+        skips_lookup=rows["skips_lookup"].astype(np.int8),
         chain_starts=starts,
         chain=np.concatenate(chains) if chains else np.zeros(0, np.uint64),
         hash_tokens=rows["hash_tokens"].astype(np.int64),

@@ -186,8 +186,17 @@ class EngineSettings(_Settings):
     max_num_seqs: Positive = 1024
     """Requests in a batch (`--max-num-seqs`)."""
 
+    max_num_active_seqs: Positive | None = Field(default=None, examples=[64])
+    """Running requests above which none is admitted (`--max-num-active-seqs`); as `max_num_seqs` unless given."""
+
     max_num_batched_tokens: Positive = 8192
     """Tokens in a batch (`--max-num-batched-tokens`)."""
+
+    max_num_scheduled_tokens: Positive | None = Field(default=None, examples=[4096])
+    """Tokens scheduled in a batch at most; as `max_num_batched_tokens` unless given."""
+
+    max_loras: Annotated[int, Field(ge=0)] = 0
+    """LoRA adapters in a batch (`--max-loras`); 0 for no limit."""
 
     max_model_len: Annotated[int, Field(ge=2, le=2**30)] = 131_072
     """The longest prompt with its output (`--max-model-len`)."""
@@ -241,6 +250,14 @@ class EngineSettings(_Settings):
     @classmethod
     def _release_of_vllm(cls, value: object) -> object:
         return release(value) or value
+
+    @model_validator(mode="after")
+    def _limits_must_agree(self) -> EngineSettings:
+        if (self.max_num_scheduled_tokens or 0) > self.max_num_batched_tokens:
+            raise ValueError("max_num_scheduled_tokens must not be above max_num_batched_tokens")
+        if self.max_loras > 0 and self.host_tier is not None:
+            raise ValueError("max_loras is not modelled together with a host_tier; leave one out")
+        return self
 
     @model_validator(mode="after")
     def _tiers_must_fit(self) -> EngineSettings:

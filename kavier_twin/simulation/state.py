@@ -124,12 +124,14 @@ REQUEST = _record(
     ("index", np.int64),  # the caller's number for it
     ("uid", np.int64),  # unique on this replica, names its private blocks
     ("session", np.int64),
+    ("adapter", np.int64),  # identity of its LoRA adapter, 0 = none
     ("cells", np.int64),  # where its hash chain starts in the arena; its block table follows the chain
     ("cell_class", np.int32),  # log2 of the arena cells it owns
     ("chain_length", np.int32),
     ("hash_tokens", np.int32),  # tokens under one hash of the chain
     ("covered", np.int32),  # leading tokens whose content the chain identifies
     ("known", np.int32),  # leading blocks whose content the chain identifies
+    ("skips_lookup", np.int32),  # it uses no cached prefix, as with prompt_logprobs
     ("cached", np.int32),  # prefix hits at first admission, tokens
     ("external", np.int32),  # tokens the tiers provided at first admission
     ("counted", np.int32),  # its prefix hits are in the replica's counters
@@ -280,9 +282,11 @@ ENGINE = _record(
     ("reserve_full_isl", np.int32),
     ("priority_policy", np.int32),
     ("stepping", np.int32),  # the reference: never jump
-    ("self_preemption_ends_pass", np.int32),  # this and the next two: see versions.Profile
+    ("self_preemption_ends_pass", np.int32),  # this and the next three: see versions.Profile
     ("offload_ranks_by_request", np.int32),
     ("offload_offers_again", np.int32),
+    ("lora_counts_all_running", np.int32),
+    ("max_loras", np.int64),  # adapters in a batch, 0 = no limit
     ("fixed", np.float64),  # step time, see settings.StepTime
     ("per_prefill_token", np.float64),
     ("per_decode_sequence", np.float64),
@@ -457,6 +461,8 @@ class Workload(NamedTuple):
     session: npt.NDArray[np.int64]  # [n]
     held: npt.NDArray[np.int8]  # [n] 1: ends only when told to
     replica: npt.NDArray[np.int64]  # [n] -1: the router decides
+    adapter: npt.NDArray[np.int64]  # [n] identity of a LoRA adapter, 0 = none
+    skips_lookup: npt.NDArray[np.int8]  # [n] 1: uses no cached prefix
     chain_starts: npt.NDArray[np.int64]  # [n + 1]
     chain: npt.NDArray[np.uint64]
     hash_tokens: npt.NDArray[np.int64]  # [n] tokens under one hash, 0 without hashes

@@ -32,17 +32,22 @@ class Profile(NamedTuple):
     (`distributed/kv_transfer/kv_connector/v1/offloading/scheduler.py`, `get_num_new_matched_tokens`.)
     """
 
+    lora_counts_all_running: bool
+    """`max_loras` counts the adapters of all running requests, otherwise of those in the batch being scheduled."""
+
 
 PROFILES: Final = {
     "0.32": Profile(
         self_preemption_ends_pass=True,
         offload_ranks_by_request=False,
         offload_offers_again=False,
+        lora_counts_all_running=False,
     ),
     "0.33": Profile(
         self_preemption_ends_pass=False,
         offload_ranks_by_request=True,
         offload_offers_again=True,
+        lora_counts_all_running=True,
     ),
 }
 OLDEST: Final = next(iter(PROFILES))

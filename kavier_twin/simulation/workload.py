@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from hashlib import blake2b
 from typing import Protocol
 
 import numpy as np
@@ -31,6 +32,10 @@ class RequestLike(Protocol):
     def block_tokens(self) -> int | None: ...
     @property
     def hashes_cover_output(self) -> bool: ...
+    @property
+    def adapter(self) -> str | None: ...
+    @property
+    def skip_reading_prefix_cache(self) -> bool: ...
 
 
 def make_workload(
@@ -46,6 +51,8 @@ def make_workload(
     session: npt.ArrayLike | None = None,
     held: npt.ArrayLike = 0,
     replica: npt.ArrayLike = -1,
+    adapter: npt.ArrayLike = 0,
+    skips_lookup: npt.ArrayLike = 0,
     index: npt.ArrayLike | None = None,
 ) -> Workload:
     """Build a workload; scalars are broadcast. Arrivals must be sorted, `chain` holds content hashes (any 64 bits).
@@ -79,6 +86,8 @@ def make_workload(
         session=column(numbers if session is None else session, np.int64),
         held=column(held, np.int8),  # type: ignore[arg-type]
         replica=column(replica, np.int64),
+        adapter=column(adapter, np.int64),
+        skips_lookup=column(skips_lookup, np.int8),  # type: ignore[arg-type]
         chain_starts=starts,
         chain=keys,
         hash_tokens=column(hash_tokens, np.int64),
@@ -112,6 +121,8 @@ def workload_of(
             for number, row in enumerate(rows, first_index)
         ],
         held=int(held),
+        adapter=[adapter_identity(row.adapter) for row in rows],
+        skips_lookup=[row.skip_reading_prefix_cache for row in rows],
         index=np.arange(first_index, first_index + len(rows)),
     )
 
@@ -149,6 +160,13 @@ def concatenate(first: Workload, second: Workload) -> Workload:
     }
     starts = np.concatenate([first.chain_starts, second.chain_starts[1:] + first.chain_starts[-1]])
     return Workload(chain_starts=starts, **columns)
+
+
+def adapter_identity(name: str | None) -> int:
+    """A number for a LoRA adapter, the same in every process; 0 for none."""
+    if name is None:
+        return 0
+    return 1 + int.from_bytes(blake2b(name.encode(), digest_size=7).digest())
 
 
 def covered_tokens(request: RequestLike) -> int:

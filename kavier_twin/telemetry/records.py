@@ -40,7 +40,8 @@ class RequestSeen(Record):
 
     A producer may send a first record when the request comes, and a fuller one with the same `id` and `time_seconds`
     when its prompt is tokenised: see `completes`. `prompt_tokens_from` tells how the length of the prompt is known:
-    estimated, tokenised, or counted by the engine (`usage`).
+    estimated, tokenised, or counted by the engine (`usage`). `adapter` names the request's LoRA adapter.
+    `skip_reading_prefix_cache`: it uses no cached prefix, as vLLM has it with `prompt_logprobs`.
     """
 
     kind: Literal["request_seen"] = "request_seen"
@@ -56,6 +57,8 @@ class RequestSeen(Record):
     block_tokens: Annotated[int, Field(ge=1, le=1_048_576)] | None = None
     priority: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
     pod: str | None = None
+    adapter: Identifier | None = None
+    skip_reading_prefix_cache: bool = False
 
     @model_validator(mode="after")
     def _hashes_need_a_size(self) -> RequestSeen:
@@ -142,6 +145,8 @@ class RequestRecord(RequestSeen):
             block_tokens=self.block_tokens if hashes else None,
             priority=self.priority,
             pod=self.pod,
+            adapter=self.adapter,
+            skip_reading_prefix_cache=self.skip_reading_prefix_cache,
         )
 
     def finished(self) -> RequestFinished | None:

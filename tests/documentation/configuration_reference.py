@@ -76,6 +76,7 @@ _UNITS = {
     "router_max_imbalance": "requests",
     "block_size": "tokens",
     "max_model_len": "tokens",
+    "max_loras": "adapters",
     "blocks_per_chunk": "blocks",
     "store_threshold": "lookups",
     "max_tracker_size": "chunks",

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from golden.runs import EXACT, PLAIN, TIERS_033
 from kavier_twin.errors import UserError
 from kavier_twin.recordings.scenario import load_scenario
 from kavier_twin.simulation.policies import apply_overrides, parse_override
@@ -24,9 +25,7 @@ DECISIONS = {"cached": "cached_tokens", "external": "external_tokens", "preempti
 TIMES = {"scheduled": "scheduled_seconds", "first_token": "first_token_seconds", "finish": "finish_seconds"}
 BOTH_WAYS = pytest.mark.parametrize("stepping", [False, True], ids=["jump", "reference"])
 
-# seven runs of the priority policy that the versions decide differently, and others of every kind
-PLAIN = [f"r{number}" for number in (*range(9000, 9040, 2), 9500, *range(9504, 9519, 2), 9519, *range(9520, 9540, 2))]
-TIERS_033 = ["arc", "decode", "lru-small", "no-caching", "no-chunking", "pinned", "random-sync", "threshold", "tight"]
+FEATURES = sorted({run for item in EXACT for run in item.runs} - set(PLAIN))
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -57,7 +56,7 @@ def golden_of(folder: Path, vllm: str) -> Path:
 @pytest.mark.parametrize("vllm", PROFILES)
 @pytest.mark.parametrize("name", PLAIN)
 def test_plain_runs(shared_data: Path, name: str, vllm: str, stepping: bool) -> None:
-    folder = shared_data / "vllm_golden_033" / name
+    folder = shared_data / name
     check(folder, golden_of(folder, vllm), vllm, stepping=stepping)
 
 
@@ -68,11 +67,20 @@ def test_tiers_of_033(shared_data: Path, name: str, stepping: bool) -> None:
     check(DATA / "tiers" / name, golden, "0.33", stepping=stepping)
 
 
+@BOTH_WAYS
+@pytest.mark.parametrize("vllm", PROFILES)
+@pytest.mark.parametrize("name", FEATURES)
+def test_features(shared_data: Path, name: str, vllm: str, stepping: bool) -> None:
+    folder = shared_data / name
+    check(folder, golden_of(folder, vllm), vllm, stepping=stepping)
+
+
 def test_every_given_run_is_tried(shared_data: Path) -> None:
     """A run that is added to the data is added here."""
-    assert sorted(PLAIN) == sorted(folder.name for folder in (shared_data / "vllm_golden_033").iterdir())
+    given = (shared_data / "vllm_golden_033").iterdir()
+    assert sorted(PLAIN) == sorted(f"vllm_golden_033/{folder.name}" for folder in given)
     tiers = shared_data / "vllm_golden_features" / "tiers_033"
-    assert sorted(folder.name for folder in tiers.iterdir()) == TIERS_033
+    assert sorted(folder.name for folder in tiers.iterdir()) == sorted(TIERS_033)
 
 
 def scenario_of(folder: Path, **changes: Any) -> Path:

@@ -33,6 +33,8 @@ class Row(NamedTuple):
     priority: int
     session: int
     held: bool
+    adapter: int = 0
+    skips_lookup: bool = False
 
 
 class Switch(NamedTuple):
@@ -79,6 +81,8 @@ class Scenario:
             priority=[row.priority for row in rows],
             session=[row.session for row in rows],
             held=[int(row.held) for row in rows],
+            adapter=[row.adapter for row in rows],
+            skips_lookup=[int(row.skips_lookup) for row in rows],
             index=np.arange(first, first + len(rows)),
         )
 
@@ -124,6 +128,8 @@ def engines(draw: st.DrawFn, block_size: int, rows: tuple[Row, ...]) -> EngineSe
     chunked = draw(st.sampled_from([True, True, True, False]))
     budgets = [2048, 64, 17, 5] if chunked else [2048, 2048, 64]
     return EngineSettings(
+        vllm=draw(st.sampled_from(["0.32", "0.33"])),
+        max_num_active_seqs=draw(st.sampled_from([None, None, 3])),
         block_size=block_size,
         num_gpu_blocks=max(4, largest + 1 + spare),
         max_num_seqs=draw(st.sampled_from([64, 16, 4, 2, 1])),
@@ -198,11 +204,13 @@ def requests(draw: st.DrawFn, block_size: int, hash_tokens: int, *, held: bool, 
         st.integers(0, 2),  # priority
         st.sampled_from(["family", "family", "parent", "alone"]),
         st.booleans() if held else st.just(False),
+        st.integers(0, 3),  # adapter
+        st.sampled_from([False, False, False, True]),  # reads no cached prefix
     )
     time = float(rng.uniform(0.0, 0.5))
     rows: list[Row] = []
     count = draw(st.integers(1, most))
-    for gap, family, shared, own, beyond, output, priority, origin, is_held in draw(
+    for gap, family, shared, own, beyond, output, priority, origin, is_held, adapter, skips in draw(
         st.lists(sketch, min_size=count, max_size=count)
     ):
         time += GAPS_SECONDS[gap] * spread * float(rng.uniform(0.5, 1.5))
@@ -239,7 +247,7 @@ def requests(draw: st.DrawFn, block_size: int, hash_tokens: int, *, held: bool, 
             covered = min(prompt, whole * hash_tokens)
         else:
             hashes, covered = full, len(full) * hash_tokens
-        rows.append(Row(time, prompt, output, hashes, covered, full, priority, session, is_held))
+        rows.append(Row(time, prompt, output, hashes, covered, full, priority, session, is_held, adapter, skips))
     return tuple(rows)
 
 
@@ -254,6 +262,7 @@ def policies() -> st.SearchStrategy[dict[str, Override]]:
         st.builds(lambda value: {"max_num_seqs": value}, st.sampled_from([1, 3, 64])),
         st.builds(lambda value: {"max_num_batched_tokens": value}, st.sampled_from([4, 64, 2048])),
         st.builds(lambda value: {"scheduling_policy": value}, st.sampled_from(["fcfs", "priority"])),
+        st.builds(lambda value: {"vllm": value}, st.sampled_from(["0.32", "0.33"])),
         st.builds(lambda value: {"watermark": value}, st.sampled_from([0.0, 0.2])),
         st.builds(lambda value: {"replicas": value}, st.integers(1, 4)),
         st.builds(lambda value: {"router": value}, st.sampled_from(ROUTERS)),
@@ -290,6 +299,8 @@ def scenarios(
     hash_tokens = draw(st.sampled_from([size, 2 * size, 4 * size, max(1, size // 2), size + 3]))
     rows = draw(requests(size, hash_tokens, held=held, most=most))
     engine = draw(engines(size, rows))
+    if not control and engine.host_tier is None:  # a policy may bring a tier, which excludes `max_loras`
+        engine = engine.model_copy(update={"max_loras": draw(st.sampled_from([0, 1, 2]))})
     if control or (engine.scheduling_policy == "priority" and not engine.scheduler_reserve_full_isl):
         # vLLM's `max` picks the first of equals as the victim: without the gate, two prompts of equal priority and
         # arrival that do not fit together preempt each other for ever, here as there.

@@ -135,6 +135,8 @@ def _limit_by_queue(state, number, steps):
     budget = engine.max_num_batched_tokens - replica.running
     if replica.waiting == 0 or replica.running >= engine.max_num_seqs or budget == 0:
         return steps
+    if engine.max_loras > 0:  # the head may be passed over, and somebody behind it be let in
+        return 0
     head = state.requests[number][state.waiting[number][0]]
     verdict, _, _, _, missing = judge(
         replica, engine, head, state.blocks[number], state.buckets[number], state.arena[number], budget

@@ -178,6 +178,8 @@ def lookup(request, blocks, buckets, arena, block_size):
     Writes the blocks found into the block table. Returns (blocks found, how many of them are evictable, key of the
     first missing block or 0 if none is worth waiting for).
     """
+    if request.skips_lookup:
+        return 0, 0, _ZERO
     table = request.cells + request.chain_length
     most = (request.tokens - 1) // block_size
     known = min(most, request.known)
@@ -338,6 +340,8 @@ def count_hits(replica, request, local):
     """Enter the prefix hits of a request's first admission into the counters, once."""
     request.counted = 1
     request.cached = local
+    if request.skips_lookup:  # vLLM records no query
+        return
     replica.query_tokens += request.tokens
     replica.hit_tokens += local
 
@@ -398,6 +402,8 @@ def push(state, number, workload, row):
     request.index = workload.index[row]
     request.uid = replica.next_uid
     request.session = workload.session[row]
+    request.adapter = workload.adapter[row]
+    request.skips_lookup = workload.skips_lookup[row]
     request.cells = cells
     request.cell_class = size
     request.chain_length = chain_length

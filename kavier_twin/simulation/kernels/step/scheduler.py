@@ -297,6 +297,41 @@ def _schedule_running(state, number, entries, members, exact, budget):
 
 
 @kernel
+def _adapter_counts(engine, requests, entries, count, slot):
+    """Whether the adapter of a running request counts against `max_loras`."""
+    if requests[slot].adapter == 0:
+        return False
+    if engine.lora_counts_all_running or requests[slot].flowing:
+        return True
+    for at in range(count):
+        if entries[at].slot == slot:
+            return True
+    return False
+
+
+@kernel
+def _too_many_adapters(state, number, entries, count, adapter):
+    """Whether `max_loras` other adapters than this one are in use already."""
+    replica, engine, requests = state.replicas[number], state.engines[number], state.requests[number]
+    last = np.int64(0)
+    for _ in range(engine.max_loras):
+        following = np.int64(0)  # the next adapter in the order of their identities
+        for place in range(replica.running):
+            slot = state.running[number][place]
+            if not _adapter_counts(engine, requests, entries, count, slot):
+                continue
+            other = requests[slot].adapter
+            if other == adapter:
+                return False
+            if other > last and (following == 0 or other < following):
+                following = other
+        if following == 0:
+            return False
+        last = following
+    return True
+
+
+@kernel
 def _admit_waiting(state, number, entries, count, budget):
     """The waiting pass: head of line first, nobody overtakes. Returns the number of entries."""
     replica, engine = state.replicas[number], state.engines[number]
@@ -307,6 +342,12 @@ def _admit_waiting(state, number, entries, count, budget):
     while budget > 0 and replica.waiting > 0 and replica.running < engine.max_num_seqs:
         slot = waiting[0]
         request = requests[slot]
+        if engine.max_loras > 0 and request.adapter != 0:
+            if _too_many_adapters(state, number, entries, count, request.adapter):
+                queue.remove_at(replica, requests, waiting, engine.priority_policy, 0)
+                deferred += 1
+                waiting[queued - deferred] = slot
+                continue
         fetch = begin_load(state, number, slot) if tier.chunks > 0 else NOTHING
         if fetch == DEFERRED or fetch == BEGUN:
             queue.remove_at(replica, requests, waiting, engine.priority_policy, 0)

@@ -153,6 +153,8 @@ def begin_load(state: FleetState, number: int, slot: int) -> int:
         request.stored = 0
     if request.stores > 0:
         return DEFERRED
+    if request.skips_lookup:
+        return NOTHING
     hits, evictable = 0, 0
     if engine.prefix_caching:
         hits, evictable, _ = lookup(request, blocks, buckets, arena, size)
