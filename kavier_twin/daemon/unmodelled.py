@@ -7,16 +7,14 @@ may come back with the next change of load. What becomes modelled leaves the tab
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Final
 
 from connectors.prometheus.engine_config import EngineConfig
 from kavier_twin.catalog.model import ModelShape
 from kavier_twin.serve.models import Unmodelled
+from kavier_twin.simulation.versions import NEWEST, is_newer
 from kavier_twin.telemetry import EngineSample, KvBlocksStored, KvEventBatch, TelemetryRecord
-
-NEWEST_VLLM: Final = (0, 32)  # the newest version whose scheduling is reproduced
 
 _LATENCIES: Final = ("ttft_seconds", "queue_seconds", "e2e_seconds", "tpot_seconds", "itl_seconds")
 _CACHE: Final = ("prefix_cache_hit_ratio", "kv_cache_usage_ratio", "preemptions")
@@ -63,7 +61,7 @@ FEATURES: Final[Mapping[str, tuple[str, str, tuple[str, ...]]]] = {
         _ALL,
     ),
     "vllm_version": (
-        f"a version of vLLM after {'.'.join(map(str, NEWEST_VLLM))}",
+        f"a version of vLLM after {NEWEST}",
         "/version",
         _CACHE,
     ),
@@ -146,6 +144,4 @@ def _of_config(config: EngineConfig) -> set[str]:
 
 
 def _of_version(version: str | None) -> set[str]:
-    numbers = re.match(r"v?(\d+)\.(\d+)", version or "")
-    newer = numbers is not None and (int(numbers[1]), int(numbers[2])) > NEWEST_VLLM
-    return {"vllm_version"} if newer else set()
+    return {"vllm_version"} if is_newer(version) else set()

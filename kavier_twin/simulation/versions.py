@@ -70,5 +70,11 @@ def nearest_profile(version: object) -> str | None:
     return max((name for name in PROFILES if _order(name) <= order), key=_order, default=OLDEST)
 
 
+def is_newer(version: object) -> bool:
+    """Whether it is a version after the newest profile."""
+    asked = release(version)
+    return asked is not None and _order(asked) > _order(NEWEST)
+
+
 def _order(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(".")))
