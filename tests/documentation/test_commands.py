@@ -347,7 +347,7 @@ def of_ci(command: Command, here: Here) -> None:
     words = [word for word in shlex.split(command.text) if "=" not in word]
     if words[0] == "bash":
         assert (ROOT / words[1]).is_file()
-    elif words[0] not in (".", "python3"):
+    elif words[0] not in (".", "python", "python3"):
         tools = {"lint-imports": "import-linter"}
         tool = tools.get(words[0], words[0]).removeprefix(".venv/bin/")
         assert any(line.startswith(tool) for line in PROJECT["project"]["optional-dependencies"]["dev"])
@@ -462,6 +462,7 @@ CHECKS: list[tuple[str, Check]] = [
     (r"kavier-twin (simulate|compare|backtest|counterfactual|calibrate-power|schema)", ran),
     (r"python -m benchmarks\.", benchmark),
     (r"PYTHONPATH=tests python -m", generates),
+    (r"python tests/", of_ci),
     (r"(\.venv/bin/)?pip install", installs),
     (r"(UPDATE_GOLDEN=1 |\.venv/bin/)?(pytest|ruff|mypy|lint-imports|bash|python3 -m venv|\.)( |$)", of_ci),
     (r"curl", ran_by_curl),
