@@ -37,7 +37,7 @@ from kafka_broker import SCRAM_PASSWORD, USER, Broker, OurBroker
 from kavier_twin import __version__
 from kavier_twin.commands import tap
 from kavier_twin.commands.main import COMMANDS, main
-from real_parts import curl, helm, shell
+from real_parts import curl, helm, prometheus, shell
 
 pytestmark = pytest.mark.slow
 
@@ -347,7 +347,7 @@ def of_ci(command: Command, here: Here) -> None:
     words = [word for word in shlex.split(command.text) if "=" not in word]
     if words[0] == "bash":
         assert (ROOT / words[1]).is_file()
-    elif words[0] not in (".", "python3"):
+    elif words[0] not in (".", "python", "python3"):
         tools = {"lint-imports": "import-linter"}
         tool = tools.get(words[0], words[0]).removeprefix(".venv/bin/")
         assert any(line.startswith(tool) for line in PROJECT["project"]["optional-dependencies"]["dev"])
@@ -423,6 +423,21 @@ def somebody_elses(command: Command, here: Here) -> None:
     assert re.fullmatch(r"kubectl( -n \w+)? port-forward svc/[\w-]+ \d+:\d+", command.text)
 
 
+def of_another_program(command: Command, here: Here) -> None:
+    """Its options are given in the form that it takes. tests/live starts vLLM and Prometheus with the like."""
+    words = shlex.split(command.text)
+    if "--kv-events-config" in words:
+        events = json.loads(words[words.index("--kv-events-config") + 1])
+        assert events.keys() == {"enable_kv_cache_events", "publisher", "endpoint", "replay_endpoint", "topic"}
+    elif words[0] == "prometheus":
+        done = subprocess.run([prometheus(), "--help"], capture_output=True, text=True, check=False)
+        for option in re.findall(r"--[\w.-]+", command.text):
+            assert option in done.stdout + done.stderr
+    else:
+        assert int(words[words.index("--partitions") + 1]) > 0
+        assert re.fullmatch(r"retention\.ms=\d+", words[words.index("--config") + 1])
+
+
 def docker(command: Command, here: Here) -> None:
     """Files and version are right. There may be no engine: tests/deploy goes through the image's steps and holds the
     compose file against the specification."""
@@ -463,10 +478,12 @@ CHECKS: list[tuple[str, Check]] = [
     (r"kavier-twin (simulate|compare|capacity|misses|backtest|counterfactual|calibrate-power|schema)", ran),
     (r"python -m benchmarks\.", benchmark),
     (r"PYTHONPATH=tests python -m", generates),
+    (r"python tests/", of_ci),
     (r"(\.venv/bin/)?pip install", installs),
     (r"(UPDATE_GOLDEN=1 |\.venv/bin/)?(pytest|ruff|mypy|lint-imports|bash|python3 -m venv|\.)( |$)", of_ci),
     (r"curl", ran_by_curl),
     (r"KAVIER_TWIN_TAP=", serves_with_the_tap),
+    (r"PYTHONHASHSEED=0 vllm serve|kafka-topics\.sh|prometheus ", of_another_program),
     (r"mkdir", made),
     (r"docker", docker),
     (r"helm (install|upgrade)", rendered),

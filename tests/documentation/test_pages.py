@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from kavier_twin.forecast.slo import Slo
 from kavier_twin.hardware.fleet_file import FleetFile
 from kavier_twin.simulation.footprint import Footprint
 from kavier_twin.simulation.policies import Policy
+from real_parts import promtool
 
 HARDWARE = {"gpu": "H100 SXM 80GB", "model": "meta-llama/Llama-3.1-8B"}
 # What a piece of a settings file stands in.
@@ -93,6 +95,9 @@ def _take(content: Any, tmp_path: Path) -> None:
         (tmp_path / "values.yaml").write_text(yaml.safe_dump(content))
         for manifest in render("-f", str(tmp_path / "values.yaml")):
             check(manifest)
+    elif "scrape_configs" in content:
+        (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(content))
+        subprocess.run([promtool(), "check", "config", tmp_path / "prometheus.yml"], check=True)
     elif "power" in content:
         Footprint.model_validate(content)
     elif "memory_bytes" in content:
