@@ -13,13 +13,12 @@ from typing import Final
 from connectors.prometheus.engine_config import EngineConfig
 from kavier_twin.catalog.model import ModelShape
 from kavier_twin.serve.models import Unmodelled
+from kavier_twin.simulation.kpi_table import GAUGES, LATENCIES, RATES
 from kavier_twin.simulation.versions import NEWEST, is_newer
 from kavier_twin.telemetry import EngineSample, KvBlocksStored, KvEventBatch, TelemetryRecord
 
-_LATENCIES: Final = ("ttft_seconds", "queue_seconds", "e2e_seconds", "tpot_seconds", "itl_seconds")
-_CACHE: Final = ("prefix_cache_hit_ratio", "kv_cache_usage_ratio", "preemptions")
-_LOAD: Final = ("requests_running", "requests_waiting", "output_tokens_per_second")
-_ALL: Final = (*_LATENCIES, *_CACHE, *_LOAD)
+_CACHE: Final = (*GAUGES, "prefix_cache_hit_ratio", "preemptions")
+_ALL: Final = (*LATENCIES, *_CACHE, *RATES)
 
 # By name: what it is, how it is seen, and the KPIs that it spoils. Errors of mirrors that left each out were measured
 # against vLLM's own scheduler.
@@ -43,17 +42,17 @@ FEATURES: Final[Mapping[str, tuple[str, str, tuple[str, ...]]]] = {
     "context_parallel": (
         "blocks of attention that differ from the cache's",
         "effective_attention_block_size of vllm:cache_config_info",
-        (*_CACHE, "ttft_seconds", "queue_seconds", "e2e_seconds"),
+        (*_CACHE, *LATENCIES),
     ),
     "speculative_decoding": (
         "speculative decoding",
         "vllm:spec_decode_num_drafts_total",
-        (*_LATENCIES, *_LOAD, "prefix_cache_hit_ratio"),
+        _ALL,
     ),
     "lora": (
         "LoRA adapters",
         "vllm:lora_requests_info",
-        (*_CACHE, "ttft_seconds", "queue_seconds", "e2e_seconds", "requests_waiting"),
+        (*_CACHE, *LATENCIES),
     ),
     "kv_transfer": (
         "KV blocks from outside without a tier in the settings",

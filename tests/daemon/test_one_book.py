@@ -96,7 +96,7 @@ def test_requests_made_up_from_metrics_are_scored_like_real_ones() -> None:
 
 
 # What is served of these in the streams below is so little that a single request decides about it.
-LEAST = {"waiting_mean": 0.05}
+LEAST = {"requests_waiting": 0.05}
 
 
 def check(lossless: dict, lossy: list[dict], step_seconds: float) -> None:

@@ -31,7 +31,7 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path: Path, capsys: pytest.Captur
         assert f"{option}" in told, option
     for place in ("tls.verify", "sasl.mechanism", "sasl.password"):
         assert f"{security}: {place}" in told
-    assert "12 to mend, nothing was started" in told
+    assert "12 to fix; nothing was started" in told
     for secret in ("hunter2", "pass@"):
         assert secret not in told
 
