@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 import subprocess
+import sys
 import urllib.request
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -131,7 +132,7 @@ def test_what_a_question_needs_is_compiled_beside_the_running_twin(
         began.set()
         assert go_on.wait(120.0)
         shutil.copy(kept, file)
-        return subprocess.Popen(["true"], stdin=subprocess.PIPE)
+        return subprocess.Popen([sys.executable, "-c", ""], stdin=subprocess.PIPE)
 
     source = MemorySource()
     told = events(recorded(100))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -30,6 +31,7 @@ class Job(NamedTuple):
 @pytest.fixture(scope="module")
 def executor() -> Iterator[Any]:
     require("ray", find_spec("ray") is not None, "install the extra `ray`")
+    require("Bash", shutil.which("bash") is not None, "Ray starts its workers with it")
     import ray
 
     ray.init(
