@@ -81,7 +81,9 @@ http: {{port: 0}}
     producer = kafka.KafkaProducer(bootstrap_servers=real_kafka.address, linger_ms=5)
     daemon = Daemon.of(read_settings(settings))
     daemon.start()
-    agreements: dict[int, float] = {}  # by minute of the recording
+    # By minute of the recording and ten seconds of it, as compared. What is held up here for 0.1 s comes 2 s late by the
+    # recording's time, so that one comparison may miss it; the next ones do not.
+    agreements: dict[int, dict[int, float]] = {}
     try:
         publisher.wait_for_subscriber()
         wait_until(lambda: not any(source.trouble for source in daemon.view.sources), PATIENCE_SECONDS)
@@ -101,7 +103,8 @@ http: {{port: 0}}
             view = daemon.view
             for cache in view.caches:
                 if np.isfinite(cache.agreement_ratio):
-                    agreements[int((view.event_seconds - STARTED) // 60)] = cache.agreement_ratio
+                    at = view.event_seconds - STARTED
+                    agreements.setdefault(int(at // 60), {})[int(at // 10)] = cache.agreement_ratio
             time.sleep(0.01)
         wait_until(lambda: daemon.view.outlook is not None, PATIENCE_SECONDS)
         view = daemon.view
@@ -114,7 +117,8 @@ http: {{port: 0}}
             "kv_events": {},
         }
         assert sorted(agreements) == [0, 1, 2, 3]  # minutes of the recording
-        assert min(agreements.values()) >= 0.99
+        assert min(float(np.median(list(minute.values()))) for minute in agreements.values()) >= 0.99
+        assert min(min(minute.values()) for minute in agreements.values()) >= 0.9
         errors = {kpi: error_of_mean(daemon, kpi) for kpi in ("ttft_seconds", "e2e_seconds")}
         assert abs(error_of_mean(daemon, "prefix_cache_hit_ratio", "")) < 0.01
         assert abs(errors["e2e_seconds"]) < 0.10
