@@ -89,20 +89,20 @@ def measure(came: Ints, first_step: int, every_steps: int) -> list[dict[str, Any
         now = float(step * STEP_SECONDS)
         coarse = came[: step // MINUTE_STEPS * MINUTE_STEPS].reshape(-1, MINUTE_STEPS).sum(axis=1)
         known = ArrivalCounts(came[max(0, step - FINE_STEPS) : step], coarse)
-        told = forecaster.forecast(
+        outlook = forecaster.forecast(
             Snapshot("", now, fleet, none, 600.0, 0.0, True, arrivals=known), HORIZONS_SECONDS[-1]
         )
         rng = np.random.default_rng((1, step))
-        paths = STEP_SECONDS * np.array([told.draw_rate(rng) for _ in range(SCENARIOS)])
+        paths = STEP_SECONDS * np.array([outlook.draw_rate(rng) for _ in range(SCENARIOS)])
         for horizon in HORIZONS_SECONDS:
             ahead = horizon // STEP_SECONDS
             expected = paths[:, :ahead].sum(axis=1)
             # As bursty as arrivals have been: a gamma mixture of Poisson counts has this variance over mean.
-            more = max(told.dispersion_ratio - 1.0, 1e-6)
+            more = max(outlook.dispersion_ratio - 1.0, 1e-6)
             drawn = rng.poisson(rng.gamma(np.maximum(expected, 1e-9) / more, more))
             total = float(sums[step + ahead] - sums[step])
             low, high = np.quantile(drawn, (0.05, 0.95))
-            missed = [abs(told.rate(horizon, name) * horizon - total) for name in (told.method, "persistence")]
+            missed = [abs(outlook.rate(horizon, name) * horizon - total) for name in (outlook.method, "persistence")]
             errors[horizon].append((missed[0], missed[1], total, float(low <= total <= high)))
     rows = []
     for horizon, found in errors.items():

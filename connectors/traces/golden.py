@@ -59,8 +59,8 @@ class GoldenReader(JsonReader):
 
 
 def _separated(ids: tuple[Any, ...], adapter: str | None, salt: str | None) -> tuple[Any, ...]:
-    """Hashes of the tokens alone, told apart by adapter and salt: keys are chained, so that the first carries both."""
+    """Hashes of the tokens, distinct by adapter and salt. Keys are chained, so the first hash carries both."""
     if not ids or (adapter is None and salt is None):
         return ids
-    told = repr((ids[0], adapter, salt)).encode()
-    return (int.from_bytes(blake2b(told, digest_size=8).digest()), *ids[1:])
+    identity = repr((ids[0], adapter, salt)).encode()
+    return (int.from_bytes(blake2b(identity, digest_size=8).digest()), *ids[1:])

@@ -9,7 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from kavier_twin.commands.reuse_tables import add_arguments, watched, wide_console
+from kavier_twin.commands.reuse_tables import add_command, watched
+from kavier_twin.commands.score_tables import wide_console
 from kavier_twin.reuse.curve import SHOWN_FACTORS
 
 _DESCRIPTION = """Print the prefix-cache hit ratio of a trace against KV cache size. One simulated run and one pass of
@@ -23,14 +24,7 @@ _EXAMPLES = """examples:
 
 def add_parser(commands: Any) -> None:
     """Declare the command."""
-    parser = commands.add_parser(
-        "capacity",
-        help="hit ratio of a trace against KV cache size",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_arguments(parser)
+    add_command(commands, "capacity", "hit ratio of a trace against KV cache size", _DESCRIPTION, _EXAMPLES)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,7 +9,8 @@ from typing import Any, Final
 from rich.console import Console
 from rich.table import Table
 
-from kavier_twin.commands.reuse_tables import add_arguments, watched, wide_console
+from kavier_twin.commands.reuse_tables import add_command, watched
+from kavier_twin.commands.score_tables import wide_console
 from kavier_twin.reuse.misses import DESCRIPTIONS, Reason, Tokens, age_ranges
 from kavier_twin.reuse.watch import ReuseWatch
 
@@ -27,14 +28,7 @@ _EXAMPLES = """examples:
 
 def add_parser(commands: Any) -> None:
     """Declare the command."""
-    parser = commands.add_parser(
-        "misses",
-        help="why prompt tokens of a trace missed the prefix cache",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_arguments(parser)
+    add_command(commands, "misses", "why prompt tokens of a trace missed the prefix cache", _DESCRIPTION, _EXAMPLES)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from pathlib import Path
 from typing import Any, Final
-
-from rich.console import Console
 
 from connectors.traces import FORMATS
 from kavier_twin.errors import UserError
@@ -21,17 +18,19 @@ from kavier_twin.simulation.runs import simulate
 _ALL: Final = 2**62  # a trace is remembered whole
 
 
-def add_arguments(parser: Any) -> None:
-    """The arguments that both take."""
+def add_command(commands: Any, name: str, says: str, description: str, examples: str) -> None:
+    """Declare one of them: both take the same arguments."""
+    parser = commands.add_parser(
+        name,
+        help=says,
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("trace", type=Path, metavar="TRACE", help="trace file, golden run or recording")
     parser.add_argument("--fleet", type=Path, metavar="FLEET.yaml", help="fleet that serves the trace")
     parser.add_argument("--format", choices=sorted(FORMATS), help="format of the trace (default: detected)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-
-
-def wide_console() -> Console:
-    """Wide enough for the tables where no terminal says how wide it is."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
 def watched(args: argparse.Namespace) -> tuple[Scenario, ReuseWatch]:

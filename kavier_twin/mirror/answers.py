@@ -82,7 +82,7 @@ class Answers:
 
     def take(self, batch: KvEventBatch) -> list[RequestFinished]:
         """Take events in. Returns the ends that they complete."""
-        told = False
+        found = False
         for event in batch.events:
             if isinstance(event, KvBlocksStored) and (event.group, event.medium) == (0, "GPU"):
                 parent = event.parent_hash
@@ -91,10 +91,10 @@ class Answers:
                         stored = _Stored(batch.time_seconds, batch.pod, parent, block)
                         self._stored.append(stored)
                         self._children.setdefault(parent, []).append(stored)
-                        told = True
+                        found = True
                     parent = block
         self._forget(batch.time_seconds - REMEMBERED_SECONDS)
-        if not told:
+        if not found:
             return []
         completed = []
         for name in [name for name in self._incomplete if name in self._prompts]:
